@@ -1,0 +1,35 @@
+"""sclkern: vision-language pre-training with Semantic Completion Learning (arXiv 2211.13437), made fast."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sclkern.errors import UserError as UserError
+    from sclkern.models import SCLConfig as SCLConfig
+    from sclkern.models import SCLModel as SCLModel
+    from sclkern.objectives import ObjectiveConfig as ObjectiveConfig
+    from sclkern.step import SCLLosses as SCLLosses
+
+__version__ = "0.1.0"
+
+# Resolved on first use, so that `import sclkern` costs milliseconds and loads no torch.
+_EXPORTS = {
+    "SCLModel": "sclkern.models",
+    "SCLConfig": "sclkern.models",
+    "SCLLosses": "sclkern.step",
+    "ObjectiveConfig": "sclkern.objectives",
+    "UserError": "sclkern.errors",
+}
+__all__ = [*_EXPORTS, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'sclkern' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

@@ -1,0 +1,285 @@
+"""(Picture, caption) pairs in the arrow layout of ViLT and METER, memory-mapped."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sclkern.data import resolve_root
+from sclkern.errors import UserError
+
+_COLUMNS = {
+    "image": pa.binary(),
+    "caption": pa.list_(pa.string()),
+    "image_id": pa.string(),
+    "split": pa.string(),
+}
+_REWRITE = "write it again with sclkern.data.arrow.write_pairs"
+
+
+class PairTable:
+    """Pairs of one picture and one of its captions, over one or more memory-mapped arrow files.
+
+    A file is a pyarrow IPC *file* with the columns ``image`` (binary: an encoded picture), ``caption``
+    (list of string), optionally ``image_id`` (string or integer) and ``split`` (string). Pictures and
+    captions stay in the mapped files, so processes share their pages; only index arrays are held. (A file
+    written with compression has to be decompressed into memory: write it without.)
+
+    Equal captions of one picture count once, at the place of the first.
+
+    Args:
+        root: Folder of the files; ``"demo"`` is the embedded one.
+        tables: File names without ``.arrow``, in order.
+        split: Value of the ``split`` column to keep; ``None`` keeps every row.
+
+    Attributes:
+        num_images: Number of pictures.
+        num_pairs: Number of (picture, caption) pairs.
+        pair_image: (num_pairs,) int64, picture index in ``[0, num_images)``, non-decreasing.
+        pair_group: (num_pairs,) int64, id of the caption's text: the same text has the same id in the whole
+            table. Retrieval counts a hit by these groups.
+
+    Raises:
+        UserError: A file is missing or unreadable, a column is missing or of another type, the split has no
+            row, a kept row has no picture or no caption, or a caption is null or blank.
+    """
+
+    num_images: int
+    num_pairs: int
+    pair_image: np.ndarray
+    pair_group: np.ndarray
+
+    def __init__(self, root: str | Path, tables: Sequence[str], split: str | None = None) -> None:
+        if not tables:
+            raise UserError("no table is named: give the names of one or more .arrow files, without the suffix")
+        self.split = split
+        self._paths = [resolve_root(root) / f"{table}.arrow" for table in tables]
+        self._open()
+        self._index()
+
+    def image_bytes(self, image: int) -> memoryview:
+        """The encoded picture ``image``, a view of the mapped file."""
+        batch, row = self._locate(image)
+        return memoryview(self._batches[batch].column("image")[row].as_buffer())
+
+    def image_name(self, image: int) -> str:
+        """Where picture ``image`` comes from, for messages: ``"pairs.arrow row 17 (noto/1f30e)"``."""
+        batch, row = self._locate(image)
+        name = self._row_name(batch, row)
+        if "image_id" in self._batches[batch].schema.names:
+            name += f" ({self._batches[batch].column('image_id')[row].as_py()})"
+        return name
+
+    def caption(self, pair: int) -> str:
+        """The caption of ``pair``."""
+        batch, row = self._locate(int(self.pair_image[pair]))
+        return self._batches[batch].column("caption")[row].values[int(self._pair_item[pair])].as_py()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_batches"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def _open(self) -> None:
+        batches: list[pa.RecordBatch] = []
+        origin: list[tuple[int, int]] = []
+        for file, path in enumerate(self._paths):
+            row = 0
+            for batch in _read_batches(path):
+                batches.append(batch)
+                origin.append((file, row))
+                row += batch.num_rows
+        self._batches = batches
+        self._batch_origin = origin
+        self._batch_start = np.cumsum([0] + [batch.num_rows for batch in batches])[:-1]
+
+    def _index(self) -> None:
+        for number, batch in enumerate(self._batches):
+            self._check_columns(number)
+            try:
+                batch.validate(full=True)
+            except pa.ArrowException as error:
+                raise _unreadable(self._paths[self._batch_origin[number][0]], error) from error
+        wanted = [self._in_split(batch) for batch in self._batches]
+        if not any(mask.any() for mask in wanted):
+            raise self._nothing_kept()
+
+        texts: list[pa.Array] = []
+        lengths: list[np.ndarray] = []
+        for number, (batch, mask) in enumerate(zip(self._batches, wanted, strict=True)):
+            captions = batch.column("caption")
+            length = pc.list_value_length(captions).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+            self._refuse(number, mask & _nulls(batch.column("image")), "has no picture (image is null)")
+            self._refuse(number, mask & (length == 0), "has no caption")
+            lengths.append(length)
+            # 32-bit offsets end at 2 GiB of text, which a large collection passes.
+            texts.append(captions.flatten().cast(pa.large_string()))
+
+        keep_row, length = np.concatenate(wanted), np.concatenate(lengths)
+        row = np.repeat(np.arange(len(length)), length)
+        item = np.arange(len(row)) - np.repeat(np.cumsum(length) - length, length)
+        keep = keep_row[row]
+        encoded = pa.chunked_array(texts).dictionary_encode()  # one dictionary, shared by the chunks
+        code = np.concatenate([_codes(chunk) for chunk in encoded.chunks])
+        trimmed = pc.utf8_trim_whitespace(encoded.chunk(0).dictionary)
+        blank = np.append(pc.equal(trimmed, "").to_numpy(zero_copy_only=False), True)  # a null's code is -1
+        if (bad := keep & blank[code]).any():
+            batch, local = self._split_row(int(row[bad.argmax()]))
+            raise UserError(
+                f"{self._row_name(batch, local)}: caption {int(item[bad.argmax()])} is null or blank, "
+                "expected text; remove it from the list"
+            )
+
+        kept_rows = np.flatnonzero(keep_row)
+        image = np.searchsorted(kept_rows, row[keep])
+        groups, group = np.unique(code[keep], return_inverse=True)
+        _, first = np.unique(image * len(groups) + group, return_index=True)
+        first.sort()
+        self.pair_image = image[first].astype(np.int64)
+        self.pair_group = group[first].astype(np.int64)
+        self._pair_item = item[keep][first].astype(np.int32)
+        self._image_row = kept_rows.astype(np.int64)
+        self.num_images = len(kept_rows)
+        self.num_pairs = len(first)
+
+    def _check_columns(self, number: int) -> None:
+        schema = self._batches[number].schema
+        file = self._paths[self._batch_origin[number][0]].name
+        for name in ("image", "caption") if self.split is None else ("image", "caption", "split"):
+            field = schema.get_field_index(name)
+            found = f"is of type {schema.field(field).type}" if field >= 0 else "is missing"
+            if field < 0 or not _fits(schema.field(field).type, _COLUMNS[name]):
+                remedy = "select no split (None)" if name == "split" else _REWRITE
+                raise UserError(f"{file}: column '{name}' {found}, expected {_COLUMNS[name]}; {remedy}")
+
+    def _in_split(self, batch: pa.RecordBatch) -> np.ndarray:
+        if self.split is None:
+            return np.ones(batch.num_rows, dtype=bool)
+        return pc.equal(batch.column("split"), self.split).fill_null(False).to_numpy(zero_copy_only=False)
+
+    def _nothing_kept(self) -> UserError:
+        files = ", ".join(path.name for path in self._paths)
+        counts: Counter[str] = Counter()
+        if self.split is not None:
+            for batch in self._batches:
+                for entry in pc.value_counts(batch.column("split")).to_pylist():
+                    counts[str(entry["values"])] += entry["counts"]
+        if not counts:
+            return UserError(f"{files}: no row found, expected at least one; {_REWRITE}")
+        there = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+        return UserError(f"{files}: no row of split '{self.split}' found; choose one of the splits there: {there}")
+
+    def _refuse(self, number: int, rows: np.ndarray, what: str) -> None:
+        if rows.any():
+            name = self._row_name(number, int(rows.argmax()))
+            raise UserError(f"{name}: {what}, expected one; remove the row or complete it")
+
+    def _split_row(self, row: int) -> tuple[int, int]:
+        batch = int(np.searchsorted(self._batch_start, row, side="right")) - 1
+        return batch, row - int(self._batch_start[batch])
+
+    def _locate(self, image: int) -> tuple[int, int]:
+        return self._split_row(int(self._image_row[image]))
+
+    def _row_name(self, batch: int, row: int) -> str:
+        file, first = self._batch_origin[batch]
+        return f"{self._paths[file].name} row {first + row}"
+
+
+def write_pairs(path: str | Path, rows: Iterable[dict[str, Any]], *, batch_rows: int = 256) -> None:
+    """Write rows in the layout :class:`PairTable` reads; the file appears whole or not at all.
+
+    Args:
+        path: The file to write, ending in ``.arrow``; an older one is replaced.
+        rows: Dicts with ``image`` (bytes), ``caption`` (list of str) and, in all rows or none, ``image_id``
+            (str) and ``split`` (str). Taken one batch at a time, so a generator need not fit in memory.
+        batch_rows: Rows per record batch.
+
+    Raises:
+        UserError: No row, a row with other keys than the first, or a value of another type.
+    """
+    path = Path(path)
+    rows = iter(rows)
+    chunk = list(islice(rows, batch_rows))
+    if not chunk:
+        raise UserError(f"{path}: no row to write, expected at least one")
+    keys = set(chunk[0])
+    if not {"image", "caption"} <= keys <= set(_COLUMNS):
+        raise UserError(f"{path}: row 0 has the keys {sorted(keys)}, expected image, caption, (image_id), (split)")
+    schema = pa.schema([(name, kind) for name, kind in _COLUMNS.items() if name in keys])
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            with pa.ipc.new_file(file, schema) as writer:
+                start = 0
+                while chunk:
+                    writer.write_batch(_record_batch(path, start, chunk, schema))
+                    start += len(chunk)
+                    chunk = list(islice(rows, batch_rows))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _record_batch(path: Path, start: int, rows: list[dict[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
+    for number, row in enumerate(rows, start):
+        if set(row) != set(schema.names):
+            raise UserError(f"{path}: row {number} has the keys {sorted(row)}, expected {schema.names} as in row 0")
+        # pyarrow would store a path as if it were a picture, and a text as the list of its letters.
+        for name, expected in (("image", "the bytes of a picture file"), ("caption", "a list of str")):
+            if isinstance(row[name], str):
+                raise UserError(f"{path}: row {number}: {name} is the str {row[name]!r:.60}, expected {expected}")
+    try:
+        return pa.RecordBatch.from_pylist(rows, schema=schema)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        expected = ", ".join(f"{field.name}: {field.type}" for field in schema)
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{path}: rows {start} to {start + len(rows) - 1} do not fit ({reason}), expected {expected}"
+        ) from error
+
+
+def _read_batches(path: Path) -> list[pa.RecordBatch]:
+    if not path.is_file():
+        there = ", ".join(sorted(file.name for file in path.parent.glob("*.arrow"))) or "none"
+        raise UserError(f"{path} does not exist; the .arrow files there: {there}")
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        return [reader.get_batch(number) for number in range(reader.num_record_batches)]
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = str(error).partition("\n")[0]
+    return UserError(f"{path}: cannot be read ({reason}), expected a whole arrow IPC file (no stream); {_REWRITE}")
+
+
+def _fits(found: pa.DataType, expected: pa.DataType) -> bool:
+    if pa.types.is_list(expected):
+        is_list = pa.types.is_list(found) or pa.types.is_large_list(found)
+        return is_list and _fits(found.value_type, expected.value_type)
+    if pa.types.is_string(expected):
+        return pa.types.is_string(found) or pa.types.is_large_string(found)
+    return pa.types.is_binary(found) or pa.types.is_large_binary(found)
+
+
+def _nulls(column: pa.Array) -> np.ndarray:
+    return column.is_null().to_numpy(zero_copy_only=False)
+
+
+def _codes(encoded: pa.DictionaryArray) -> np.ndarray:
+    return encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)

@@ -1,0 +1,91 @@
+"""Pictures: decoding, and the image transforms of the reference by name."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms import v2
+
+from sclkern.errors import UserError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+_BICUBIC = v2.InterpolationMode.BICUBIC
+
+
+def _clip(size: int) -> list[v2.Transform]:
+    crop = v2.RandomResizedCrop(size, scale=(0.8, 1.0), interpolation=_BICUBIC, antialias=True)
+    return [crop, v2.RandomHorizontalFlip()]
+
+
+def _clip_randaug(size: int) -> list[v2.Transform]:
+    crop = v2.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=_BICUBIC, antialias=True)
+    return [v2.RandAugment(num_ops=2, magnitude=9), crop]
+
+
+def _clip_test(size: int) -> list[v2.Transform]:
+    return [v2.Resize((size, size), interpolation=_BICUBIC, antialias=True)]
+
+
+_GEOMETRY = {"clip": _clip, "clip_randaug": _clip_randaug, "clip_test": _clip_test}
+
+
+def build_transform(name: str, size: int) -> v2.Compose:
+    """A transform from a PIL picture (mode RGB) to a float32 tensor (3, ``size``, ``size``).
+
+    Every one ends with the normalisation by CLIP's mean and standard deviation.
+
+    - ``"clip"``: random crop of 80 to 100 % of the area, resized (bicubic), and a horizontal flip.
+    - ``"clip_randaug"``: RandAugment, 2 operations of magnitude 9, then a crop of 90 to 100 %; no flip.
+    - ``"clip_test"``: resized to the square, the aspect ratio not kept, as the reference does.
+
+    RandAugment is torchvision's. Like the reference's it draws from 14 operations, but it has Identity where
+    the reference has SolarizeAdd, and its strengths are others: at magnitude 9, for example, Posterize keeps
+    7 bits (the reference's 1) and a translation is 14 % of the side (the reference's 30 pixels).
+
+    Random draws come from torch's default generator.
+
+    Raises:
+        UserError: ``name`` is none of the three, or ``size`` is not positive.
+    """
+    if name not in _GEOMETRY:
+        raise UserError(f"transform '{name}' is unknown, expected one of {', '.join(_GEOMETRY)}")
+    if size < 1:
+        raise UserError(f"image size is {size}, expected 1 pixel or more")
+    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(CLIP_MEAN, CLIP_STD)]
+    return v2.Compose([*_GEOMETRY[name](size), *to_tensor, v2.ToPureTensor()])
+
+
+def denormalize(images: torch.Tensor) -> torch.Tensor:
+    """Undo CLIP's normalisation: (..., 3, H, W) floats to values in [0, 1], same shape, dtype and device."""
+    mean = images.new_tensor(CLIP_MEAN).view(3, 1, 1)
+    std = images.new_tensor(CLIP_STD).view(3, 1, 1)
+    return (images * std + mean).clamp(0, 1)
+
+
+def decode_image(data: bytes | memoryview) -> Image.Image:
+    """Decode a picture file to mode RGB.
+
+    The EXIF orientation is applied, transparency is laid on white, of an animation the first frame is taken.
+
+    Raises:
+        ValueError: The file is broken, of an unknown format, or over Pillow's limit of pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        elif image.mode.startswith("I;16"):
+            # convert() would clip 16-bit grey at 255, that is, to white.
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+    except Exception as error:  # Pillow's plug-ins raise errors of every kind on broken files
+        raise ValueError(f"the picture cannot be decoded: {error}") from error

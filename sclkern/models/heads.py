@@ -1,0 +1,44 @@
+"""Heads on the fused features (reference: heads.py and the classifiers of scl_module.py)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sclkern.models.fusion import LAYER_NORM_EPS
+
+
+class Pooler(nn.Module):
+    """tanh(W mean_f(cls_f)): (B, F, D), one CLS a frame (or one of the text), to (B, D)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+
+    def forward(self, cls: Tensor) -> Tensor:
+        return self.dense(cls.mean(1)).tanh()
+
+
+class MLMHead(nn.Module):
+    """BERT's prediction head with a decoder of its own, not tied to the word embeddings."""
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.decoder = nn.Linear(width, vocab_size)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D): what the decoder reads."""
+        return self.norm(F.gelu(self.dense(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to logits (..., V)."""
+        return self.decoder(self.transform(x))
+
+
+class MLP(nn.Sequential):
+    """Linear, LayerNorm, GELU, linear: the projections of the contrast and the classifiers of VQA and NLVR2."""
+
+    def __init__(self, width_in: int, hidden: int, width_out: int) -> None:
+        super().__init__(nn.Linear(width_in, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, width_out))

@@ -1,0 +1,106 @@
+"""The flexible vision encoder: CLIP's ViT for images, with frame-wise attention for clips, in one set of weights."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sclkern import reference
+from sclkern.models.config import SCLConfig
+from sclkern.models.layers import PreNormBlock
+
+
+class VisionFeatures(NamedTuple):
+    """Attributes:
+    tokens: (B, F + F * P, D): the CLS tokens of the F frames first, then the patches frame by frame.
+    num_frames: F.
+    """
+
+    tokens: Tensor
+    num_frames: int
+
+    @property
+    def cls(self) -> Tensor:
+        """(B, F, D), one CLS a frame."""
+        return self.tokens[:, : self.num_frames]
+
+    @property
+    def patches(self) -> Tensor:
+        """(B, F * P, D)."""
+        return self.tokens[:, self.num_frames :]
+
+    def with_tokens(self, tokens: Tensor) -> VisionFeatures:
+        return VisionFeatures(tokens, self.num_frames)
+
+
+class VisionEncoder(nn.Module):
+    """Images or clips to features (reference: clip_model.py, clip_model_video.py; no output projection)."""
+
+    def __init__(self, config: SCLConfig) -> None:
+        super().__init__()
+        scale = config.width**-0.5
+        self.max_frames, self.image_size = config.max_frames, config.image_size
+        self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
+        self.cls = nn.Parameter(scale * torch.randn(config.width))
+        self.position = nn.Parameter(scale * torch.randn(1 + config.num_patches, config.width))
+        self.temporal = (
+            nn.Parameter(scale * torch.randn(config.max_frames, config.width)) if config.max_frames else None
+        )
+        self.mask_token = nn.Parameter(torch.randn(config.width)) if config.patch_mask_token else None
+        self.norm_pre = nn.LayerNorm(config.width)
+        self.blocks = nn.ModuleList(
+            PreNormBlock(config.width, config.mlp_ratio, config.vision_activation) for _ in range(config.vision_layers)
+        )
+        self.norm_post = nn.LayerNorm(config.width)
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        keep: Tensor | None = None,
+        replace: Tensor | None = None,
+        probabilities: list[Tensor] | None = None,
+    ) -> VisionFeatures:
+        """
+        Args:
+            images: (B, 3, S, S) or (B, F, 3, S, S), float.
+            keep: (B, K) int64, patches that are embedded, the same in every frame; None = all.
+            replace: (B, P) bool, patches that become the mask token, the same in every frame.
+
+        Raises:
+            ValueError: wrong shape, more frames than the temporal table has, or no mask token to replace with.
+        """
+        if images.ndim == 4:
+            images = images[:, None]
+        expected = (3, self.image_size, self.image_size)
+        if images.ndim != 5 or tuple(images.shape[2:]) != expected:
+            raise ValueError(
+                f"images: got shape {tuple(images.shape)}, expected (B, 3, S, S) or (B, F, 3, S, S) with S = {self.image_size}"
+            )
+        frames = images.shape[1]
+        if frames > max(1, self.max_frames):
+            raise ValueError(
+                f"images: got {frames} frames, expected at most {max(1, self.max_frames)} (max_frames of the model)"
+            )
+        if replace is not None and self.mask_token is None:
+            raise ValueError("replace: the model has no mask token for patches (patch_mask_token is False)")
+        x = reference.embed_patches(
+            images,
+            self.patch_embed.weight,
+            self.position,
+            self.cls,
+            temporal=self.temporal,
+            keep=keep,
+            replace=replace,
+            mask_token=self.mask_token,
+        )
+        x = self.norm_pre(x)
+        for block in self.blocks:
+            x = block(x, frames, probabilities)
+        x = self.norm_post(x)
+        if frames > 1:
+            framed = x.unflatten(1, (frames, -1))
+            x = torch.cat([framed[:, :, 0], framed[:, :, 1:].flatten(1, 2)], dim=1)
+        return VisionFeatures(x, frames)

@@ -1,0 +1,246 @@
+"""Golden cases: run the model on recorded inputs and random choices, and compare with the reference's numbers.
+
+A golden file is a flat safetensors dictionary: ``w.`` weights under the published names, ``in.`` inputs and every random
+choice, ``out.`` intermediate results, ``loss.`` losses, ``grad.scl_step.`` gradients of ``loss.scl_step_total``. Beside
+it may lie a JSON file whose ``grad_norms_scl_step`` holds the gradient norm of every parameter. Only ``w.`` and ``in.``
+are read to compute; the rest is compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sclkern.errors import UserError
+from sclkern.models import SCLModel
+from sclkern.models.scl import FusedFeatures
+from sclkern.objectives import ObjectiveConfig
+from sclkern.objectives import losses as L
+from sclkern.reference import MaskedText
+from sclkern.step import StepMasks, run_step
+from sclkern.weights import from_reference, split_to_reference
+from sclkern.weights.files import read_tensors
+
+VALUE_TOLERANCE = 1e-4  # times max(1, largest recorded magnitude)
+NORM_TOLERANCE = 1e-3  # relative
+# A key's bias cancels in the softmax: its gradient is zero but for rounding, and so is the reference's.
+NORM_FLOOR = 1e-6
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One recorded number or tensor. ``error`` and ``tolerance`` are absolute."""
+
+    name: str
+    error: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tolerance  # False for NaN
+
+
+def run_parity(path: str | Path) -> list[Comparison]:
+    """Compare every ``out.``, ``loss.`` and ``grad.`` of a golden file, and every gradient norm of its JSON.
+
+    Raises:
+        UserError: the file cannot be read, or holds no golden case.
+    """
+    path = Path(path)
+    tensors = read_tensors(path)
+    groups: dict[str, dict[str, Tensor]] = {"w": {}, "in": {}, "out": {}, "loss": {}, "grad": {}}
+    for name, tensor in tensors.items():
+        group, _, rest = name.partition(".")
+        if group in groups:
+            groups[group][rest] = tensor
+    for group in ("w", "in", "loss"):
+        if not groups[group]:
+            raise UserError(f"{path}: no tensor begins with '{group}.', expected a golden case with w., in. and loss.")
+    computed = compute(groups["w"], groups["in"])
+    rows = []
+    for group in ("out", "loss", "grad"):
+        for name, recorded in groups[group].items():
+            full = f"{group}.{name}"
+            if full not in computed:
+                raise UserError(f"{path}: {full!r} is recorded, but this version does not know how to compute it")
+            rows.append(_compare(full, computed[full], recorded, groups["in"]))
+    norms_file = path.with_suffix(".json")
+    if norms_file.exists():
+        norms = json.loads(norms_file.read_text()).get("grad_norms_scl_step", {})
+        for name, recorded in norms.items():
+            value = computed["grad.scl_step." + name].norm().item()
+            rows.append(Comparison(f"norm.{name}", abs(value - recorded), max(NORM_TOLERANCE * recorded, NORM_FLOOR)))
+    return rows
+
+
+def _compare(name: str, value: Tensor, recorded: Tensor, given: Mapping[str, Tensor]) -> Comparison:
+    value, recorded = value.detach().float(), recorded.float()
+    if value.numel() != recorded.numel():
+        raise UserError(f"{name}: computed shape {tuple(value.shape)}, the file has {tuple(recorded.shape)}")
+    difference = (value.reshape(recorded.shape) - recorded).abs()
+    magnitude = recorded.abs()
+    if name.endswith(".text_feats"):  # what a padded position holds is undefined
+        token = given["text_mask"].bool()
+        difference, magnitude = difference[token], magnitude[token]
+    tolerance = VALUE_TOLERANCE * max(1.0, magnitude.max().item())
+    return Comparison(name, difference.max().item(), tolerance)
+
+
+def compute(weights: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every output, loss and gradient of a golden case, under the names of the file."""
+    model = from_reference(weights).eval()
+    model.objectives = ObjectiveConfig.reference("glscl" if "patch_token_mask" in given else "scl")
+    # The published code's frame norm is recorded apart, "for the record"; the case's own loss is over features.
+    model.objectives = _with(model.objectives, frame_norm="features")
+    video = "video" in given
+    out = _video_case(model, given) if video else _image_case(model, given)
+    model.zero_grad()
+    out["loss.scl_step_total"].backward()
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    out.update({"grad.scl_step." + k: v for k, v in split_to_reference(model.config, gradients).items()})
+    return out
+
+
+def _with(objectives: ObjectiveConfig, **changes) -> ObjectiveConfig:
+    return ObjectiveConfig(**{**asdict(objectives), **changes})
+
+
+def _views(
+    model: SCLModel, given: Mapping[str, Tensor], image: Tensor
+) -> tuple[dict[str, FusedFeatures], dict[str, Tensor]]:
+    """The fused views of a case by name, and its unimodal outputs."""
+    mask = given["text_mask"].bool()
+    whole_text, whole_image = model.encode_text(given["text_ids"], mask), model.encode_image(image)
+    views = {
+        "complete": model.fuse(whole_text, mask, whole_image),
+        "masked_image": model.fuse(whole_text, mask, model.encode_image(image, keep=given["keep_ids"])),
+        "masked_text": model.fuse(model.encode_text(given["text_ids_scl"], mask), mask, whole_image),
+    }
+    if "patch_token_mask" in given:
+        replaced = model.encode_image(image, replace=given["patch_token_mask"])
+        views["token_masked"] = model.fuse(whole_text, mask, replaced)
+    text_proj, image_proj = model.project(whole_text, whole_image)
+    unimodal = {
+        "vision.tokens": model.vision(image).tokens,
+        "unimodal.text_cls": whole_text[:, 0],
+        "unimodal.image_cls": whole_image.cls.mean(1),
+        "unimodal.text_proj": text_proj,
+        "unimodal.image_proj": image_proj,
+    }
+    return views, unimodal
+
+
+def _named_outputs(
+    model: SCLModel, views: Mapping[str, FusedFeatures], unimodal: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    out = {f"out.{name}": value for name, value in unimodal.items()}
+    for name, view in views.items():
+        out[f"out.{name}.text_feats"] = view.text
+        out[f"out.{name}.text_cls"] = view.text_cls
+        out[f"out.{name}.image_feats"] = view.image.tokens
+        out[f"out.{name}.image_cls"] = view.image.cls
+        out[f"out.{name}.cls_feats"] = model.pool(view)
+    return out
+
+
+def _masks(given: Mapping[str, Tensor]) -> StepMasks:
+    rows, length = given["text_ids"].shape
+    return StepMasks(
+        keep=given["keep_ids"],
+        replace=given.get("patch_token_mask"),
+        mlm=MaskedText(given["text_ids_mlm"], given["text_labels_mlm"].ne(-100)),
+        completion=MaskedText(given["text_ids_scl"], given["text_ids_scl"].ne(given["text_ids"])),
+        mlm_capacity=length,
+        completion_capacity=length,
+        itm_labels=given.get("itm_labels", torch.ones(rows, dtype=torch.int64)),
+        itm_keys=torch.zeros(rows, dtype=torch.int64),
+    )
+
+
+def _image_case(model: SCLModel, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    image, mask = given["image"], given["text_mask"].bool()
+    views, unimodal = _views(model, given, image)
+    out = _named_outputs(model, views, unimodal)
+    batch = {"image": image, "false_image": given["false_image"], "text_ids": given["text_ids"], "text_mask": mask}
+    masks = _masks(given)
+    losses = run_step(model, batch, masks)
+    own = given["itm_labels"].bool()
+    text = model.encode_text(given["text_ids"], mask)
+    matching = model.encode_image(torch.where(own[:, None, None, None], image, given["false_image"]))
+    out["out.itm_logits"] = model.itm_head(model.pool(model.fuse(text, mask, matching)))
+    mlm = model.fuse(model.encode_text(given["text_ids_mlm"], mask), mask, model.encode_image(image))
+    out["out.mlm_logits_at_labels"] = model.mlm_head(mlm.text[given["text_labels_mlm"].ne(-100)])
+    pooled = model.pool(views["complete"])
+    weight = model.objectives.itc_weight
+    out |= {
+        "loss.itm_loss": losses.itm,
+        "loss.mlm_loss": losses.mlm,
+        "loss.con_loss": weight * losses.itc,
+        "loss.scl_image_loss": losses.mvsc,
+        "loss.scl_text_loss": losses.mlsc,
+        "loss.scl_step_total": losses.itm + losses.mlm + weight * losses.itc + losses.mvsc + losses.mlsc,
+    }
+    if losses.mltc is not None:
+        out["loss.token_image_loss"] = losses.metrics["mltc_image"]
+        out["loss.token_text_loss"] = losses.metrics["mltc_text"]
+        out["loss.glscl_total_loss"] = losses.mvsc + losses.mlsc + model.objectives.mltc_weight * losses.mltc
+    if "rank" in model.config.heads:
+        out["out.rank_scores"] = model.rank_head(pooled)[:, 0]
+    if "vqa" in model.config.heads:
+        out["out.vqa_logits"] = model.vqa_head(pooled)
+        out["loss.vqa_loss"] = L.visual_question_answering(out["out.vqa_logits"], given["vqa_targets"])
+    if "nlvr2" in model.config.heads:
+        second = model.fuse(text, mask, model.encode_image(given["false_image"]), image_type=2)
+        logits = model.nlvr2_head(torch.cat([pooled, model.pool(second)], dim=-1))
+        out["out.nlvr2_logits"] = logits
+        out["loss.nlvr2_loss"] = L.visual_reasoning(logits, torch.arange(len(logits)) % 2)
+    return out
+
+
+def _video_case(model: SCLModel, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    views, unimodal = _views(model, given, given["video"])
+    out = _named_outputs(model, views, unimodal)
+    mask = given["text_mask"].bool()
+    mlm = model.fuse(model.encode_text(given["text_ids_mlm"], mask), mask, model.encode_image(given["video"]))
+    masked_image, masked_text = views["masked_image"], views["masked_text"]
+    options = {"temperature": model.objectives.temperature, "directions": "both"}
+    vision = [masked_image.image.cls, masked_text.image.cls]
+    logits = model.mlm_head(mlm.text)
+    con = model.objectives.itc_weight * L.image_text_contrast(
+        unimodal["unimodal.image_proj"], unimodal["unimodal.text_proj"], model.contrast_temperature()
+    )
+    out |= {
+        "loss.mlm_loss": L.masked_language_modeling(logits, given["text_labels_mlm"]),
+        "loss.con_loss": con,
+        "loss.scl_image_loss": L.masked_vision_semantic_completion(*vision, **options),
+        "loss.scl_text_loss": L.masked_language_semantic_completion(
+            masked_text.text_cls, masked_image.text_cls, **options
+        ),
+    }
+    out["loss.scl_step_total"] = sum(out[f"loss.{n}_loss"] for n in ("mlm", "con", "scl_text", "scl_image"))
+    over_frames = L.masked_vision_semantic_completion(*vision, frame_norm="reference", **options)
+    out["loss.scl_reference_code_loss"] = over_frames + out["loss.scl_text_loss"]
+    return out
+
+
+def format_table(rows: list[Comparison], *, everything: bool = False) -> str:
+    """The comparisons as text: outputs, losses and gradients each on a line, norms in one unless they fail."""
+    shown = [r for r in rows if everything or not r.name.startswith("norm.") or not r.ok]
+    width = max((len(r.name) for r in shown), default=4)
+    lines = [f"{'':2} {'name':{width}} {'error':>9} {'tolerance':>9}"]
+    lines += [f"{'ok' if r.ok else 'NO':2} {r.name:{width}} {r.error:9.2e} {r.tolerance:9.2e}" for r in shown]
+    norms = [r for r in rows if r.name.startswith("norm.")]
+    if norms:
+        worst = max(norms, key=lambda r: r.error / r.tolerance)
+        lines.append(
+            f"{sum(r.ok for r in norms)} of {len(norms)} gradient norms within tolerance; nearest to it: {worst.name} "
+            f"({worst.error:.1e} of {worst.tolerance:.1e})"
+        )
+    failed = [r for r in rows if not r.ok]
+    lines.append(f"{len(rows) - len(failed)} of {len(rows)} comparisons hold")
+    return "\n".join(lines)

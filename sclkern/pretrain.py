@@ -1,0 +1,10 @@
+"""``python -m sclkern.pretrain``: the pre-training script, the same as ``sclkern pretrain``."""
+
+from __future__ import annotations
+
+import sys
+
+from sclkern.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["pretrain", *sys.argv[1:]]))

@@ -1,0 +1,1 @@
+"""Pre-training: configuration, optimiser, loop, checkpoints, evaluation and report."""

@@ -1,0 +1,339 @@
+"""The pre-training loop.
+
+Everything random is a function of (seed, step): masks, dropout, the order and augmentation of the data. A checkpoint
+therefore needs no generator state, and a resumed run computes what an uninterrupted one would, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from sclkern.data.arrow import PairTable
+from sclkern.data.loader import BadPictures, PairDataset, PairLoader
+from sclkern.data.tokenizer import CaptionTokenizer
+from sclkern.data.transforms import build_transform
+from sclkern.errors import UserError
+from sclkern.models import SCLModel
+from sclkern.random import mix_seed
+from sclkern.step import SCLLosses
+from sclkern.training.checkpoint import load_checkpoint, save_checkpoint
+from sclkern.training.config import PretrainConfig, resume_difference
+from sclkern.training.logs import RunLog
+from sclkern.training.optim import build_optimizer, schedule_factor, set_learning_rate
+from sclkern.training.retrieval import RetrievalResult, evaluate_retrieval
+from sclkern.weights import from_pretrained, from_reference, save_pretrained
+from sclkern.weights.files import write_atomically
+
+log = logging.getLogger("sclkern.training")
+
+# Which stream of the run's seed a draw belongs to.
+_MODEL, _STEP, _VALIDATION = range(3)
+
+
+class Pretraining:
+    """One run: its model, data and optimiser, and the folder it writes.
+
+    Args:
+        config: the resolved configuration.
+        resume: go on from ``checkpoints/latest.pt`` of the output folder if there is one.
+
+    Raises:
+        UserError: anything in the configuration, the data or the folder that cannot work.
+    """
+
+    def __init__(self, config: PretrainConfig, *, resume: bool = False) -> None:
+        self.config = config
+        self.directory = Path(config.run.output_dir)
+        self.checkpoints = self.directory / "checkpoints"
+        self.device = _device(config.run.device)
+        saved = self._prepare_directory(resume)
+        self.tokenizer = CaptionTokenizer.from_pretrained(config.data.tokenizer)
+        _check_tokenizer(config, self.tokenizer)
+        self.train_table = PairTable(config.data.root, config.data.train_tables, config.data.train_split)
+        self.val_table = PairTable(config.data.root, config.data.val_tables, config.data.val_split)
+        self.val_transform = build_transform(config.data.val_transform, config.model.image_size)
+        self.train_loader = self._loader(self.train_table, config.data.transform, shuffle=True)
+        self.val_loader = self._loader(self.val_table, config.data.val_transform, shuffle=False)
+        torch.manual_seed(mix_seed(config.run.seed, _MODEL))
+        self.model = _initial_model(config).set_attention_backend(config.run.attention).to(self.device)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.bad_pictures = BadPictures(self.train_table.num_images)
+        self.step, self.best = 0, float("-inf")
+        if saved:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.bad_pictures.load_state_dict(saved["bad_pictures"])
+            self.step, self.best = saved["step"], saved["best"]
+        self._stop_requested = False
+        self._healthy = torch.ones((), dtype=torch.bool, device=self.device)
+
+    # -- set up --------------------------------------------------------------------------------------------------------
+
+    def _prepare_directory(self, resume: bool) -> dict[str, Any] | None:
+        latest = self.checkpoints / "latest.pt"
+        if latest.exists() and not resume:
+            raise UserError(
+                f"{self.directory}: already holds a run; add --resume to go on with it, or give another run.output_dir"
+            )
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"run.output_dir {self.directory}: {error.strerror}; give a folder that can be written"
+            ) from error
+        for left_over in self.checkpoints.glob(".*.tmp"):  # of a process killed while it wrote
+            left_over.unlink(missing_ok=True)
+        saved = load_checkpoint(latest) if latest.exists() else None
+        if saved and (difference := resume_difference(saved["config"], self.config.to_dict())):
+            raise UserError(f"{latest}: {difference}; resume with the same configuration, or start in another folder")
+        resolved = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
+        write_atomically(self.directory / "config.yaml", lambda path: path.write_text(resolved))
+        return saved
+
+    def _loader(self, table: PairTable, transform: str, *, shuffle: bool) -> PairLoader:
+        config = self.config
+        dataset = PairDataset(
+            table,
+            self.tokenizer,
+            build_transform(transform, config.model.image_size),
+            max_text_len=config.model.max_text_len,
+            min_size=config.model.patch_size,
+            seed=config.run.seed,
+            false_image=config.objectives.itm_negatives in ("dataset", "reference"),
+        )
+        batch_size = config.run.batch_size if shuffle else min(config.run.batch_size, table.num_pairs)
+        return PairLoader(
+            dataset,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=config.run.seed,
+            num_workers=config.data.num_workers,
+        )
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> bool:
+        """Train to the end, or to ``stop_at`` or a SIGTERM or SIGINT, after which the latest checkpoint is on disk.
+
+        Returns:
+            Whether the run reached ``max_steps``.
+
+        Raises:
+            UserError: undecodable pictures above 1 %, a loss that is not finite, a checkpoint that cannot be written.
+        """
+        run = self.config.run
+        last = min(run.max_steps, run.stop_at or run.max_steps)
+        if self.step >= last:
+            return self.step >= run.max_steps
+        self.log = RunLog(self.directory, start=self.step, total=run.max_steps)
+        self.log.message(self._describe())
+        try:
+            with self._signals():
+                batches = self._batches()
+                while self.step < last and not self._stop_requested:
+                    self._train_step(batches)
+                    if self.step == run.max_steps or _due(self.step, run.val_every):
+                        self.validate()
+                    if self.step == last or self._stop_requested or _due(self.step, run.save_every):
+                        self.save("latest")
+        finally:
+            self.log.close()
+        if self._stop_requested and self.step < last:
+            log.warning("stopped at step %d, saved; go on with --resume", self.step)
+        return self.step >= run.max_steps
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        """Micro-batches from the position that belongs to the current step, epoch after epoch."""
+        epoch, start = divmod(self.step * self.config.run.accumulation, len(self.train_loader))
+        while True:
+            yield from self.train_loader.epoch(epoch, start)
+            epoch, start = epoch + 1, 0
+
+    def _train_step(self, batches: Iterator[dict[str, Any]]) -> None:
+        run, optimizer = self.config.run, self.optimizer
+        started, waited = time.perf_counter(), 0.0
+        self.model.train()
+        set_learning_rate(optimizer, schedule_factor(self.step, run.max_steps, self.config.optimizer))
+        optimizer.zero_grad(set_to_none=True)
+        totals: dict[str, Tensor] = {}
+        for micro in range(run.accumulation):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            self.bad_pictures.add(batch.pop("undecodable"))
+            losses = self._losses(batch, mix_seed(run.seed, _STEP, self.step, micro))
+            (losses.total / run.accumulation).backward()
+            for name, value in {**losses.named(), **losses.metrics}.items():
+                totals[name] = totals.get(name, 0.0) + value.detach() / run.accumulation
+        limit = self.config.optimizer.max_grad_norm
+        totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), float("inf") if limit is None else limit
+        )
+        self._healthy &= torch.isfinite(totals["total"]) & torch.isfinite(totals["grad_norm"])
+        if self.device.type == "cpu":
+            self._check_healthy(totals)
+        optimizer.step()
+        self.step += 1
+        self.log.advance()
+        if self.step == 1 or self.step % run.log_every == 0:
+            self._check_healthy(totals)
+            values = {name: value.item() for name, value in totals.items()}
+            elapsed = time.perf_counter() - started
+            rate = run.batch_size * run.accumulation / elapsed
+            names = [name for name in losses.named() if name in values]
+            self.log.progress({name: values[name] for name in names}, rate)
+            values |= {"learning_rate": optimizer.param_groups[0]["lr"], "pairs_per_second": rate}
+            values |= {"step_seconds": elapsed, "data_seconds": waited}
+            self.log.write("train", self.step, values)
+
+    def _losses(self, batch: dict[str, Any], seed: int) -> SCLLosses:
+        # Dropout draws from torch's generator: seeded for each micro-batch, it needs no state in the checkpoint.
+        torch.manual_seed(seed)
+        tensors = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
+        autocast = nullcontext()
+        if self.config.run.precision == "bfloat16":
+            autocast = torch.autocast(self.device.type, torch.bfloat16)
+        with autocast:
+            return self.model(tensors, seed=seed)
+
+    def _check_healthy(self, totals: dict[str, Tensor]) -> None:
+        if self._healthy:
+            return
+        broken = [name for name, value in totals.items() if not torch.isfinite(value)]
+        broken += [f"the gradient of {n}" for n, p in self.model.named_parameters() if p.grad is not None
+                   and not torch.isfinite(p.grad).all()]  # fmt: skip
+        broken += [f"the parameter {n}" for n, p in self.model.named_parameters() if not torch.isfinite(p).all()]
+        raise UserError(
+            f"step {self.step}: {broken[0] if broken else 'an earlier loss'} is not finite; the last checkpoint in "
+            f"{self.checkpoints} is kept; lower optimizer.learning_rate or set optimizer.max_grad_norm, then --resume"
+        )
+
+    # -- validation and saving -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """Losses and retrieval on the held-out pairs, with the same masks every time; keeps the best checkpoint."""
+        self.model.eval()
+        sums: dict[str, float] = {}
+        for index, batch in enumerate(self.val_loader.epoch(0)):
+            losses = self._losses(batch, mix_seed(self.config.run.seed, _VALIDATION, index))
+            for name, value in {**losses.named(), **losses.metrics}.items():
+                sums[name] = sums.get(name, 0.0) + value.item()
+        values = {name: value / len(self.val_loader) for name, value in sums.items()}
+        result = self.retrieval(self.val_table)
+        self.log.write("val", self.step, {**values, **result.recalls, "recall_sum": result.sum})
+        self.log.message(
+            f"step {self.step}: held-out loss {values['total']:.2f}, recall@1/5/10 image to text "
+            + _recall_line(result, "image_to_text")
+            + ", text to image "
+            + _recall_line(result, "text_to_image")
+        )
+        if result.sum > self.best:
+            self.best = result.sum
+            self.save("best")
+
+    def retrieval(self, table: PairTable, max_images: int | None = None) -> RetrievalResult:
+        evaluation = self.config.evaluation
+        return evaluate_retrieval(
+            self.model,
+            table,
+            self.tokenizer,
+            self.val_transform,
+            batch_size=evaluation.batch_size,
+            rerank=evaluation.rerank,
+            max_images=max_images,
+        )
+
+    def save(self, name: str) -> None:
+        """Write ``checkpoints/<name>.pt``; weights that are not finite raise instead, and the old file stays."""
+        self._check_healthy({})
+        state = {
+            "config": self.config.to_dict(),
+            "step": self.step,
+            "best": self.best,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "bad_pictures": self.bad_pictures.state_dict(),
+        }
+        save_checkpoint(self.checkpoints / f"{name}.pt", state)
+
+    def export(self) -> Path:
+        """Write the model and its tokenizer to ``model/`` for ``SCLModel.from_pretrained``."""
+        path = self.directory / "model"
+        save_pretrained(self.model, path)
+        self.tokenizer.save_pretrained(path)
+        return path
+
+    def _describe(self) -> str:
+        run, config = self.config.run, self.config
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return (
+            f"{parameters / 1e6:.1f} M parameters, recipe {config.objectives.recipe}, {self.train_table.num_images} pictures "
+            f"with {self.train_table.num_pairs} captions to train on, {self.val_table.num_images} held out; batch "
+            f"{run.batch_size} x {run.accumulation}, {run.batch_size - 1} negatives for each contrast; "
+            f"{run.max_steps} steps = {run.max_steps * run.accumulation / len(self.train_loader):.1f} epochs on "
+            f"{self.device}, {run.precision}" + (f"; from step {self.step}" if self.step else "")
+        )
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def request_stop(*_: object) -> None:
+            self._stop_requested = True
+
+        before = {number: signal.signal(number, request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _recall_line(result: RetrievalResult, direction: str) -> str:
+    method = "itm" if f"itm_{direction}_r1" in result.recalls else "itc"
+    return "/".join(f"{100 * result.recalls[f'{method}_{direction}_r{k}']:.1f}" for k in (1, 5, 10)) + " %"
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"run.device: got {name!r}, expected auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device: got 'cuda', but torch sees no GPU; use run.device=cpu")
+    return device
+
+
+def _check_tokenizer(config: PretrainConfig, tokenizer: CaptionTokenizer) -> None:
+    for ours, theirs in (("vocab_size",) * 2, ("pad_id",) * 2, ("mask_id",) * 2, ("bos_id",) * 2, ("eos_id",) * 2):
+        if getattr(config.model, ours) != getattr(tokenizer, theirs):
+            raise UserError(
+                f"model.{ours}: got {getattr(config.model, ours)}, the tokenizer {config.data.tokenizer!r} has "
+                f"{getattr(tokenizer, theirs)}; set model.{ours}={getattr(tokenizer, theirs)} or use its tokenizer"
+            )
+
+
+def _initial_model(config: PretrainConfig) -> SCLModel:
+    weights = config.weights
+    if weights.pretrained is None and weights.reference is None and weights.text is None:
+        return SCLModel(config.model, config.objectives)
+    common = {"config": config.model, "strict": weights.strict, "objectives": config.objectives}
+    if weights.reference is not None:
+        return from_reference(weights.reference, **common)
+    source = weights.pretrained if weights.pretrained is not None else (weights.text, weights.vision)
+    return from_pretrained(source, **common)

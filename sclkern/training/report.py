@@ -1,0 +1,163 @@
+"""The report of a run: loss curves, attention of words over held-out pictures, and recalls against chance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from sclkern.data.transforms import decode_image, denormalize
+from sclkern.training.logs import read_metrics
+from sclkern.training.retrieval import RECALL_AT, RetrievalResult
+
+if TYPE_CHECKING:
+    from sclkern.training.loop import Pretraining
+
+_LOSSES = ("total", "itm", "mlm", "itc", "mvsc", "mlsc", "mltc")
+_TITLES = {
+    "total": "total",
+    "itm": "ITM, image-text matching",
+    "mlm": "MLM, masked language modelling",
+    "itc": "ITC, image-text contrast",
+    "mvsc": "MVSC, masked vision completion",
+    "mlsc": "MLSC, masked language completion",
+    "mltc": "MLTC, masked local token completion",
+}
+
+
+def write_report(run: Pretraining) -> Path:
+    """Write ``losses.png``, ``attention.png`` and ``report.md`` into the run folder; returns the path of the report."""
+    rows = read_metrics(run.directory / "metrics.jsonl")
+    evaluation = run.config.evaluation
+    results = {"held-out": run.retrieval(run.val_table)}
+    if evaluation.train_images:
+        results["training"] = run.retrieval(run.train_table, evaluation.train_images)
+    plot_losses(rows, run.directory / "losses.png")
+    pictures = evaluation.attention_images > 0 and run.config.model.fusion_layers > 0
+    if pictures:
+        plot_attention(run, run.directory / "attention.png", evaluation.attention_images)
+    path = run.directory / "report.md"
+    path.write_text(_markdown(run, rows, results, pictures))
+    return path
+
+
+def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
+    """A panel for each loss: training and held-out, against the step."""
+    plt = _pyplot()
+    names = [name for name in _LOSSES if any(name in row for row in rows)]
+    figure, axes = plt.subplots(2, -(-len(names) // 2), figsize=(4 * -(-len(names) // 2), 6), squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=False):
+        for kind, label, style in (("train", "training", "-"), ("val", "held out", "o-")):
+            points = [(r["step"], r[name]) for r in rows if r["kind"] == kind and r.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
+        axis.set_title(_TITLES[name], fontsize=10)
+        axis.set_xlabel("step")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    for axis in list(axes.flat)[len(names) :]:
+        axis.axis("off")
+    axes.flat[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def plot_attention(run: Pretraining, path: Path, count: int, words_shown: int = 5) -> None:
+    """Held-out pictures with the attention of their words: last fusion layer, text to image, the largest over heads,
+    without the image CLS (as ALIGN-BENCH reads it); first the text CLS, then each token of the caption."""
+    plt = _pyplot()
+    model, table = run.model.eval(), run.val_table
+    chosen = _long_captions(run, count)
+    figure, axes = plt.subplots(count, words_shown + 2, figsize=(1.7 * (words_shown + 2), 1.85 * count), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, pair in enumerate(chosen):
+        caption = table.caption(pair)
+        ids, mask = run.tokenizer([caption], model.config.max_text_len)
+        image = decode_image(table.image_bytes(int(table.pair_image[pair])))
+        pixels = run.val_transform(image)[None].to(run.device)
+        ids, mask = ids.to(run.device), mask.to(run.device)
+        features = model.encode_image(pixels)
+        fused = model.fuse(model.encode_text(ids, mask), mask, features, return_attention=True)
+        weights = fused.attentions[-1].text_to_image[0].amax(0)[:, features.num_frames :]
+        grid = model.config.grid
+        maps = weights.view(-1, grid, grid).float().cpu().numpy()
+        picture = denormalize(pixels[0]).permute(1, 2, 0).clamp(0, 1).cpu().numpy()
+        axes[row, 0].imshow(picture)
+        axes[row, 0].set_title(_shorten(caption, 24), fontsize=7)
+        last = int(mask.sum()) - 1
+        shown = [("whole text", 0)]
+        shown += [(run.tokenizer.decode([int(ids[0, i])]).strip(), i) for i in range(1, min(last, words_shown + 1))]
+        for column, (word, index) in enumerate(shown, start=1):
+            axes[row, column].imshow(picture)
+            heat = maps[index] / maps[index].max()
+            axes[row, column].imshow(
+                heat, cmap="jet", alpha=0.55, vmin=0, vmax=1, interpolation="bilinear",
+                extent=(-0.5, picture.shape[1] - 0.5, picture.shape[0] - 0.5, -0.5),
+            )  # fmt: skip
+            axes[row, column].set_title(_shorten(word, 16), fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _long_captions(run: Pretraining, count: int) -> list[int]:
+    """Pairs of distinct pictures, spread over the table, among those with at least three words where there are any."""
+    table = run.val_table
+    _, first = np.unique(table.pair_image, return_index=True)
+    rich = [int(p) for p in first if len(table.caption(int(p)).split()) >= 3] or [int(p) for p in first]
+    return [rich[i] for i in np.linspace(0, len(rich) - 1, min(count, len(rich))).round().astype(int)]
+
+
+def _markdown(run: Pretraining, rows: list[dict], results: dict[str, RetrievalResult], pictures: bool) -> str:
+    train = [row for row in rows if row["kind"] == "train"]
+    held = [row for row in rows if row["kind"] == "val"]
+    lines = ["# Pre-training report", "", run._describe(), "", "## Losses", ""]
+    lines += ["| loss | first step | last logged step | held-out, last |", "|---|---|---|---|"]
+    for name in _LOSSES:
+        if train and name in train[0]:
+            last = f"{held[-1][name]:.3f}" if held else ""
+            lines.append(f"| {_TITLES[name]} | {train[0][name]:.3f} | {train[-1][name]:.3f} | {last} |")
+    lines += ["", "![losses](losses.png)", "", "## Retrieval, zero-shot", ""]
+    lines += [
+        "Recall in percent. Pictures with the same caption are all right answers to it, and each distinct caption is one",
+        "candidate. ITC ranks by the contrast of both encoders; ITM re-ranks its first "
+        f"{run.config.evaluation.rerank} by the fusion encoder. Chance is the expectation of a random order.",
+        "",
+        "| set | direction | method | " + " | ".join(f"R@{k}" for k in RECALL_AT) + " |",
+        "|---|---|---|" + "---|" * len(RECALL_AT),
+    ]
+    for name, result in results.items():
+        size = f"{name}, {result.images} pictures, {result.captions} captions"
+        for direction in ("image_to_text", "text_to_image"):
+            for method in ("itc", "itm", "chance"):
+                if f"{method}_{direction}_r1" in result.recalls:
+                    cells = " | ".join(f"{100 * result.recalls[f'{method}_{direction}_r{k}']:.1f}" for k in RECALL_AT)
+                    shown = method.upper() if method != "chance" else "chance"
+                    lines.append(f"| {size} | {direction.replace('_', ' ')} | {shown} | {cells} |")
+    if pictures:
+        lines += ["", "## Attention of words over held-out pictures", "", "![attention](attention.png)"]
+        lines += [
+            "",
+            "Last fusion layer, text to image, the largest over heads; the first map is that of the whole text.",
+        ]
+    if len(run.bad_pictures):
+        lines += ["", f"Undecodable pictures, skipped: {len(run.bad_pictures)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _shorten(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

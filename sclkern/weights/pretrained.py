@@ -1,0 +1,169 @@
+"""Our own directories, and models built on a text encoder (RoBERTa) and a vision encoder (CLIP) trained by others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from sclkern.errors import UserError
+from sclkern.models import SCLConfig, SCLModel
+from sclkern.objectives import ObjectiveConfig
+from sclkern.weights.encoders import Encoder, local_path, read_text_encoder, read_vision_encoder
+from sclkern.weights.files import read_json, read_tensors, write_atomically
+from sclkern.weights.loading import LoadReport, changed, fill, part_changes, part_of
+from sclkern.weights.names import gather
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def save_pretrained(model: SCLModel, path: str | Path) -> None:
+    """Write ``config.json`` and ``model.safetensors`` into the directory ``path``, each whole or not at all.
+
+    Raises:
+        UserError: the operating system refused.
+    """
+    path = Path(path).expanduser()
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(path / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+    write_atomically(path / CONFIG, model.config.save)
+
+
+def from_pretrained(
+    source: str | Path | tuple[str | Path, str | Path],
+    *,
+    strict: bool = True,
+    config: SCLConfig | None = None,
+    objectives: ObjectiveConfig | None = None,
+    **changes: Any,
+) -> SCLModel:
+    """A model in float32 on the CPU, in training mode, with a ``LoadReport`` as ``model.load_report``.
+
+    From a directory of ``save_pretrained``: that model. ``config`` or ``changes`` (fields of ``SCLConfig``; None means
+    as it is) may ask for another image size, frames or heads, with the rules of ``from_reference``.
+
+    From a pair (text, vision): those encoders, all else new. Sizes that the encoders have are theirs, also the image
+    size; the rest is as in ``SCLConfig()``, ``config`` or ``changes``. Of the vision blocks all but the last are kept,
+    as in the reference, unless ``vision_layers`` says otherwise. The text is a directory of Hugging Face's RoBERTa;
+    the vision a directory of Hugging Face's CLIP or of a timm CLIP ViT, or OpenAI's CLIP file; which, the tensors
+    tell. Each may be a name on the Hugging Face hub instead, the vision also "timm:NAME".
+
+    Args:
+        strict: whether a missing or unexpected tensor is an error; else it is in the report.
+
+    Raises:
+        UserError: a source cannot be read or downloaded, has an architecture that ``SCLModel`` cannot run or that is
+            not the config's, or, with ``strict``, lacks tensors or has unknown ones.
+    """
+    if isinstance(source, tuple | list):
+        if len(source) != 2:
+            raise UserError(f"source: got {len(source)} sources, expected a directory or a pair (text, vision)")
+        text, vision = read_text_encoder(source[0]), read_vision_encoder(source[1])
+        return _from_encoders(text, vision, strict, config, objectives, changes)
+    return _from_directory(local_path(source), strict, config, objectives, changes)
+
+
+def _from_directory(
+    path: Path,
+    strict: bool,
+    config: SCLConfig | None,
+    objectives: ObjectiveConfig | None,
+    changes: Mapping[str, Any],
+) -> SCLModel:
+    if path.is_file():
+        raise UserError(
+            f"{path}: is a file, expected a directory of save_pretrained (from_reference takes a published checkpoint)"
+        )
+    stored = _stored_config(path / CONFIG)
+    target = changed(config or stored, changes)
+    tensors = read_tensors(path)
+    model = SCLModel(target, objectives)
+    fresh_parts, dropped_parts = part_changes(stored, target)
+    parameters = model.state_dict().keys()
+    surplus = sorted(tensors.keys() - parameters)
+    return fill(
+        model,
+        tensors,
+        names={},
+        fresh={name for name in parameters if part_of(name) in fresh_parts},
+        report=LoadReport(
+            0,
+            unexpected=tuple(name for name in surplus if part_of(name) not in dropped_parts),
+            ignored=tuple(name for name in surplus if part_of(name) in dropped_parts),
+            dropped=tuple(sorted(dropped_parts)),
+        ),
+        where=str(path),
+        strict=strict,
+    )
+
+
+def _stored_config(file: Path) -> SCLConfig:
+    values = read_json(file)
+    if "model_type" in values or "architecture" in values:
+        raise UserError(
+            f"{file}: describes {values.get('model_type') or values.get('architecture')!r}, expected a directory of "
+            "save_pretrained; RoBERTa and CLIP weights go in as a pair (text, vision)"
+        )
+    try:
+        return SCLConfig.from_dict(values)
+    except (UserError, TypeError) as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def _from_encoders(
+    text: Encoder,
+    vision: Encoder,
+    strict: bool,
+    config: SCLConfig | None,
+    objectives: ObjectiveConfig | None,
+    changes: Mapping[str, Any],
+) -> SCLModel:
+    for key in ("width", "mlp_ratio"):
+        if text.sizes[key] != vision.sizes[key]:
+            raise UserError(
+                f"{key}: {text.where} has {text.sizes[key]}, {vision.where} has {vision.sizes[key]}; "
+                "expected the same, take encoders of one size"
+            )
+    sizes = {**vision.sizes, **text.sizes}
+    if config is None:
+        # As the reference: a block less than CLIP has.
+        layers = {"text_layers": text.layers, "vision_layers": max(vision.layers - 1, 0)}
+        config = SCLConfig.from_dict({**vision.defaults, **text.defaults, **sizes, **layers})
+    config = changed(config, changes)
+    for encoder, stream in ((text, "text"), (vision, "vision")):
+        for key, value in encoder.sizes.items():
+            if getattr(config, key) != value:
+                raise UserError(
+                    f"{encoder.where}: its {key} is {value!r}, but the config says {getattr(config, key)!r}"
+                )
+        if getattr(config, f"{stream}_layers") > encoder.layers:
+            raise UserError(
+                f"{stream}_layers: got {getattr(config, f'{stream}_layers')}, expected at most {encoder.layers}, "
+                f"the blocks of {encoder.where}"
+            )
+
+    model = SCLModel(config, objectives)
+    parameters = model.state_dict().keys()
+    found, names, unexpected, ignored, dropped = {}, {}, [], [], []
+    for encoder, stream, keep in (
+        (text, "text", config.text_layers),
+        (vision, "vision", config.vision_layers),
+    ):
+        gathered = gather(encoder.names, encoder.tensors, encoder.where)
+        found |= gathered.found
+        names |= gathered.names
+        unexpected += [key for key in gathered.unused if not encoder.ignored.match(key)]
+        ignored += [key for key in gathered.unused if encoder.ignored.match(key)]
+        ignored += [key for name in gathered.found if name not in parameters for key in gathered.names[name]]
+        dropped += [f"{stream} block {i + 1} of {encoder.layers}" for i in range(keep, encoder.layers)]
+    return fill(
+        model,
+        found,
+        names=names,
+        fresh={name for name in parameters if part_of(name) is not None or not name.startswith(("text.", "vision."))},
+        report=LoadReport(0, unexpected=tuple(unexpected), ignored=tuple(ignored), dropped=tuple(dropped)),
+        where=f"({text.where}, {vision.where})",
+        strict=strict,
+    )

@@ -1,0 +1,61 @@
+"""What the tests share: a seed, a tiny model, a batch for it."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+
+from sclkern import SCLConfig, SCLModel
+
+# The same examples on every run, however slow the machine is.
+hypothesis.settings.register_profile("sclkern", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.load_profile("sclkern")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def build_model(objectives=None, *, dtype=torch.float64, seed=1, **changes):
+    torch.manual_seed(seed)
+    model = SCLModel(SCLConfig.preset("tiny").replace(**changes), objectives)
+    # Away from the initial zeros, ones and small weights, which hide a mix-up of biases, norms and tokens.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model.to(dtype).eval()
+
+
+def build_batch(rows=4, *, frames=None, lengths=None, width=None, false_image=False, dtype=torch.float64, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor(lengths or [(10, 7, 12, 5, 3, 9)[i % 6] for i in range(rows)])
+    width = width or int(lengths.max())
+    column = torch.arange(width)
+    ids = torch.randint(3, 119, (rows, width), generator=generator)
+    ids[:, 0] = 0
+    ids[torch.arange(rows), lengths - 1] = 2
+    mask = column < lengths[:, None]
+    shape = (rows, 3, 32, 32) if frames is None else (rows, frames, 3, 32, 32)
+    batch = {
+        "image": torch.randn(shape, generator=generator, dtype=dtype),
+        "text_ids": ids.masked_fill(~mask, 1),
+        "text_mask": mask,
+    }
+    if false_image:
+        batch["false_image"] = torch.randn(shape, generator=generator, dtype=dtype)
+    return batch
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """(objectives, dtype=, seed=, **config) -> the tiny model in eval mode, float64, with weights of some size."""
+    return build_model
+
+
+@pytest.fixture(scope="session")
+def make_batch():
+    """(rows, frames=, lengths=, width=, false_image=, dtype=, seed=) -> a batch for the tiny model."""
+    return build_batch

@@ -1,0 +1,310 @@
+from __future__ import annotations
+
+import io
+import logging
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from sclkern.data.arrow import PairTable, write_pairs
+from sclkern.data.loader import BadPictures, Batch, PairDataset, PairLoader
+from sclkern.data.tokenizer import CaptionTokenizer
+from sclkern.data.transforms import build_transform, denormalize
+from sclkern.errors import UserError
+
+TOKENIZER = CaptionTokenizer.from_pretrained("demo")
+
+
+def picture(number: int, size: tuple[int, int] = (20, 20)) -> bytes:
+    """A picture of one colour that tells its number."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (number, 255 - number, 7)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def number_of(images: torch.Tensor) -> list[int]:
+    return (denormalize(images)[..., 0, 4, 4] * 255).round().int().tolist()
+
+
+Make = Callable[..., PairDataset]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A dataset of 30 pictures with two captions each: pairs 2 i and 2 i + 1 belong to picture i."""
+
+    def build(
+        images: int = 30,
+        replaced: dict[int, bytes] | None = None,
+        transform: str = "clip_test",
+        **options: Any,
+    ) -> PairDataset:
+        rows = [
+            {
+                "image": (replaced or {}).get(i, picture(i)),
+                "caption": [f"number {i}", f"the number {i}, a colour"],
+            }
+            for i in range(images)
+        ]
+        write_pairs(tmp_path / "t.arrow", rows, batch_rows=7)
+        table = PairTable(tmp_path, ["t"])
+        defaults = {"max_text_len": 20, "min_size": 8, "seed": 3}
+        return PairDataset(table, TOKENIZER, build_transform(transform, 8), **{**defaults, **options})
+
+    return build
+
+
+def assert_equal(first: list[Batch], second: list[Batch]) -> None:
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            assert torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key], key
+
+
+def demo_dataset(**options: Any) -> PairDataset:
+    defaults = {"max_text_len": 50, "min_size": 16, "seed": 0, "false_image": True}
+    table = PairTable("demo", ["pairs"], "val")
+    return PairDataset(table, TOKENIZER, build_transform("clip_randaug", 32), **{**defaults, **options})
+
+
+def test_batch_layout(make: Make) -> None:
+    dataset = make(false_image=True)
+    loader = PairLoader(dataset, batch_size=8, shuffle=True, seed=0)
+    batches = list(loader.epoch(0))
+    assert len(batches) == len(loader) == 7
+    for batch in batches:
+        assert batch.keys() == {"image", "text_ids", "text_mask", "pair", "undecodable", "false_image"}
+        assert batch["image"].shape == batch["false_image"].shape == (8, 3, 8, 8)
+        assert batch["image"].dtype == batch["false_image"].dtype == torch.float32
+        assert batch["text_ids"].dtype == batch["pair"].dtype == torch.int64
+        assert batch["pair"].shape == (8,) and batch["undecodable"] == []
+        captions = [dataset.table.caption(pair) for pair in batch["pair"].tolist()]
+        ids, mask = TOKENIZER(captions, 20)
+        assert torch.equal(batch["text_ids"], ids) and torch.equal(batch["text_mask"], mask)
+        assert number_of(batch["image"]) == dataset.table.pair_image[batch["pair"]].tolist()
+
+
+def test_fixed_length(make: Make) -> None:
+    loader = PairLoader(make(), batch_size=8, shuffle=True, seed=0, pad_to_max=True)
+    assert {batch["text_ids"].shape for batch in loader.epoch(0)} == {(8, 20)}
+
+
+def test_number_of_workers_does_not_matter() -> None:
+    options: dict[str, Any] = {"batch_size": 32, "shuffle": True, "seed": 5}
+    here = list(PairLoader(demo_dataset(), **options).epoch(1))
+    workers = list(PairLoader(demo_dataset(), **options, num_workers=2).epoch(1))
+    assert_equal(here, workers)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resumption_gives_the_same_batches(num_workers: int) -> None:
+    loader = PairLoader(demo_dataset(), batch_size=32, shuffle=True, seed=5, num_workers=num_workers)
+    whole = list(loader.epoch(2))
+    torch.manual_seed(99)
+    assert_equal(whole[3:], list(loader.epoch(2, start=3)))
+    assert list(loader.epoch(2, start=len(loader))) == []
+
+
+def test_resumption_does_not_decode_what_was_seen(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = make()
+    asked: list[tuple[int, int]] = []
+    original = PairDataset.__getitem__
+    monkeypatch.setattr(PairDataset, "__getitem__", lambda self, index: asked.append(index) or original(self, index))
+    loader = PairLoader(dataset, batch_size=20, shuffle=False, seed=0)
+    next(loader.epoch(4, start=2))
+    assert asked == [(4, pair) for pair in range(40, 60)]
+
+
+def test_samples_depend_on_seed_epoch_and_pair_alone() -> None:
+    dataset = demo_dataset()
+    first = dataset[(3, 11)]
+    torch.manual_seed(1)
+    for index in ((3, 11), (4, 11), (3, 12)):
+        same = torch.equal(first["image"], dataset[index]["image"])
+        assert same == (index == (3, 11))
+    assert not torch.equal(first["image"], demo_dataset(seed=1)[(3, 11)]["image"])
+    assert torch.equal(first["image"], demo_dataset(false_image=False)[(3, 11)]["image"])
+    copy = pickle.loads(pickle.dumps(dataset))[(3, 11)]
+    assert torch.equal(first["image"], copy["image"]) and torch.equal(first["false_image"], copy["false_image"])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_global_generators_are_left_alone(make: Make, monkeypatch: pytest.MonkeyPatch, num_workers: int) -> None:
+    loader = PairLoader(make(transform="clip"), batch_size=8, shuffle=True, seed=0, num_workers=num_workers)
+    monkeypatch.setattr(torch, "manual_seed", None if num_workers == 0 else torch.manual_seed)
+    before = torch.get_rng_state()
+    assert len(list(loader.epoch(0))) == 7
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_order_changes_with_seed_and_epoch(make: Make) -> None:
+    dataset = make()
+
+    def order(seed: int, epoch: int, shuffle: bool = True) -> list[int]:
+        loader = PairLoader(dataset, batch_size=60, shuffle=shuffle, seed=seed)
+        return next(loader.epoch(epoch))["pair"].tolist()
+
+    orders = [order(0, 0), order(0, 1), order(1, 0)]
+    assert orders[0] == order(0, 0)
+    assert all(sorted(pairs) == list(range(60)) for pairs in orders)
+    assert len(set(map(tuple, orders))) == 3
+    assert order(0, 0, shuffle=False) == order(1, 5, shuffle=False) == list(range(60))
+
+
+def test_ranks_share_out_the_epoch(make: Make) -> None:
+    dataset = make(images=10)
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.integers(1, 6), st.integers(1, 5), st.booleans(), st.booleans())
+    def check(batch_size: int, world_size: int, shuffle: bool, drop_last: bool) -> None:
+        if drop_last and batch_size * world_size > 20:
+            return
+        ranks = []
+        for rank in range(world_size):
+            loader = PairLoader(
+                dataset,
+                batch_size=batch_size,
+                shuffle=shuffle,
+                seed=1,
+                rank=rank,
+                world_size=world_size,
+                drop_last=drop_last,
+            )
+            ranks.append([batch["pair"].tolist() for batch in loader.epoch(0)])
+            assert len(loader) == len(ranks[-1])
+        seen = sorted(pair for batches in ranks for batch in batches for pair in batch)
+        assert len(seen) == len(set(seen))
+        if drop_last:
+            assert len({len(batches) for batches in ranks}) == 1
+            assert all(len(batch) == batch_size for batches in ranks for batch in batches)
+            assert len(seen) == 20 // (batch_size * world_size) * batch_size * world_size
+        else:
+            assert seen == list(range(20))
+
+    check()
+
+
+def test_global_batches_do_not_depend_on_the_number_of_ranks(make: Make) -> None:
+    dataset = make()
+    one = PairLoader(dataset, batch_size=8, shuffle=True, seed=1)
+    two = [PairLoader(dataset, batch_size=4, shuffle=True, seed=1, rank=r, world_size=2) for r in range(2)]
+    for whole, left, right in zip(one.epoch(0), two[0].epoch(0), two[1].epoch(0), strict=True):
+        assert set(whole["pair"].tolist()) == {*left["pair"].tolist(), *right["pair"].tolist()}
+
+
+@pytest.mark.parametrize("images", [2, 5])
+def test_false_image_is_another_picture(make: Make, images: int) -> None:
+    dataset = make(images=images, false_image=True)
+    drawn = set()
+    for epoch in range(40):
+        for pair in range(2 * images):
+            sample = dataset[(epoch, pair)]
+            (false,) = number_of(sample["false_image"][None])
+            assert false != pair // 2
+            drawn.add((pair // 2, false))
+    assert len(drawn) == images * (images - 1)
+
+
+def test_false_image_of_one_picture(make: Make) -> None:
+    with pytest.raises(UserError, match="the table has 1 picture"):
+        make(images=1, false_image=True)
+
+
+def test_undecodable_pictures_are_skipped_and_named(make: Make) -> None:
+    dataset = make(replaced={4: b"", 5: picture(5)[:40], 29: b"<html>"})
+    for pair in (8, 9, 10, 11):
+        sample = dataset[(0, pair)]
+        assert sample["pair"] == 12 and sample["caption"] == "number 6" and number_of(sample["image"][None]) == [6]
+        assert sample["undecodable"] == ["t.arrow row 4", "t.arrow row 5"][pair // 10 :]
+    wrapped = dataset[(0, 59)]
+    assert wrapped["pair"] == 0 and wrapped["undecodable"] == ["t.arrow row 29"]
+
+    for num_workers in (0, 2):
+        loader = PairLoader(dataset, batch_size=30, shuffle=False, seed=0, num_workers=num_workers)
+        first, second = loader.epoch(0)
+        assert set(first["undecodable"]) == {"t.arrow row 4", "t.arrow row 5"}
+        assert first["pair"][8:12].tolist() == [12] * 4
+        assert set(second["undecodable"]) == {"t.arrow row 29"}
+
+
+def test_undecodable_false_image(make: Make) -> None:
+    dataset = make(images=3, replaced={1: b""}, false_image=True)
+    names = set()
+    for epoch in range(20):
+        sample = dataset[(epoch, 0)]
+        assert number_of(sample["image"][None]) == [0] and number_of(sample["false_image"][None]) == [2]
+        names.update(sample["undecodable"])
+    assert names == {"t.arrow row 1"}
+
+
+def one_line(loader: PairLoader) -> str:
+    with pytest.raises(UserError) as caught:
+        list(loader.epoch(0))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_errors_of_workers_stay_one_line(make: Make, num_workers: int) -> None:
+    options: dict[str, Any] = {"batch_size": 8, "shuffle": False, "seed": 0, "num_workers": num_workers}
+    small = make(replaced={9: picture(9, (20, 7))})
+    assert one_line(PairLoader(small, **options)) == (
+        "t.arrow row 9: the picture is 20 x 7 pixels, smaller than a patch (8); remove or enlarge it"
+    )
+    assert "max_length is 2" in one_line(PairLoader(make(max_text_len=2), **options))
+
+
+@pytest.mark.parametrize(("images", "counted"), [(3, 3), (150, 100)])
+def test_nothing_can_be_decoded(make: Make, images: int, counted: int) -> None:
+    dataset = make(images=images, replaced=dict.fromkeys(range(images), b"a\nb"))
+    message = one_line(PairLoader(dataset, batch_size=1, shuffle=False, seed=0))
+    assert message.startswith(f"{counted} pictures in a row cannot be decoded, the first is t.arrow row 0 (")
+
+
+def test_batch_larger_than_the_data(make: Make) -> None:
+    dataset = make()
+    with pytest.raises(UserError, match=r"a batch of 31 pairs on 2 rank\(s\) needs 62 pairs, the data have 60"):
+        PairLoader(dataset, batch_size=31, shuffle=True, seed=0, world_size=2)
+    loader = PairLoader(dataset, batch_size=100, shuffle=True, seed=0, drop_last=False)
+    assert [len(batch["pair"]) for batch in loader.epoch(0)] == [60]
+
+
+@pytest.mark.parametrize("start", [-1, 8])
+def test_start_past_the_end(make: Make, start: int) -> None:
+    loader = PairLoader(make(), batch_size=8, shuffle=True, seed=0)
+    with pytest.raises(UserError, match=f"epoch 0 has 7 batches, it cannot start at batch {start}"):
+        loader.epoch(0, start=start)
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"rank": 1}, {"rank": -1}, {"world_size": 0}])
+def test_wrong_arguments(make: Make, wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="expected batch_size >= 1 and 0 <= rank < world_size"):
+        PairLoader(make(), **{"batch_size": 8, "shuffle": True, "seed": 0, **wrong})
+
+
+def test_one_percent_of_bad_pictures(caplog: pytest.LogCaptureFixture) -> None:
+    bad = BadPictures(1000)
+    with caplog.at_level(logging.WARNING, "sclkern.data"):
+        for _ in range(3):
+            bad.add(["t.arrow row 0", "t.arrow row 0"])
+        bad.add(f"t.arrow row {row}" for row in range(10))
+    assert len(bad) == 10
+    assert [record.getMessage().rsplit(" ", 1)[1] for record in caplog.records] == [str(row) for row in range(10)]
+
+    again = BadPictures(1000)
+    again.load_state_dict(bad.state_dict())
+    for counter in (bad, again):
+        counter.add(["t.arrow row 3"])
+        with pytest.raises(UserError) as caught:
+            counter.add(["t.arrow row 11"])
+        assert str(caught.value).startswith("11 of 1000 pictures cannot be decoded, expected 1 % at most; the first")
+        assert "is t.arrow row 0;" in str(caught.value) and "\n" not in str(caught.value)
+    assert bad.state_dict() == again.state_dict()

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sclkern.data.transforms import CLIP_MEAN, CLIP_STD, build_transform, decode_image, denormalize
+from sclkern.errors import UserError
+
+NAMES = ["clip", "clip_randaug", "clip_test"]
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def gradient(width: int, height: int) -> Image.Image:
+    x = np.linspace(0, 255, width).astype(np.uint8)
+    return Image.fromarray(np.stack([np.broadcast_to(x, (height, width))] * 3, axis=-1).copy())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(64, 64), (90, 31), (17, 120)])
+def test_output(name: str, shape: tuple[int, int]) -> None:
+    image = build_transform(name, 48)(gradient(*shape))
+    assert type(image) is torch.Tensor
+    assert image.shape == (3, 48, 48) and image.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["clip", "clip_test"])
+def test_normalisation(name: str) -> None:
+    colour = (255, 0, 102)
+    image = build_transform(name, 8)(Image.new("RGB", (20, 20), colour))
+    expected = [(c / 255 - m) / s for c, m, s in zip(colour, CLIP_MEAN, CLIP_STD, strict=True)]
+    torch.testing.assert_close(image, torch.tensor(expected).view(3, 1, 1).expand(3, 8, 8))
+    restored = denormalize(image[None])
+    torch.testing.assert_close(restored[0, :, 0, 0], torch.tensor(colour) / 255)
+    assert denormalize(torch.tensor([9.0, -9.0, 0.0]).view(3, 1, 1)).aminmax() == (0.0, 1.0)
+
+
+def test_clip_test_keeps_everything_but_the_aspect_ratio() -> None:
+    transform = build_transform("clip_test", 32)
+    image = transform(gradient(96, 24))
+    assert torch.equal(image, transform(gradient(96, 24)))
+    values = denormalize(image)[0]
+    assert values[:, 0].max() < 0.05 and values[:, -1].min() > 0.95
+
+
+def ends(name: str) -> tuple[float, float]:
+    """Least and largest grey of the left edge of a left-to-right gradient over many draws."""
+    torch.manual_seed(0)
+    transform = build_transform(name, 16)
+    left = torch.stack([denormalize(transform(gradient(64, 64)))[0, 8, 0] for _ in range(200)])
+    return float(left.min()), float(left.max())
+
+
+def test_clip_crops_at_most_a_fifth_and_flips() -> None:
+    least, largest = ends("clip")
+    assert least < 0.05 and largest > 0.95
+    torch.manual_seed(0)
+    transform = build_transform("clip", 16)
+    for _ in range(200):
+        row = denormalize(transform(gradient(64, 64)))[0, 8]
+        # A crop of 80 % of the area is at least 0.8 * (3 / 4) wide.
+        assert (row[-1] - row[0]).abs() > 0.5
+
+
+def test_clip_randaug_augments_and_does_not_flip() -> None:
+    torch.manual_seed(0)
+    transform = build_transform("clip_randaug", 16)
+    rows = torch.stack([denormalize(transform(gradient(64, 64))) for _ in range(200)])
+    # Solarize inverts the bright end only, so no draw but a flip makes the left end the brightest.
+    assert (rows[:, 0, 8, 3] < 0.6).all()
+    assert (rows[:, :, 0, 0].amax(1) < 1e-3).any() and rows.flatten(1).unique(dim=0).shape[0] > 100
+
+
+@pytest.mark.parametrize("name", ["clip", "clip_randaug"])
+def test_random_through_the_default_generator_alone(name: str) -> None:
+    transform = build_transform(name, 16)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(torch.stack([transform(gradient(64, 64)) for _ in range(4)]))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_unknown_name_and_size() -> None:
+    with pytest.raises(UserError, match="'clip_train' is unknown, expected one of clip, clip_randaug, clip_test"):
+        build_transform("clip_train", 224)
+    with pytest.raises(UserError, match="size is 0"):
+        build_transform("clip", 0)
+
+
+def test_transparency_is_laid_on_white() -> None:
+    rgba = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    rgba.putpixel((1, 1), (255, 0, 0, 255))
+    rgba.putpixel((2, 2), (0, 0, 0, 128))
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([9, 9, 9, 255, 0, 0, 127, 127, 127])
+    palette.putpixel((1, 1), 1)
+    palette.putpixel((2, 2), 2)
+    for data in (
+        encode(rgba),
+        encode(rgba, "WEBP", lossless=True, exact=True),
+        encode(palette, transparency=0),
+    ):
+        image = decode_image(data)
+        assert image.mode == "RGB"
+        assert image.getpixel((0, 0)) == (255, 255, 255) and image.getpixel((1, 1)) == (255, 0, 0)
+        assert image.getpixel((2, 2)) == (127, 127, 127)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "CMYK"])
+def test_modes(mode: str) -> None:
+    image = decode_image(encode(gradient(8, 8).convert(mode), "TIFF" if mode == "CMYK" else "PNG"))
+    assert image.mode == "RGB" and image.getpixel((0, 0)) == (0, 0, 0) and image.getpixel((7, 0)) == (255, 255, 255)
+
+
+def test_sixteen_bit_grey() -> None:
+    values = np.array([[0, 128 << 8, 255 << 8]], dtype=np.uint16)
+    assert np.asarray(decode_image(encode(Image.fromarray(values))))[0, :, 1].tolist() == [0, 128, 255]
+
+
+def test_exif_orientation() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = decode_image(encode(gradient(32, 16), "JPEG", exif=exif))
+    assert image.size == (16, 32)
+    assert image.getpixel((8, 0))[0] < 20 and image.getpixel((8, 31))[0] > 235
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_broken_files(kind: str) -> None:
+    data = encode(Image.effect_noise((64, 64), 99).convert("RGB"), kind)
+    assert decode_image(memoryview(data)).size == (64, 64)
+    for broken in (data[: len(data) // 2], data[:10], b"", b"<html>404</html>"):
+        with pytest.raises(ValueError, match="cannot be decoded"):
+            decode_image(broken)
+
+
+@pytest.mark.parametrize("limit", [150, 100])
+def test_decompression_bomb(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    data = encode(Image.new("RGB", (16, 16)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(ValueError, match="decompression bomb"):
+        decode_image(data)

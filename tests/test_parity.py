@@ -1,0 +1,74 @@
+"""The reference's recorded numbers, through the command a user runs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sclkern.cli import main
+from sclkern.parity import compute, run_parity
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.mark.parametrize("case", ["image", "video"])
+def test_every_recorded_number_holds(case, capsys):
+    assert main(["parity", str(GOLDEN / f"{case}.safetensors"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    recorded = load_file(GOLDEN / f"{case}.safetensors")
+    norms = json.loads((GOLDEN / f"{case}.json").read_text())["grad_norms_scl_step"]
+    expected = {name for name in recorded if name.startswith(("out.", "loss.", "grad."))} | {f"norm.{n}" for n in norms}
+    assert {row["name"] for row in report["comparisons"]} == expected
+
+
+@pytest.mark.parametrize("case", ["image", "video"])
+def test_only_weights_and_inputs_are_read(case):
+    recorded = load_file(GOLDEN / f"{case}.safetensors")
+    weights = {k[2:]: v for k, v in recorded.items() if k.startswith("w.")}
+    given = {k[3:]: v for k, v in recorded.items() if k.startswith("in.")}
+    computed = compute(weights, given)
+    name = "loss.scl_step_total"
+    torch.testing.assert_close(computed[name].detach(), recorded[name][0], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("prefix", ["out.complete.text_feats", "loss.mlm_loss", "grad.scl_step"])
+def test_a_changed_record_fails(tmp_path, prefix, capsys):
+    tensors = load_file(GOLDEN / "image.safetensors")
+    name = next(n for n in tensors if n.startswith(prefix))
+    tensors[name] = tensors[name] + 0.01
+    save_file(tensors, tmp_path / "case.safetensors")
+    assert main(["parity", str(tmp_path / "case.safetensors")]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("NO")]
+    assert [line.split()[1] for line in failed] == [name]
+
+
+def test_a_changed_weight_fails(tmp_path):
+    tensors = load_file(GOLDEN / "video.safetensors")
+    tensors["w.cross_modal_text_layers.0.attention.self.query.weight"][0, 0] += 1
+    save_file(tensors, tmp_path / "case.safetensors")
+    assert not all(row.ok for row in run_parity(tmp_path / "case.safetensors"))
+
+
+def test_a_wrong_gradient_norm_fails(tmp_path):
+    shutil.copy(GOLDEN / "image.safetensors", tmp_path / "case.safetensors")
+    norms = json.loads((GOLDEN / "image.json").read_text())
+    norms["grad_norms_scl_step"]["cl_temp"] *= 1.01
+    (tmp_path / "case.json").write_text(json.dumps(norms))
+    assert [r.name for r in run_parity(tmp_path / "case.safetensors") if not r.ok] == ["norm.cl_temp"]
+
+
+def test_padding_is_not_compared(tmp_path):
+    tensors = load_file(GOLDEN / "image.safetensors")
+    tensors["out.complete.text_feats"][tensors["in.text_mask"] == 0] = 1e6
+    save_file(tensors, tmp_path / "case.safetensors")
+    assert all(row.ok for row in run_parity(tmp_path / "case.safetensors"))
+
+
+def test_a_file_without_a_case_is_a_user_error(tmp_path, capsys):
+    save_file({"x": torch.zeros(1)}, tmp_path / "case.safetensors")
+    assert main(["parity", str(tmp_path / "case.safetensors")]) == 2
+    error = capsys.readouterr().err
+    assert "case.safetensors" in error and "'w.'" in error and len(error.strip().splitlines()) == 1

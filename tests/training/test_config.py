@@ -1,0 +1,64 @@
+import pytest
+import yaml
+
+from sclkern.errors import UserError
+from sclkern.models import SCLConfig
+from sclkern.training.config import build_config, load_config, resume_difference
+
+
+def write(tmp_path, values):
+    path = tmp_path / "config.yaml"
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.parametrize("name", ["demo", "pretrain_base", "reference"])
+def test_shipped_configs_load_and_survive_a_round_trip(name, pytestconfig):
+    config = load_config(pytestconfig.rootpath / "configs" / f"{name}.yaml")
+    assert build_config(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+def test_overrides_win_over_the_file_and_the_preset(tmp_path):
+    path = write(tmp_path, {"model": {"preset": "tiny", "width": 128}, "run": {"max_steps": 5}})
+    config = load_config(path, ["model.width=192", "run.seed=7", "data.train_split=null", "optimizer.betas=[0.8, 0.9]"])
+    assert config.model == SCLConfig.preset("tiny").replace(width=192)
+    assert (config.run.max_steps, config.run.seed) == (5, 7)
+    assert config.data.train_split is None and config.optimizer.betas == (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("values", "overrides", "message"),
+    [
+        ({"run": {"max_stps": 5}}, [], r"unknown key 'run\.max_stps'; did you mean 'run\.max_steps'\?"),
+        ({"objective": {}}, [], r"unknown key 'objective'; did you mean 'objectives'\?"),
+        ({}, ["run.qqqqq=1"], r"unknown key 'run\.qqqqq'; known: "),
+        ({"model": {"preset": "tiny", "width": 100}}, [], r"model\.width: got 100, expected a positive multiple of 64"),
+        ({"model": {"preset": "huge"}}, [], r"preset: got 'huge', expected one of tiny"),
+        ({"run": {"max_steps": "many"}}, [], r"run\.max_steps: got 'many'; .*integer"),
+        ({"run": {"batch_size": 0}}, [], r"run\.batch_size: got 0, expected 1 or more"),
+        ({"objectives": {"recipe": "clip"}}, [], r"objectives\.recipe: got 'clip'; "),
+        ({"objectives": {"mlm_ratio": 1.5}}, [], r"objectives\.mlm_ratio: got 1\.5, expected 0 <= ratio < 1"),
+        ({"weights": {"text": "roberta"}}, [], r"weights\.text, vision: got 'roberta' and None, expected both"),
+        ({"run": 3}, [], r"run: got 3, expected a section"),
+        ("- 1\n- 2\n", [], r"got a list, expected sections"),
+        ("run: {", [], r"not YAML"),
+        ({}, ["max_steps=3"], r"override 'max_steps=3': expected section\.key=value"),
+        ({}, ["run.max_steps"], r"override 'run\.max_steps': expected section\.key=value"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path, values, overrides, message):
+    with pytest.raises(UserError, match=message) as raised:
+        load_config(write(tmp_path, values), overrides)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"config .*nowhere\.yaml: No such file"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_resuming_may_change_how_often_but_not_what():
+    saved = build_config({}).to_dict()
+    assert resume_difference(saved, build_config({"run": {"log_every": 3, "device": "cpu"}}).to_dict()) is None
+    changed = build_config({"optimizer": {"learning_rate": 1e-3}}).to_dict()
+    assert resume_difference(saved, changed) == "optimizer.learning_rate was 2e-05 and is now 0.001"
