@@ -37,5 +37,6 @@ setup(
         "matplotlib",
         "tqdm",
     ],
-    extras_require={"test": ["pytest", "pytest-benchmark", "hypothesis", "ruff"]},
+    # kernels: Hugging Face's, to prove that our folder of that name does not get in its way.
+    extras_require={"test": ["pytest", "pytest-benchmark", "hypothesis", "kernels", "ruff"]},
 )

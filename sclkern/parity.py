@@ -45,7 +45,7 @@ class Comparison:
         return self.error <= self.tolerance  # False for NaN
 
 
-def run_parity(path: str | Path) -> list[Comparison]:
+def run_parity(path: str | Path, device: str = "cpu") -> list[Comparison]:
     """Compare every ``out.``, ``loss.`` and ``grad.`` of a golden file, and every gradient norm of its JSON.
 
     Raises:
@@ -61,7 +61,7 @@ def run_parity(path: str | Path) -> list[Comparison]:
     for group in ("w", "in", "loss"):
         if not groups[group]:
             raise UserError(f"{path}: no tensor begins with '{group}.', expected a golden case with w., in. and loss.")
-    computed = compute(groups["w"], groups["in"])
+    computed = compute(groups["w"], groups["in"], device)
     rows = []
     for group in ("out", "loss", "grad"):
         for name, recorded in groups[group].items():
@@ -79,7 +79,7 @@ def run_parity(path: str | Path) -> list[Comparison]:
 
 
 def _compare(name: str, value: Tensor, recorded: Tensor, given: Mapping[str, Tensor]) -> Comparison:
-    value, recorded = value.detach().float(), recorded.float()
+    value, recorded = value.detach().float().cpu(), recorded.float()
     if value.numel() != recorded.numel():
         raise UserError(f"{name}: computed shape {tuple(value.shape)}, the file has {tuple(recorded.shape)}")
     difference = (value.reshape(recorded.shape) - recorded).abs()
@@ -91,9 +91,10 @@ def _compare(name: str, value: Tensor, recorded: Tensor, given: Mapping[str, Ten
     return Comparison(name, difference.max().item(), tolerance)
 
 
-def compute(weights: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def compute(weights: Mapping[str, Tensor], given: Mapping[str, Tensor], device: str = "cpu") -> dict[str, Tensor]:
     """Every output, loss and gradient of a golden case, under the names of the file."""
-    model = from_reference(weights).eval()
+    model = from_reference(weights).eval().to(device)
+    given = {name: tensor.to(device) for name, tensor in given.items()}
     model.objectives = ObjectiveConfig.reference("glscl" if "patch_token_mask" in given else "scl")
     # The published code's frame norm is recorded apart, "for the record"; the case's own loss is over features.
     model.objectives = _with(model.objectives, frame_norm="features")
@@ -150,6 +151,7 @@ def _named_outputs(
 
 def _masks(given: Mapping[str, Tensor]) -> StepMasks:
     rows, length = given["text_ids"].shape
+    zeros = given["text_ids"].new_zeros(rows)
     return StepMasks(
         keep=given["keep_ids"],
         replace=given.get("patch_token_mask"),
@@ -157,8 +159,8 @@ def _masks(given: Mapping[str, Tensor]) -> StepMasks:
         completion=MaskedText(given["text_ids_scl"], given["text_ids_scl"].ne(given["text_ids"])),
         mlm_capacity=length,
         completion_capacity=length,
-        itm_labels=given.get("itm_labels", torch.ones(rows, dtype=torch.int64)),
-        itm_keys=torch.zeros(rows, dtype=torch.int64),
+        itm_labels=given.get("itm_labels", zeros + 1),
+        itm_keys=zeros,
     )
 
 
@@ -198,7 +200,7 @@ def _image_case(model: SCLModel, given: Mapping[str, Tensor]) -> dict[str, Tenso
         second = model.fuse(text, mask, model.encode_image(given["false_image"]), image_type=2)
         logits = model.nlvr2_head(torch.cat([pooled, model.pool(second)], dim=-1))
         out["out.nlvr2_logits"] = logits
-        out["loss.nlvr2_loss"] = L.visual_reasoning(logits, torch.arange(len(logits)) % 2)
+        out["loss.nlvr2_loss"] = L.visual_reasoning(logits, torch.arange(len(logits), device=logits.device) % 2)
     return out
 
 

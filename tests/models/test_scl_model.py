@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sclkern import ObjectiveConfig, SCLConfig, SCLModel
+from sclkern.models.config import HEADS
+
+PICTURES = [pytest.param(None, id="images"), pytest.param(3, id="clips")]
+
+
+def fused(model, batch, **options):
+    text = model.encode_text(batch["text_ids"], batch["text_mask"])
+    return model.fuse(text, batch["text_mask"], model.encode_image(batch["image"]), **options)
+
+
+def build(make_model, make_batch, frames=None, **options):
+    return make_model(max_frames=frames or 0, **options), make_batch(frames=frames)
+
+
+# -- dropout -----------------------------------------------------------------------------------------------------------
+
+
+def test_eval_mode_drops_nothing(make_model, make_batch):
+    model, batch = build(make_model, make_batch, dropout=0.5)
+    assert torch.equal(fused(model, batch).text, fused(model, batch).text)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("stream", ["encode_text", "text", "image"])
+def test_training_mode_drops_in_the_text_encoder_and_both_fusion_streams(make_model, make_batch, stream, backend):
+    model, batch = build(make_model, make_batch, dropout=0.5)
+    model.set_attention_backend(backend).train()
+    text, mask = model.encode_text(batch["text_ids"], batch["text_mask"]), batch["text_mask"]
+    image = model.encode_image(batch["image"])
+
+    def once():
+        if stream == "encode_text":
+            return model.encode_text(batch["text_ids"], mask)
+        return model.fuse(text, mask, image).text if stream == "text" else model.fuse(text, mask, image).image.tokens
+
+    assert not torch.equal(once(), once())
+
+
+def test_dropout_stands_where_the_published_model_has_it(make_model, make_batch, monkeypatch):
+    model, batch = build(make_model, make_batch, dropout=0.1)
+    model.set_attention_backend("eager").train()
+    shapes = []
+    plain = F.dropout
+
+    def counted(x, p=0.5, training=True, inplace=False):
+        if training and p:
+            assert p == 0.1
+            shapes.append(tuple(x.shape))
+        return plain(x, p, training, inplace)
+
+    monkeypatch.setattr(F, "dropout", counted)
+    text, mask = model.encode_text(batch["text_ids"], batch["text_mask"]), batch["text_mask"]
+    # Embeddings; in each of two layers the probabilities, the attention's output and the feed-forward's.
+    states, maps = (4, 12, 64), (4, 1, 12, 12)
+    assert shapes == [states, *[maps, states, states] * 2]
+    shapes.clear()
+    image = model.encode_image(batch["image"])
+    assert shapes == []
+    model.fuse(text, mask, image)
+    picture = (4, 17, 64)
+    text_layer = [maps, states, (4, 1, 12, 17), states, states]
+    image_layer = [(4, 1, 17, 17), picture, (4, 1, 17, 12), picture, picture]
+    assert shapes == [*text_layer, *image_layer] * 2
+
+
+# -- attention probabilities -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frames", PICTURES)
+def test_fusion_probabilities_have_their_shapes_sum_to_one_and_skip_padding(make_model, make_batch, frames):
+    model, batch = build(make_model, make_batch, frames)
+    attentions = fused(model, batch, return_attention=True).attentions
+    words, tokens = 12, 17 * (frames or 1)
+    assert len(attentions) == 2
+    for maps in attentions:
+        shapes = [(words, words), (words, tokens), (tokens, tokens), (tokens, words)]
+        assert [tuple(m.shape) for m in maps] == [(4, 1, *shape) for shape in shapes]
+        for name, probabilities in maps._asdict().items():
+            torch.testing.assert_close(probabilities.sum(-1), torch.ones_like(probabilities[..., 0]), msg=name)
+        padding = ~batch["text_mask"][:, None, None]
+        for probabilities in (maps.text, maps.image_to_text):
+            assert (probabilities.masked_select(padding.expand_as(probabilities)) == 0).all()
+
+
+@pytest.mark.parametrize("frames", PICTURES)
+def test_gradients_reach_the_probabilities(make_model, make_batch, frames):
+    model, batch = build(make_model, make_batch, frames)
+    out = fused(model, batch, return_attention=True)
+    score = model.itm_head(model.pool(out))[:, 1].sum()
+    for index, maps in enumerate(out.attentions):
+        for name, probabilities in maps._asdict().items():
+            (gradient,) = torch.autograd.grad(score, probabilities, retain_graph=True)
+            assert gradient.abs().sum() > 0, (index, name)
+
+
+@pytest.mark.parametrize("frames", PICTURES)
+def test_asking_for_probabilities_changes_no_output(make_model, make_batch, frames):
+    model, batch = build(make_model, make_batch, frames)
+    plain, asked = fused(model, batch), fused(model, batch, return_attention=True)
+    assert plain.attentions is None
+    mask = batch["text_mask"]
+    torch.testing.assert_close(asked.text[mask], plain.text[mask], rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(asked.image.tokens, plain.image.tokens, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("frames", PICTURES)
+def test_encoders_give_their_probabilities_too(make_model, make_batch, frames):
+    model, batch = build(make_model, make_batch, frames)
+    text_maps, image_maps = [], []
+    text = model.encode_text(batch["text_ids"], batch["text_mask"], attentions=text_maps)
+    image = model.encode_image(batch["image"], attentions=image_maps)
+    tokens = 17 * (frames or 1)
+    assert [tuple(m.shape) for m in text_maps] == [(4, 1, 12, 12)] * 2
+    assert [tuple(m.shape) for m in image_maps] == [(4, 1, tokens, tokens)] * 2
+    if frames:
+        # Frame by frame, CLS first in each: a patch (row 1) of the first frame sees that frame alone.
+        assert (image_maps[0][:, :, 1, 17:] == 0).all()
+        assert (image_maps[0][:, :, 0] > 0).all()
+    plain = model.encode_text(batch["text_ids"], batch["text_mask"])
+    torch.testing.assert_close(text[batch["text_mask"]], plain[batch["text_mask"]], rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(image.tokens, model.encode_image(batch["image"]).tokens, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("frames", PICTURES)
+@pytest.mark.parametrize("recipe", ["scl", "glscl"])
+def test_backends_have_equal_losses(make_model, make_batch, recipe, frames):
+    model, batch = build(make_model, make_batch, frames, objectives=ObjectiveConfig(recipe=recipe))
+    sdpa = model.set_attention_backend("sdpa")(batch, seed=3).named()
+    eager = model.set_attention_backend("eager")(batch, seed=3).named()
+    for name in sdpa:
+        torch.testing.assert_close(eager[name], sdpa[name], rtol=1e-9, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_an_unknown_backend_is_refused(make_model):
+    with pytest.raises(ValueError, match="backend: got 'bogus', expected 'sdpa' or 'eager'"):
+        make_model().set_attention_backend("bogus")
+
+
+# -- heads, temperature, weights ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value, expected", [(0.001, 0.01), (-1.0, 0.01), (0.07, 0.07), (3.0, 0.5)])
+def test_the_temperature_is_clamped_but_its_gradient_is_not(make_model, value, expected):
+    model = make_model()
+    with torch.no_grad():
+        model.temperature.fill_(value)
+    temperature = model.contrast_temperature()
+    torch.testing.assert_close(temperature.item(), expected)
+    (gradient,) = torch.autograd.grad(3 * temperature, model.temperature)
+    assert gradient == 3
+
+
+def test_a_temperature_outside_the_range_can_come_back(make_model, make_batch):
+    model, batch = make_model(), make_batch()
+    with torch.no_grad():
+        model.temperature.fill_(0.9)
+    model(batch, seed=0).itc.backward()
+    assert model.temperature.grad.abs() > 0
+
+
+def test_the_reference_temperature_is_free(make_model):
+    model = make_model(ObjectiveConfig(itc_temperature="reference"))
+    with torch.no_grad():
+        model.temperature.fill_(3.0)
+    assert model.contrast_temperature() is model.temperature
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_exists_when_it_is_asked_for(make_model, head):
+    parts = {
+        "itm": {"itm_head"}, "mlm": {"mlm_head"}, "itc": {"text_projection", "image_projection", "temperature"},
+        "vqa": {"vqa_head"}, "nlvr2": {"nlvr2_head"}, "rank": {"rank_head"},
+    }  # fmt: skip
+    everything = set().union(*parts.values())
+    names = {name.partition(".")[0] for name, _ in make_model(heads=(head,)).named_parameters()}
+    assert names & everything == parts[head]
+
+
+def test_pooling_is_text_first_then_the_mean_of_the_frames(make_model, make_batch):
+    model, batch = build(make_model, make_batch, frames=3)
+    out = fused(model, batch)
+    text, image = model.text_pooler.dense, model.image_pooler.dense
+    expected = torch.cat([text(out.text[:, 0]).tanh(), image(out.image.cls.sum(1) / 3).tanh()], dim=-1)
+    torch.testing.assert_close(model.pool(out), expected)
+
+
+def test_the_image_type_chooses_the_row_of_the_modality_table(make_model, make_batch):
+    model, batch = make_model(token_types=3), make_batch()
+    second = fused(model, batch, image_type=2)
+    with torch.no_grad():
+        model.modality.weight[1] = model.modality.weight[2]
+    assert torch.equal(fused(model, batch).text, second.text)
+
+
+@pytest.mark.parametrize("frames", PICTURES)
+def test_a_state_dict_carries_the_whole_model(make_model, make_batch, frames):
+    model, batch = build(make_model, make_batch, frames, seed=1)
+    other = make_model(max_frames=frames or 0, seed=2)
+    before = model(batch, seed=4).named()
+    assert not torch.equal(other(batch, seed=4).total, before["total"])
+    other.load_state_dict(model.state_dict())
+    for name, loss in other(batch, seed=4).named().items():
+        assert torch.equal(loss, before[name]), name
+
+
+def test_padding_embeddings_start_at_zero_and_stay_there(make_batch):
+    model = SCLModel(SCLConfig.preset("tiny"))
+    model(make_batch(dtype=torch.float32), seed=0).total.backward()
+    for embedding in (model.text.word, model.text.position):
+        assert (embedding.weight[1] == 0).all()
+        assert (embedding.weight.grad[1] == 0).all()

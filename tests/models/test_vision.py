@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def clip(rows=2, frames=3, dtype=torch.float64):
+    return torch.randn(rows, frames, 3, 32, 32, dtype=dtype)
+
+
+def test_a_clip_of_one_frame_is_an_image(make_model):
+    model, frames = make_model(max_frames=3), clip(frames=1)
+    assert torch.equal(model.vision(frames).tokens, model.vision(frames[:, 0]).tokens)
+
+
+def test_a_model_without_temporal_table_reads_images(make_model):
+    model = make_model(max_frames=0)
+    assert model.vision.temporal is None
+    assert model.vision(clip()[:, 0]).tokens.shape == (2, 17, 64)
+
+
+def test_the_cls_of_the_frames_come_first(make_model):
+    model = make_model(max_frames=3, vision_layers=0)
+    frames = clip()
+    features = model.vision(frames)
+    assert features.num_frames == 3
+    for f in range(3):
+        # Without blocks a token depends on its place and its own pixels alone.
+        changed = frames.clone()
+        changed[:, f] += 1
+        moved = (model.vision(changed).tokens - features.tokens).abs().amax((0, 2)) > 1e-9
+        patches = [3 + 16 * f + p for p in range(16)]
+        assert moved.nonzero().flatten().tolist() == patches
+    cls = model.vision.norm_post(
+        model.vision.norm_pre(model.vision.cls + model.vision.position[0] + model.vision.temporal)
+    )
+    torch.testing.assert_close(features.cls, cls.expand(2, -1, -1))
+    assert features.patches.shape == (2, 48, 64)
+
+
+def test_one_block_passes_a_frame_to_every_cls_and_to_its_own_patches(make_model):
+    model = make_model(max_frames=3, vision_layers=1)
+    frames = clip()
+    before = model.vision(frames)
+    changed = frames.clone()
+    changed[:, 1] += torch.randn(3, 32, 32, dtype=torch.float64)
+    after = model.vision(changed)
+    cls = (after.cls - before.cls).abs().amax((0, 2))
+    assert (cls > 1e-9).all(), cls
+    patches = (after.patches - before.patches).unflatten(1, (3, 16)).abs().amax((0, 3))
+    assert (patches[1] > 1e-9).all(), patches[1]
+    assert (patches[[0, 2]] == 0).all(), patches[[0, 2]]
+
+
+def test_the_order_of_kept_patches_is_that_of_the_outputs_alone(make_model):
+    model, frames = make_model(max_frames=2), clip(frames=2)
+    keep = torch.tensor([[1, 4, 9, 15], [0, 2, 3, 8]])
+    order = torch.tensor([2, 0, 3, 1])
+    straight, shuffled = model.vision(frames, keep=keep), model.vision(frames, keep=keep[:, order])
+    torch.testing.assert_close(shuffled.cls, straight.cls, rtol=1e-10, atol=1e-12)
+    patches = [x.patches.unflatten(1, (2, 4)) for x in (straight, shuffled)]
+    torch.testing.assert_close(patches[1], patches[0][:, :, order], rtol=1e-10, atol=1e-12)
+
+
+def test_keeping_every_patch_is_keeping_none_away(make_model):
+    model, frames = make_model(max_frames=2), clip(frames=2)
+    every = torch.arange(16).expand(2, -1)
+    assert torch.equal(model.vision(frames, keep=every).tokens, model.vision(frames).tokens)
+
+
+def test_dropped_and_replaced_pixels_are_never_seen(make_model):
+    model, frames = make_model(max_frames=2), clip(frames=2)
+    other = frames.clone()
+    other[..., :8, 8:16] += 1  # patch 1 of every frame
+    keep = torch.tensor([[0, 2, 3], [5, 6, 7]])
+    replace = torch.zeros(2, 16, dtype=torch.bool)
+    replace[:, 1] = True
+    assert torch.equal(model.vision(frames, keep=keep).tokens, model.vision(other, keep=keep).tokens)
+    assert torch.equal(model.vision(frames, replace=replace).tokens, model.vision(other, replace=replace).tokens)
+    assert not torch.equal(model.vision(frames).tokens, model.vision(other).tokens)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32, 24), (2, 1, 32, 32), (3, 32, 32), (2, 3, 1, 32, 32), (2, 3, 40, 40)])
+def test_a_wrong_shape_is_named_with_the_right_one(make_model, shape):
+    with pytest.raises(ValueError, match=r"images: got shape \(.*\), expected .* with S = 32"):
+        make_model(max_frames=3).vision(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("table, most", [(0, 1), (2, 2)])
+def test_more_frames_than_the_table_are_refused(make_model, table, most):
+    with pytest.raises(ValueError, match=f"images: got 3 frames, expected at most {most} "):
+        make_model(max_frames=table).vision(clip())
+
+
+def test_replacing_needs_a_mask_token(make_model):
+    model = make_model(patch_mask_token=False)
+    with pytest.raises(ValueError, match="replace: the model has no mask token"):
+        model.vision(clip()[:, 0], replace=torch.zeros(2, 16, dtype=torch.bool))
+
+
+def test_training_mode_drops_nothing(make_model):
+    model, frames = make_model(max_frames=3, dropout=0.5), clip()
+    evaluated = model.vision(frames).tokens
+    model.train()
+    assert torch.equal(model.vision(frames).tokens, evaluated)
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_the_activation_is_the_chosen_one(make_model, activation):
+    model = make_model(vision_activation=activation)
+    x = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    expected = x * torch.sigmoid(1.702 * x) if activation == "quick_gelu" else torch.nn.functional.gelu(x)
+    torch.testing.assert_close(model.vision.blocks[0].mlp.activation(x), expected)

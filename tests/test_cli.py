@@ -1,0 +1,215 @@
+"""The command line as a user meets it: what it leaves behind, and one line for each mistake."""
+
+import json
+
+import matplotlib.image
+import pytest
+import torch
+import yaml
+
+from sclkern import SCLConfig, SCLModel
+from sclkern.cli import main
+from sclkern.data.arrow import write_pairs
+from tiny_run import overrides, picture, rows
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Folder of a tiny run that went to its end."""
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["pretrain", *overrides(directory, run__val_every=3)]) == 0
+    return directory
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    names = {str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file()}
+    expected = {"config.yaml", "metrics.jsonl", "losses.png", "attention.png", "report.md"}
+    expected |= {"checkpoints/latest.pt", "checkpoints/best.pt", "model/config.json", "model/model.safetensors"}
+    assert expected <= names
+    assert any(name.startswith("tensorboard/events") for name in names)
+
+
+def test_metrics_hold_every_step_and_validation(finished):
+    metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [(m["kind"], m["step"]) for m in metrics] == [
+        ("train", 1), ("train", 2), ("train", 3), ("val", 3), ("train", 4), ("train", 5), ("train", 6), ("val", 6),
+    ]  # fmt: skip
+    assert all(m[name] > 0 for m in metrics for name in ("total", "itm", "mlm", "itc", "mvsc", "mlsc"))
+    assert all(m[name] > 0 for m in metrics if m["kind"] == "train" for name in ("pairs_per_second", "data_seconds"))
+
+
+def test_report_tells_first_and_last_losses_and_recalls(finished):
+    report = (finished / "report.md").read_text()
+    metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    train = [m for m in metrics if m["kind"] == "train"]
+    for name, title in (("mvsc", "MVSC, masked vision completion"), ("total", "total")):
+        assert f"| {title} | {train[0][name]:.3f} | {train[-1][name]:.3f} | {metrics[-1][name]:.3f} |" in report
+    for gallery in ("held-out, 119 pictures", "training, 20 pictures"):
+        for direction in ("image to text", "text to image"):
+            for method in ("ITC", "ITM", "chance"):
+                assert any(gallery in r and direction in r and f"| {method} |" in r for r in report.splitlines())
+
+
+def test_pictures_are_not_blank(finished):
+    for name in ("losses.png", "attention.png"):
+        pixels = matplotlib.image.imread(finished / name)
+        assert pixels.shape[0] > 200 and pixels[..., :3].std() > 0.05, name
+
+
+def test_the_saved_configuration_repeats_the_run(finished, tmp_path):
+    saved = yaml.safe_load((finished / "config.yaml").read_text())
+    assert saved["model"]["width"] == 64 and saved["objectives"]["recipe"] == "scl"
+    output = tmp_path / "again"
+    assert main(["pretrain", "--config", str(finished / "config.yaml"), f"run.output_dir={output}"]) == 0
+    first, second = SCLModel.from_pretrained(finished / "model"), SCLModel.from_pretrained(output / "model")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_a_finished_run_is_reported_anew(finished):
+    before = (finished / "report.md").read_text()
+    (finished / "report.md").unlink()
+    assert main(["pretrain", *overrides(finished, run__val_every=3), "--resume"]) == 0
+    assert (finished / "report.md").read_text() == before
+
+
+def test_starting_from_the_weights_of_a_run(finished, tmp_path, capsys):
+    args = overrides(tmp_path / "next", weights__pretrained=finished / "model", run__max_steps=1)
+    assert main(["pretrain", *args]) == 0
+
+
+def test_convert_then_load(tmp_path, capsys):
+    from sclkern.weights import to_reference
+
+    model = SCLModel(SCLConfig.preset("tiny").replace(mlp_ratio=4))
+    torch.save({"state_dict": to_reference(model)}, tmp_path / "published.ckpt")
+    assert main(["convert", str(tmp_path / "published.ckpt"), str(tmp_path / "out"), "--image-size", "48"]) == 0
+    loaded = SCLModel.from_pretrained(tmp_path / "out")
+    assert loaded.config.image_size == 48
+    assert torch.equal(loaded.text.word.weight, model.text.word.weight)
+
+
+@pytest.fixture
+def fails(tmp_path, capsys):
+    """fails(pattern, section__key=value ...): the run ends with status 2 and one line that holds the patterns."""
+
+    def check(*patterns, args=(), **changes):
+        output = changes.pop("run__output_dir", tmp_path / "run")
+        status = main(["pretrain", *overrides(output, **changes), *args])
+        lines = capsys.readouterr().err.strip().splitlines()
+        told = [line for line in lines if line.startswith("sclkern pretrain: error: ")]
+        assert (status, len(told)) == (2, 1), lines
+        assert told[0] == lines[-1] and not any("Traceback" in line for line in lines)
+        for pattern in patterns:
+            assert pattern in told[0], told[0]
+
+    return check
+
+
+def data(tmp_path, pairs, name="mine", **changes):
+    write_pairs(tmp_path / f"{name}.arrow", pairs)
+    return {
+        "data__root": tmp_path, "data__train_tables": f"[{name}]", "data__val_tables": f"[{name}]",
+        "data__val_split": "train", "evaluation__train_images": 0, **changes,
+    }  # fmt: skip
+
+
+def test_missing_arrow_file(fails, tmp_path):
+    write_pairs(tmp_path / "other.arrow", rows(2))
+    fails("mine.arrow", "other", data__root=tmp_path, data__train_tables="[mine]")
+
+
+def test_unreadable_arrow_file(fails, tmp_path):
+    (tmp_path / "mine.arrow").write_bytes(b"ARROW1\0\0 and then nothing")
+    fails("mine.arrow", data__root=tmp_path, data__train_tables="[mine]")
+
+
+def test_arrow_file_cut_short(fails, tmp_path):
+    settings = data(tmp_path, rows())
+    content = (tmp_path / "mine.arrow").read_bytes()
+    (tmp_path / "mine.arrow").write_bytes(content[: len(content) // 2])
+    fails("mine.arrow", **settings)
+
+
+def test_wrong_columns(fails, tmp_path):
+    import pyarrow as pa
+
+    table = pa.table({"image": [b"x"], "text": ["a"]})
+    with pa.ipc.new_file(str(tmp_path / "mine.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    fails("mine.arrow", "caption", data__root=tmp_path, data__train_tables="[mine]", data__train_split="null")
+
+
+def test_empty_split(fails, tmp_path):
+    fails("'dev'", "train", **data(tmp_path, rows(), data__train_split="dev"))
+
+
+@pytest.mark.parametrize("caption", ["", "  \t"])
+def test_caption_without_tokens(fails, tmp_path, caption):
+    pairs = rows()
+    pairs[3]["caption"] = [caption]
+    fails("mine.arrow", "3", "caption", **data(tmp_path, pairs))
+
+
+def test_more_than_one_percent_undecodable(fails, tmp_path):
+    pairs = rows()
+    pairs[5]["image"] = b"no picture"
+    fails("1 of 40 pictures cannot be decoded", "mine.arrow row 5", "1 %", **data(tmp_path, pairs, run__max_steps=20))
+
+
+def test_a_few_undecodable_are_counted_and_named(tmp_path, caplog):
+    pairs = rows(120)
+    pairs[5]["image"] = b"no picture"
+    settings = data(tmp_path, pairs, run__max_steps=15)
+    assert main(["pretrain", *overrides(tmp_path / "run", **settings)]) == 0
+    assert sum("mine.arrow row 5 (5)" in r.getMessage() for r in caplog.records if r.name == "sclkern.data") == 1
+    assert "Undecodable pictures, skipped: 1" in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_picture_smaller_than_a_patch(fails, tmp_path, workers):
+    pairs = rows(16)
+    pairs[2]["image"] = picture(size=(40, 9))
+    fails("mine.arrow row 2", "40 x 9", "patch", **data(tmp_path, pairs, data__num_workers=workers))
+
+
+def test_too_little_data_for_a_batch(fails, tmp_path):
+    fails("8", "3", **data(tmp_path, rows(3)))
+
+
+def test_width_not_a_multiple_of_64(fails):
+    fails("model.width: got 100, expected a positive multiple of 64", model__width=100)
+
+
+def test_unknown_key(fails):
+    fails("unknown key 'optimizer.learning_rat'; did you mean 'optimizer.learning_rate'?", optimizer__learning_rat=1)
+
+
+def test_a_tokenizer_of_another_vocabulary(fails):
+    fails("model.vocab_size: got 120, the tokenizer 'demo' has 2048", model__vocab_size=120, model__mask_id=119)
+
+
+def test_weights_of_another_architecture(fails, tmp_path):
+    model = SCLModel(SCLConfig.preset("tiny").replace(vocab_size=2048, mask_id=2047, text_layers=1, patch_size=16))
+    model.save_pretrained(tmp_path / "model")
+    fails("text.blocks.1", weights__pretrained=tmp_path / "model")
+
+
+def test_weights_cut_short(fails, tmp_path):
+    model = SCLModel(SCLConfig.preset("tiny").replace(vocab_size=2048, mask_id=2047, patch_size=16))
+    model.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    fails("model.safetensors", "cut short", weights__pretrained=tmp_path / "model")
+
+
+def test_output_directory_not_writable(fails, tmp_path):
+    (tmp_path / "file").write_text("")
+    fails("run.output_dir", "file/run", "Not a directory", run__output_dir=tmp_path / "file" / "run")
+
+
+def test_an_unknown_device(fails):
+    fails("run.device: got 'tpu9'", run__device="tpu9")
+
+
+def test_a_started_run(fails, finished):
+    fails("already holds a run; add --resume", run__output_dir=finished)

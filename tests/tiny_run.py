@@ -1,0 +1,45 @@
+"""A pre-training run of a second, and pictures for tables of one's own."""
+
+import io
+
+from PIL import Image
+
+# A model small enough to train for a few steps in a second, on the embedded data.
+TINY = {
+    "model.preset": "tiny",
+    "model.vocab_size": 2048,
+    "model.mask_id": 2047,
+    "model.patch_size": 16,
+    "run.batch_size": 8,
+    "run.max_steps": 6,
+    "run.log_every": 1,
+    "run.save_every": 2,
+    "optimizer.learning_rate": 1e-3,
+    "evaluation.rerank": 2,
+    "evaluation.train_images": 20,
+    "evaluation.attention_images": 2,
+    "data.val_split": "test",
+}
+
+
+def overrides(output, **changes):
+    values = {**TINY, "run.output_dir": output, **{k.replace("__", "."): v for k, v in changes.items()}}
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def picture(color=(200, 30, 30), size=(40, 40)):
+    stream = io.BytesIO()
+    Image.new("RGB", size, color).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def rows(count=40, split="train"):
+    return [
+        {
+            "image": picture((7 * i % 256, 40, 3 * i % 256)),
+            "caption": [f"picture number {i}"],
+            "image_id": str(i),
+            "split": split,
+        }
+        for i in range(count)
+    ]
