@@ -72,9 +72,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _pretrain(options: argparse.Namespace) -> int:
-    # Before torch is imported: by default its threads spin while they wait for each other, and on a machine whose cores
-    # are all in use (data workers suffice) a step then takes ten times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch is imported: by default its OpenMP threads spin long while they wait for each other, and as soon as
+    # another process needs a core (a data worker suffices) a step takes ten times as long.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from sclkern.training.config import load_config
 
     config = load_config(options.config, options.overrides)

@@ -1,9 +1,9 @@
 """Golden cases: run the model on recorded inputs and random choices, and compare with the reference's numbers.
 
-A golden file is a flat safetensors dictionary: ``w.`` weights under the published names, ``in.`` inputs and every random
-choice, ``out.`` intermediate results, ``loss.`` losses, ``grad.scl_step.`` gradients of ``loss.scl_step_total``. Beside
-it may lie a JSON file whose ``grad_norms_scl_step`` holds the gradient norm of every parameter. Only ``w.`` and ``in.``
-are read to compute; the rest is compared.
+A golden file is a flat safetensors dictionary: ``w.`` weights under the published names, ``in.`` inputs and every
+random choice, ``out.`` intermediate results, ``loss.`` losses, ``grad.scl_step.`` gradients of
+``loss.scl_step_total``. Beside it may lie a JSON file whose ``grad_norms_scl_step`` holds the gradient norm of every
+parameter. Only ``w.`` and ``in.`` are read to compute; the rest is compared.
 """
 
 from __future__ import annotations

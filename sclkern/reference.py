@@ -114,8 +114,7 @@ def completion_loss(
     r"""Cosine InfoNCE: each recovered feature must find its own complete feature among those of the batch.
 
     With s_ij = cos(r_i, c_j) / temperature:  L = mean_i [-log softmax_j(s_ij)]_(j=i), plus the same over columns when
-    ``directions`` is "both" (summed, not averaged; reference: NormSoftmaxLoss in objectives.py; facts: the paper's
-    equation could not be read).
+    ``directions`` is "both" (summed, not averaged; reference: NormSoftmaxLoss of the published objectives.py).
 
     Each term is computed as softplus(logsumexp_(j != i) s_ij - s_ii): the gradient of a confident positive then comes
     from the sum over the other pairs and not from softmax - 1, which cancels.
@@ -188,6 +187,7 @@ def embed_patches(
         index = keep[:, None, :, None]
         patches = patches.gather(2, index.expand(-1, frames, -1, patches.shape[-1]))
         positions = positions.gather(2, index.expand(-1, 1, -1, position.shape[-1]))
+        replace = None if replace is None else replace.gather(1, keep)
     tokens = patches.to(weight.dtype) @ weight.flatten(1).T
     if replace is not None:
         tokens = torch.where(replace[:, None, :, None], mask_token.to(tokens.dtype), tokens)

@@ -18,7 +18,7 @@ HEADS = ("itm", "mlm", "itc", "vqa", "nlvr2", "rank")
 
 @dataclass(frozen=True)
 class SCLConfig:
-    """Architecture of SCL (facts: the released ``config.py``, ``clip_model.py``, ``bert_model.py``).
+    """Architecture of SCL (reference: the published config.py, clip_model.py, bert_model.py).
 
     Attributes:
         width: channels of every stream, a multiple of 64; the number of heads is width / 64.

@@ -92,7 +92,7 @@ class SCLModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path | tuple[str, str], **options) -> SCLModel:
-        """Load a directory of ``save_pretrained``, or a (text, vision) pair; see ``sclkern.weights.from_pretrained``."""
+        """Load a directory of ``save_pretrained``, or a (text, vision) pair; see `sclkern.weights.from_pretrained`."""
         from sclkern.weights import from_pretrained
 
         return from_pretrained(path, **options)

@@ -77,7 +77,8 @@ class VisionEncoder(nn.Module):
         expected = (3, self.image_size, self.image_size)
         if images.ndim != 5 or tuple(images.shape[2:]) != expected:
             raise ValueError(
-                f"images: got shape {tuple(images.shape)}, expected (B, 3, S, S) or (B, F, 3, S, S) with S = {self.image_size}"
+                f"images: got shape {tuple(images.shape)}, expected (B, 3, S, S) or (B, F, 3, S, S) with S = "
+                f"{self.image_size}"
             )
         frames = images.shape[1]
         if frames > max(1, self.max_frames):

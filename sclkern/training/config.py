@@ -1,4 +1,4 @@
-"""Configuration of a pre-training run: typed sections, read from YAML, overridden on the command line, saved resolved."""
+"""Configuration of a pre-training run: typed sections, read from YAML, overridden on the command line."""
 
 from __future__ import annotations
 

@@ -278,9 +278,9 @@ class Pretraining:
         run, config = self.config.run, self.config
         parameters = sum(p.numel() for p in self.model.parameters())
         return (
-            f"{parameters / 1e6:.1f} M parameters, recipe {config.objectives.recipe}, {self.train_table.num_images} pictures "
-            f"with {self.train_table.num_pairs} captions to train on, {self.val_table.num_images} held out; batch "
-            f"{run.batch_size} x {run.accumulation}, {run.batch_size - 1} negatives for each contrast; "
+            f"{parameters / 1e6:.1f} M parameters, recipe {config.objectives.recipe}, {self.train_table.num_images} "
+            f"pictures with {self.train_table.num_pairs} captions to train on, {self.val_table.num_images} held out; "
+            f"batch {run.batch_size} x {run.accumulation}, {run.batch_size - 1} negatives for each contrast; "
             f"{run.max_steps} steps = {run.max_steps * run.accumulation / len(self.train_loader):.1f} epochs on "
             f"{self.device}, {run.precision}" + (f"; from step {self.step}" if self.step else "")
         )

@@ -68,11 +68,13 @@ def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
 @torch.no_grad()
 def plot_attention(run: Pretraining, path: Path, count: int, words_shown: int = 5) -> None:
     """Held-out pictures with the attention of their words: last fusion layer, text to image, the largest over heads,
-    without the image CLS (as ALIGN-BENCH reads it); first the text CLS, then each token of the caption."""
+    without the image CLS, sub-words summed (as ALIGN-BENCH reads it); first the text CLS, then each word. Each map is
+    scaled from its lowest value to its highest."""
     plt = _pyplot()
     model, table = run.model.eval(), run.val_table
     chosen = _long_captions(run, count)
-    figure, axes = plt.subplots(count, words_shown + 2, figsize=(1.7 * (words_shown + 2), 1.85 * count), squeeze=False)
+    size = (1.7 * (words_shown + 2), 1.85 * len(chosen))
+    figure, axes = plt.subplots(len(chosen), words_shown + 2, figsize=size, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for row, pair in enumerate(chosen):
@@ -80,36 +82,44 @@ def plot_attention(run: Pretraining, path: Path, count: int, words_shown: int = 
         ids, mask = run.tokenizer([caption], model.config.max_text_len)
         image = decode_image(table.image_bytes(int(table.pair_image[pair])))
         pixels = run.val_transform(image)[None].to(run.device)
-        ids, mask = ids.to(run.device), mask.to(run.device)
         features = model.encode_image(pixels)
-        fused = model.fuse(model.encode_text(ids, mask), mask, features, return_attention=True)
+        text = model.encode_text(ids.to(run.device), mask.to(run.device))
+        fused = model.fuse(text, mask.to(run.device), features, return_attention=True)
         weights = fused.attentions[-1].text_to_image[0].amax(0)[:, features.num_frames :]
-        grid = model.config.grid
-        maps = weights.view(-1, grid, grid).float().cpu().numpy()
-        picture = denormalize(pixels[0]).permute(1, 2, 0).clamp(0, 1).cpu().numpy()
+        picture = denormalize(pixels[0]).permute(1, 2, 0).cpu().numpy()
         axes[row, 0].imshow(picture)
         axes[row, 0].set_title(_shorten(caption, 24), fontsize=7)
-        last = int(mask.sum()) - 1
-        shown = [("whole text", 0)]
-        shown += [(run.tokenizer.decode([int(ids[0, i])]).strip(), i) for i in range(1, min(last, words_shown + 1))]
-        for column, (word, index) in enumerate(shown, start=1):
-            axes[row, column].imshow(picture)
-            heat = maps[index] / maps[index].max()
-            axes[row, column].imshow(
-                heat, cmap="jet", alpha=0.55, vmin=0, vmax=1, interpolation="bilinear",
-                extent=(-0.5, picture.shape[1] - 0.5, picture.shape[0] - 0.5, -0.5),
-            )  # fmt: skip
-            axes[row, column].set_title(_shorten(word, 16), fontsize=8)
+        words = [("whole text", [0]), *_words(run, ids[0, 1 : int(mask.sum()) - 1].tolist())]
+        for axis, (word, tokens) in zip(axes[row, 1:], words, strict=False):
+            heat = weights[tokens].sum(0).view(model.config.grid, -1).float().cpu().numpy()
+            heat = (heat - heat.min()) / max(heat.max() - heat.min(), 1e-12)
+            axis.imshow(picture)
+            sides = (-0.5, picture.shape[1] - 0.5, picture.shape[0] - 0.5, -0.5)
+            axis.imshow(heat, cmap="jet", alpha=0.5, interpolation="bilinear", extent=sides)
+            axis.set_title(_shorten(word, 16), fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
+def _words(run: Pretraining, ids: list[int]) -> list[tuple[str, list[int]]]:
+    """Words of a caption with the positions of their tokens: a token that begins with a space begins a word."""
+    words: list[tuple[str, list[int]]] = []
+    for position, token in enumerate(ids, start=1):
+        text = run.tokenizer.decode([token])
+        if words and not text.startswith(" "):
+            words[-1] = (words[-1][0] + text, [*words[-1][1], position])
+        else:
+            words.append((text.strip(), [position]))
+    return words
+
+
 def _long_captions(run: Pretraining, count: int) -> list[int]:
-    """Pairs of distinct pictures, spread over the table, among those with at least three words where there are any."""
+    """Pairs with different captions, spread over the table, of three words or more where there are any."""
     table = run.val_table
-    _, first = np.unique(table.pair_image, return_index=True)
-    rich = [int(p) for p in first if len(table.caption(int(p)).split()) >= 3] or [int(p) for p in first]
+    _, first = np.unique(table.pair_group, return_index=True)
+    pairs = [int(pair) for pair in sorted(first)]
+    rich = [pair for pair in pairs if len(table.caption(pair).split()) >= 3] or pairs
     return [rich[i] for i in np.linspace(0, len(rich) - 1, min(count, len(rich))).round().astype(int)]
 
 
@@ -124,7 +134,7 @@ def _markdown(run: Pretraining, rows: list[dict], results: dict[str, RetrievalRe
             lines.append(f"| {_TITLES[name]} | {train[0][name]:.3f} | {train[-1][name]:.3f} | {last} |")
     lines += ["", "![losses](losses.png)", "", "## Retrieval, zero-shot", ""]
     lines += [
-        "Recall in percent. Pictures with the same caption are all right answers to it, and each distinct caption is one",
+        "Recall in percent. Pictures with the same caption are all right answers to it; each distinct caption is one",
         "candidate. ITC ranks by the contrast of both encoders; ITM re-ranks its first "
         f"{run.config.evaluation.rerank} by the fusion encoder. Chance is the expectation of a random order.",
         "",

@@ -1,7 +1,7 @@
 """Zero-shot retrieval: recall at 1, 5 and 10 by the image-text contrast, and re-ranked by image-text matching.
 
-Captions are scored by group: pictures that share a caption are all right answers to it, and each distinct caption is one
-candidate. With one caption of its own for each picture this is the usual protocol.
+Captions are scored by group: pictures that share a caption are all right answers to it, and each distinct caption is
+one candidate. With one caption of its own for each picture this is the usual protocol.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def test_batch_layout() -> None:
 def test_truncation_keeps_the_end(caption: str, max_length: int) -> None:
     whole = DEMO([caption], 10_000)[0][0].tolist()
     cut = DEMO([caption], max_length)[0][0].tolist()
-    assert cut == (whole if len(whole) <= max_length else whole[: max_length - 1] + [DEMO.eos_id])
+    assert cut == (whole if len(whole) <= max_length else [*whole[: max_length - 1], DEMO.eos_id])
 
 
 @settings(max_examples=300)
