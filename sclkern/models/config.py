@@ -143,7 +143,7 @@ PRESETS = MappingProxyType(
             max_text_len=16, text_positions=18, projection_dim=32, vqa_answers=10, mask_id=119,
         ),
         "demo": SCLConfig(
-            width=128, vision_layers=4, text_layers=2, fusion_layers=2, image_size=64, patch_size=16, vocab_size=2048,
+            width=128, vision_layers=3, text_layers=2, fusion_layers=2, image_size=64, patch_size=8, vocab_size=2048,
             max_text_len=32, text_positions=34, projection_dim=128, mask_id=2047, init_std=0.088,
         ),
         "base": SCLConfig(),

@@ -74,7 +74,7 @@ def evaluate_retrieval(
     Args:
         transform: PIL image to (3, S, S).
         rerank: candidates of the contrast that the matching head re-ranks, in each direction; 0 = none.
-        max_images: the first so many pictures alone; None = all. Undecodable pictures are left out.
+        max_images: so many pictures, spread evenly over the table; None = all. Undecodable pictures are left out.
     """
     was_training = model.training
     model.eval()
@@ -137,7 +137,8 @@ def _match(
 
 def _decode(table: PairTable, transform, max_images: int | None) -> tuple[Tensor, np.ndarray]:
     pixels, kept = [], []
-    for index in range(min(table.num_images, max_images or table.num_images)):
+    count = min(table.num_images, max_images or table.num_images)
+    for index in np.linspace(0, table.num_images - 1, count).round().astype(int).tolist():
         try:
             pixels.append(transform(decode_image(table.image_bytes(index))))
         except ValueError:
