@@ -20,7 +20,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 when it did what was asked, 1 when a check failed, 2 for a mistake of the user's (told in one line).
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, left = parser.parse_known_args(arguments)
+    # argparse takes positionals in one run only: overrides after an option are left over.
+    if left and (options.name != "pretrain" or any(item.startswith("-") for item in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        options.overrides += left
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         return options.command(options)

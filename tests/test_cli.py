@@ -77,6 +77,18 @@ def test_starting_from_the_weights_of_a_run(finished, tmp_path, capsys):
     assert main(["pretrain", *args]) == 0
 
 
+def test_overrides_may_stand_on_both_sides_of_an_option(finished, capsys):
+    before, after = overrides(finished, run__val_every=3)[:5], overrides(finished, run__val_every=3)[5:]
+    assert main(["pretrain", *before, "--resume", *after]) == 0
+
+
+@pytest.mark.parametrize("args", [["pretrain", "--resum3"], ["parity", "a", "b"], ["pretraining"], []])
+def test_wrong_usage_exits_with_two(args, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2 and "usage: sclkern" in capsys.readouterr().err
+
+
 def test_convert_then_load(tmp_path, capsys):
     from sclkern.weights import to_reference
 

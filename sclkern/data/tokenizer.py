@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from sclkern.data import demo_root
 from sclkern.data.arrow import PairTable
 from sclkern.errors import UserError
+from sclkern.weights.encoders import HUB_NAME
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -60,22 +61,32 @@ class CaptionTokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> CaptionTokenizer:
-        """Load a tokenizer directory; ``"demo"`` is the shipped one. Nothing is fetched.
+        """Load a tokenizer directory; ``"demo"`` is the shipped one, and another name is looked for on the Hugging Face
+        hub, unless it is a ``Path`` or reads like one.
 
         Raises:
             UserError: The directory is missing or holds no tokenizer that transformers can load.
         """
-        path = demo_root() / "tokenizer" if path == "demo" else Path(path)
-        if not path.is_dir():
-            raise UserError(f"{path}: no such directory, expected a Hugging Face tokenizer; 'demo' is the shipped one")
+        local = demo_root() / "tokenizer" if path == "demo" else Path(path).expanduser()
+        if not local.is_dir() and (isinstance(path, Path) or not HUB_NAME.fullmatch(path)):
+            raise UserError(f"{local}: no such directory, expected a Hugging Face tokenizer; 'demo' is the shipped one")
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+            if not local.is_dir():
+                return cls(AutoTokenizer.from_pretrained(path))
+            tokenizer = AutoTokenizer.from_pretrained(str(local), local_files_only=True)
+        except UserError:
+            raise
         except Exception as error:  # transformers lets through whatever its parsers raise
             reason = str(error).strip().partition("\n")[0]
+            if not local.is_dir():
+                raise UserError(
+                    f"{path}: not a local directory, and not to be had from the Hugging Face hub ({reason}); a local "
+                    "tokenizer directory works without a network"
+                ) from error
             raise UserError(
-                f"{path}: cannot be loaded as a tokenizer ({reason}), expected tokenizer.json and "
+                f"{local}: cannot be loaded as a tokenizer ({reason}), expected tokenizer.json and "
                 "tokenizer_config.json as save_pretrained writes them"
             ) from error
         return cls(tokenizer)

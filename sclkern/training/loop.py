@@ -57,10 +57,10 @@ class Pretraining:
         self.checkpoints = self.directory / "checkpoints"
         self.device = _device(config.run.device)
         saved = self._prepare_directory(resume)
-        self.tokenizer = CaptionTokenizer.from_pretrained(config.data.tokenizer)
-        _check_tokenizer(config, self.tokenizer)
         self.train_table = PairTable(config.data.root, config.data.train_tables, config.data.train_split)
         self.val_table = PairTable(config.data.root, config.data.val_tables, config.data.val_split)
+        self.tokenizer = CaptionTokenizer.from_pretrained(config.data.tokenizer)
+        _check_tokenizer(config, self.tokenizer)
         self.val_transform = build_transform(config.data.val_transform, config.model.image_size)
         self.train_loader = self._loader(self.train_table, config.data.transform, shuffle=True)
         self.val_loader = self._loader(self.val_table, config.data.val_transform, shuffle=False)
@@ -136,7 +136,7 @@ class Pretraining:
         if self.step >= last:
             return self.step >= run.max_steps
         self.log = RunLog(self.directory, start=self.step, total=run.max_steps)
-        self.log.message(self._describe())
+        self.log.message(self.describe() + (f"; from step {self.step}" if self.step else ""))
         try:
             with self._signals():
                 batches = self._batches()
@@ -274,7 +274,8 @@ class Pretraining:
         self.tokenizer.save_pretrained(path)
         return path
 
-    def _describe(self) -> str:
+    def describe(self) -> str:
+        """The run in one line: size, data, batch, negatives, steps."""
         run, config = self.config.run, self.config
         parameters = sum(p.numel() for p in self.model.parameters())
         return (
@@ -282,7 +283,7 @@ class Pretraining:
             f"pictures with {self.train_table.num_pairs} captions to train on, {self.val_table.num_images} held out; "
             f"batch {run.batch_size} x {run.accumulation}, {run.batch_size - 1} negatives for each contrast; "
             f"{run.max_steps} steps = {run.max_steps * run.accumulation / len(self.train_loader):.1f} epochs on "
-            f"{self.device}, {run.precision}" + (f"; from step {self.step}" if self.step else "")
+            f"{self.device}, {run.precision}"
         )
 
     @contextmanager

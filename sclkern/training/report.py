@@ -126,7 +126,7 @@ def _long_captions(run: Pretraining, count: int) -> list[int]:
 def _markdown(run: Pretraining, rows: list[dict], results: dict[str, RetrievalResult], pictures: bool) -> str:
     train = [row for row in rows if row["kind"] == "train"]
     held = [row for row in rows if row["kind"] == "val"]
-    lines = ["# Pre-training report", "", run._describe(), "", "## Losses", ""]
+    lines = ["# Pre-training report", "", run.describe(), "", "## Losses", ""]
     lines += ["| loss | first step | last logged step | held-out, last |", "|---|---|---|---|"]
     for name in _LOSSES:
         if train and name in train[0]:
@@ -153,7 +153,7 @@ def _markdown(run: Pretraining, rows: list[dict], results: dict[str, RetrievalRe
         lines += ["", "## Attention of words over held-out pictures", "", "![attention](attention.png)"]
         lines += [
             "",
-            "Last fusion layer, text to image, the largest over heads; the first map is that of the whole text.",
+            "Last fusion layer, text to image, the largest over heads, each map scaled to its own range.",
         ]
     if len(run.bad_pictures):
         lines += ["", f"Undecodable pictures, skipped: {len(run.bad_pictures)}"]

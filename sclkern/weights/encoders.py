@@ -20,8 +20,9 @@ from sclkern.weights.names import CLIP_BLOCKS, CLIP_NAMES, clip_names, count_blo
 VISION_EPS = nn.LayerNorm(1).eps
 ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert")
 TIMM = "timm:"
-REMEDY = "a local directory with config.json and the weights works without a network"
+# "roberta-base", "organisation/name".
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+REMEDY = "a local directory with config.json and the weights works without a network"
 
 # A tensor that only this kind of vision encoder has.
 VISION_MARKS = {

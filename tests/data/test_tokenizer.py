@@ -114,6 +114,26 @@ def test_missing_directory(tmp_path: Path) -> None:
     assert "none" in one_line(error)
 
 
+def test_a_name_is_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def from_pretrained(name: str, **options: object) -> object:
+        asked.append((name, options))
+        if name == "no-such-name":
+            raise OSError("We couldn't connect\nto anything")
+        return DEMO.tokenizer
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
+    monkeypatch.chdir(tmp_path)
+    assert CaptionTokenizer.from_pretrained("organisation/name").vocab_size == 2048
+    assert asked == [("organisation/name", {})]
+    with pytest.raises(
+        UserError, match=r"no-such-name: not a local directory.*We couldn't connect\); a local"
+    ) as error:
+        CaptionTokenizer.from_pretrained("no-such-name")
+    assert one_line(error)
+
+
 @pytest.mark.parametrize("content", [None, "{broken"])
 def test_directory_without_a_tokenizer(tmp_path: Path, content: str | None) -> None:
     if content:

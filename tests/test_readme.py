@@ -1,0 +1,33 @@
+"""The README's code runs as it stands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from sclkern.cli import main
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_model_in_ten_lines():
+    block = re.search(r"```python\n(import torch\n.*?)```", README, re.S).group(1)
+    assert len(block.splitlines()) <= 10
+    names = {}
+    exec(block, names)
+    assert set(names["losses"].named()) == {"total", "itm", "mlm", "itc", "mvsc", "mlsc"}
+    assert names["fused"].text.shape == (2, 4, 64)
+
+
+@pytest.mark.parametrize("command", re.findall(r"^sclkern pretrain .*$", README, re.M))
+def test_the_commands_are_understood(command, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    # The data of the example are not here: that must be the only complaint.
+    assert main([*shlex.split(command)[1:], f"run.output_dir={tmp_path / 'run'}"]) == 2
+    assert "/data/arrow/coco_caption_karpathy_train.arrow" in capsys.readouterr().err
+
+
+def test_every_linked_file_exists():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (Path(__file__).parent.parent / target).exists(), target
