@@ -159,6 +159,7 @@ def _masks(given: Mapping[str, Tensor]) -> StepMasks:
         completion=MaskedText(given["text_ids_scl"], given["text_ids_scl"].ne(given["text_ids"])),
         mlm_capacity=length,
         completion_capacity=length,
+        replace_capacity=given["patch_token_mask"].shape[1] if "patch_token_mask" in given else 0,
         itm_labels=given.get("itm_labels", zeros + 1),
         itm_keys=zeros,
     )

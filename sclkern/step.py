@@ -31,7 +31,7 @@ class StepMasks:
         keep: (B, K) int64, patches the dropped image keeps.
         replace: (B, P) bool, patches the token-masked image replaces; None without MLTC.
         mlm: text with words to predict. completion: text with words to complete.
-        mlm_capacity, completion_capacity: at most this many positions of a row are selected.
+        mlm_capacity, completion_capacity, replace_capacity: at most this many positions of a row are selected.
         itm_labels: (B,) int64, 1 = the true image.
         itm_keys: (B,) int64 words that choose the false image in the batch.
     """
@@ -42,6 +42,7 @@ class StepMasks:
     completion: MaskedText
     mlm_capacity: int
     completion_capacity: int
+    replace_capacity: int
     itm_labels: Tensor
     itm_keys: Tensor
 
@@ -98,6 +99,7 @@ def draw_masks(model: SCLModel, batch: Mapping[str, Tensor], seed: int | Tensor)
         ),
         mlm_capacity=min(width, int(width * objectives.mlm_ratio) + 1),
         completion_capacity=min(width, int(words * objectives.text_mask_ratio) + 1),
+        replace_capacity=int(config.num_patches * objectives.patch_token_ratio),
         itm_labels=smallest(order.T, torch.ones_like(order.T, dtype=torch.bool), rows // 2)[0].long(),
         itm_keys=keys[:, 0],
     )
@@ -181,7 +183,11 @@ def run_step(model: SCLModel, batch: Mapping[str, Tensor], masks: StepMasks) -> 
         "gather": objectives.gather,
     }
     out.mvsc = L.masked_vision_semantic_completion(
-        masked_image.image.cls, masked_text.image.cls, frame_norm=objectives.frame_norm, **options
+        masked_image.image.cls,
+        masked_text.image.cls,
+        # The published code normalises over frames for clips alone; an image's features would all become signs.
+        frame_norm=objectives.frame_norm if masked_image.image.num_frames > 1 else "features",
+        **options,
     )
     options["negatives"] = objectives.negatives
     out.mlsc = L.masked_language_semantic_completion(masked_text.text_cls, masked_image.text_cls, **options)
@@ -229,8 +235,7 @@ def _local_completion(
     empty = model.objectives.empty_selections
     positions, valid = selected_positions(masks.completion.selected, masks.completion_capacity)
     frames = token_masked.image.num_frames
-    patches = int(masks.replace.shape[1] * model.objectives.patch_token_ratio)
-    places, present = selected_positions(masks.replace, patches)
+    places, present = selected_positions(masks.replace, masks.replace_capacity)
     offset = torch.arange(frames, device=places.device)[:, None] * masks.replace.shape[1]
     places, present = (places[:, None] + offset).flatten(1), present[:, None].expand(-1, frames, -1).flatten(1)
     parts = {

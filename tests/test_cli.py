@@ -77,6 +77,30 @@ def test_starting_from_the_weights_of_a_run(finished, tmp_path, capsys):
     assert main(["pretrain", *args]) == 0
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"objectives__recipe": "glscl"},
+        {"objectives__itm_negatives": "hard"},
+        {"run__precision": "bfloat16"},
+        {
+            "objectives__recipe": "glscl", "optimizer__no_decay": "reference",
+            **{
+                f"objectives__{name}": "reference"
+                for name in ("negatives", "gather", "directions", "text_mask", "mlm_mask", "itm_negatives",
+                             "frame_norm", "itc_temperature", "empty_selections", "encodings")
+            },
+        },
+    ],
+    ids=["glscl", "hard negatives", "bfloat16", "reference"],
+)  # fmt: skip
+def test_other_recipes_and_precisions_train(tmp_path, options):
+    assert main(["pretrain", *overrides(tmp_path / "run", run__max_steps=3, **options)]) == 0
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-2])
+    assert last["step"] == 3 and 0 < last["total"] < 40
+    assert ("mltc" in last) == ("objectives__recipe" in options)
+
+
 def test_overrides_may_stand_on_both_sides_of_an_option(finished, capsys):
     before, after = overrides(finished, run__val_every=3)[:5], overrides(finished, run__val_every=3)[5:]
     assert main(["pretrain", *before, "--resume", *after]) == 0

@@ -173,6 +173,15 @@ def test_reference_options_run_and_are_finite(make_model, make_batch, recipe):
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
+def test_frame_norm_is_of_clips_alone(make_model, make_batch):
+    for frames, same in ((None, True), (3, False)):
+        losses = []
+        for norm in ("features", "reference"):
+            model, batch = build(make_model, make_batch, ObjectiveConfig(frame_norm=norm), frames)
+            losses.append(run_step(model, batch, draw_masks(model, batch, 0)).mvsc)
+        assert torch.equal(*losses) == same
+
+
 def test_nothing_to_complete_costs_nothing_and_breaks_nothing(make_model, make_batch):
     model, batch = build(make_model, make_batch, ObjectiveConfig(recipe="glscl"), lengths=[2, 2, 2, 2])
     losses, gradients = run(model, batch, draw_masks(model, batch, 3))

@@ -15,10 +15,6 @@ from sclkern.random import random_words
 from sclkern.step import draw_masks, negative_images, selected_positions, take_rows
 
 
-def needs_false_image(objectives):
-    return objectives.itm_negatives in ("dataset", "reference")
-
-
 @given(
     lengths=st.lists(st.integers(2, 16), min_size=2, max_size=6),
     more=st.integers(0, 4),

@@ -27,7 +27,7 @@ class ObjectiveConfig:
         mlm_mask: "at_least_one" target in every caption; "reference" as the published collator does, perhaps none.
         itm_negatives: where a false image comes from: "in_batch"; "hard", in the batch by the contrast's similarity;
             "dataset" (also "reference"), decoded anew as ``batch["false_image"]``.
-        frame_norm: MVSC of clips normalises over "features"; "reference" over frames.
+        frame_norm: MVSC of clips normalises over "features"; "reference" over frames (of images always over features).
         itc_temperature: "clamped" to ``itc_temperature_range``; "reference" is free to reach 0.
         empty_selections: loss where nothing was masked: "zero"; "reference" is NaN, which MLTC drops on the host.
         encodings: "shared" between the views of a step; "reference" encodes again for each pass.
