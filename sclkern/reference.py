@@ -102,6 +102,12 @@ def frame_attention(
     return out.reshape(batch, length, heads, width)
 
 
+def bias_gelu(x: Tensor, bias: Tensor, *, approximate: Literal["none", "tanh", "quick"] = "none") -> Tensor:
+    """GELU of x (..., D) + bias (D,) in the dtype of x: exact, by tanh, or x * sigmoid(1.702 x), CLIP's."""
+    x = x + bias.to(x.dtype)
+    return x * torch.sigmoid(1.702 * x) if approximate == "quick" else F.gelu(x, approximate=approximate)
+
+
 def completion_loss(
     recovered: Tensor,
     complete: Tensor,

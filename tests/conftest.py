@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Before torch is imported, for the reason given in sclkern/cli.py.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import hypothesis
 import pytest
 import torch
