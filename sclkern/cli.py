@@ -33,6 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"sclkern {options.name}: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk or a lost file system shows wherever something is written
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"sclkern {options.name}: error: {place}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"sclkern {options.name}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,8 +105,9 @@ def _pretrain(options: argparse.Namespace) -> int:
 
 def _parity(options: argparse.Namespace) -> int:
     from sclkern.parity import format_table, run_parity
+    from sclkern.training.loop import resolve_device
 
-    rows = run_parity(options.file, options.device)
+    rows = run_parity(options.file, str(resolve_device(options.device)))
     if options.json:
         plain = [{"name": r.name, "error": r.error, "tolerance": r.tolerance, "ok": r.ok} for r in rows]
         print(

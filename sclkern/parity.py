@@ -8,7 +8,6 @@ parameter. Only ``w.`` and ``in.`` are read to compute; the rest is compared.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from sclkern.objectives import losses as L
 from sclkern.reference import MaskedText
 from sclkern.step import StepMasks, run_step
 from sclkern.weights import from_reference, split_to_reference
-from sclkern.weights.files import read_tensors
+from sclkern.weights.files import read_json, read_tensors
 
 VALUE_TOLERANCE = 1e-4  # times max(1, largest recorded magnitude)
 NORM_TOLERANCE = 1e-3  # relative
@@ -61,7 +60,10 @@ def run_parity(path: str | Path, device: str = "cpu") -> list[Comparison]:
     for group in ("w", "in", "loss"):
         if not groups[group]:
             raise UserError(f"{path}: no tensor begins with '{group}.', expected a golden case with w., in. and loss.")
-    computed = compute(groups["w"], groups["in"], device)
+    try:
+        computed = compute(groups["w"], groups["in"], device)
+    except KeyError as error:
+        raise UserError(f"{path}: no tensor 'in.{error.args[0]}', which this case needs; record it too") from error
     rows = []
     for group in ("out", "loss", "grad"):
         for name, recorded in groups[group].items():
@@ -71,8 +73,12 @@ def run_parity(path: str | Path, device: str = "cpu") -> list[Comparison]:
             rows.append(_compare(full, computed[full], recorded, groups["in"]))
     norms_file = path.with_suffix(".json")
     if norms_file.exists():
-        norms = json.loads(norms_file.read_text()).get("grad_norms_scl_step", {})
+        norms = read_json(norms_file).get("grad_norms_scl_step", {})
         for name, recorded in norms.items():
+            if f"grad.scl_step.{name}" not in computed or not isinstance(recorded, (int, float)):
+                raise UserError(
+                    f"{norms_file}: the norm of {name!r} is {recorded!r}, expected a parameter and a number"
+                )
             value = computed["grad.scl_step." + name].norm().item()
             rows.append(Comparison(f"norm.{name}", abs(value - recorded), max(NORM_TOLERANCE * recorded, NORM_FLOOR)))
     return rows
@@ -92,9 +98,18 @@ def _compare(name: str, value: Tensor, recorded: Tensor, given: Mapping[str, Ten
 
 
 def compute(weights: Mapping[str, Tensor], given: Mapping[str, Tensor], device: str = "cpu") -> dict[str, Tensor]:
-    """Every output, loss and gradient of a golden case, under the names of the file."""
-    model = from_reference(weights).eval().to(device)
+    """Every output, loss and gradient of a golden case, under the names of the file.
+
+    Args:
+        weights: tensors under the published names. given: the inputs, without their ``in.``.
+
+    Raises:
+        KeyError: an input that the case needs is not given.
+    """
+    model = from_reference(weights, max_text_len=given["text_ids"].shape[1]).eval().to(device)
     given = {name: tensor.to(device) for name, tensor in given.items()}
+    if "patch_token_mask" in given:
+        given["patch_token_mask"] = given["patch_token_mask"].bool()
     model.objectives = ObjectiveConfig.reference("glscl" if "patch_token_mask" in given else "scl")
     # The published code's frame norm is recorded apart, "for the record"; the case's own loss is over features.
     model.objectives = _with(model.objectives, frame_norm="features")
@@ -151,12 +166,13 @@ def _named_outputs(
 
 def _masks(given: Mapping[str, Tensor]) -> StepMasks:
     rows, length = given["text_ids"].shape
+    completed = given.get("text_scl_mask", given["text_ids_scl"].ne(given["text_ids"])).bool()
     zeros = given["text_ids"].new_zeros(rows)
     return StepMasks(
         keep=given["keep_ids"],
         replace=given.get("patch_token_mask"),
         mlm=MaskedText(given["text_ids_mlm"], given["text_labels_mlm"].ne(-100)),
-        completion=MaskedText(given["text_ids_scl"], given["text_ids_scl"].ne(given["text_ids"])),
+        completion=MaskedText(given["text_ids_scl"], completed),
         mlm_capacity=length,
         completion_capacity=length,
         replace_capacity=given["patch_token_mask"].shape[1] if "patch_token_mask" in given else 0,
@@ -196,7 +212,8 @@ def _image_case(model: SCLModel, given: Mapping[str, Tensor]) -> dict[str, Tenso
         out["out.rank_scores"] = model.rank_head(pooled)[:, 0]
     if "vqa" in model.config.heads:
         out["out.vqa_logits"] = model.vqa_head(pooled)
-        out["loss.vqa_loss"] = L.visual_question_answering(out["out.vqa_logits"], given["vqa_targets"])
+        if "vqa_targets" in given:
+            out["loss.vqa_loss"] = L.visual_question_answering(out["out.vqa_logits"], given["vqa_targets"])
     if "nlvr2" in model.config.heads:
         second = model.fuse(text, mask, model.encode_image(given["false_image"]), image_type=2)
         logits = model.nlvr2_head(torch.cat([pooled, model.pool(second)], dim=-1))
@@ -214,6 +231,7 @@ def _video_case(model: SCLModel, given: Mapping[str, Tensor]) -> dict[str, Tenso
     options = {"temperature": model.objectives.temperature, "directions": "both"}
     vision = [masked_image.image.cls, masked_text.image.cls]
     logits = model.mlm_head(mlm.text)
+    out["out.mlm_logits_at_labels"] = logits[given["text_labels_mlm"].ne(-100)]
     con = model.objectives.itc_weight * L.image_text_contrast(
         unimodal["unimodal.image_proj"], unimodal["unimodal.text_proj"], model.contrast_temperature()
     )

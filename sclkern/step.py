@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sclkern.errors import UserError
 from sclkern.objectives import losses as L
 from sclkern.random import below, random_words, smallest
 from sclkern.reference import STREAM_ITM, MaskedText, mask_text, select_patches, select_tokens
 
 if TYPE_CHECKING:
+    from sclkern.models.config import SCLConfig
     from sclkern.models.scl import FusedFeatures, SCLModel
+    from sclkern.objectives.config import ObjectiveConfig
 
 
 @dataclass
@@ -124,8 +127,11 @@ def take_rows(x: Tensor, positions: Tensor) -> Tensor:
 
 
 def negative_images(model: SCLModel, masks: StepMasks, similarity: Tensor | None) -> Tensor:
-    """Index of a false image for each row: another row of the batch, uniform or, with a (B, B) text-to-image
-    ``similarity`` (cosine / temperature), with probability softmax over the other rows (ALBEF's hard negatives)."""
+    """Index (B,) of a false image for each row: another row of the batch, uniform or, with a (B, B) text-to-image
+    ``similarity`` (cosine / temperature), with probability softmax over the other rows (ALBEF's hard negatives).
+
+    Another row may hold the same picture with another of its captions: rare in a batch of a large set, and let be.
+    """
     rows = masks.itm_labels.shape[0]
     own = torch.arange(rows, device=masks.itm_labels.device)
     if similarity is None:
@@ -206,7 +212,7 @@ def run_step(model: SCLModel, batch: Mapping[str, Tensor], masks: StepMasks) -> 
 
 def _matching(model: SCLModel, batch, masks: StepMasks, text, picture, contrast) -> tuple[Tensor, Tensor]:
     own = masks.itm_labels.bool()
-    if model.objectives.itm_negatives in ("dataset", "reference"):
+    if model.objectives.dataset_negatives:
         pixels = torch.where(own.view(-1, *[1] * (batch["image"].ndim - 1)), batch["image"], batch["false_image"])
         features = picture("matching", pixels)
     else:
@@ -259,24 +265,26 @@ def _local_completion(
     return parts
 
 
+def check_objectives(config: SCLConfig, objectives: ObjectiveConfig) -> None:
+    """Raise a ``UserError`` that names what a model of this size lacks for these objectives."""
+    if lacking := {"itm", "mlm", "itc"} - set(config.heads):
+        raise UserError(f"heads: got {list(config.heads)}, recipe {objectives.recipe!r} needs {sorted(lacking)} too")
+    if "mltc" in objectives.tasks and not config.patch_mask_token:
+        raise UserError(f"patch_mask_token: the model has none, recipe {objectives.recipe!r} needs it")
+
+
 def check_step(model: SCLModel, batch: Mapping[str, Tensor]) -> None:
     """Raise a ``ValueError`` that names what a step lacks, before any work is done."""
     objectives = model.objectives
-    if lacking := {"itm", "mlm", "itc"} - set(model.config.heads):
-        raise ValueError(
-            f"heads: the model has {model.config.heads}, recipe {objectives.recipe!r} needs {sorted(lacking)} too"
-        )
-    if "mltc" in objectives.tasks and not model.config.patch_mask_token:
-        raise ValueError("patch_mask_token: the model has none, recipe 'glscl' needs it")
-    dataset_negatives = objectives.itm_negatives in ("dataset", "reference")
-    needed = ["image", "text_ids", "text_mask"] + ["false_image"] * dataset_negatives
+    check_objectives(model.config, objectives)
+    needed = ["image", "text_ids", "text_mask"] + ["false_image"] * objectives.dataset_negatives
     for name in needed:
         if name not in batch:
             raise ValueError(f"batch: got keys {sorted(batch)}, expected {name!r} too")
     rows = {name: batch[name].shape[0] for name in needed}
     if len(set(rows.values())) > 1:
         raise ValueError(f"batch: got different numbers of rows {rows}, expected one")
-    if not dataset_negatives and rows["image"] < 2:
+    if not objectives.dataset_negatives and rows["image"] < 2:
         raise ValueError(
             f"batch: got {rows['image']} row, expected at least 2 for itm_negatives={objectives.itm_negatives!r} "
             "(a false image is another row's); use itm_negatives='dataset'"

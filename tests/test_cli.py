@@ -195,10 +195,11 @@ def test_more_than_one_percent_undecodable(fails, tmp_path):
 def test_a_few_undecodable_are_counted_and_named(tmp_path, caplog):
     pairs = rows(120)
     pairs[5]["image"] = b"no picture"
-    settings = data(tmp_path, pairs, run__max_steps=15)
+    write_pairs(tmp_path / "good.arrow", rows(8))
+    settings = data(tmp_path, pairs, run__max_steps=15, data__val_tables="[good]")
     assert main(["pretrain", *overrides(tmp_path / "run", **settings)]) == 0
     assert sum("mine.arrow row 5 (5)" in r.getMessage() for r in caplog.records if r.name == "sclkern.data") == 1
-    assert "Undecodable pictures, skipped: 1" in (tmp_path / "run" / "report.md").read_text()
+    assert "Undecodable training pictures, skipped: 1" in (tmp_path / "run" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -243,8 +244,54 @@ def test_output_directory_not_writable(fails, tmp_path):
     fails("run.output_dir", "file/run", "Not a directory", run__output_dir=tmp_path / "file" / "run")
 
 
-def test_an_unknown_device(fails):
-    fails("run.device: got 'tpu9'", run__device="tpu9")
+@pytest.mark.parametrize("device", ["tpu9", "meta"])
+def test_an_unknown_device(fails, device):
+    fails(f"device: got '{device}'", run__device=device)
+
+
+def test_one_pair_has_no_false_image(fails, tmp_path):
+    fails("run.batch_size 1, expected 2 or more", run__batch_size=1)
+    settings = data(tmp_path, rows(20))
+    write_pairs(tmp_path / "one.arrow", rows(1))
+    fails("data.val_tables: 1 pair, expected 2 or more", **{**settings, "data__val_tables": "[one]"})
+
+
+def test_a_recipe_the_model_cannot_train(fails):
+    fails("patch_mask_token", "glscl", objectives__recipe="glscl", model__patch_mask_token="false")
+    fails("heads", "['itc', 'mlm']", model__heads="[itm]")
+
+
+def test_undecodable_held_out_pictures_stop_the_run_and_keep_the_weights(fails, tmp_path):
+    pairs = rows()
+    write_pairs(tmp_path / "bad.arrow", [{**pairs[0], "image": b"no picture"}, *pairs[1:]])
+    fails("1 of 40 pictures cannot be decoded", "bad.arrow row 0", **data(tmp_path, pairs, data__val_tables="[bad]"))
+    assert (tmp_path / "run" / "checkpoints" / "latest.pt").exists()
+
+
+def test_a_few_undecodable_held_out_pictures_are_counted(tmp_path):
+    pairs = rows(120)
+    write_pairs(tmp_path / "bad.arrow", [{**pairs[0], "image": b"no picture"}, *pairs[1:]])
+    settings = data(tmp_path, pairs, data__val_tables="[bad]", evaluation__attention_images=119)
+    assert main(["pretrain", *overrides(tmp_path / "run", run__max_steps=1, **settings)]) == 0
+    assert "Undecodable held-out pictures, skipped: 1" in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["report.md", "losses.png", "tensorboard"])
+def test_a_file_that_cannot_be_written(fails, tmp_path, name):
+    if name == "tensorboard":
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / name).write_text("a file where a folder should be")
+    else:
+        (tmp_path / "run" / name).mkdir(parents=True)  # a folder where a file should be
+    fails(name)
+
+
+def test_a_report_without_metrics(finished, tmp_path):
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert main(["pretrain", *overrides(tmp_path / "run", run__val_every=3), "--resume"]) == 0
 
 
 def test_a_started_run(fails, finished):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sclkern.cli import main
+from sclkern.errors import UserError
 from sclkern.parity import compute, run_parity
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -72,3 +73,53 @@ def test_a_file_without_a_case_is_a_user_error(tmp_path, capsys):
     assert main(["parity", str(tmp_path / "case.safetensors")]) == 2
     error = capsys.readouterr().err
     assert "case.safetensors" in error and "'w.'" in error and len(error.strip().splitlines()) == 1
+
+
+def edited(tmp_path, case, **changes):
+    """A golden file with tensors put in, or taken out where None is given; no JSON beside it."""
+    tensors = load_file(GOLDEN / f"{case}.safetensors")
+    for name, tensor in changes.items():
+        tensors.pop(name, None)
+        if tensor is not None:
+            tensors[name] = tensor.contiguous()
+    save_file(tensors, tmp_path / "case.safetensors")
+    return tmp_path / "case.safetensors"
+
+
+def test_captions_longer_than_fifty_tokens(tmp_path):
+    tensors = load_file(GOLDEN / "image.safetensors")
+    table = "w.text_transformer.embeddings.position_embeddings.weight"
+    wider = {table: torch.cat([tensors[table], torch.zeros(50, 128, dtype=tensors[table].dtype)])}
+    for name, tensor in tensors.items():
+        if name.startswith("in.text"):
+            fill = {"in.text_mask": 0, "in.text_labels_mlm": -100, "in.text_scl_mask": False}.get(name, 1)
+            wider[name] = torch.nn.functional.pad(tensor, (0, 44), value=fill)
+        if name.endswith((".text_feats", "position_embeddings.weight")) and name != table:
+            wider[name] = None  # recorded at the old width
+    assert all(row.ok for row in run_parity(edited(tmp_path, "image", **wider)))
+
+
+@pytest.mark.parametrize("name", ["in.vqa_targets", "in.text_scl_mask"])
+def test_inputs_that_are_not_needed_may_be_missing(tmp_path, name):
+    path = edited(tmp_path, "image", **{name: None, "loss.vqa_loss": None})
+    assert all(row.ok for row in run_parity(path))
+
+
+@pytest.mark.parametrize("name", ["in.keep_ids", "in.false_image", "in.text_ids_mlm"])
+def test_an_input_that_is_needed_is_named(tmp_path, name):
+    with pytest.raises(UserError, match=f"no tensor '{name}'"):
+        run_parity(edited(tmp_path, "image", **{name: None}))
+
+
+def test_integer_masks_are_taken(tmp_path):
+    mask = load_file(GOLDEN / "image.safetensors")["in.patch_token_mask"].long()
+    assert all(row.ok for row in run_parity(edited(tmp_path, "image", **{"in.patch_token_mask": mask})))
+
+
+@pytest.mark.parametrize("text", ["{broken", "[]", '{"grad_norms_scl_step": {"cl_temp": null}}',
+                                  '{"grad_norms_scl_step": {"nothing": 1.0}}'])  # fmt: skip
+def test_broken_norms_are_a_user_error(tmp_path, text):
+    path = edited(tmp_path, "video")
+    path.with_suffix(".json").write_text(text)
+    with pytest.raises(UserError, match=r"case\.json"):
+        run_parity(path)

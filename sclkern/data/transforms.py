@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 
 import numpy as np
@@ -88,4 +89,5 @@ def decode_image(data: bytes | memoryview) -> Image.Image:
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB")
     except Exception as error:  # Pillow's plug-ins raise errors of every kind on broken files
-        raise ValueError(f"the picture cannot be decoded: {error}") from error
+        reason = re.sub(r" <_io\.BytesIO object at \w+>", "", str(error))
+        raise ValueError(f"the picture cannot be decoded: {reason}") from error

@@ -76,5 +76,10 @@ class ObjectiveConfig:
         return cls(recipe=recipe, **options)
 
     @property
+    def dataset_negatives(self) -> bool:
+        """Whether a step reads ``batch["false_image"]``."""
+        return self.itm_negatives in ("dataset", "reference")
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         return RECIPES[self.recipe]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,14 @@ import yaml
 from sclkern.errors import UserError
 from sclkern.models.config import SCLConfig
 from sclkern.objectives.config import ObjectiveConfig
+
+
+def _check(section: object, holds: Callable[[Any], bool], expected: str, *names: str) -> None:
+    """Raise a ``UserError`` that names the first of these fields, None excepted, for which ``holds`` is false."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not holds(value):
+            raise UserError(f"{name}: got {value}, expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,9 @@ class DataConfig:
     val_transform: str = "clip_test"
     num_workers: int = 0
 
+    def __post_init__(self) -> None:
+        _check(self, lambda value: value >= 0, "0 or more", "num_workers")
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -90,10 +101,11 @@ class OptimizerConfig:
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise UserError(f"learning_rate: got {self.learning_rate}, expected a positive number")
-        if not 0 <= self.warmup < 1:
-            raise UserError(f"warmup: got {self.warmup}, expected a share of the steps, 0 <= warmup < 1")
+        _check(self, lambda value: value > 0, "a positive number", "learning_rate", "eps", "max_grad_norm")
+        _check(self, lambda value: value >= 0, "0 or more", "weight_decay", "end_factor", "decay_power")
+        _check(self, lambda value: value >= 0, "0 or more", "fusion_factor", "head_factor")
+        _check(self, lambda value: 0 <= value < 1, "a share of the steps, 0 <= warmup < 1", "warmup")
+        _check(self, lambda value: all(0 <= beta < 1 for beta in value), "two numbers of [0, 1)", "betas")
 
 
 @dataclass(frozen=True)
@@ -123,9 +135,9 @@ class RunConfig:
     val_every: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "accumulation", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: got {getattr(self, name)}, expected 1 or more")
+        counts = ("max_steps", "stop_at", "batch_size", "accumulation", "log_every")
+        _check(self, lambda value: value >= 1, "1 or more", *counts)
+        _check(self, lambda value: value >= 0, "0 or more", "seed", "save_every", "val_every")
 
 
 @dataclass(frozen=True)
@@ -142,6 +154,10 @@ class EvaluationConfig:
     rerank: int = 16
     train_images: int = 1000
     attention_images: int = 6
+
+    def __post_init__(self) -> None:
+        _check(self, lambda value: value >= 1, "1 or more", "batch_size")
+        _check(self, lambda value: value >= 0, "0 or more", "rerank", "train_images", "attention_images")
 
 
 @dataclass(frozen=True)
@@ -161,9 +177,11 @@ class PretrainConfig:
         return _plain(dataclasses.asdict(self))
 
 
-# What may differ when a run is resumed: none of it changes what is computed.
+# What may differ when a run is resumed: none of it changes what is computed, but for the learning rate and the clipping
+# of gradients, the remedies for a run that diverged.
 RESUMABLE_CHANGES = {
-    "run.output_dir", "run.stop_at", "run.device", "run.log_every", "run.save_every", "run.val_every",
+    "optimizer.learning_rate", "optimizer.max_grad_norm", "run.output_dir",
+    "run.stop_at", "run.device", "run.log_every", "run.save_every", "run.val_every",
     "data.num_workers", "weights.pretrained", "weights.reference", "weights.text", "weights.vision", "weights.strict",
     *(f"evaluation.{f.name}" for f in dataclasses.fields(EvaluationConfig)),
 }  # fmt: skip
@@ -210,7 +228,10 @@ def build_config(values: dict[str, Any]) -> PretrainConfig:
             raise UserError(f"{name}: got {section!r}, expected a section with keys")
         known = [f.name for f in dataclasses.fields(sections[name])] + ["preset"] * (name == "model")
         _known_keys(name + ".", section, known)
-    if preset := values.get("model", {}).get("preset"):
+    preset = values.get("model", {}).get("preset")
+    if preset is not None:
+        if not isinstance(preset, str):
+            raise UserError(f"model.preset: got {preset!r}, expected a name")
         given = {k: v for k, v in values["model"].items() if k != "preset"}
         values["model"] = {**dataclasses.asdict(SCLConfig.preset(preset)), **given}
     try:
@@ -220,7 +241,8 @@ def build_config(values: dict[str, Any]) -> PretrainConfig:
         where = ".".join(str(part) for part in first["loc"])
         if isinstance(cause := first.get("ctx", {}).get("error"), UserError):
             raise UserError(f"{where}.{cause}") from error
-        raise UserError(f"{where}: got {first['input']!r}; {first['msg']}") from error
+        told = "Input should be a list, such as [a, b]" if first["type"] == "tuple_type" else first["msg"]
+        raise UserError(f"{where}: got {first['input']!r}; {told}") from error
 
 
 def resume_difference(saved: dict[str, Any], current: dict[str, Any]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -62,5 +63,7 @@ class RunLog:
 
     def close(self) -> None:
         self._bar.close()
-        self._board.close()
-        self._file.close()
+        # A disk that is full has been told of already, by whoever wrote to it first.
+        for stream in (self._board, self._file):
+            with contextlib.suppress(OSError):
+                stream.close()

@@ -25,7 +25,7 @@ from sclkern.data.transforms import build_transform
 from sclkern.errors import UserError
 from sclkern.models import SCLModel
 from sclkern.random import mix_seed
-from sclkern.step import SCLLosses
+from sclkern.step import SCLLosses, check_objectives
 from sclkern.training.checkpoint import load_checkpoint, save_checkpoint
 from sclkern.training.config import PretrainConfig, resume_difference
 from sclkern.training.logs import RunLog
@@ -55,7 +55,8 @@ class Pretraining:
         self.config = config
         self.directory = Path(config.run.output_dir)
         self.checkpoints = self.directory / "checkpoints"
-        self.device = _device(config.run.device)
+        self.device = resolve_device(config.run.device)
+        check_objectives(config.model, config.objectives)
         saved = self._prepare_directory(resume)
         self.train_table = PairTable(config.data.root, config.data.train_tables, config.data.train_split)
         self.val_table = PairTable(config.data.root, config.data.val_tables, config.data.val_split)
@@ -65,15 +66,22 @@ class Pretraining:
         self.train_loader = self._loader(self.train_table, config.data.transform, shuffle=True)
         self.val_loader = self._loader(self.val_table, config.data.val_transform, shuffle=False)
         torch.manual_seed(mix_seed(config.run.seed, _MODEL))
-        self.model = _initial_model(config).set_attention_backend(config.run.attention).to(self.device)
+        # A resumed run needs no other weights, nor the file they once came from.
+        model = SCLModel(config.model, config.objectives) if saved else _initial_model(config)
+        self.model = model.set_attention_backend(config.run.attention).to(self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.bad_pictures = BadPictures(self.train_table.num_images)
+        self.bad_val_pictures = BadPictures(self.val_table.num_images)
         self.step, self.best = 0, float("-inf")
         if saved:
+            rates = [group["base_lr"] for group in self.optimizer.param_groups]
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["base_lr"] = rate  # the configuration's, which may have been lowered
             self.bad_pictures.load_state_dict(saved["bad_pictures"])
             self.step, self.best = saved["step"], saved["best"]
+        self._saved_step = self.step if saved else -1
         self._stop_requested = False
         self._healthy = torch.ones((), dtype=torch.bool, device=self.device)
 
@@ -109,15 +117,23 @@ class Pretraining:
             max_text_len=config.model.max_text_len,
             min_size=config.model.patch_size,
             seed=config.run.seed,
-            false_image=config.objectives.itm_negatives in ("dataset", "reference"),
+            false_image=config.objectives.dataset_negatives,
         )
         batch_size = config.run.batch_size if shuffle else min(config.run.batch_size, table.num_pairs)
+        if batch_size < 2 and not config.objectives.dataset_negatives:
+            where = f"run.batch_size {batch_size}" if shuffle else f"data.val_tables: {table.num_pairs} pair"
+            raise UserError(
+                f"{where}, expected 2 or more, because a false image is another row's; or use "
+                "objectives.itm_negatives=dataset"
+            )
         return PairLoader(
             dataset,
             batch_size=batch_size,
             shuffle=shuffle,
             seed=config.run.seed,
             num_workers=config.data.num_workers,
+            # The published masks are drawn over the padded caption.
+            pad_to_max=config.objectives.mlm_mask == "reference",
         )
 
     # -- training ------------------------------------------------------------------------------------------------------
@@ -132,7 +148,7 @@ class Pretraining:
             UserError: undecodable pictures above 1 %, a loss that is not finite, a checkpoint that cannot be written.
         """
         run = self.config.run
-        last = min(run.max_steps, run.stop_at or run.max_steps)
+        last = run.max_steps if run.stop_at is None else min(run.stop_at, run.max_steps)
         if self.step >= last:
             return self.step >= run.max_steps
         self.log = RunLog(self.directory, start=self.step, total=run.max_steps)
@@ -143,9 +159,15 @@ class Pretraining:
                 while self.step < last and not self._stop_requested:
                     self._train_step(batches)
                     if self.step == run.max_steps or _due(self.step, run.val_every):
-                        self.validate()
-                    if self.step == last or self._stop_requested or _due(self.step, run.save_every):
+                        try:
+                            self.validate()
+                        except UserError:  # of the held-out data: what was trained must not be lost for it
+                            self.save("latest")
+                            raise
+                    if _due(self.step, run.save_every):
                         self.save("latest")
+                if self.step != self._saved_step:
+                    self.save("latest")
         finally:
             self.log.close()
         if self._stop_requested and self.step < last:
@@ -214,18 +236,21 @@ class Pretraining:
                    and not torch.isfinite(p.grad).all()]  # fmt: skip
         broken += [f"the parameter {n}" for n, p in self.model.named_parameters() if not torch.isfinite(p).all()]
         raise UserError(
-            f"step {self.step}: {broken[0] if broken else 'an earlier loss'} is not finite; the last checkpoint in "
-            f"{self.checkpoints} is kept; lower optimizer.learning_rate or set optimizer.max_grad_norm, then --resume"
+            f"step {self.step + 1}: {broken[0] if broken else 'an earlier loss'} is not finite; "
+            + (f"the checkpoint of step {self._saved_step} is kept; " if self._saved_step >= 0 else "")
+            + "lower optimizer.learning_rate or set optimizer.max_grad_norm, then --resume"
         )
 
     # -- validation and saving -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def validate(self) -> None:
-        """Losses and retrieval on the held-out pairs, with the same masks every time; keeps the best checkpoint."""
+        """Losses on the held-out pairs, as many as fill whole batches, with the same masks every time, and retrieval;
+        keeps the best checkpoint."""
         self.model.eval()
         sums: dict[str, float] = {}
         for index, batch in enumerate(self.val_loader.epoch(0)):
+            self.bad_val_pictures.add(batch.pop("undecodable"))
             losses = self._losses(batch, mix_seed(self.config.run.seed, _VALIDATION, index))
             for name, value in {**losses.named(), **losses.metrics}.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
@@ -243,6 +268,7 @@ class Pretraining:
             self.save("best")
 
     def retrieval(self, table: PairTable, max_images: int | None = None) -> RetrievalResult:
+        """Zero-shot retrieval over a table with the settings of ``config.evaluation``."""
         evaluation = self.config.evaluation
         return evaluate_retrieval(
             self.model,
@@ -252,6 +278,7 @@ class Pretraining:
             batch_size=evaluation.batch_size,
             rerank=evaluation.rerank,
             max_images=max_images,
+            bad_pictures=self.bad_val_pictures if table is self.val_table else self.bad_pictures,
         )
 
     def save(self, name: str) -> None:
@@ -266,12 +293,17 @@ class Pretraining:
             "bad_pictures": self.bad_pictures.state_dict(),
         }
         save_checkpoint(self.checkpoints / f"{name}.pt", state)
+        if name == "latest":
+            self._saved_step = self.step
 
     def export(self) -> Path:
         """Write the model and its tokenizer to ``model/`` for ``SCLModel.from_pretrained``."""
         path = self.directory / "model"
         save_pretrained(self.model, path)
-        self.tokenizer.save_pretrained(path)
+        try:
+            self.tokenizer.save_pretrained(path)
+        except Exception as error:  # the tokenizers library raises a bare Exception for a full disk
+            raise UserError(f"{path}: the tokenizer cannot be written ({error}); free space, then --resume") from error
         return path
 
     def describe(self) -> str:
@@ -308,15 +340,22 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
+    """The device of a name; "auto" is a GPU where there is one.
+
+    Raises:
+        UserError: not a name of a device, or one that cannot be used here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"run.device: got {name!r}, expected auto, cpu or cuda") from error
+        raise UserError(f"device: got {name!r}, expected auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device: got {name!r}, expected auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("run.device: got 'cuda', but torch sees no GPU; use run.device=cpu")
+        raise UserError(f"device: got {name!r}, but torch sees no GPU; use cpu")
     return device
 
 

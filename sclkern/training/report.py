@@ -11,6 +11,7 @@ import torch
 from sclkern.data.transforms import decode_image, denormalize
 from sclkern.training.logs import read_metrics
 from sclkern.training.retrieval import RECALL_AT, RetrievalResult
+from sclkern.weights.files import write_atomically
 
 if TYPE_CHECKING:
     from sclkern.training.loop import Pretraining
@@ -34,12 +35,14 @@ def write_report(run: Pretraining) -> Path:
     results = {"held-out": run.retrieval(run.val_table)}
     if evaluation.train_images:
         results["training"] = run.retrieval(run.train_table, evaluation.train_images)
-    plot_losses(rows, run.directory / "losses.png")
+    if rows:
+        plot_losses(rows, run.directory / "losses.png")
     pictures = evaluation.attention_images > 0 and run.config.model.fusion_layers > 0
     if pictures:
         plot_attention(run, run.directory / "attention.png", evaluation.attention_images)
     path = run.directory / "report.md"
-    path.write_text(_markdown(run, rows, results, pictures))
+    text = _markdown(run, rows, results, pictures)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
     return path
 
 
@@ -61,7 +64,7 @@ def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
         axis.axis("off")
     axes.flat[0].legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
     plt.close(figure)
 
 
@@ -98,7 +101,7 @@ def plot_attention(run: Pretraining, path: Path, count: int, words_shown: int = 
             axis.imshow(heat, cmap="jet", alpha=0.5, interpolation="bilinear", extent=sides)
             axis.set_title(_shorten(word, 16), fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
     plt.close(figure)
 
 
@@ -117,8 +120,9 @@ def _words(run: Pretraining, ids: list[int]) -> list[tuple[str, list[int]]]:
 def _long_captions(run: Pretraining, count: int) -> list[int]:
     """Pairs with different captions, spread over the table, of three words or more where there are any."""
     table = run.val_table
+    bad = set(run.bad_val_pictures.state_dict()["names"])  # complete, as retrieval has seen every held-out picture
     _, first = np.unique(table.pair_group, return_index=True)
-    pairs = [int(pair) for pair in sorted(first)]
+    pairs = [int(pair) for pair in sorted(first) if table.image_name(int(table.pair_image[pair])) not in bad]
     rich = [pair for pair in pairs if len(table.caption(pair).split()) >= 3] or pairs
     return [rich[i] for i in np.linspace(0, len(rich) - 1, min(count, len(rich))).round().astype(int)]
 
@@ -130,8 +134,9 @@ def _markdown(run: Pretraining, rows: list[dict], results: dict[str, RetrievalRe
     lines += ["| loss | first step | last logged step | held-out, last |", "|---|---|---|---|"]
     for name in _LOSSES:
         if train and name in train[0]:
-            last = f"{held[-1][name]:.3f}" if held else ""
-            lines.append(f"| {_TITLES[name]} | {train[0][name]:.3f} | {train[-1][name]:.3f} | {last} |")
+            values = [train[0][name], train[-1][name], held[-1][name] if held else None]
+            cells = " | ".join("" if value is None else f"{value:.3f}" for value in values)
+            lines.append(f"| {_TITLES[name]} | {cells} |")
     lines += ["", "![losses](losses.png)", "", "## Retrieval, zero-shot", ""]
     lines += [
         "Recall in percent. Pictures with the same caption are all right answers to it; each distinct caption is one",
@@ -155,8 +160,9 @@ def _markdown(run: Pretraining, rows: list[dict], results: dict[str, RetrievalRe
             "",
             "Last fusion layer, text to image, the largest over heads, each map scaled to its own range.",
         ]
-    if len(run.bad_pictures):
-        lines += ["", f"Undecodable pictures, skipped: {len(run.bad_pictures)}"]
+    for name, bad in (("training", run.bad_pictures), ("held-out", run.bad_val_pictures)):
+        if len(bad):
+            lines += ["", f"Undecodable {name} pictures, skipped: {len(bad)}"]
     return "\n".join(lines) + "\n"
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sclkern.data.arrow import PairTable
+from sclkern.data.loader import BadPictures
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import decode_image
 from sclkern.models import SCLModel, VisionFeatures
@@ -68,18 +69,26 @@ def evaluate_retrieval(
     batch_size: int = 64,
     rerank: int = 16,
     max_images: int | None = None,
+    bad_pictures: BadPictures | None = None,
 ) -> RetrievalResult:
     """Recall in both directions over the pictures of a table.
 
     Args:
         transform: PIL image to (3, S, S).
         rerank: candidates of the contrast that the matching head re-ranks, in each direction; 0 = none.
-        max_images: so many pictures, spread evenly over the table; None = all. Undecodable pictures are left out.
+        max_images: so many pictures, spread evenly over the table; None = all.
+        bad_pictures: counts the undecodable pictures, which are left out.
+
+    Raises:
+        UserError: too many pictures are undecodable.
+
+    Every decoded picture and every encoded token is held at once, the tokens on the model's device.
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    pixels, kept = _decode(table, transform, max_images)
+    bad_pictures = bad_pictures if bad_pictures is not None else BadPictures(table.num_images)
+    pixels, kept = _decode(table, transform, max_images, bad_pictures)
     of_image = np.full(table.num_images, -1)
     of_image[kept] = np.arange(len(kept))
     pairs = np.flatnonzero(of_image[table.pair_image] >= 0)
@@ -109,7 +118,9 @@ def evaluate_retrieval(
             rows = torch.arange(len(scores), device=device)[:, None].expand_as(candidates)
             by_image = (rows, candidates) if direction == "image_to_text" else (candidates, rows)
             matching = _match(model, image, text, mask, *(x.flatten() for x in by_image), batch_size=4 * batch_size)
-            matched = torch.full_like(scores, -torch.inf).scatter(1, candidates, matching.view_as(candidates))
+            # The others stay behind the candidates, in the order of the contrast, whose scores are within [-1, 1].
+            behind = scores - 3 + matching.min()
+            matched = behind.scatter(1, candidates, matching.view_as(candidates))
             named["itm"] = recalls(matched, answers)
         out |= {f"{method}_{direction}_{k}": value for method, values in named.items() for k, value in values.items()}
     model.train(was_training)
@@ -135,13 +146,16 @@ def _match(
     return logit[:, 1] - logit[:, 0]
 
 
-def _decode(table: PairTable, transform, max_images: int | None) -> tuple[Tensor, np.ndarray]:
+def _decode(
+    table: PairTable, transform, max_images: int | None, bad_pictures: BadPictures
+) -> tuple[Tensor, np.ndarray]:
     pixels, kept = [], []
     count = min(table.num_images, max_images or table.num_images)
     for index in np.linspace(0, table.num_images - 1, count).round().astype(int).tolist():
         try:
             pixels.append(transform(decode_image(table.image_bytes(index))))
         except ValueError:
+            bad_pictures.add([table.image_name(index)])
             continue
         kept.append(index)
     return torch.stack(pixels), np.array(kept)

@@ -39,6 +39,14 @@ def test_overrides_win_over_the_file_and_the_preset(tmp_path):
         ({"objectives": {"recipe": "clip"}}, [], r"objectives\.recipe: got 'clip'; "),
         ({"objectives": {"mlm_ratio": 1.5}}, [], r"objectives\.mlm_ratio: got 1\.5, expected 0 <= ratio < 1"),
         ({"weights": {"text": "roberta"}}, [], r"weights\.text, vision: got 'roberta' and None, expected both"),
+        ({"run": {"stop_at": 0}}, [], r"run\.stop_at: got 0, expected 1 or more"),
+        ({"run": {"seed": -1}}, [], r"run\.seed: got -1, expected 0 or more"),
+        ({"data": {"num_workers": -1}}, [], r"data\.num_workers: got -1, expected 0 or more"),
+        ({"optimizer": {"betas": [2, 0.9]}}, [], r"optimizer\.betas: got \(2\.0, 0\.9\), expected two numbers"),
+        ({"optimizer": {"max_grad_norm": 0}}, [], r"optimizer\.max_grad_norm: got 0\.0, expected a positive number"),
+        ({"evaluation": {"batch_size": 0}}, [], r"evaluation\.batch_size: got 0, expected 1 or more"),
+        ({"data": {"train_tables": "pairs"}}, [], r"data\.train_tables: got 'pairs'; Input should be a list"),
+        ({"model": {"preset": ["a"]}}, [], r"model\.preset: got \['a'\], expected a name"),
         ({"run": 3}, [], r"run: got 3, expected a section"),
         ("- 1\n- 2\n", [], r"got a list, expected sections"),
         ("run: {", [], r"not YAML"),
@@ -60,5 +68,5 @@ def test_a_missing_file_is_named(tmp_path):
 def test_resuming_may_change_how_often_but_not_what():
     saved = build_config({}).to_dict()
     assert resume_difference(saved, build_config({"run": {"log_every": 3, "device": "cpu"}}).to_dict()) is None
-    changed = build_config({"optimizer": {"learning_rate": 1e-3}}).to_dict()
-    assert resume_difference(saved, changed) == "optimizer.learning_rate was 2e-05 and is now 0.001"
+    changed = build_config({"optimizer": {"weight_decay": 0.1}}).to_dict()
+    assert resume_difference(saved, changed) == "optimizer.weight_decay was 0.01 and is now 0.1"

@@ -132,7 +132,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(pretraining, tmp_pa
         return original(batch, seed)
 
     run._losses = poisoned
-    with pytest.raises(UserError, match=r"step 3: total is not finite; the last checkpoint in .*lower optimizer"):
+    with pytest.raises(UserError, match=r"step 4: total is not finite; the checkpoint of step 2 is kept; lower optim"):
         run.run()
     saved = final_state(tmp_path / "run")
     assert saved["step"] == 2
@@ -147,8 +147,15 @@ def test_a_started_run_is_not_overwritten(pretraining):
 
 def test_another_configuration_is_refused(pretraining):
     pretraining(run__stop_at=2).run()
-    with pytest.raises(UserError, match=r"latest\.pt: optimizer\.learning_rate was 0\.001 and is now 0\.01; resume"):
-        pretraining(resume=True, optimizer__learning_rate=0.01)
+    with pytest.raises(UserError, match=r"latest\.pt: optimizer\.weight_decay was 0\.01 and is now 0\.1; resume"):
+        pretraining(resume=True, optimizer__weight_decay=0.1)
+
+
+def test_the_remedy_for_a_run_that_diverged_works(pretraining, tmp_path):
+    with pytest.raises(UserError, match=r"is not finite; the checkpoint of step \d+ is kept; lower optimizer"):
+        pretraining(run__max_steps=40, optimizer__learning_rate=1e18, run__save_every=1).run()
+    run = pretraining(resume=True, run__max_steps=40, optimizer__learning_rate=1e-4, run__stop_at=39)
+    assert {group["base_lr"] for group in run.optimizer.param_groups} == {1e-4, 5e-4}
 
 
 @pytest.mark.parametrize("keep", [0, 100, 0.5, 0.999])
@@ -159,3 +166,12 @@ def test_a_checkpoint_cut_short_is_refused(pretraining, tmp_path, keep):
     latest.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
     with pytest.raises(UserError, match=r"latest\.pt: not a whole checkpoint"):
         pretraining(resume=True)
+
+
+def test_a_resumed_run_does_not_need_the_weights_it_started_from(pretraining, tmp_path):
+    start = pretraining("start")
+    start.model.save_pretrained(tmp_path / "weights")
+    options = {"weights__pretrained": tmp_path / "weights", "run__max_steps": 2}
+    pretraining(run__stop_at=1, **options).run()
+    (tmp_path / "weights" / "model.safetensors").unlink()
+    assert pretraining(resume=True, **options).run()
