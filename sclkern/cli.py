@@ -105,7 +105,7 @@ def _pretrain(options: argparse.Namespace) -> int:
 
 def _parity(options: argparse.Namespace) -> int:
     from sclkern.parity import format_table, run_parity
-    from sclkern.training.loop import resolve_device
+    from sclkern.training.setup import resolve_device
 
     rows = run_parity(options.file, str(resolve_device(options.device)))
     if options.json:

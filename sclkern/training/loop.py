@@ -31,7 +31,8 @@ from sclkern.training.config import PretrainConfig, resume_difference
 from sclkern.training.logs import RunLog
 from sclkern.training.optim import build_optimizer, schedule_factor, set_learning_rate
 from sclkern.training.retrieval import RetrievalResult, evaluate_retrieval
-from sclkern.weights import from_pretrained, from_reference, save_pretrained
+from sclkern.training.setup import check_tokenizer, initial_model, resolve_device
+from sclkern.weights import save_pretrained
 from sclkern.weights.files import write_atomically
 
 log = logging.getLogger("sclkern.training")
@@ -61,13 +62,13 @@ class Pretraining:
         self.train_table = PairTable(config.data.root, config.data.train_tables, config.data.train_split)
         self.val_table = PairTable(config.data.root, config.data.val_tables, config.data.val_split)
         self.tokenizer = CaptionTokenizer.from_pretrained(config.data.tokenizer)
-        _check_tokenizer(config, self.tokenizer)
+        check_tokenizer(config, self.tokenizer)
         self.val_transform = build_transform(config.data.val_transform, config.model.image_size)
         self.train_loader = self._loader(self.train_table, config.data.transform, shuffle=True)
         self.val_loader = self._loader(self.val_table, config.data.val_transform, shuffle=False)
         torch.manual_seed(mix_seed(config.run.seed, _MODEL))
         # A resumed run needs no other weights, nor the file they once came from.
-        model = SCLModel(config.model, config.objectives) if saved else _initial_model(config)
+        model = SCLModel(config.model, config.objectives) if saved else initial_model(config)
         self.model = model.set_attention_backend(config.run.attention).to(self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.bad_pictures = BadPictures(self.train_table.num_images)
@@ -156,6 +157,7 @@ class Pretraining:
         try:
             with self._signals():
                 batches = self._batches()
+                self._restart_clock()
                 while self.step < last and not self._stop_requested:
                     self._train_step(batches)
                     if self.step == run.max_steps or _due(self.step, run.val_every):
@@ -164,6 +166,7 @@ class Pretraining:
                         except UserError:  # of the held-out data: what was trained must not be lost for it
                             self.save("latest")
                             raise
+                        self._restart_clock()
                     if _due(self.step, run.save_every):
                         self.save("latest")
                 if self.step != self._saved_step:
@@ -183,7 +186,6 @@ class Pretraining:
 
     def _train_step(self, batches: Iterator[dict[str, Any]]) -> None:
         run, optimizer = self.config.run, self.optimizer
-        started, waited = time.perf_counter(), 0.0
         self.model.train()
         set_learning_rate(optimizer, schedule_factor(self.step, run.max_steps, self.config.optimizer))
         optimizer.zero_grad(set_to_none=True)
@@ -191,7 +193,7 @@ class Pretraining:
         for micro in range(run.accumulation):
             asked = time.perf_counter()
             batch = next(batches)
-            waited += time.perf_counter() - asked
+            self._waited += time.perf_counter() - asked
             self.bad_pictures.add(batch.pop("undecodable"))
             losses = self._losses(batch, mix_seed(run.seed, _STEP, self.step, micro))
             (losses.total / run.accumulation).backward()
@@ -210,13 +212,19 @@ class Pretraining:
         if self.step == 1 or self.step % run.log_every == 0:
             self._check_healthy(totals)
             values = {name: value.item() for name, value in totals.items()}
-            elapsed = time.perf_counter() - started
+            # From one logged step to the next: a GPU still works on the steps between when they return.
+            steps = self.step - self._logged_step
+            elapsed, waited = (time.perf_counter() - self._logged_time) / steps, self._waited / steps
             rate = run.batch_size * run.accumulation / elapsed
             names = [name for name in losses.named() if name in values]
             self.log.progress({name: values[name] for name in names}, rate)
             values |= {"learning_rate": optimizer.param_groups[0]["lr"], "pairs_per_second": rate}
             values |= {"step_seconds": elapsed, "data_seconds": waited}
             self.log.write("train", self.step, values)
+            self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._logged_step, self._logged_time, self._waited = self.step, time.perf_counter(), 0.0
 
     def _losses(self, batch: dict[str, Any], seed: int) -> SCLLosses:
         # Dropout draws from torch's generator: seeded for each micro-batch, it needs no state in the checkpoint.
@@ -338,42 +346,3 @@ def _recall_line(result: RetrievalResult, direction: str) -> str:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of a name; "auto" is a GPU where there is one.
-
-    Raises:
-        UserError: not a name of a device, or one that cannot be used here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device: got {name!r}, expected auto, cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device: got {name!r}, expected auto, cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device: got {name!r}, but torch sees no GPU; use cpu")
-    return device
-
-
-def _check_tokenizer(config: PretrainConfig, tokenizer: CaptionTokenizer) -> None:
-    for ours, theirs in (("vocab_size",) * 2, ("pad_id",) * 2, ("mask_id",) * 2, ("bos_id",) * 2, ("eos_id",) * 2):
-        if getattr(config.model, ours) != getattr(tokenizer, theirs):
-            raise UserError(
-                f"model.{ours}: got {getattr(config.model, ours)}, the tokenizer {config.data.tokenizer!r} has "
-                f"{getattr(tokenizer, theirs)}; set model.{ours}={getattr(tokenizer, theirs)} or use its tokenizer"
-            )
-
-
-def _initial_model(config: PretrainConfig) -> SCLModel:
-    weights = config.weights
-    if weights.pretrained is None and weights.reference is None and weights.text is None:
-        return SCLModel(config.model, config.objectives)
-    common = {"config": config.model, "strict": weights.strict, "objectives": config.objectives}
-    if weights.reference is not None:
-        return from_reference(weights.reference, **common)
-    source = weights.pretrained if weights.pretrained is not None else (weights.text, weights.vision)
-    return from_pretrained(source, **common)
