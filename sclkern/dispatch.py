@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "eager")
+# Asked once: torch.compile does not trace the question.
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -56,7 +58,7 @@ def choose(*tensors: Tensor, backend: str = "auto", unsupported: str | None = No
 
 
 def _problem(tensors: tuple[Tensor, ...]) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not TRITON_INSTALLED:
         return "Triton is not installed"
     devices = {t.device for t in tensors}
     if len(devices) > 1:

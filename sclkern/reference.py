@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sclkern.random import below, random_words, smallest, uniform
+from sclkern.random import below, philox, random_words, smallest, uniform
 
 # Streams of the counter generator: one for each purpose, so that no two draws of a step share numbers.
 STREAM_PATCHES, STREAM_TOKENS, STREAM_MLM, STREAM_COMPLETION, STREAM_ITM = range(5)
+
+STREAM_ATTENTION = 6
 
 
 def attention_probabilities(
@@ -43,6 +45,60 @@ def attention_probabilities(
     return scores.softmax(-1).masked_fill(~mask, 0.0)
 
 
+def attention_log_sum_exp(
+    query: Tensor, key: Tensor, *, mask: Tensor | None = None, softmax_scale: float | None = None
+) -> Tensor:
+    """Natural log-sum-exp of the scores of ``attention_probabilities``, without a gradient.
+
+    Returns:
+        (B, H, Lq) float32, float64 for float64; -inf for a query with no valid key.
+    """
+    scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        scores = torch.einsum("bqhd,bkhd->bhqk", query.to(dtype) * scale, key.to(dtype))
+        return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).logsumexp(-1)
+
+
+def attention_dropout_threshold(dropout_p: float) -> tuple[int, float]:
+    """What a 16-bit draw must reach to keep its probability, and the factor of those kept.
+
+    The probability of dropping is rounded to a multiple of 1 / 65536, and the factor is that of the rounded one.
+    """
+    threshold = round(dropout_p * 65536)
+    return threshold, 65536 / (65536 - threshold) if threshold < 65536 else 0.0
+
+
+def attention_dropout_mask(
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    *,
+    dropout_p: float,
+    seed: int | Tensor,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Which probabilities dropout keeps; each depends on (seed, b * H + h, query, key) alone, not on a length.
+
+    One call of Philox with 7 rounds serves eight neighbouring keys by the 16-bit halves of its four words, the low half
+    first.
+
+    Args:
+        queries: at most 65536. keys: at most 524288; the counter has no room for more.
+
+    Returns:
+        (B, H, Lq, Lk) bool, True = keep.
+    """
+    if queries > 2**16 or keys > 2**19:
+        raise ValueError(f"dropout: got {queries} queries and {keys} keys, expected at most 65536 and 524288")
+    places = [torch.arange(size, device=device) for size in (batch * heads, queries, (keys + 7) // 8)]
+    counter = (places[0][:, None, None] << 32) | (places[1][:, None] << 16) | places[2]
+    words = torch.stack(philox(seed, counter, STREAM_ATTENTION, rounds=7), -1)
+    draws = torch.stack((words & 0xFFFF, words >> 16), -1).flatten(2)[..., :keys]
+    return (draws >= attention_dropout_threshold(dropout_p)[0]).view(batch, heads, queries, keys)
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -51,6 +107,7 @@ def attention(
     key_padding_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
+    seed: int | Tensor | None = None,
 ) -> Tensor:
     """Scaled dot-product attention with key padding and dropout on the probabilities.
 
@@ -58,6 +115,7 @@ def attention(
         query: (B, Lq, H, D). key, value: (B, Lk, H, D).
         key_padding_mask: (B, Lk) bool, True = attend. What the other keys and values hold is never read, NaN too.
         dropout_p: probability of dropping a probability.
+        seed: of the mask of ``attention_dropout_mask``; None is torch's own dropout.
 
     Returns:
         (B, Lq, H, D).
@@ -69,7 +127,12 @@ def attention(
         padding = ~key_padding_mask[:, :, None, None]
         key, value = key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
     probabilities = attention_probabilities(query, key, mask=mask, softmax_scale=softmax_scale)
-    return torch.einsum("bhqk,bkhd->bqhd", F.dropout(probabilities, dropout_p), value)
+    if seed is None or dropout_p == 0:
+        probabilities = F.dropout(probabilities, dropout_p)
+    else:
+        keep = attention_dropout_mask(*probabilities.shape, dropout_p=dropout_p, seed=seed, device=query.device)
+        probabilities = probabilities.masked_fill(~keep, 0.0) * attention_dropout_threshold(dropout_p)[1]
+    return torch.einsum("bhqk,bkhd->bqhd", probabilities, value)
 
 
 def frame_attention_mask(num_frames: int, tokens_per_frame: int, device: torch.device | str) -> Tensor:
@@ -108,12 +171,88 @@ def bias_gelu(x: Tensor, bias: Tensor, *, approximate: Literal["none", "tanh", "
     return x * torch.sigmoid(1.702 * x) if approximate == "quick" else F.gelu(x, approximate=approximate)
 
 
+# The stream of dropout on features, apart from the draws of a step above.
+STREAM_FEATURES = 16
+
+
+def feature_dropout_seed(seed: int | Tensor | None, device: torch.device | str) -> Tensor:
+    """An int64 tensor of one element on ``device``: the seed, or one drawn from torch's generator of that device."""
+    if isinstance(seed, Tensor):
+        return seed
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+    # Filled on the device, because a copy waits.
+    return torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+
+
+def feature_dropout_threshold(dropout_p: float) -> int:
+    """Of the 65536 values of a 16-bit number, how many drop an element."""
+    return round(dropout_p * 2**16)
+
+
+def feature_dropout_scale(dropout_p: float) -> float:
+    """What a kept element is multiplied by."""
+    return 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+
+
+def feature_dropout_keep(rows: int, columns: int, dropout_p: float, seed: Tensor) -> Tensor:
+    """Which elements dropout keeps: (rows, columns) bool, a function of (seed, row, column) alone.
+
+    One Philox-4x32 call of 7 rounds serves 8 neighbouring columns. Column c = 8 g + 2 w + h of row r takes the low
+    (h = 0) or high (h = 1) 16 bits of word w of the counter r << 32 | g in stream ``STREAM_FEATURES``, and is kept
+    where that number is at least ``feature_dropout_threshold(dropout_p)``.
+
+    Args:
+        seed: int64 tensor of one element; the mask is on its device.
+    """
+    row = torch.arange(rows, dtype=torch.int64, device=seed.device)
+    group = torch.arange((columns + 7) // 8, dtype=torch.int64, device=seed.device)
+    words = torch.stack(philox(seed.reshape(()), (row[:, None] << 32) | group, STREAM_FEATURES, rounds=7), dim=-1)
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(1)
+    return halves[:, :columns] >= feature_dropout_threshold(dropout_p)
+
+
+def dropout_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    x_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    eps: float = 1e-5,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """LayerNorm of residual + dropout(x + x_bias) over the last dimension.
+
+    Args:
+        x, residual: (..., D). weight, bias, x_bias: (D,).
+        dropout_p: probability of dropping an element; the mask is that of ``feature_dropout_keep``, whose rows are
+            all leading dimensions as one. With 0 no random number is drawn.
+        seed: int or int64 tensor of one element; None draws one from torch's generator.
+
+    Returns:
+        (..., D) in the wider dtype of x and residual.
+    """
+    if x_bias is not None:
+        x = x + x_bias.to(x.dtype)
+    if dropout_p > 0:
+        seed = feature_dropout_seed(seed, x.device)
+        keep = feature_dropout_keep(x.shape[:-1].numel(), x.shape[-1], dropout_p, seed).reshape(x.shape)
+        x = torch.where(keep, x * feature_dropout_scale(dropout_p), 0.0)
+    total = residual + x
+    out = F.layer_norm(total, x.shape[-1:], weight.to(total.dtype), bias.to(total.dtype), eps)
+    # Autocast widens a layer norm; the op's dtype is that of its tensors.
+    return out.to(total.dtype)
+
+
 def completion_loss(
     recovered: Tensor,
     complete: Tensor,
     *,
     temperature: float | Tensor,
     directions: Literal["both", "recovered_to_complete"] = "both",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     valid: Tensor | None = None,
     eps: float = 1e-8,
 ) -> Tensor:
@@ -128,12 +267,14 @@ def completion_loss(
     Args:
         recovered, complete: (N, D), or (G, N, D) for G separate contrasts whose losses are averaged.
         temperature: float or 0-d tensor (learnable).
+        reduction: "mean" over the valid rows of a group and then over groups, "sum" over all, or
+            "none": (N,) or (G, N).
         valid: (N,) or (G, N) bool; the other rows take no part, neither as anchors nor as negatives, whatever they
             hold.
         eps: smallest norm of a feature.
 
     Returns:
-        Scalar; 0 with zero gradient when no row is valid or a row has no negatives.
+        Scalar, or the losses of the rows; 0 with zero gradient when no row is valid or a row has no negatives.
     """
     if valid is not None:
         # Not 0, whose norm has no second derivative.
@@ -154,10 +295,18 @@ def completion_loss(
     losses = F.softplus(others.logsumexp(-1) - positive)
     if directions == "both":
         losses = losses + F.softplus(others.logsumexp(-2) - positive)
+    return reduce_rows(losses, valid, reduction)
+
+
+def reduce_rows(losses: Tensor, valid: Tensor | None, reduction: Literal["mean", "sum", "none"]) -> Tensor:
+    """Losses (N,) or (G, N) of rows, by the reductions of ``completion_loss``; rows that are not valid count as 0."""
+    if valid is not None:
+        losses = torch.where(valid, losses, 0.0)
+    if reduction != "mean":
+        return losses.sum() if reduction == "sum" else losses
     if valid is None:
         return losses.mean()
-    per_group = torch.where(valid, losses, 0.0).sum(-1) / valid.sum(-1).clamp_min(1)
-    return per_group.mean()
+    return (losses.sum(-1) / valid.sum(-1).clamp_min(1)).mean()
 
 
 def embed_patches(

@@ -21,7 +21,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-MODULES = ("bias_gelu",)
+MODULES = ("attention", "bias_gelu", "dropout_add_layer_norm", "completion_loss")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def kernels() -> list[dict[str, Any]]:
     """Every kernel in the configurations that are launched: ``AHEAD_OF_TIME`` of the modules of ``sclkern.kernels``.
 
     An entry has ``kernel``, ``signature`` (types of the pointers and of scalars that are not int32), ``constants`` and
-    ``num_warps``.
+    ``num_warps``; ``divisible`` may name integers that are multiples of 16 at the real shapes, such as strides.
     """
     return [entry for name in MODULES for entry in importlib.import_module(f"sclkern.kernels.{name}").AHEAD_OF_TIME]
 
@@ -56,6 +56,7 @@ def compile_entry(entry: dict[str, Any], target: str) -> Any:
     }
     positions = {name: (index,) for index, name in enumerate(function.arg_names)}
     aligned = {positions[n]: [["tt.divisibility", 16]] for n, kind in signature.items() if kind.startswith("*")}
+    aligned |= {positions[n]: [["tt.divisibility", 16]] for n in entry.get("divisible", ())}
     source = ASTSource(
         fn=function,
         signature=signature,

@@ -5,9 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from sclkern.dispatch import choose
+from sclkern.ops.attention import attention
+from sclkern.ops.attention import unsupported as _attention_unsupported
 from sclkern.ops.bias_gelu import bias_gelu
+from sclkern.ops.completion_loss import completion_loss
+from sclkern.ops.dropout_add_layer_norm import dropout_add_layer_norm
 
-OPS = ("bias_gelu",)
+OPS = ("attention", "bias_gelu", "completion_loss", "dropout_add_layer_norm")
 
 
 def explain(op: str, *tensors: Tensor) -> str:
@@ -20,7 +24,8 @@ def explain(op: str, *tensors: Tensor) -> str:
         raise ValueError(f"op: got {op!r}, expected one of {', '.join(OPS)}")
     if not tensors:
         raise ValueError("tensors: got none, expected the inputs of the op")
-    return str(choose(*tensors))
+    unsupported = _attention_unsupported(tensors[0], 1.0) if op == "attention" else None
+    return str(choose(*tensors, unsupported=unsupported))
 
 
-__all__ = ["OPS", "bias_gelu", "explain"]
+__all__ = ["OPS", "attention", "bias_gelu", "completion_loss", "dropout_add_layer_norm", "explain"]

@@ -1,0 +1,299 @@
+"""LayerNorm(residual + dropout(x + x_bias)) in one pass, forward and backward.
+
+R rows, D columns. Arithmetic in float32, whatever the tensors hold. A program holds whole rows in registers, so that
+the variance is taken of values whose mean is already gone and each tensor is read once.
+
+The sum before the norm is recomputed in the backward from x, residual and the mask, and the mask from the seed. In a
+transformer the residual is kept anyway, for the weight gradient of the layer that read it; keeping x then costs what
+keeping the sum would, the forward writes nothing more, and the sum is never rounded to half precision.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sclkern.reference import STREAM_FEATURES, feature_dropout_scale, feature_dropout_threshold
+
+# 8 columns a thread: a 16-byte load in half precision, one Philox call whose mask needs no exchange between threads,
+# and half the registers of 16. Not yet tuned on a GPU.
+COLUMNS_PER_WARP = 256
+# Three float32 partial sums for 32 rows, written and read, add 0.75 bytes to the 10 that a backward in half precision
+# moves for each element; more rows would leave a batch of captions with too few programs. Not yet tuned on a GPU.
+ROWS_PER_PROGRAM = 32
+
+
+@triton.jit
+def dropped_sum(
+    x_ptr,
+    residual_ptr,
+    x_bias_ptr,
+    seed_ptr,
+    row,  # (BLOCK_ROWS, 1) int64
+    column,  # (1, BLOCK_COLUMNS)
+    rows,
+    columns,
+    threshold,
+    scale,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    STREAM: tl.constexpr,
+):
+    """residual + dropout(x + x_bias) and the factor of dropout (0 or scale), float32; 0 outside."""
+    inside = (row < rows) & (column < columns)
+    offset = row * columns + column
+    total = tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    if x_bias_ptr is not None:
+        x += tl.load(x_bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+    if seed_ptr is not None:
+        # As reference.feature_dropout_keep says: column 8 g + 2 w + h takes half h of word w of counter (row, g).
+        zero = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS // 8), dtype=tl.int32)
+        group = zero + tl.arange(0, BLOCK_COLUMNS // 8)[None, :]
+        word0, word1, word2, word3 = tl.philox(
+            tl.load(seed_ptr), group, zero + row.to(tl.int32), zero + STREAM, zero, n_rounds=7
+        )
+        words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
+        halves = tl.join(words & 0xFFFF, words >> 16).to(tl.int32)
+        factor = tl.where(tl.reshape(halves, (BLOCK_ROWS, BLOCK_COLUMNS)) >= threshold, scale, 0.0)
+        # Not a product: what a dropped place holds is never seen, NaN too.
+        x = tl.where(factor > 0.0, x * factor, 0.0)
+    else:
+        factor = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), 1.0, dtype=tl.float32)
+    return tl.where(inside, total + x, 0.0), factor
+
+
+@triton.jit
+def dropout_add_layer_norm_forward_kernel(
+    x_ptr,  # (R, D)
+    residual_ptr,  # (R, D)
+    weight_ptr,  # (D,)
+    bias_ptr,  # (D,)
+    x_bias_ptr,  # (D,) or None
+    seed_ptr,  # int64, or None without dropout
+    out_ptr,  # (R, D)
+    mean_ptr,  # (R,) float32
+    rstd_ptr,  # (R,) float32
+    rows,
+    columns,
+    threshold,
+    scale,
+    eps,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    STREAM: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    column = tl.arange(0, BLOCK_COLUMNS)[None, :]
+    inside = (row < rows) & (column < columns)
+    total, _ = dropped_sum(
+        x_ptr, residual_ptr, x_bias_ptr, seed_ptr, row, column, rows, columns, threshold, scale,
+        BLOCK_ROWS, BLOCK_COLUMNS, STREAM,
+    )  # fmt: skip
+    mean = tl.sum(total, axis=1, keep_dims=True) / columns
+    centred = tl.where(inside, total - mean, 0.0)
+    # A mean of 1000 is off by its own rounding, 6e-5, which every output would show; what it left is taken off.
+    left = tl.sum(centred, axis=1, keep_dims=True) / columns
+    variance = tl.sum(centred * centred, axis=1, keep_dims=True) / columns - left * left
+    # Equal values of 1e9 could leave it below zero by its rounding.
+    rstd = 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + eps)
+    weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+    out = (centred - left) * rstd * weight + bias
+    tl.store(out_ptr + row * columns + column, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(mean_ptr + row, mean, mask=row < rows)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+
+
+@triton.jit
+def dropout_add_layer_norm_backward_kernel(
+    grad_out_ptr,  # (R, D)
+    x_ptr,  # (R, D)
+    residual_ptr,  # (R, D)
+    weight_ptr,  # (D,)
+    x_bias_ptr,  # (D,) or None
+    seed_ptr,  # int64, or None without dropout
+    mean_ptr,  # (R,) float32
+    rstd_ptr,  # (R,) float32
+    grad_x_ptr,  # (R, D), or None where it equals grad_residual
+    grad_residual_ptr,  # (R, D)
+    partial_ptr,  # (programs, 2 or 3, D) float32: sums over a program's rows for weight, bias and x_bias
+    rows,
+    columns,
+    threshold,
+    scale,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    ROWS_PER_PROGRAM: tl.constexpr,
+    STREAM: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    offset = tl.arange(0, BLOCK_COLUMNS)
+    column = offset[None, :]
+    weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+    grad_weight = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    grad_bias = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    grad_x_bias = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    for start in range(0, ROWS_PER_PROGRAM, BLOCK_ROWS):
+        row = program * ROWS_PER_PROGRAM + start + tl.arange(0, BLOCK_ROWS)[:, None]
+        inside = (row < rows) & (column < columns)
+        place = row * columns + column
+        total, factor = dropped_sum(
+            x_ptr, residual_ptr, x_bias_ptr, seed_ptr, row, column, rows, columns, threshold, scale,
+            BLOCK_ROWS, BLOCK_COLUMNS, STREAM,
+        )  # fmt: skip
+        mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
+        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        normal = tl.where(inside, (total - mean) * rstd, 0.0)
+        grad_out = tl.load(grad_out_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        grad_normal = grad_out * weight
+        # What rounding the mean left is taken off, as in the forward; sums that wait for none of the others.
+        left = tl.sum(normal, axis=1, keep_dims=True) / columns
+        common = tl.sum(grad_normal, axis=1, keep_dims=True) / columns
+        along = tl.sum(grad_normal * normal, axis=1, keep_dims=True) / columns - left * common
+        normal -= left
+        grad_total = tl.where(inside, (grad_normal - common - normal * along) * rstd, 0.0)
+        tl.store(grad_residual_ptr + place, grad_total.to(grad_residual_ptr.dtype.element_ty), mask=inside)
+        grad_x = grad_total * factor
+        if grad_x_ptr is not None:
+            tl.store(grad_x_ptr + place, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        grad_weight += grad_out * normal
+        grad_bias += grad_out
+        if x_bias_ptr is not None:
+            grad_x_bias += grad_x
+    sums: tl.constexpr = 2 if x_bias_ptr is None else 3
+    partial_ptr += program * sums * columns + offset
+    tl.store(partial_ptr, tl.sum(grad_weight, axis=0), mask=offset < columns)
+    tl.store(partial_ptr + columns, tl.sum(grad_bias, axis=0), mask=offset < columns)
+    if x_bias_ptr is not None:
+        tl.store(partial_ptr + 2 * columns, tl.sum(grad_x_bias, axis=0), mask=offset < columns)
+
+
+def configuration(columns: int) -> dict[str, int]:
+    """Tile and warps for D columns: whole rows, 4 warps up to 1024 columns and 16 for 4096."""
+    block = max(16, triton.next_power_of_2(columns))
+    warps = max(4, block // COLUMNS_PER_WARP)
+    block_rows = min(ROWS_PER_PROGRAM, warps * COLUMNS_PER_WARP // block)
+    return {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block, "num_warps": warps}
+
+
+def dropout_add_layer_norm_forward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    x_bias: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, residual (R, D) contiguous; seed int64 of one element, or None for no dropout.
+
+    Returns:
+        The output (R, D) in the wider dtype of x and residual; mean and 1 / deviation of the rows (R,) float32.
+    """
+    rows, columns = x.shape
+    out = torch.empty((rows, columns), dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
+    mean = torch.empty((rows,), dtype=torch.float32, device=x.device)
+    rstd = torch.empty((rows,), dtype=torch.float32, device=x.device)
+    if out.numel():
+        config = configuration(columns)
+        dropout_add_layer_norm_forward_kernel[(triton.cdiv(rows, config["BLOCK_ROWS"]),)](
+            x_ptr=x,
+            residual_ptr=residual,
+            weight_ptr=weight,
+            bias_ptr=bias,
+            x_bias_ptr=x_bias,
+            seed_ptr=seed,
+            out_ptr=out,
+            mean_ptr=mean,
+            rstd_ptr=rstd,
+            rows=rows,
+            columns=columns,
+            threshold=feature_dropout_threshold(dropout_p),
+            scale=feature_dropout_scale(dropout_p),
+            eps=eps,
+            STREAM=STREAM_FEATURES,
+            enable_fp_fusion=True,
+            **config,
+        )
+    return out, mean, rstd
+
+
+def dropout_add_layer_norm_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    x_bias: Tensor | None,
+    seed: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout_p: float,
+    separate: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of x (None unless ``separate``) and residual (R, D), in their dtypes, and of weight, bias and, where
+    there is one, x_bias as the rows of one float32 tensor (2 or 3, D)."""
+    rows, columns = x.shape
+    config = configuration(columns)
+    programs = triton.cdiv(rows, ROWS_PER_PROGRAM)
+    grad_residual = torch.empty((rows, columns), dtype=residual.dtype, device=x.device)
+    grad_x = torch.empty((rows, columns), dtype=x.dtype, device=x.device) if separate else None
+    sums = 2 if x_bias is None else 3
+    partial = torch.empty((programs, sums, columns), dtype=torch.float32, device=x.device)
+    if grad_residual.numel():
+        dropout_add_layer_norm_backward_kernel[(programs,)](
+            grad_out_ptr=grad_out,
+            x_ptr=x,
+            residual_ptr=residual,
+            weight_ptr=weight,
+            x_bias_ptr=x_bias,
+            seed_ptr=seed,
+            mean_ptr=mean,
+            rstd_ptr=rstd,
+            grad_x_ptr=grad_x,
+            grad_residual_ptr=grad_residual,
+            partial_ptr=partial,
+            rows=rows,
+            columns=columns,
+            threshold=feature_dropout_threshold(dropout_p),
+            scale=feature_dropout_scale(dropout_p),
+            ROWS_PER_PROGRAM=ROWS_PER_PROGRAM,
+            STREAM=STREAM_FEATURES,
+            enable_fp_fusion=True,
+            **config,
+        )
+    return grad_x, grad_residual, partial.sum(0)
+
+
+def _entries(columns: int, dropout: bool) -> list[dict]:
+    constants = configuration(columns)
+    warps = constants.pop("num_warps")
+    constants["STREAM"] = STREAM_FEATURES
+    halves = ("x_ptr", "residual_ptr", "out_ptr", "grad_out_ptr", "grad_x_ptr", "grad_residual_ptr")
+    singles = ("weight_ptr", "bias_ptr", "x_bias_ptr", "mean_ptr", "rstd_ptr", "partial_ptr")
+    signature = dict.fromkeys(halves, "*bf16") | dict.fromkeys(singles, "*fp32")
+    signature |= {"seed_ptr": "*i64", "scale": "fp32", "eps": "fp32"}
+    forward, backward = dict(constants), constants | {"ROWS_PER_PROGRAM": ROWS_PER_PROGRAM}
+    if not dropout:
+        forward |= {"x_bias_ptr": None, "seed_ptr": None}
+        backward |= {"x_bias_ptr": None, "seed_ptr": None, "grad_x_ptr": None}
+    return [
+        {
+            "kernel": kernel,
+            "signature": signature,
+            "constants": chosen,
+            "num_warps": warps,
+            "divisible": ("columns",),
+        }
+        for kernel, chosen in (
+            (dropout_add_layer_norm_forward_kernel, forward),
+            (dropout_add_layer_norm_backward_kernel, backward),
+        )
+    ]
+
+
+# What the static checks compile: the width of the model with everything and with nothing, and the widest row.
+AHEAD_OF_TIME = [*_entries(768, True), *_entries(768, False), *_entries(4096, True)]
