@@ -1,8 +1,8 @@
 """GPU tests, then benchmarks by importance, within a budget of seconds (`make gpu BUDGET=540`).
 
 Runs with nothing installed but torch, transformers, timm, pytest, pytest-benchmark and hypothesis: only test files that
-use a GPU are collected. Every benchmark appends its record to ``benchmarks/results`` as it is made, so a run that is cut
-off keeps what it measured.
+use a GPU are collected. Every benchmark appends its record to ``benchmarks/results`` as it is made, so a run that is
+cut off keeps what it measured.
 """
 
 from __future__ import annotations
