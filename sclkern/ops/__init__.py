@@ -10,6 +10,7 @@ from sclkern.ops.attention import unsupported as _attention_unsupported
 from sclkern.ops.bias_gelu import bias_gelu
 from sclkern.ops.completion_loss import completion_loss
 from sclkern.ops.dropout_add_layer_norm import dropout_add_layer_norm
+from sclkern.ops.dropout_add_layer_norm import unsupported as _layer_norm_unsupported
 
 OPS = ("attention", "bias_gelu", "completion_loss", "dropout_add_layer_norm")
 
@@ -24,7 +25,11 @@ def explain(op: str, *tensors: Tensor) -> str:
         raise ValueError(f"op: got {op!r}, expected one of {', '.join(OPS)}")
     if not tensors:
         raise ValueError("tensors: got none, expected the inputs of the op")
-    unsupported = _attention_unsupported(tensors[0], 1.0) if op == "attention" else None
+    unsupported = None
+    if op == "attention":
+        unsupported = _attention_unsupported(tensors[0], 1.0)
+    elif op == "dropout_add_layer_norm":
+        unsupported = _layer_norm_unsupported(tensors[0])
     return str(choose(*tensors, unsupported=unsupported))
 
 

@@ -56,10 +56,7 @@ def dropout_add_layer_norm(
     check(x, residual, weight, bias, x_bias, dropout_p, eps, seed)
     columns = x.shape[-1]
     tensors = [t for t in (x, residual, weight, bias, x_bias) if t is not None]
-    unsupported = None
-    if columns > MAX_COLUMNS:
-        unsupported = f"rows of {columns} columns, the kernel holds at most {MAX_COLUMNS} in registers"
-    choice = choose(*tensors, backend=backend, unsupported=unsupported)
+    choice = choose(*tensors, backend=backend, unsupported=unsupported(x))
     seed = reference.feature_dropout_seed(seed, x.device) if dropout_p > 0 else None
     if choice.backend == "eager":
         return reference.dropout_add_layer_norm(
@@ -76,6 +73,13 @@ def dropout_add_layer_norm(
         float(eps),
     )
     return out.reshape(x.shape)
+
+
+def unsupported(x: Tensor) -> str | None:
+    """Why the kernel cannot take ``x`` (..., D), or None."""
+    if x.shape[-1] > MAX_COLUMNS:
+        return f"rows of {x.shape[-1]} columns, the kernel holds at most {MAX_COLUMNS} in registers"
+    return None
 
 
 def check(

@@ -221,5 +221,4 @@ class TestMaskText:
 
 def test_streams_of_the_draws_differ():
     streams = [value for name, value in vars(reference).items() if name.startswith("STREAM_")]
-    assert len(streams) == 5
-    assert len(set(streams)) == 5
+    assert len(streams) >= 5 and len(set(streams)) == len(streams), streams
