@@ -33,8 +33,8 @@ class SCLConfig:
         heads: which of ``HEADS`` exist.
         vqa_answers: classes of the VQA head.
         temperature_init: starting temperature of the image-text contrast.
-        init_std: deviation of random weights outside the vision encoder: BERT's 0.02, made for width 768; the demo takes
-            about width ** -0.5 for its narrow model.
+        init_std: deviation of random weights outside the vision encoder: BERT's 0.02, made for width 768; the demo
+            takes about width ** -0.5 for its narrow model.
     """
 
     width: int = 768
