@@ -3,40 +3,20 @@
 import importlib.util
 import itertools
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from op_testing import BACKENDS, DEVICE, DTYPES, needs_kernels, run_in_interpreter
 from torch.utils.checkpoint import checkpoint
 
 from sclkern import reference
 from sclkern.dispatch import interpreted
 from sclkern.ops import attention, explain
 
-KERNELS_RUN = torch.cuda.is_available() or interpreted()
-needs_kernels = pytest.mark.skipif(not KERNELS_RUN, reason="no GPU, and not in Triton's interpreter")
-DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 # Lq, Lk, D.
 SHAPES = [(q, k, 64 if (q + k) % 4 else 32) for q, k in itertools.product((1, 13, 17, 65), (1, 13, 16, 33))]
 SHAPES += [(65, 70, 32), (13, 17, 128)]
 NAMES = ("out", "grad_query", "grad_key", "grad_value")
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Uninitialised memory is NaN, so that an element nobody wrote is seen."""
-    if not KERNELS_RUN:
-        return
-    empty = torch.empty
-
-    def poison(*args, **options):
-        tensor = empty(*args, **options)
-        return tensor if tensor.requires_grad or not tensor.is_floating_point() else tensor.fill_(torch.nan)
-
-    monkeypatch.setattr(torch, "empty", poison)
 
 
 def inputs(queries, keys, head=32, dtype=torch.float32, batch=2, heads=2):
@@ -121,7 +101,7 @@ def test_large_scores(size):
     compare_with_eager(query, key, value, grad, key_padding_mask=mask)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=needs_kernels)])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_log_sum_exp(backend):
     query, key, value, mask, _ = inputs(17, 33)
     mask[1] = False
@@ -133,7 +113,7 @@ def test_log_sum_exp(backend):
     torch.testing.assert_close(lse.double(), expected.detach(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=needs_kernels)])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_lengths_of_zero(backend, dropout_p):
     for queries, keys, batch in ((3, 0, 2), (0, 3, 2), (0, 0, 2), (3, 3, 0)):
@@ -168,7 +148,7 @@ def dropped(backend, seed, queries=17, keys=29, **options):
     return out[..., :keys].transpose(1, 2)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=needs_kernels)])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("seed", [0, 7, -1, 2**63 - 1])
 def test_drops_what_the_mask_says(backend, seed):
     keep = reference.attention_dropout_mask(2, 2, 17, 29, dropout_p=0.4, seed=seed, device=DEVICE)
@@ -208,13 +188,13 @@ def test_the_share_dropped_is_that_asked_for(dropout_p):
     assert (shares - dropout_p).abs().max() < 5 * math.sqrt(8 * dropout_p * (1 - dropout_p) / draws.numel())
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=needs_kernels)])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_dropout_of_everything(backend):
     query, key, value, _, grad = inputs(5, 7)
     assert all((result == 0).all() for result in run(query, key, value, grad, backend=backend, dropout_p=1.0))
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=needs_kernels)])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_no_seed_draws_from_the_generator_and_checkpointing_repeats_it(backend, reentrant):
     query, key, value, _, grad = inputs(5, 7)
@@ -394,12 +374,5 @@ def test_bad_input_is_named(arguments, options, error, message):
         attention(*arguments, **options)
 
 
-@pytest.mark.skipif(interpreted(), reason="this is the interpreter")
 def test_in_the_interpreter():
-    """The tests above that need kernels, in a process whose Triton interprets them."""
-    if subprocess.run([sys.executable, "-c", "import triton"], capture_output=True).returncode:
-        pytest.skip("Triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
+    run_in_interpreter(__file__)

@@ -1,35 +1,13 @@
 """``bias_gelu``: the eager path here; the kernel in the interpreter (`make test` runs it) or on a GPU."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from op_testing import DEVICE, DTYPES, needs_kernels, run_in_interpreter
 
 from sclkern import ops, reference
-from sclkern.dispatch import interpreted
 
 KINDS = ["none", "tanh", "quick"]
-KERNELS_RUN = torch.cuda.is_available() or interpreted()
-needs_kernels = pytest.mark.skipif(not KERNELS_RUN, reason="no GPU, and not in Triton's interpreter")
-DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 SHAPES = [(1, 1), (3, 17), (8, 256), (9, 257), (33, 768), (2, 3, 5, 40), (0, 8), (7, 0)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Uninitialised memory is NaN, so that an element nobody wrote is seen."""
-    if not KERNELS_RUN:
-        return
-    empty = torch.empty
-
-    def poison(*args, **options):
-        tensor = empty(*args, **options)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", poison)
 
 
 def inputs(shape, dtype, bias_dtype=None, scale=3.0):
@@ -166,12 +144,5 @@ def test_bad_input_is_named(x, bias, options, error, message):
         ops.bias_gelu(x, bias, **options)
 
 
-@pytest.mark.skipif(interpreted(), reason="this is the interpreter")
 def test_in_the_interpreter():
-    """The tests above that need kernels, in a process whose Triton interprets them."""
-    if subprocess.run([sys.executable, "-c", "import triton"], capture_output=True).returncode:
-        pytest.skip("Triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
+    run_in_interpreter(__file__)

@@ -2,39 +2,27 @@
 
 import itertools
 import math
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from op_testing import DEVICE, DTYPES, KERNELS_RUN, run_in_interpreter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sclkern import reference
 from sclkern.dispatch import interpreted
 from sclkern.ops.completion_loss import completion_loss
 
-KERNELS_RUN = torch.cuda.is_available() or interpreted()
-DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 NAMES = ("loss", "recovered", "complete", "temperature")
 
 
 @pytest.fixture(autouse=True)
-def fused(monkeypatch):
-    """Tiles at any size, several of them, and uninitialised memory is NaN, so that an element nobody wrote is seen."""
+def tiled(monkeypatch):
+    """Tiles at any size, and several of them."""
     module = sys.modules["sclkern.ops.completion_loss"]
     monkeypatch.setattr(module, "PLAIN_ROWS", -1)
     monkeypatch.setattr(module, "TILE", 1000)
-    empty = torch.empty
-
-    def poison(*args, **options):
-        tensor = empty(*args, **options)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    if KERNELS_RUN:
-        monkeypatch.setattr(torch, "empty", poison)
 
 
 def features(shape, dtype=torch.float32):
@@ -329,12 +317,5 @@ def test_bad_input_is_named(changes, error, message):
         completion_loss(**{"recovered": X, "complete": X, "temperature": 0.1} | changes)
 
 
-@pytest.mark.skipif(interpreted(), reason="this is the interpreter")
 def test_in_the_interpreter():
-    """The tests above in a process whose Triton interprets the kernels."""
-    if subprocess.run([sys.executable, "-c", "import triton"], capture_output=True).returncode:
-        pytest.skip("Triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
+    run_in_interpreter(__file__)

@@ -1,41 +1,17 @@
 """``dropout_add_layer_norm``: the eager path here; the kernel in the interpreter (`make test` runs it) or on a GPU."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
+from op_testing import BACKENDS, DEVICE, DTYPES, needs_kernels, run_in_interpreter
 from torch.utils.checkpoint import checkpoint
 
 from sclkern import reference
 from sclkern.dispatch import interpreted
 from sclkern.ops.dropout_add_layer_norm import dropout_add_layer_norm
 
-KERNELS_RUN = torch.cuda.is_available() or interpreted()
-needs_kernels = pytest.mark.skipif(not KERNELS_RUN, reason="no GPU, and not in Triton's interpreter")
-DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
-BACKENDS = ["eager"] + ["triton"] * KERNELS_RUN
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 SHAPES = [(1, 1), (3, 17), (9, 257), (3, 768), (5, 7, 40), (0, 8), (7, 0)]
 NAMES = ("x", "residual", "weight", "bias", "x_bias")
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Uninitialised memory is NaN, so that an element nobody wrote is seen."""
-    if not KERNELS_RUN:
-        return
-    empty = torch.empty
-
-    def poison(*args, **options):
-        tensor = empty(*args, **options)
-        if tensor.is_floating_point():
-            tensor.detach().fill_(torch.nan)
-        return tensor
-
-    monkeypatch.setattr(torch, "empty", poison)
 
 
 def inputs(shape, dtype=torch.float32, *, x_bias=True, mean=0.0, parameter_dtype=None, seed=0):
@@ -339,12 +315,5 @@ def test_bad_input_is_named(changed, error, message):
         dropout_add_layer_norm(**(good | changed))
 
 
-@pytest.mark.skipif(interpreted(), reason="this is the interpreter")
 def test_in_the_interpreter():
-    """The tests above that need kernels, in a process whose Triton interprets them."""
-    if subprocess.run([sys.executable, "-c", "import triton"], capture_output=True).returncode:
-        pytest.skip("Triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
+    run_in_interpreter(__file__)
