@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sclkern.reference import STREAM_ATTENTION, attention_dropout_threshold
+from sclkern.random import STREAM_ATTENTION
+from sclkern.reference import attention_dropout_threshold
 
 HEAD_DIMS = (32, 64, 128)
 TILES = (128, 64, 32, 16)

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sclkern.reference import STREAM_FEATURES, feature_dropout_scale, feature_dropout_threshold
+from sclkern.random import STREAM_FEATURES
+from sclkern.reference import feature_dropout_scale, feature_dropout_threshold
 
 # 8 columns a thread: a 16-byte load in half precision, one Philox call whose mask needs no exchange between threads,
 # and half the registers of 16. Not yet tuned on a GPU.

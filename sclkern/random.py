@@ -10,6 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Streams: one for each purpose, so that no two draws of a step share numbers.
+STREAM_PATCHES, STREAM_TOKENS, STREAM_MLM, STREAM_COMPLETION, STREAM_ITM = range(5)
+STREAM_ATTENTION, STREAM_FEATURES = 6, 16
+
 _WORD = 0xFFFFFFFF
 _MULTIPLIER_A, _MULTIPLIER_B = 0xD2511F53, 0xCD9E8D57
 _WEYL_A, _WEYL_B = 0x9E3779B9, 0xBB67AE85
@@ -93,3 +97,13 @@ def mix_seed(*parts: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
         state ^= state >> 31
     return state >> 1
+
+
+def seed_tensor(seed: int | Tensor | None, device: torch.device | str) -> Tensor:
+    """An int64 tensor of one element on ``device``: the seed, or one drawn from torch's generator of that device."""
+    if isinstance(seed, Tensor):
+        return seed.reshape(1)
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+    # Filled on the device, because a copy waits.
+    return torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sclkern.errors import UserError
 from sclkern.objectives import losses as L
-from sclkern.random import below, random_words, smallest
-from sclkern.reference import STREAM_ITM, MaskedText, mask_text, select_patches, select_tokens
+from sclkern.random import STREAM_ITM, below, random_words, smallest
+from sclkern.reference import MaskedText, mask_text, select_patches, select_tokens
 
 if TYPE_CHECKING:
     from sclkern.models.config import SCLConfig

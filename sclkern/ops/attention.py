@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sclkern import reference
 from sclkern.dispatch import KERNEL_DTYPES, choose, interpreted
+from sclkern.random import seed_tensor
 
 HEAD_DIMS = (32, 64, 128)
 
@@ -53,7 +54,7 @@ def attention(
     query, key, value = (_autocast(tensor) for tensor in (query, key, value))
     check(query, key, value, key_padding_mask, dropout_p, softmax_scale, seed)
     scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else float(softmax_scale)
-    seed = _seed(seed, query.device) if dropout_p > 0 else None
+    seed = seed_tensor(seed, query.device) if dropout_p > 0 else None
     if choose(query, key, value, backend=backend, unsupported=unsupported(query, scale)).backend == "triton":
         mask = None if key_padding_mask is None else key_padding_mask.contiguous()
         tensors = (_contiguous_channels(tensor) for tensor in (query, key, value))
@@ -132,14 +133,6 @@ def _autocast(tensor: Tensor) -> Tensor:
     if tensor.dtype in KERNEL_DTYPES and kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         return tensor.to(torch.get_autocast_dtype(kind))
     return tensor
-
-
-def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    if seed is None:
-        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
-    if isinstance(seed, int):
-        return torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
-    return seed.reshape(1)
 
 
 def _contiguous_channels(tensor: Tensor) -> Tensor:

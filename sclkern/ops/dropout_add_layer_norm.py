@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sclkern import reference
 from sclkern.dispatch import choose, interpreted
+from sclkern.random import seed_tensor
 
 # The kernel holds whole rows in registers; see sclkern.kernels.dropout_add_layer_norm.
 MAX_COLUMNS = 4096
@@ -57,7 +58,7 @@ def dropout_add_layer_norm(
     columns = x.shape[-1]
     tensors = [t for t in (x, residual, weight, bias, x_bias) if t is not None]
     choice = choose(*tensors, backend=backend, unsupported=unsupported(x))
-    seed = reference.feature_dropout_seed(seed, x.device) if dropout_p > 0 else None
+    seed = seed_tensor(seed, x.device) if dropout_p > 0 else None
     if choice.backend == "eager":
         return reference.dropout_add_layer_norm(
             x, residual, weight, bias, x_bias=x_bias, dropout_p=dropout_p, eps=eps, seed=seed

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sclkern import reference
+from sclkern import random
 from sclkern.reference import (
     mask_text,
     select_patches,
@@ -220,5 +220,5 @@ class TestMaskText:
 
 
 def test_streams_of_the_draws_differ():
-    streams = [value for name, value in vars(reference).items() if name.startswith("STREAM_")]
+    streams = [value for name, value in vars(random).items() if name.startswith("STREAM_")]
     assert len(streams) >= 5 and len(set(streams)) == len(streams), streams

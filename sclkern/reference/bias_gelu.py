@@ -1,0 +1,15 @@
+"""``bias_gelu``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def bias_gelu(x: Tensor, bias: Tensor, *, approximate: Literal["none", "tanh", "quick"] = "none") -> Tensor:
+    """GELU of x (..., D) + bias (D,) in the dtype of x: exact, by tanh, or x * sigmoid(1.702 x), CLIP's."""
+    x = x + bias.to(x.dtype)
+    return x * torch.sigmoid(1.702 * x) if approximate == "quick" else F.gelu(x, approximate=approximate)

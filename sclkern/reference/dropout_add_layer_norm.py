@@ -1,0 +1,70 @@
+"""``dropout_add_layer_norm``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sclkern.random import STREAM_FEATURES, philox, seed_tensor
+
+
+def feature_dropout_threshold(dropout_p: float) -> int:
+    """Of the 65536 values of a 16-bit number, how many drop an element."""
+    return round(dropout_p * 2**16)
+
+
+def feature_dropout_scale(dropout_p: float) -> float:
+    """What a kept element is multiplied by."""
+    return 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+
+
+def feature_dropout_keep(rows: int, columns: int, dropout_p: float, seed: Tensor) -> Tensor:
+    """Which elements dropout keeps: (rows, columns) bool, a function of (seed, row, column) alone.
+
+    One Philox-4x32 call of 7 rounds serves 8 neighbouring columns. Column c = 8 g + 2 w + h of row r takes the low
+    (h = 0) or high (h = 1) 16 bits of word w of the counter r << 32 | g in stream ``STREAM_FEATURES``, and is kept
+    where that number is at least ``feature_dropout_threshold(dropout_p)``.
+
+    Args:
+        seed: int64 tensor of one element; the mask is on its device.
+    """
+    row = torch.arange(rows, dtype=torch.int64, device=seed.device)
+    group = torch.arange((columns + 7) // 8, dtype=torch.int64, device=seed.device)
+    words = torch.stack(philox(seed.reshape(()), (row[:, None] << 32) | group, STREAM_FEATURES, rounds=7), dim=-1)
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(1)
+    return halves[:, :columns] >= feature_dropout_threshold(dropout_p)
+
+
+def dropout_add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    x_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    eps: float = 1e-5,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """LayerNorm of residual + dropout(x + x_bias) over the last dimension.
+
+    Args:
+        x, residual: (..., D). weight, bias, x_bias: (D,).
+        dropout_p: probability of dropping an element; the mask is that of ``feature_dropout_keep``, whose rows are
+            all leading dimensions as one. With 0 no random number is drawn.
+        seed: int or int64 tensor of one element; None draws one from torch's generator.
+
+    Returns:
+        (..., D) in the wider dtype of x and residual.
+    """
+    if x_bias is not None:
+        x = x + x_bias.to(x.dtype)
+    if dropout_p > 0:
+        seed = seed_tensor(seed, x.device)
+        keep = feature_dropout_keep(x.shape[:-1].numel(), x.shape[-1], dropout_p, seed).reshape(x.shape)
+        x = torch.where(keep, x * feature_dropout_scale(dropout_p), 0.0)
+    total = residual + x
+    out = F.layer_norm(total, x.shape[-1:], weight.to(total.dtype), bias.to(total.dtype), eps)
+    # Autocast widens a layer norm; the op's dtype is that of its tensors.
+    return out.to(total.dtype)

@@ -1,0 +1,100 @@
+"""``select_patches``, ``select_tokens`` and ``mask_text``."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sclkern.random import (
+    STREAM_COMPLETION,
+    STREAM_MLM,
+    STREAM_PATCHES,
+    STREAM_TOKENS,
+    below,
+    random_words,
+    smallest,
+    uniform,
+)
+
+
+def select_patches(
+    num_patches: int, keep_ratio: float, batch: int, *, seed: int | Tensor, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Draw the kept patches of each sample, uniformly without replacement.
+
+    Returns:
+        (B, K) int64, ascending, with K = int(num_patches * keep_ratio) and at least 1.
+    """
+    words = random_words((batch, num_patches), seed=seed, stream=STREAM_PATCHES, device=device)[0]
+    count = max(1, int(num_patches * keep_ratio))
+    return words.argsort(dim=1, stable=True)[:, :count].sort(dim=1).values
+
+
+def select_tokens(
+    num_patches: int, ratio: float, batch: int, *, seed: int | Tensor, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Draw the patches whose embedding is replaced by the mask token: (B, P) bool, int(P * ratio) True in each row."""
+    words = random_words((batch, num_patches), seed=seed, stream=STREAM_TOKENS, device=device)[0]
+    return smallest(words, torch.ones_like(words, dtype=torch.bool), int(num_patches * ratio))
+
+
+class MaskedText(NamedTuple):
+    """Caption with masked positions.
+
+    Attributes:
+        ids: (B, L) int64, the tokens the model reads.
+        selected: (B, L) bool, the positions to predict or complete.
+    """
+
+    ids: Tensor
+    selected: Tensor
+
+
+def mask_text(
+    ids: Tensor,
+    lengths: Tensor,
+    *,
+    kind: Literal["mlm", "completion"],
+    ratio: float,
+    mask_id: int,
+    vocab_size: int,
+    seed: int | Tensor,
+    reference: bool = False,
+) -> MaskedText:
+    """Draw and apply a text mask. Only positions 1 to length - 2 (no ``<s>``, ``</s>``, padding) are ever selected.
+
+    "mlm": max(1, round(ratio * n)) of the n words, distinct; 80 % become ``<mask>``, 10 % a random token, 10 % stay.
+    "completion": int(n * ratio) + 1 of the n words, distinct, all become ``<mask>``.
+    ``reference=True`` draws as the published code does: "mlm" picks round(ratio * L) of all L padded positions and
+    forgets those that are not words, so a caption may get no target; "completion" draws with replacement.
+
+    Args:
+        ids: (B, L) int64. lengths: (B,) int64, tokens of each caption with ``<s>`` and ``</s>``.
+    """
+    rows, width = ids.shape
+    words = (lengths - 2).clamp_min(0)[:, None]
+    column = torch.arange(width, device=ids.device)
+    is_word = (column >= 1) & (column <= words)
+    stream = STREAM_MLM if kind == "mlm" else STREAM_COMPLETION
+    key, action, token, _ = random_words((rows, width), seed=seed, stream=stream, device=ids.device)
+    if kind == "completion":
+        # The same float64 product and truncation as Python's int(n * ratio).
+        count = (words.double() * ratio).long() + 1
+        if reference:
+            drawn = below(key, words) + 1
+            selected = torch.zeros_like(is_word, dtype=torch.int64)
+            selected.scatter_add_(1, drawn.clamp_max(width - 1), (column < count).long())
+            selected = (selected > 0) & is_word
+        else:
+            selected = smallest(key, is_word, count)
+        return MaskedText(torch.where(selected, mask_id, ids), selected)
+    if reference:
+        selected = smallest(key, torch.ones_like(is_word), max(1, round(width * ratio))) & is_word
+    else:
+        selected = smallest(key, is_word, (words.double() * ratio + 0.5).long().clamp_min(1))
+    chance = uniform(action)
+    replaced = torch.where(chance < 0.9, below(token, vocab_size), ids)
+    replaced = torch.where(chance < 0.8, mask_id, replaced)
+    return MaskedText(torch.where(selected, replaced, ids), selected)
