@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from op_testing import BACKENDS, DEVICE, DTYPES, needs_kernels, run_in_interpreter
 from torch.utils.checkpoint import checkpoint
 
+from op_testing import BACKENDS, DEVICE, DTYPES, needs_kernels, run_in_interpreter
 from sclkern import reference
 from sclkern.dispatch import interpreted
 from sclkern.ops import attention, explain

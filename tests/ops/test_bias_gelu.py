@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from op_testing import DEVICE, DTYPES, needs_kernels, run_in_interpreter
 
+from op_testing import DEVICE, DTYPES, needs_kernels, run_in_interpreter
 from sclkern import ops, reference
 
 KINDS = ["none", "tanh", "quick"]

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from op_testing import DEVICE, DTYPES, KERNELS_RUN, run_in_interpreter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from op_testing import DEVICE, DTYPES, KERNELS_RUN, run_in_interpreter
 from sclkern import reference
 from sclkern.dispatch import interpreted
 from sclkern.ops.completion_loss import completion_loss

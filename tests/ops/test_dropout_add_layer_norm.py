@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from op_testing import BACKENDS, DEVICE, DTYPES, needs_kernels, run_in_interpreter
 from torch.utils.checkpoint import checkpoint
 
+from op_testing import BACKENDS, DEVICE, DTYPES, needs_kernels, run_in_interpreter
 from sclkern import reference
 from sclkern.dispatch import interpreted
 from sclkern.ops.dropout_add_layer_norm import dropout_add_layer_norm
