@@ -4,7 +4,9 @@ VENV ?= .venv
 BUDGET ?= 540
 RUN := $(VENV)/bin
 
-.PHONY: demo test lint gpu
+OLDEST := $(VENV)/oldest
+
+.PHONY: demo test test-oldest lint gpu
 
 # Stamped, so that an interrupted installation is done again. PIP_ARGS: further arguments of pip.
 $(VENV)/.installed: setup.py pyproject.toml
@@ -19,6 +21,16 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(RUN)/python -m pytest -m "not gpu"
+
+# The kernels with the oldest Triton that is supported, laid over the same environment (with the newest numpy that its
+# interpreter takes): every kernel compiles and obeys the rules, and the tests of ops run interpreted.
+test-oldest: $(OLDEST)/.installed
+	PYTHONPATH=$(abspath $(OLDEST)) $(RUN)/python -m pytest -k "compiles_for or obeys or in_the_interpreter" \
+		tests/test_static.py tests/ops
+
+$(OLDEST)/.installed: $(VENV)/.installed
+	$(RUN)/python -m pip install --quiet --no-deps --upgrade $(PIP_ARGS) --target $(OLDEST) "triton==3.6.0" "numpy<2.4"
+	touch $@
 
 lint: $(VENV)/.installed
 	$(RUN)/ruff check .

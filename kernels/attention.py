@@ -1,7 +1,9 @@
-"""Padded attention by online softmax, forward and backward; scores are recomputed, never stored.
+"""Attention by online softmax: what both directions share, and the forward. Scores are never stored.
 
-B batch, Lq queries, Lk keys, H heads, D channels of a head. Statistics and accumulators in float32. The counter of the
-dropout is the place of a probability, so tiles of any size draw the same mask (``reference.attention_dropout_mask``).
+One family for padded batches (B, L, H, D) and for packed sequences (T, H, D) bounded by ``cu_seqlens``, which is None
+for a padded batch. B batch or number of sequences, Lq queries, Lk keys, H heads, D channels of a head, T rows of all
+sequences together (B * L of a padded batch). Statistics and accumulators in float32. The counter of the dropout is the
+place of a probability, so tiles of any size draw the same mask (``reference.attention_dropout_mask``).
 """
 
 from __future__ import annotations
@@ -18,33 +20,82 @@ HEAD_DIMS = (32, 64, 128)
 TILES = (128, 64, 32, 16)
 DROPOUT_STREAM = tl.constexpr(STREAM_ATTENTION)
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Integers that are another number for each batch: one compiled kernel serves them all.
+LENGTHS = ["heads", "queries", "keys", "query_rows", "key_rows", "threshold"]
 
 # By bytes of an element. Largest tiles, as (rows of a program, rows it loops over), for D up to 64 and for 128: two
 # bytes, what keeps the accumulators in registers; four bytes, IEEE products that run on the ordinary cores. Elements of
 # scores and operands for each warp: more would spill. Not yet tuned on a GPU.
 LARGEST_FORWARD = {2: ((128, 64), (128, 32)), 4: ((64, 32), (32, 32))}
-LARGEST_BACKWARD = {2: ((64, 64), (64, 32)), 4: ((32, 32), (16, 32))}
-FORWARD_PER_WARP, BACKWARD_PER_WARP = {2: 2048, 4: 512}, {2: 640, 4: 512}
+FORWARD_PER_WARP = {2: 2048, 4: 512}
+# Rows of the first operand with which Hopper's tensor cores take a product whole (wgmma, by a group of four warps).
+# Below: 65 x 65 in tiles of 32 and 13 x 13 in tiles of 16 use the older mma, one or two warps a program. Padding them
+# to 64 rows would cost 1.8 and 16 times the work, and 16 x 16 scores leave most of four warps idle.
+GROUP_ROWS, GROUP_WARPS = 64, 4
 
 
 @triton.jit
-def load_rows(ptr, batch, head, row, inside, batch_stride, row_stride, head_stride, HEAD: tl.constexpr):
-    """(rows, D) of one head; zero where ``inside`` (rows,) is False, whatever memory holds there."""
-    channel = tl.arange(0, HEAD)[None, :]
-    offset = batch * batch_stride + head * head_stride + row.to(tl.int64)[:, None] * row_stride + channel
+def sequence(cu_seqlens_ptr, batch, length):
+    """First row of a sequence, int64, and its length; ``length`` is that of each where the batch is padded."""
+    if cu_seqlens_ptr is None:
+        first = batch * length
+    else:
+        first = tl.load(cu_seqlens_ptr + batch).to(tl.int64)
+        length = (tl.load(cu_seqlens_ptr + batch + 1) - first).to(tl.int32)
+    return first, length
+
+
+@triton.jit
+def origin(ptr, cu_seqlens_ptr, batch, first, head, batch_stride, row_stride, head_stride):
+    """Pointer to the first row of a sequence in one head."""
+    if cu_seqlens_ptr is None:
+        return ptr + (batch * batch_stride + head * head_stride)
+    else:
+        return ptr + (first * row_stride + head * head_stride)
+
+
+@triton.jit
+def load_rows(ptr, row, inside, row_stride, HEAD: tl.constexpr):
+    """(rows, D); zero where ``inside`` (rows,) is False, whatever memory holds there."""
+    offset = row.to(tl.int64)[:, None] * row_stride + tl.arange(0, HEAD)[None, :]
     return tl.load(ptr + offset, mask=inside[:, None], other=0.0)
 
 
 @triton.jit
-def store_rows(ptr, values, batch, head, row, length, heads, HEAD: tl.constexpr):
-    """Into one head of a contiguous (B, length, H, D)."""
-    offset = ((batch * length + row.to(tl.int64)[:, None]) * heads + head) * HEAD + tl.arange(0, HEAD)[None, :]
+def store_rows(ptr, values, first, row, length, head, heads, HEAD: tl.constexpr):
+    """Into one head of a contiguous (T, H, D); ``row`` counts from ``first``."""
+    offset = ((first + row.to(tl.int64)[:, None]) * heads + head) * HEAD + tl.arange(0, HEAD)[None, :]
     tl.store(ptr + offset, values.to(ptr.dtype.element_ty), mask=(row < length)[:, None])
 
 
 @triton.jit
+def clear_rest(ptr, cu_seqlens_ptr, batch, rows, tile, tiles, head, heads, HEAD: tl.constexpr, BLOCK: tl.constexpr):
+    """Zeros into the rows of one head that lie after the last sequence, by ``tiles`` programs."""
+    end = tl.load(cu_seqlens_ptr + batch)
+    for start in range(end + tile * BLOCK, rows, tiles * BLOCK):
+        zeros = tl.zeros((BLOCK, HEAD), tl.float32)
+        store_rows(ptr, zeros, batch * 0, start + tl.arange(0, BLOCK), rows, head, heads, HEAD)
+
+
+@triton.jit
+def clear_rest_of_lse(ptr, cu_seqlens_ptr, batch, rows, tile, tiles, head, BLOCK: tl.constexpr):
+    """-inf, as of queries without keys, where ``clear_rest`` writes zeros."""
+    end = tl.load(cu_seqlens_ptr + batch)
+    for start in range(end + tile * BLOCK, rows, tiles * BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        tl.store(ptr + head * rows + row, tl.full((BLOCK,), -float("inf"), tl.float32), mask=row < rows)
+
+
+@triton.jit
+def load_lse_2(lse_ptr, offset, inside):
+    """Base-2 log-sum-exp; +inf for rows outside and rows without a key, so that their probabilities become zero."""
+    lse = tl.load(lse_ptr + offset, mask=inside, other=float("inf"))
+    return tl.where(lse == -float("inf"), float("inf"), lse)
+
+
+@triton.jit
 def existing_keys(mask_ptr, batch, column, keys):
-    """(columns,) bool: inside the tensor and not padding."""
+    """(columns,) bool: inside the sequence and not padding."""
     valid = column < keys
     if mask_ptr is not None:
         valid = valid & (tl.load(mask_ptr + batch * keys + column, mask=valid, other=0) != 0)
@@ -64,18 +115,22 @@ def kept(seed, batch_head, row, first_key, threshold, BLOCK_KEYS: tl.constexpr):
     return tl.interleave(words & 0xFFFF, words >> 16).to(tl.int32) >= threshold
 
 
-@triton.jit(do_not_specialize=["heads", "queries", "keys", "threshold"])
+@triton.jit(do_not_specialize=LENGTHS)
 def attention_forward_kernel(
-    query_ptr,  # (B, Lq, H, D)
-    key_ptr,  # (B, Lk, H, D)
-    value_ptr,  # (B, Lk, H, D)
+    query_ptr,  # (B, Lq, H, D) or (T, H, D)
+    key_ptr,  # (B, Lk, H, D) or (T, H, D)
+    value_ptr,  # as key
     mask_ptr,  # (B, Lk) bool, contiguous, or None
+    cu_seqlens_q_ptr,  # (B + 1,) int32, or None
+    cu_seqlens_k_ptr,  # (B + 1,) int32, or None
     seed_ptr,  # (1,) int64, or None without dropout
-    out_ptr,  # (B, Lq, H, D), contiguous
-    lse_ptr,  # (B, H, Lq) float32, base 2
+    out_ptr,  # as query, contiguous
+    lse_ptr,  # (H, T) float32, base 2
     heads,
-    queries,
+    queries,  # Lq, of packed sequences the largest
     keys,
+    query_rows,  # T of the queries
+    key_rows,
     query_batch_stride,
     query_row_stride,
     query_head_stride,
@@ -91,226 +146,68 @@ def attention_forward_kernel(
     HEAD: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    KEY_AXIS: tl.constexpr,  # 1: scores are (queries, keys); 0: all is transposed
 ):
     tiles = tl.cdiv(queries, BLOCK_QUERIES)
+    tile = tl.program_id(0) % tiles
     batch_head = tl.program_id(0) // tiles
     batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
-    row = tl.program_id(0) % tiles * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    if cu_seqlens_q_ptr is not None:  # noqa: SIM102, None has no operator
+        if tl.program_id(0) + heads * tiles >= tl.num_programs(0):
+            clear_rest(out_ptr, cu_seqlens_q_ptr, batch, query_rows, tile, tiles, head, heads, HEAD, BLOCK_QUERIES)
+            clear_rest_of_lse(lse_ptr, cu_seqlens_q_ptr, batch, query_rows, tile, tiles, head, BLOCK_QUERIES)
+            return
+    first_query, queries = sequence(cu_seqlens_q_ptr, batch, queries)
+    first_key, keys = sequence(cu_seqlens_k_ptr, batch, keys)
+    if tile * BLOCK_QUERIES >= queries:
+        return
+    row = tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     # fmt: off
-    query = load_rows(query_ptr, batch, head, row, row < queries,
-                      query_batch_stride, query_row_stride, query_head_stride, HEAD)
+    query_ptr = origin(query_ptr, cu_seqlens_q_ptr, batch, first_query, head,
+                       query_batch_stride, query_row_stride, query_head_stride)
+    key_ptr = origin(key_ptr, cu_seqlens_k_ptr, batch, first_key, head,
+                     key_batch_stride, key_row_stride, key_head_stride)
+    value_ptr = origin(value_ptr, cu_seqlens_k_ptr, batch, first_key, head,
+                       value_batch_stride, value_row_stride, value_head_stride)
     # fmt: on
+    query = load_rows(query_ptr, row, row < queries, query_row_stride, HEAD)
     scale_2 = scale * LOG2_E
     highest = tl.full((BLOCK_QUERIES,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_QUERIES,), tl.float32)
-    out = tl.zeros((BLOCK_QUERIES, HEAD), tl.float32)
+    out = tl.zeros((BLOCK_QUERIES, HEAD) if KEY_AXIS == 1 else (HEAD, BLOCK_QUERIES), tl.float32)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     for start in range(0, keys, BLOCK_KEYS):
         column = start + tl.arange(0, BLOCK_KEYS)
         valid = existing_keys(mask_ptr, batch, column, keys)
-        key = load_rows(key_ptr, batch, head, column, valid, key_batch_stride, key_row_stride, key_head_stride, HEAD)
-        # fmt: off
-        value = load_rows(value_ptr, batch, head, column, valid,
-                          value_batch_stride, value_row_stride, value_head_stride, HEAD)
-        # fmt: on
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-        scores = tl.where(valid[None, :], scores, -float("inf"))
-        raised = tl.maximum(highest, tl.max(scores, 1) * scale_2)
+        key = load_rows(key_ptr, column, valid, key_row_stride, HEAD)
+        value = load_rows(value_ptr, column, valid, value_row_stride, HEAD)
+        if KEY_AXIS == 1:
+            scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        else:
+            scores = tl.dot(key, tl.trans(query), input_precision="ieee")
+        scores = tl.where(tl.expand_dims(valid, 1 - KEY_AXIS), scores, -float("inf"))
+        raised = tl.maximum(highest, tl.max(scores, KEY_AXIS) * scale_2)
         # A row that has met no valid key would compute -inf - -inf.
         pivot = tl.where(raised == -float("inf"), 0.0, raised)
-        weights = tl.exp2(scores * scale_2 - pivot[:, None])
+        weights = tl.exp2(scores * scale_2 - tl.expand_dims(pivot, KEY_AXIS))
         correction = tl.exp2(highest - pivot)
-        total = total * correction + tl.sum(weights, 1)
+        total = total * correction + tl.sum(weights, KEY_AXIS)
         if seed_ptr is not None:
-            weights = tl.where(kept(seed, batch_head, row, start, threshold, BLOCK_KEYS), weights, 0.0)
-        out = tl.dot(weights.to(value.dtype), value, out * correction[:, None], input_precision="ieee")
+            keep = kept(seed, batch_head, row, start, threshold, BLOCK_KEYS)
+            weights = tl.where(keep if KEY_AXIS == 1 else tl.trans(keep), weights, 0.0)
+        out = out * tl.expand_dims(correction, KEY_AXIS)
+        if KEY_AXIS == 1:
+            out = tl.dot(weights.to(value.dtype), value, out, input_precision="ieee")
+        else:
+            out = tl.dot(tl.trans(value), weights.to(value.dtype), out, input_precision="ieee")
         highest = raised
     empty = total == 0.0
     divisor = tl.where(empty, 1.0, total)
-    out = out * (keep_scale / divisor)[:, None]
+    out = out * tl.expand_dims(keep_scale / divisor, KEY_AXIS)
     lse = tl.where(empty, -float("inf"), highest + tl.log2(divisor))
-    store_rows(out_ptr, out, batch, head, row, queries, heads, HEAD)
-    tl.store(lse_ptr + batch_head.to(tl.int64) * queries + row, lse, mask=row < queries)
-
-
-@triton.jit
-def load_lse_2(lse_ptr, offset, inside):
-    """Base-2 log-sum-exp; +inf for rows outside and rows without a key, so that their probabilities become zero."""
-    lse = tl.load(lse_ptr + offset, mask=inside, other=float("inf"))
-    return tl.where(lse == -float("inf"), float("inf"), lse)
-
-
-@triton.jit(do_not_specialize=["heads", "queries", "keys", "threshold"])
-def attention_backward_query_kernel(
-    grad_out_ptr,  # (B, Lq, H, D)
-    query_ptr,  # (B, Lq, H, D)
-    key_ptr,  # (B, Lk, H, D)
-    value_ptr,  # (B, Lk, H, D)
-    mask_ptr,  # (B, Lk) bool, contiguous, or None
-    seed_ptr,  # (1,) int64, or None without dropout
-    out_ptr,  # (B, Lq, H, D), contiguous
-    lse_ptr,  # (B, H, Lq) float32, base 2
-    delta_ptr,  # (B, H, Lq) float32: rowsum(grad_out * out), written for the other kernel
-    grad_query_ptr,  # (B, Lq, H, D), contiguous
-    grad_key_ptr,  # (B, Lk, H, D), contiguous
-    grad_value_ptr,  # (B, Lk, H, D), contiguous
-    heads,
-    queries,
-    keys,
-    grad_out_batch_stride,
-    grad_out_row_stride,
-    grad_out_head_stride,
-    query_batch_stride,
-    query_row_stride,
-    query_head_stride,
-    key_batch_stride,
-    key_row_stride,
-    key_head_stride,
-    value_batch_stride,
-    value_row_stride,
-    value_head_stride,
-    scale,
-    threshold,
-    keep_scale,
-    HEAD: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    ALONE: tl.constexpr,  # one tile holds all queries: keys and values get their gradients here as well
-):
-    tiles = tl.cdiv(queries, BLOCK_QUERIES)
-    batch_head = tl.program_id(0) // tiles
-    batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
-    row = tl.program_id(0) % tiles * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-    inside = row < queries
-    # fmt: off
-    query = load_rows(query_ptr, batch, head, row, inside,
-                      query_batch_stride, query_row_stride, query_head_stride, HEAD)
-    grad_out = load_rows(grad_out_ptr, batch, head, row, inside,
-                         grad_out_batch_stride, grad_out_row_stride, grad_out_head_stride, HEAD)
-    out = load_rows(out_ptr, batch, head, row, inside, heads * HEAD * queries.to(tl.int64), heads * HEAD, HEAD, HEAD)
-    # fmt: on
-    delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
-    statistics = batch_head.to(tl.int64) * queries + row
-    lse_2 = load_lse_2(lse_ptr, statistics, inside)
-    if not ALONE:
-        tl.store(delta_ptr + statistics, delta, mask=inside)
-    grad_query = tl.zeros((BLOCK_QUERIES, HEAD), tl.float32)
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-    for start in range(0, keys, BLOCK_KEYS):
-        column = start + tl.arange(0, BLOCK_KEYS)
-        valid = existing_keys(mask_ptr, batch, column, keys)
-        key = load_rows(key_ptr, batch, head, column, valid, key_batch_stride, key_row_stride, key_head_stride, HEAD)
-        # fmt: off
-        value = load_rows(value_ptr, batch, head, column, valid,
-                          value_batch_stride, value_row_stride, value_head_stride, HEAD)
-        # fmt: on
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * (scale * LOG2_E) - lse_2[:, None]
-        # Before the exponential: padding scores 0, and 2 to the power of 0 - lse can overflow.
-        weights = tl.exp2(tl.where(valid[None, :], scores, -float("inf")))
-        grad_weights = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
-        used = weights
-        if seed_ptr is not None:
-            keep = kept(seed, batch_head, row, start, threshold, BLOCK_KEYS)
-            used = tl.where(keep, weights, 0.0)
-            grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
-        grad_scores = (weights * (grad_weights - delta[:, None])).to(key.dtype)
-        grad_query = tl.dot(grad_scores, key, grad_query, input_precision="ieee")
-        if ALONE:
-            grad_value = tl.dot(tl.trans(used.to(grad_out.dtype)), grad_out, input_precision="ieee") * keep_scale
-            grad_key = tl.dot(tl.trans(grad_scores), query, input_precision="ieee") * scale
-            store_rows(grad_value_ptr, grad_value, batch, head, column, keys, heads, HEAD)
-            store_rows(grad_key_ptr, grad_key, batch, head, column, keys, heads, HEAD)
-    store_rows(grad_query_ptr, grad_query * scale, batch, head, row, queries, heads, HEAD)
-
-
-@triton.jit(do_not_specialize=["heads", "queries", "keys", "threshold"])
-def attention_backward_key_kernel(
-    grad_out_ptr,
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    mask_ptr,
-    seed_ptr,
-    out_ptr,
-    lse_ptr,
-    delta_ptr,
-    grad_query_ptr,
-    grad_key_ptr,
-    grad_value_ptr,
-    heads,
-    queries,
-    keys,
-    grad_out_batch_stride,
-    grad_out_row_stride,
-    grad_out_head_stride,
-    query_batch_stride,
-    query_row_stride,
-    query_head_stride,
-    key_batch_stride,
-    key_row_stride,
-    key_head_stride,
-    value_batch_stride,
-    value_row_stride,
-    value_head_stride,
-    scale,
-    threshold,
-    keep_scale,
-    HEAD: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    ALONE: tl.constexpr,  # one tile holds all keys: queries get their gradient here as well, and delta is not read
-):
-    # Scores are held as (keys, queries), so that the products that accumulate need no transposed probabilities.
-    tiles = tl.cdiv(keys, BLOCK_KEYS)
-    batch_head = tl.program_id(0) // tiles
-    batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
-    first_key = tl.program_id(0) % tiles * BLOCK_KEYS
-    column = first_key + tl.arange(0, BLOCK_KEYS)
-    valid = existing_keys(mask_ptr, batch, column, keys)
-    # fmt: off
-    key = load_rows(key_ptr, batch, head, column, valid, key_batch_stride, key_row_stride, key_head_stride, HEAD)
-    value = load_rows(value_ptr, batch, head, column, valid,
-                      value_batch_stride, value_row_stride, value_head_stride, HEAD)
-    # fmt: on
-    grad_key = tl.zeros((BLOCK_KEYS, HEAD), tl.float32)
-    grad_value = tl.zeros((BLOCK_KEYS, HEAD), tl.float32)
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-    for start in range(0, queries, BLOCK_QUERIES):
-        row = start + tl.arange(0, BLOCK_QUERIES)
-        inside = row < queries
-        # fmt: off
-        query = load_rows(query_ptr, batch, head, row, inside,
-                          query_batch_stride, query_row_stride, query_head_stride, HEAD)
-        grad_out = load_rows(grad_out_ptr, batch, head, row, inside,
-                             grad_out_batch_stride, grad_out_row_stride, grad_out_head_stride, HEAD)
-        # fmt: on
-        statistics = batch_head.to(tl.int64) * queries + row
-        lse_2 = load_lse_2(lse_ptr, statistics, inside)
-        if ALONE:
-            width = heads * HEAD
-            out = load_rows(out_ptr, batch, head, row, inside, width * queries.to(tl.int64), width, HEAD, HEAD)
-            delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
-        else:
-            delta = tl.load(delta_ptr + statistics, mask=inside, other=0.0)
-        scores = tl.dot(key, tl.trans(query), input_precision="ieee") * (scale * LOG2_E) - lse_2[None, :]
-        weights = tl.exp2(tl.where(valid[:, None], scores, -float("inf")))
-        grad_weights = tl.dot(value, tl.trans(grad_out), input_precision="ieee")
-        used = weights
-        if seed_ptr is not None:
-            keep = tl.trans(kept(seed, batch_head, row, first_key, threshold, BLOCK_KEYS))
-            used = tl.where(keep, weights, 0.0)
-            grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
-        grad_value = tl.dot(used.to(grad_out.dtype), grad_out, grad_value, input_precision="ieee")
-        grad_scores = (weights * (grad_weights - delta[None, :])).to(query.dtype)
-        grad_key = tl.dot(grad_scores, query, grad_key, input_precision="ieee")
-        if ALONE:
-            grad_query = tl.dot(tl.trans(grad_scores), key, input_precision="ieee") * scale
-            store_rows(grad_query_ptr, grad_query, batch, head, row, queries, heads, HEAD)
-    store_rows(grad_key_ptr, grad_key * scale, batch, head, column, keys, heads, HEAD)
-    store_rows(grad_value_ptr, grad_value * keep_scale, batch, head, column, keys, heads, HEAD)
+    store_rows(out_ptr, out if KEY_AXIS == 1 else tl.trans(out), first_query, row, queries, head, heads, HEAD)
+    tl.store(lse_ptr + head * query_rows + first_query + row, lse, mask=row < queries)
 
 
 def tile(length: int, largest: int) -> int:
@@ -326,25 +223,64 @@ def tiles(rows: int, others: int, head: int, dtype: torch.dtype, largest: dict) 
     return tile(rows, limits[0]), tile(others, limits[1])
 
 
-def alone_tile(block: int) -> int:
-    """Queries to a step of the key kernel where it writes their gradient too: half as many, or it would spill."""
-    return max(TILES[-1], block // 2)
-
-
 def warps(queries: int, keys: int, head: int, dtype: torch.dtype, per_warp: dict) -> int:
     """A power of two from 1 to 8 for tiles of these sizes."""
     count = (queries * keys + (queries + keys) * max(head, 64)) // per_warp[dtype.itemsize]
-    return 1 << min(3, max(0, count.bit_length() - 1))
+    least = GROUP_WARPS if dtype.itemsize == 2 and max(queries, keys) >= GROUP_ROWS else 1
+    return max(least, 1 << min(3, max(0, count.bit_length() - 1)))
 
 
-def _strides(**tensors: Tensor) -> dict[str, int]:
-    places = (("batch", 0), ("row", 1), ("head", 2))
-    return {f"{name}_{place}_stride": t.stride(i) for name, t in tensors.items() for place, i in places}
+def forward_configuration(queries: int, keys: int, head: int, dtype: torch.dtype, largest: dict) -> dict[str, int]:
+    block_queries, block_keys = tiles(queries, keys, head, dtype, largest)
+    return {
+        "HEAD": head,
+        "BLOCK_QUERIES": block_queries,
+        "BLOCK_KEYS": block_keys,
+        # Few queries and many keys: the keys are the rows of the products, see GROUP_ROWS.
+        "KEY_AXIS": 0 if block_queries < GROUP_ROWS <= block_keys else 1,
+        "num_warps": warps(block_queries, block_keys, head, dtype, FORWARD_PER_WARP),
+    }
 
 
-def _scalars(dropout_p: float, softmax_scale: float) -> dict[str, float]:
+Packing = tuple[Tensor, Tensor, int, int]
+"""``cu_seqlens_q``, ``cu_seqlens_k`` and the largest lengths of packed sequences."""
+
+
+def sizes(query: Tensor, key: Tensor, packing: Packing | None) -> tuple[int, int, int]:
+    """Sequences that get programs, the largest number of queries, and of keys.
+
+    Packed: one sequence more, whose programs clear the rows after the last; lengths of at least 1 give it some.
+    """
+    if packing is None:
+        return query.shape[0], query.shape[1], key.shape[1]
+    return packing[0].shape[0], max(packing[2], 1), max(packing[3], 1)
+
+
+def arguments(packing: Packing | None, dropout_p: float, softmax_scale: float, **tensors: Tensor | None) -> dict:
+    """Arguments that the three kernels share, except the constants; pointers are named after ``tensors``."""
+    query, key = tensors["query"], tensors["key"]
     threshold, keep_scale = attention_dropout_threshold(dropout_p)
-    return {"scale": softmax_scale, "threshold": threshold, "keep_scale": keep_scale}
+    _, queries, keys = sizes(query, key, packing)
+    strides = {}
+    for name in ("query", "key", "value", *(["grad_out"] if "grad_out" in tensors else [])):
+        *batch, row, head, _ = tensors[name].stride()
+        # One int for all packed sequences: the kernel does not read it.
+        strides |= {f"{name}_batch_stride": batch[0] if batch else 0}
+        strides |= {f"{name}_row_stride": row, f"{name}_head_stride": head}
+    return {f"{name}_ptr": tensor for name, tensor in tensors.items()} | {
+        "cu_seqlens_q_ptr": packing[0] if packing else None,
+        "cu_seqlens_k_ptr": packing[1] if packing else None,
+        "heads": query.shape[-2],
+        "queries": queries,
+        "keys": keys,
+        "query_rows": query.shape[:-2].numel(),
+        "key_rows": key.shape[:-2].numel(),
+        **strides,
+        "scale": softmax_scale,
+        "threshold": threshold,
+        "keep_scale": keep_scale,
+        "enable_fp_fusion": True,
+    }
 
 
 def attention_forward(
@@ -355,124 +291,51 @@ def attention_forward(
     seed: Tensor | None,
     dropout_p: float,
     softmax_scale: float,
+    packing: Packing | None = None,
     largest: dict = LARGEST_FORWARD,
 ) -> tuple[Tensor, Tensor]:
-    """query (B, Lq, H, D), key and value (B, Lk, H, D), channels contiguous: out, and base-2 LSE (B, H, Lq)."""
-    batch, queries, heads, head = query.shape
-    keys = key.shape[1]
+    """query (B, Lq, H, D), key and value (B, Lk, H, D), packed (T, H, D), channels contiguous: out, and the base-2
+    log-sum-exp (H, T) of the queries."""
+    heads, head = query.shape[-2:]
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=query.device)
-    block_queries, block_keys = tiles(queries, keys, head, query.dtype, largest)
-    if lse.numel():
-        attention_forward_kernel[(batch * heads * triton.cdiv(queries, block_queries),)](
-            query_ptr=query,
-            key_ptr=key,
-            value_ptr=value,
-            mask_ptr=mask,
-            seed_ptr=seed,
-            out_ptr=out,
-            lse_ptr=lse,
-            heads=heads,
-            queries=queries,
-            keys=keys,
-            **_strides(query=query, key=key, value=value),
-            **_scalars(dropout_p, softmax_scale),
-            HEAD=head,
-            BLOCK_QUERIES=block_queries,
-            BLOCK_KEYS=block_keys,
-            num_warps=warps(block_queries, block_keys, head, query.dtype, FORWARD_PER_WARP),
-            enable_fp_fusion=True,
-        )
+    lse = torch.empty((heads, query.shape[:-2].numel()), dtype=torch.float32, device=query.device)
+    batch, queries, keys = sizes(query, key, packing)
+    configuration = forward_configuration(queries, keys, head, query.dtype, largest)
+    programs = batch * heads * triton.cdiv(queries, configuration["BLOCK_QUERIES"])
+    if programs:
+        tensors = {"query": query, "key": key, "value": value, "mask": mask, "seed": seed, "out": out, "lse": lse}
+        shared = arguments(packing, dropout_p, softmax_scale, **tensors)
+        attention_forward_kernel[(programs,)](**shared, **configuration)
     return out, lse
 
 
-def attention_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    dropout_p: float,
-    softmax_scale: float,
-    largest: dict = LARGEST_BACKWARD,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, contiguous; one launch where one tile holds all queries or all keys."""
-    batch, queries, heads, head = query.shape
-    keys = key.shape[1]
-    grad_query, grad_key, grad_value = (
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value)
-    )
-    delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
-    arguments = {
-        "grad_out_ptr": grad_out, "query_ptr": query, "key_ptr": key, "value_ptr": value, "mask_ptr": mask,
-        "seed_ptr": seed, "out_ptr": out, "lse_ptr": lse, "delta_ptr": delta, "grad_query_ptr": grad_query,
-        "grad_key_ptr": grad_key, "grad_value_ptr": grad_value, "heads": heads, "queries": queries, "keys": keys,
-        **_strides(grad_out=grad_out, query=query, key=key, value=value), **_scalars(dropout_p, softmax_scale),
-        "HEAD": head, "enable_fp_fusion": True,
-    }  # fmt: skip
-
-    def launch(kernel, length: int, block_queries: int, block_keys: int, block: int, alone: bool) -> None:
-        if batch * heads * length:
-            kernel[(batch * heads * triton.cdiv(length, block),)](
-                **arguments,
-                BLOCK_QUERIES=block_queries,
-                BLOCK_KEYS=block_keys,
-                ALONE=alone,
-                num_warps=warps(block_queries, block_keys, head, query.dtype, BACKWARD_PER_WARP),
-            )
-
-    by_query = tiles(queries, keys, head, query.dtype, largest)
-    by_key = tiles(keys, queries, head, query.dtype, largest)
-    # A length of 0 has no kernel of its own to write the zeros of the other side, so it is never "alone".
-    keys_alone = 0 < keys <= by_key[0] and queries > 0
-    queries_alone = 0 < queries <= by_query[0] and keys > 0 and not keys_alone
-    if not keys_alone:
-        launch(attention_backward_query_kernel, queries, *by_query, by_query[0], queries_alone)
-    if keys_alone:
-        by_key = by_key[0], alone_tile(by_key[1])
-    if not queries_alone:
-        launch(attention_backward_key_kernel, keys, *reversed(by_key), by_key[0], keys_alone)
-    return grad_query, grad_key, grad_value
-
-
-def _entry(kernel, dtype: torch.dtype, queries: int, keys: int, head: int, alone: bool | None = None) -> dict:
-    forward = kernel is attention_forward_kernel
-    largest, per_warp = (
-        (LARGEST_FORWARD, FORWARD_PER_WARP) if forward else (LARGEST_BACKWARD, BACKWARD_PER_WARP)
-    )  # fmt: skip
-    block_queries, block_keys = tiles(queries, keys, head, dtype, largest)
-    if kernel is attention_backward_key_kernel:
-        block_keys, block_queries = tiles(keys, queries, head, dtype, largest)
-        block_queries = alone_tile(block_queries) if alone else block_queries
+def entry(kernel, dtype: torch.dtype, configuration: dict[str, int], packed: bool = False) -> dict:
+    """What the static checks compile: with dropout, and with a mask where padded, which needs the most registers."""
     name = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
     tensors = ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value")
+    absent = ("mask_ptr",) if packed else ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr")
     return {
         "kernel": kernel,
         "signature": {f"{tensor}_ptr": name for tensor in tensors}
-        | {"mask_ptr": "*i1", "seed_ptr": "*i64", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
-        | {"scale": "fp32", "keep_scale": "fp32"},
-        "constants": {"HEAD": head, "BLOCK_QUERIES": block_queries, "BLOCK_KEYS": block_keys}
-        | ({} if forward else {"ALONE": alone}),
-        "num_warps": warps(block_queries, block_keys, head, dtype, per_warp),
+        | {"mask_ptr": "*i1", "cu_seqlens_q_ptr": "*i32", "cu_seqlens_k_ptr": "*i32", "seed_ptr": "*i64"}
+        | {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32", "keep_scale": "fp32"},
+        "constants": {key: value for key, value in configuration.items() if key != "num_warps"} | dict.fromkeys(absent),
+        "num_warps": configuration["num_warps"],
         "divisible": [name for name in kernel.arg_names if name.endswith("_stride")],
     }
 
 
-# What the static checks compile, at the real lengths: all with mask and dropout, which need the most registers.
+def _forward_entry(queries: int, keys: int, head: int, dtype: torch.dtype, packed: bool = False) -> dict:
+    configuration = forward_configuration(queries, keys, head, dtype, LARGEST_FORWARD)
+    return entry(attention_forward_kernel, dtype, configuration, packed)
+
+
 AHEAD_OF_TIME = [
-    _entry(kernel, dtype, queries, keys, head, alone)
-    for dtype, head in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64), (torch.float32, 128))
-    for kernel, queries, keys, alone in (
-        (attention_forward_kernel, 325, 325, None),
-        (attention_backward_query_kernel, 325, 325, False),
-        (attention_backward_query_kernel, 13, 325, True),
-        (attention_backward_key_kernel, 325, 325, False),
-        (attention_backward_key_kernel, 325, 13, True),
-    )
-] + [
-    _entry(attention_forward_kernel, torch.bfloat16, queries, keys, 64)
-    for queries, keys in ((325, 13), (13, 325), (65, 65), (13, 13))
+    *(
+        _forward_entry(queries, keys, 64, torch.bfloat16)
+        for queries, keys in ((325, 325), (325, 13), (13, 325), (65, 65), (13, 13))
+    ),
+    *(_forward_entry(queries, keys, 64, torch.bfloat16, packed=True) for queries, keys in ((325, 325), (13, 325))),
+    _forward_entry(325, 325, 128, torch.bfloat16),
+    _forward_entry(325, 325, 64, torch.float32),
 ]

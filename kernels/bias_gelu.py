@@ -149,6 +149,7 @@ AHEAD_OF_TIME = [
         "signature": {"x_ptr": "*bf16", "bias_ptr": "*fp32", "out_ptr": "*bf16"},
         "constants": {"KIND": kind, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS},
         "num_warps": NUM_WARPS,
+        "divisible": ("columns",),
     }
     for kind in KINDS.values()
 ] + [
@@ -160,6 +161,7 @@ AHEAD_OF_TIME = [
         },
         "constants": {"KIND": kind, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS},
         "num_warps": NUM_WARPS,
+        "divisible": ("columns",),
     }
     for kind in KINDS.values()
 ]  # fmt: skip

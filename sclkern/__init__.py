@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sclkern import nn as nn
+    from sclkern import ops as ops
     from sclkern.errors import UserError as UserError
     from sclkern.models import SCLConfig as SCLConfig
     from sclkern.models import SCLModel as SCLModel
@@ -22,14 +24,17 @@ _EXPORTS = {
     "ObjectiveConfig": "sclkern.objectives",
     "UserError": "sclkern.errors",
 }
+_SUBPACKAGES = ("nn", "ops")
 __all__ = [*_EXPORTS, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(importlib.import_module(_EXPORTS[name]), name)
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"sclkern.{name}")
     raise AttributeError(f"module 'sclkern' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS})
+    return sorted({*globals(), *_EXPORTS, *_SUBPACKAGES})

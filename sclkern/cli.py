@@ -1,13 +1,15 @@
-"""The command line: ``sclkern pretrain | parity | convert``."""
+"""The command line: ``sclkern pretrain | parity | convert | bench | doctor``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from sclkern import __version__
@@ -81,6 +83,31 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-mismatch", action="store_true", help="accept missing and extra tensors, and list them"
     )
     convert.set_defaults(command=_convert)
+
+    bench = commands.add_parser("bench", help="measure the kernels", description="Measure the kernels.")
+    benches = bench.add_subparsers(dest="bench", required=True, metavar="BENCHMARK")
+    static = benches.add_parser(
+        "static",
+        help="compile every kernel ahead of time and read its machine code",
+        description="Compile every kernel for sm_80, sm_90, sm_100 and gfx942, without a GPU, and print what the code "
+        "for sm_90 uses.",
+    )
+    static.add_argument("--check", action="store_true", help="compare with the budget; exit 1 if anything got worse")
+    static.add_argument("--update", action="store_true", help="write the budget anew, with the reasons that it has")
+    static.add_argument("--json", action="store_true", help="print every figure as JSON")
+    static.add_argument(
+        "--target", action="append", default=[], metavar="NAME", help="compile for sm_120 or gfx950 too; repeatable"
+    )
+    static.add_argument("--budget", metavar="FILE", help="default: benchmarks/static_budget.json of the source tree")
+    static.set_defaults(command=_bench_static)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="tell what this machine has and which backend each op takes",
+        description="Tell versions, devices and environment, and for each op which backend it takes here and why.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print the same as JSON")
+    doctor.set_defaults(command=_doctor)
     return parser
 
 
@@ -124,4 +151,41 @@ def _convert(options: argparse.Namespace) -> int:
     model = from_reference(options.source, strict=not options.allow_mismatch, image_size=options.image_size)
     model.save_pretrained(options.output)
     print(f"{options.output}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    return 0
+
+
+def _bench_static(options: argparse.Namespace) -> int:
+    if importlib.util.find_spec("triton") is None:
+        raise UserError("Triton is not installed, and compiles the kernels")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UserError("TRITON_INTERPRET: got 1, an interpreted kernel cannot be compiled")
+    from sclkern import static, static_budget
+
+    for name in options.target:
+        if name not in static.TARGETS:
+            raise UserError(f"--target: got {name!r}, expected one of {', '.join(static.TARGETS)}")
+    file = Path(options.budget) if options.budget else static_budget.BUDGET
+    if options.check and not file.exists():
+        raise UserError(f"--budget: {file} does not exist; --update writes it")
+    rows = static_budget.measure(static.kernels(), dict.fromkeys((*static.REQUIRED_TARGETS, *options.target)))
+    budget = static_budget.read_budget(file)
+    if options.update:
+        budget = static_budget.updated(rows, budget)
+        file.write_text(json.dumps(budget, indent=1) + "\n")
+    failed = static_budget.check(rows, budget) if options.check or options.update else []
+    if options.json:
+        print(
+            json.dumps({"triton": static_budget.TRITON, "failed": failed, "kernels": list(map(asdict, rows))}, indent=1)
+        )
+    else:
+        print(static_budget.format_table(rows))
+        print("".join(f"FAILED {line}\n" for line in failed), end="")
+    return 1 if failed else 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from sclkern.doctor import examine, format_report
+
+    found = examine()
+    print(json.dumps(found, indent=1) if options.json else format_report(found))
     return 0

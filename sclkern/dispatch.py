@@ -31,6 +31,19 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def may_read(tensor: Tensor) -> bool:
+    """Whether the values of an argument may be read to check them: on a CPU always, on a GPU, where that waits for the
+    device, under ``SCLKERN_DEBUG=1``; never while torch.compile traces."""
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("SCLKERN_DEBUG") == "1"
+
+
+def debug() -> bool:
+    """Whether values that live on a GPU are read back to check them (``SCLKERN_DEBUG=1``)."""
+    return os.environ.get("SCLKERN_DEBUG") == "1"
+
+
 def choose(*tensors: Tensor, backend: str = "auto", unsupported: str | None = None) -> Choice:
     """Pick the backend for these tensors.
 

@@ -168,6 +168,7 @@ def _masks(given: Mapping[str, Tensor]) -> StepMasks:
     rows, length = given["text_ids"].shape
     completed = given.get("text_scl_mask", given["text_ids_scl"].ne(given["text_ids"])).bool()
     zeros = given["text_ids"].new_zeros(rows)
+    labels = given.get("itm_labels", zeros + 1)
     return StepMasks(
         keep=given["keep_ids"],
         replace=given.get("patch_token_mask"),
@@ -176,8 +177,9 @@ def _masks(given: Mapping[str, Tensor]) -> StepMasks:
         mlm_capacity=length,
         completion_capacity=length,
         replace_capacity=given["patch_token_mask"].shape[1] if "patch_token_mask" in given else 0,
-        itm_labels=given.get("itm_labels", zeros + 1),
+        itm_labels=labels,
         itm_keys=zeros,
+        itm_false=int((labels == 0).sum()),
     )
 
 
@@ -230,13 +232,15 @@ def _video_case(model: SCLModel, given: Mapping[str, Tensor]) -> dict[str, Tenso
     masked_image, masked_text = views["masked_image"], views["masked_text"]
     options = {"temperature": model.objectives.temperature, "directions": "both"}
     vision = [masked_image.image.cls, masked_text.image.cls]
-    logits = model.mlm_head(mlm.text)
-    out["out.mlm_logits_at_labels"] = logits[given["text_labels_mlm"].ne(-100)]
+    head = model.mlm_head
+    out["out.mlm_logits_at_labels"] = head(mlm.text[given["text_labels_mlm"].ne(-100)])
     con = model.objectives.itc_weight * L.image_text_contrast(
         unimodal["unimodal.image_proj"], unimodal["unimodal.text_proj"], model.contrast_temperature()
     )
     out |= {
-        "loss.mlm_loss": L.masked_language_modeling(logits, given["text_labels_mlm"]),
+        "loss.mlm_loss": L.masked_language_modeling(
+            head.transform(mlm.text), head.decoder.weight, head.decoder.bias, given["text_labels_mlm"]
+        )[0],
         "loss.con_loss": con,
         "loss.scl_image_loss": L.masked_vision_semantic_completion(*vision, **options),
         "loss.scl_text_loss": L.masked_language_semantic_completion(

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,48 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
-MODULES = ("attention", "bias_gelu", "dropout_add_layer_norm", "completion_loss")
+# What every kernel must compile for; the others on request.
+REQUIRED_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+MODULES = (
+    "attention",
+    "attention_backward",
+    "bias_gelu",
+    "dropout_add_layer_norm",
+    "completion_loss",
+    "completion_loss_backward",
+    "cross_attention",
+    "embed_patches",
+    "embed_patches_backward",
+    "frame_attention",
+    "linear_cross_entropy",
+    "masking",
+)
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one kernel on an NVIDIA target: registers a thread, bytes of stack a thread (spills live there), bytes of
-    shared memory a block."""
+    """What the machine code of one kernel uses on an NVIDIA target.
+
+    ``registers`` of a thread; bytes of ``stack`` of a thread, and ``spills``, bytes that instructions move to and from
+    it; bytes of ``shared`` memory of a block; counts of tensor-core (``hgmma``, ``hmma``) and ``ffma`` instructions;
+    ``loads`` from global memory, counted by their bytes a thread; all ``instructions``; ``blocks`` and ``warps`` that
+    fit a multiprocessor of an H100 or H200.
+    """
 
     registers: int
     stack: int
+    spills: int
     shared: int
+    hgmma: int
+    hmma: int
+    ffma: int
+    loads: dict[int, int]
+    instructions: int
+    blocks: int
+    warps: int
 
 
 def kernels() -> list[dict[str, Any]]:
@@ -44,8 +75,11 @@ def kernels() -> list[dict[str, Any]]:
 
 
 def entry_name(entry: dict[str, Any]) -> str:
-    constants = ",".join(f"{name}={value}" for name, value in entry["constants"].items())
-    return f"{entry['kernel'].fn.__name__}[{constants}]"
+    """The kernel, the float type of its features, its constants and warps: differs from entry to entry."""
+    used = [kind for name, kind in entry["signature"].items() if name in entry["kernel"].arg_names]
+    features = next((kind for kind in ("bf16", "fp16", "fp32") if f"*{kind}" in used), "int")
+    constants = "".join(f"{name}={value}," for name, value in entry["constants"].items())
+    return f"{entry['kernel'].fn.__name__}[{features},{constants}warps={entry['num_warps']}]"
 
 
 def compile_entry(entry: dict[str, Any], target: str) -> Any:
@@ -69,14 +103,50 @@ def compile_entry(entry: dict[str, Any], target: str) -> Any:
 
 
 def resources(compiled: Any) -> Resources:
-    """Read the resource usage off the machine code of an NVIDIA target, with the ``cuobjdump`` in Triton's package."""
+    """Read what the machine code of an NVIDIA target uses, with the ``cuobjdump`` in Triton's package."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     descriptor, name = tempfile.mkstemp(suffix=".cubin")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(compiled.asm["cubin"])
-        text = subprocess.run([tool, "-res-usage", name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run([tool, "-res-usage", "-sass", name], capture_output=True, text=True, check=True).stdout
     finally:
         os.unlink(name)
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", text)}
-    return Resources(found["REG"], found["STACK"], max(found["SHARED"], compiled.metadata.shared))
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", text)}
+    operations = [operation.split(".") for operation in _INSTRUCTION.findall(text)]
+    counts = Counter(parts[0] for parts in operations)
+    blocks = resident_blocks(compiled.metadata.num_warps, used["REG"], compiled.metadata.shared)
+    return Resources(
+        registers=used["REG"],
+        stack=used["STACK"],
+        spills=sum(_width(parts) for parts in operations if parts[0] in ("LDL", "STL")),
+        shared=compiled.metadata.shared,
+        hgmma=counts["HGMMA"],
+        hmma=counts["HMMA"],
+        ffma=counts["FFMA"] + 2 * counts["FFMA2"],
+        loads=dict(sorted(Counter(_width(parts) for parts in operations if parts[0] in ("LDG", "LDGSTS")).items())),
+        instructions=len(operations),
+        blocks=blocks,
+        warps=blocks * compiled.metadata.num_warps,
+    )
+
+
+# Address, predicate and operation of a line of SASS.
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)")
+
+
+def _width(operation: list[str]) -> int:
+    widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+    return next((widths[part] for part in operation if part in widths), 4)
+
+
+def resident_blocks(warps: int, registers: int, shared: int) -> int:
+    """Blocks of ``warps`` warps that fit a multiprocessor of compute capability 9.0, from NVIDIA's tables.
+
+    64 warps and 32 blocks; 65,536 registers in four parts, given to a warp in units of 256; 228 KiB of shared memory,
+    of which each block takes its own in units of 128 bytes and 1 KiB for the system.
+    """
+    of_a_warp = -(-registers * 32 // 256) * 256
+    by_registers = 16384 // of_a_warp * 4 // warps
+    by_shared = 228 * 1024 // (-(-shared // 128) * 128 + 1024)
+    return min(64 // warps, 32, by_registers, by_shared)

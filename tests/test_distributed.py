@@ -13,11 +13,16 @@ import torch
 import torch.distributed as dist
 
 import sclkern
+from sclkern.dispatch import TRITON_INSTALLED, interpreted
 from sclkern.distributed import gather
 from sclkern.objectives import losses as L
+from sclkern.ops import completion_loss
+from sclkern.reference import completion_loss as definition
 
 ROWS, FRAMES, TOKENS, WIDTH = 4, 2, 3, 5
 CASES = [*product(["itc", "mvsc", "mlsc", "mltc"], ["exact", "reference"], ["all", "reference"])]
+OP_CASES = [*product(["exact", "reference"], ["both", "recovered_to_complete"], ["plain", "valid", "groups"])]
+NAMES = ("recovered", "complete", "temperature")
 
 
 def samples(world):
@@ -51,11 +56,81 @@ def evaluate(name, gather, negatives, inputs, valid, weight):
     return {"loss": loss.detach(), **dict(zip(("weight", "temperature", "features"), gradients, strict=True))}
 
 
+def op_samples(world, kind):
+    """Features (N, D) or (G, N, D) of all ranks, which are valid (not as many on each rank), weights of the losses."""
+    generator = torch.Generator().manual_seed(10 + world)
+    groups = (2,) * (kind == "groups")
+    features = torch.randn(2, *groups, world * ROWS, WIDTH, generator=generator, dtype=torch.float64)
+    valid = torch.rand(*groups, world * ROWS, generator=generator) < 0.6
+    valid[..., 1:ROWS] = False
+    return features, None if kind == "plain" else valid, torch.rand(valid.shape, generator=generator).double()
+
+
+def evaluate_op(function, dtype, features, valid, weights=None, **options):
+    """The loss and its gradients; with ``weights``, of their sum with the losses of the rows."""
+    leaves = [x.to(dtype).requires_grad_() for x in features]
+    leaves.append(torch.tensor(0.2, dtype=dtype, requires_grad=True))
+    loss = function(*leaves[:2], temperature=leaves[2], valid=valid, **options)
+    total = loss if weights is None else (loss * weights.to(dtype)).sum()
+    return {"loss": loss.detach(), **dict(zip(NAMES, torch.autograd.grad(total, leaves), strict=True))}
+
+
+def evaluate_ops(rank, world):
+    dtype, results = torch.float32 if interpreted() else torch.float64, {}
+    for mode, directions, kind in OP_CASES:
+        features, valid, weights = op_samples(world, kind)
+        own = slice(rank * ROWS, (rank + 1) * ROWS)
+        features, valid = features[..., own, :], None if valid is None else valid[..., own]
+        options = {"directions": directions, "gather": mode}
+        results[mode, directions, kind] = evaluate_op(completion_loss, dtype, features, valid, **options)
+        results[mode, directions, kind, "none"] = evaluate_op(
+            completion_loss, dtype, features, valid, weights, reduction="none", **options
+        )
+    recovered, complete = (x.to(dtype).requires_grad_() for x in features)
+    loss = completion_loss(recovered, complete.detach(), temperature=0.2, valid=valid)
+    results["detached"] = torch.autograd.grad(loss, recovered, retain_graph=True)[0]
+    results["again"] = torch.autograd.grad(loss, recovered, retain_graph=True)[0]
+    try:
+        torch.autograd.grad(loss, recovered, create_graph=True)
+    except RuntimeError as error:
+        results["second"] = str(error)
+    return results
+
+
+def mistakes(rank):
+    """What each rank is told when ranks do not fit together."""
+    x, half = (
+        torch.ones(4 if rank == 0 else 3, WIDTH),
+        torch.ones(4, WIDTH).to(torch.float32 if rank else torch.float16),
+    )
+    valid = torch.ones(4, dtype=torch.bool) if rank == 0 else None
+    calls = {
+        "rows": lambda: completion_loss(x, x, temperature=0.1),
+        "eager rows": lambda: completion_loss(x, x, temperature=0.1, backend="eager"),
+        "dtypes": lambda: completion_loss(half, half, temperature=0.1),
+        "valid": lambda: completion_loss(torch.ones(4, WIDTH), torch.ones(4, WIDTH), temperature=0.1, valid=valid),
+        "gather": lambda: gather(x),
+    }
+    told = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except ValueError as error:
+            told[name] = str(error)
+    return told
+
+
 def work(rank, world, directory):
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world)
+    ops = evaluate_ops(rank, world)
+    if interpreted():
+        torch.save({"ops": ops}, directory / f"{rank}.pt")
+        dist.destroy_process_group()
+        return
     inputs, valid, weight = samples(world)
     own = slice(rank * ROWS, (rank + 1) * ROWS)
     results = {case: evaluate(*case, inputs[:, own], valid[own], weight) for case in CASES}
+    results |= {"ops": ops, "mistakes": mistakes(rank)}
     results["integers"] = gather(torch.tensor([rank, 10 + rank]))
     results["bools"] = gather(torch.tensor([rank == 0]))
     # A transposed input: rows that do not lie one after the other.
@@ -66,12 +141,10 @@ def work(rank, world, directory):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=lambda world: f"{world} ranks")
-def ranks(request, tmp_path_factory):
+def run_ranks(world, directory, **environment):
     """The results of each rank."""
-    world, directory = request.param, tmp_path_factory.mktemp("ranks")
     path = os.pathsep.join(filter(None, [str(Path(sclkern.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, str(rank), str(world), str(directory)],
@@ -87,6 +160,18 @@ def ranks(request, tmp_path_factory):
         for process in processes:
             process.kill()
     return [torch.load(directory / f"{rank}.pt") for rank in range(world)]
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=lambda world: f"{world} ranks")
+def ranks(request, tmp_path_factory):
+    return run_ranks(request.param, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def interpreted_ranks(tmp_path_factory):
+    if not TRITON_INSTALLED:
+        pytest.skip("Triton is not installed")
+    return run_ranks(2, tmp_path_factory.mktemp("ranks"), TRITON_INTERPRET="1")
 
 
 def mean(ranks, case, name):
@@ -153,6 +238,59 @@ def test_rows_are_stacked_rank_by_rank(ranks):
             [100 * r + x for x in row] for r in range(world) for row in ([0, 2, 4], [1, 3, 5])
         ]
         assert results["alone"].tolist() == [rank]
+
+
+def check_op(results, case, none, tolerance):
+    world, (mode, directions, kind) = len(results), case
+    features, valid, weights = op_samples(world, kind)
+    options = (
+        {"directions": directions, "reduction": "none", "weights": weights} if none else {"directions": directions}
+    )
+    big = evaluate_op(definition, torch.float64, features, valid, **options)
+    ours = [rank["ops"][(*case, "none") if none else case] for rank in results]
+    assert all(torch.equal(rank["loss"], ours[0]["loss"]) for rank in ours)
+    factor = world if mode == "exact" else 1
+    for rank, own in enumerate(ours):
+        torch.testing.assert_close(own["loss"].double(), big["loss"], **tolerance)
+        torch.testing.assert_close(own["temperature"].double(), big["temperature"], **tolerance)
+        for name in ("recovered", "complete"):
+            theirs = factor * big[name][..., rank * ROWS : (rank + 1) * ROWS, :]
+            torch.testing.assert_close(own[name].double(), theirs, **tolerance)
+
+
+@pytest.mark.parametrize("none", [False, True], ids=["mean", "none"])
+@pytest.mark.parametrize("case", OP_CASES, ids="-".join)
+def test_the_op_across_ranks_is_that_of_one_big_batch(ranks, case, none):
+    check_op(ranks, case, none, {"rtol": 1e-10, "atol": 1e-12})
+
+
+@pytest.mark.parametrize("none", [False, True], ids=["mean", "none"])
+@pytest.mark.parametrize("case", OP_CASES, ids="-".join)
+def test_the_kernels_across_ranks_are_those_of_one_big_batch(interpreted_ranks, case, none):
+    check_op(interpreted_ranks, case, none, {"rtol": 2e-5, "atol": 2e-6})
+
+
+def test_a_detached_side_leaves_the_other_as_it_is_across_ranks(ranks):
+    for results in ranks:
+        ops = results["ops"]
+        full = ops["exact", "both", "groups"]["recovered"]
+        assert torch.equal(ops["detached"], full) and torch.equal(ops["again"], full)
+        assert 'backend="eager"' in ops["second"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("rows", ["recovered: got rank 0 (4, 5) float32 both, rank 1 (3, 5) float32 both"]),
+        ("eager rows", ["features: got rank 0 (4, 5) float32, rank 1 (3, 5) float32"]),
+        ("dtypes", ["rank 0 (4, 5) float16", "rank 1 (4, 5) float32"]),
+        ("valid", ["rank 0 (4, 5) float32 both valid", "rank 1 (4, 5) float32 both"]),
+        ("gather", ["features: got rank 0 (4, 5) float32, rank 1 (3, 5) float32", "expected the same on every rank"]),
+    ],
+)
+def test_ranks_that_differ_are_told_so_on_every_rank(ranks, name, parts):
+    for results in ranks:
+        assert all(part in results["mistakes"][name] for part in parts), results["mistakes"][name]
 
 
 def test_one_process_gathers_nothing():

@@ -41,7 +41,13 @@ def test_only_sclkern_is_installed(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"sclkern"}
-    for needed in ("py.typed", "reference/__init__.py", "data/demo/pairs.arrow", "data/demo/tokenizer/tokenizer.json", "cli.py"):
+    for needed in (
+        "py.typed",
+        "reference/__init__.py",
+        "data/demo/pairs.arrow",
+        "data/demo/tokenizer/tokenizer.json",
+        "cli.py",
+    ):
         assert f"sclkern/{needed}" in names, needed
     assert any(name.endswith("NOTICE") for name in names) and any(name.endswith("LICENSE") for name in names)
 

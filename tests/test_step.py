@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from sclkern import ObjectiveConfig
 from sclkern.reference import MaskedText
-from sclkern.step import draw_masks, run_step
+from sclkern.step import StepConfig, draw_masks, run_step
 
 RECIPES = ["scl", "glscl"]
 PICTURES = [pytest.param(None, id="images"), pytest.param(3, id="clips")]
@@ -18,8 +18,8 @@ def needs_false_image(objectives):
     return objectives.itm_negatives in ("dataset", "reference")
 
 
-def build(make_model, make_batch, objectives, frames=None, **batch_options):
-    model = make_model(objectives, max_frames=frames or 0)
+def build(make_model, make_batch, objectives, frames=None, dropout=0.1, **batch_options):
+    model = make_model(objectives, max_frames=frames or 0, dropout=dropout)
     return model, make_batch(frames=frames, false_image=needs_false_image(objectives), **batch_options)
 
 
@@ -97,7 +97,7 @@ def restated(model, batch, masks):
 @pytest.mark.parametrize("itm_negatives", ["in_batch", "dataset"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_losses_and_gradients_equal_the_definition(make_model, make_batch, recipe, itm_negatives, frames):
-    objectives = ObjectiveConfig(recipe=recipe, itm_negatives=itm_negatives, encodings="shared")
+    objectives = ObjectiveConfig(recipe=recipe, itm_negatives=itm_negatives)
     model, batch = build(make_model, make_batch, objectives, frames)
     masks = draw_masks(model, batch, 5)
     ours = run(model, batch, masks)
@@ -108,26 +108,44 @@ def test_losses_and_gradients_equal_the_definition(make_model, make_batch, recip
     assert_same(ours, ({name: loss.detach() for name, loss in expected.items()}, gradients))
 
 
+@pytest.mark.parametrize("pack", [False, True])
+def test_shared_encodings_encode_each_variant_once(make_model, make_batch, pack):
+    model, batch = build(make_model, make_batch, ObjectiveConfig(recipe="glscl"))
+    model.step = StepConfig(pack=pack)
+    calls = {"text": 0, "vision": 0}
+    for name in calls:
+        getattr(model, name).blocks[0].register_forward_hook(lambda *_, n=name: calls.update({n: calls[n] + 1}))
+    model(batch, seed=0)
+    # Text: complete, mlm, completion. Image: complete, dropped, token-masked.
+    assert calls == ({"text": 1, "vision": 1} if pack else {"text": 3, "vision": 3})
+
+
+OPTIONS = [
+    StepConfig(),
+    StepConfig(share_encodings=False),
+    StepConfig(pack=False),
+    StepConfig(prune_last_layer=False),
+    StepConfig(absorb="never"),
+    StepConfig(pack=False, prune_last_layer=False),
+    StepConfig(checkpoint_blocks=True),
+]
+
+
 @pytest.mark.parametrize("frames", PICTURES)
 @pytest.mark.parametrize("itm_negatives", ["in_batch", "hard", "dataset"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_shared_encodings_equal_separate_ones(make_model, make_batch, recipe, itm_negatives, frames):
-    objectives = ObjectiveConfig(recipe=recipe, itm_negatives=itm_negatives)
-    model, batch = build(make_model, make_batch, objectives, frames)
+def test_every_way_of_execution_gives_the_same_losses_and_gradients(
+    make_model, make_batch, recipe, itm_negatives, frames
+):
+    model, batch = build(make_model, make_batch, ObjectiveConfig(recipe=recipe, itm_negatives=itm_negatives), frames)
     masks = draw_masks(model, batch, 6)
-    shared = run(model, batch, masks)
-    model.objectives = dataclasses.replace(objectives, encodings="reference")
-    assert_same(shared, run(model, batch, masks))
-
-
-def test_shared_encodings_encode_each_variant_once(make_model, make_batch):
-    model, batch = build(make_model, make_batch, ObjectiveConfig(recipe="glscl"))
-    calls = {"text": 0, "vision": 0}
-    for name in calls:
-        getattr(model, name).register_forward_hook(lambda *_, n=name: calls.update({n: calls[n] + 1}))
-    model(batch, seed=0)
-    # Text: complete, mlm, completion. Image: complete, dropped, token-masked.
-    assert calls == {"text": 3, "vision": 3}
+    model.step = StepConfig.reference()
+    separate = run(model, batch, masks)
+    for model.step in OPTIONS:
+        assert_same(run(model, batch, masks), separate)
+    # Room for more tokens than there are.
+    model.step, batch["text_tokens"] = StepConfig(), int(batch["text_mask"].sum()) + 3
+    assert_same(run(model, batch, masks), separate)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -327,3 +345,22 @@ def test_inputs_of_different_lengths_are_named(make_model, make_batch):
     batch["image"] = batch["image"][:3]
     with pytest.raises(ValueError, match=r"batch: got different numbers of rows .*'image': 3"):
         make_model()(batch, seed=0)
+
+
+def test_with_dropout_the_losses_have_the_same_expectation(make_model, make_batch):
+    model, batch = build(make_model, make_batch, ObjectiveConfig(recipe="glscl"), dropout=0.3)
+    masks = draw_masks(model, batch, 3)
+    samples = {}
+    with torch.no_grad():
+        for name, model.step in (("planned", StepConfig()), ("separate", StepConfig.reference())):
+            model.train()
+            runs = []
+            for seed in range(120):
+                torch.manual_seed(seed)
+                runs.append(torch.stack(list(run_step(model, batch, masks).named().values())))
+            samples[name] = torch.stack(runs)
+    planned, separate = samples.values()
+    error = (planned.var(0) / len(planned) + separate.var(0) / len(separate)).sqrt()
+    assert ((planned.mean(0) - separate.mean(0)).abs() < 4 * error).all()
+    # Dropout does something: without it all runs were one.
+    assert (planned.std(0) > 1e-3).all()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sclkern import ObjectiveConfig
 from sclkern.random import random_words
-from sclkern.step import draw_masks, negative_images, selected_positions, take_rows
+from sclkern.step.masks import draw_masks, negative_images, selected_positions
 
 
 @given(
@@ -51,11 +51,6 @@ def test_selected_positions_are_ascending_and_marked_valid():
     assert valid.tolist() == [[True, True, True], [True, False, False]]
 
 
-def test_take_rows_takes_them():
-    x = torch.arange(12.0).view(2, 3, 2)
-    assert take_rows(x, torch.tensor([[2, 0], [1, 1]])).tolist() == [[[4, 5], [0, 1]], [[8, 9], [8, 9]]]
-
-
 @pytest.mark.parametrize("rows", [2, 3, 4, 5, 6])
 def test_half_the_pairs_belong_together(tiny, make_batch, rows):
     tiny.objectives = ObjectiveConfig()
@@ -71,7 +66,7 @@ def draw_negatives(tiny, rows, draws, similarity=None):
     """(draws, rows) indices from keys of different seeds."""
     masks = draw_masks(tiny, {"text_ids": torch.zeros(rows, 4).long(), "text_mask": torch.ones(rows, 4)}, 0)
     keys = random_words((draws, rows), seed=3, stream=9, device="cpu")[0]
-    return torch.stack([negative_images(tiny, dataclasses.replace(masks, itm_keys=row), similarity) for row in keys])
+    return torch.stack([negative_images(dataclasses.replace(masks, itm_keys=row), similarity) for row in keys])
 
 
 def test_a_false_image_is_any_other_of_the_batch_with_equal_chance(tiny):

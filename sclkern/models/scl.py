@@ -13,9 +13,12 @@ from sclkern.models.config import SCLConfig
 from sclkern.models.fusion import FusionEncoder, LayerAttention
 from sclkern.models.heads import MLP, MLMHead, Pooler
 from sclkern.models.layers import Attention
+from sclkern.models.layouts import MODEL_BACKENDS, Padded
 from sclkern.models.text import TextEncoder
 from sclkern.models.vision import VisionEncoder, VisionFeatures
+from sclkern.nn import DropoutAddLayerNorm, LinearGELU
 from sclkern.objectives import ObjectiveConfig
+from sclkern.step.config import StepConfig
 
 TEXT_TYPE, IMAGE_TYPE = 0, 1
 
@@ -45,10 +48,13 @@ class SCLModel(nn.Module):
     >>> losses.total.backward()
     """
 
-    def __init__(self, config: SCLConfig, objectives: ObjectiveConfig | None = None) -> None:
+    def __init__(
+        self, config: SCLConfig, objectives: ObjectiveConfig | None = None, step: StepConfig | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.objectives = objectives or ObjectiveConfig()
+        self.backend = "auto"
         width = config.width
         self.text = TextEncoder(config)
         self.vision = VisionEncoder(config)
@@ -72,7 +78,22 @@ class SCLModel(nn.Module):
             self.nlvr2_head = MLP(4 * width, 2 * width, 2)
         if "rank" in config.heads:
             self.rank_head = nn.Linear(2 * width, 1)
+        self.step = step or StepConfig()
         self._initialise()
+
+    @property
+    def step(self) -> StepConfig:
+        """How a step is executed."""
+        return self._step
+
+    @step.setter
+    def step(self, step: StepConfig) -> None:
+        self._step = step
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.absorb = step.absorb
+            elif isinstance(module, (TextEncoder, VisionEncoder, FusionEncoder)):
+                module.checkpoint_blocks = step.checkpoint_blocks
 
     def _initialise(self) -> None:
         """BERT's normal distribution everywhere, Xavier in the vision encoder (reference: both ``init_weights``)."""
@@ -110,13 +131,21 @@ class SCLModel(nn.Module):
 
         save_pretrained(self, path)
 
-    def set_attention_backend(self, backend: str) -> SCLModel:
-        """ "sdpa" (torch's fused attention) or "eager" (``sclkern.reference``) in every attention of the model."""
-        if backend not in ("sdpa", "eager"):
-            raise ValueError(f"backend: got {backend!r}, expected 'sdpa' or 'eager'")
+    def set_backend(self, backend: str) -> SCLModel:
+        """Choose what every op of the model runs on.
+
+        Args:
+            backend: "auto" takes the kernels where they can run; "triton" insists on them; "eager" is plain PyTorch
+                (``sclkern.reference``); "sdpa" is plain PyTorch but for torch's own fused attention.
+        """
+        if backend not in MODEL_BACKENDS:
+            raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(MODEL_BACKENDS)}")
+        self.backend = "eager" if backend == "sdpa" else backend
         for module in self.modules():
             if isinstance(module, Attention):
                 module.backend = backend
+            elif isinstance(module, (LinearGELU, DropoutAddLayerNorm, VisionEncoder)):
+                module.backend = self.backend
         return self
 
     # -- encoders ----------------------------------------------------------------------------------------------------
@@ -173,9 +202,10 @@ class SCLModel(nn.Module):
         attentions: list[LayerAttention] | None = [] if return_attention else None
         fused_text, fused_image = self.fusion(
             text + self.modality.weight[TEXT_TYPE],
-            text_mask.bool(),
+            Padded(text_mask.bool()),
             image.tokens + self.modality.weight[image_type],
-            attentions,
+            Padded(),
+            attentions=attentions,
         )
         return FusedFeatures(fused_text, image.with_tokens(fused_image), attentions)
 

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sclkern import reference
+from sclkern import ops
 from sclkern.models.config import SCLConfig
-from sclkern.models.layers import PreNormBlock
+from sclkern.models.layers import PreNormBlock, run_block
+from sclkern.models.layouts import Layout, Padded
 
 
 class VisionFeatures(NamedTuple):
@@ -41,6 +42,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: SCLConfig) -> None:
         super().__init__()
         scale = config.width**-0.5
+        self.backend, self.checkpoint_blocks = "auto", False
         self.max_frames, self.image_size = config.max_frames, config.image_size
         self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
         self.cls = nn.Parameter(scale * torch.randn(config.width))
@@ -72,6 +74,18 @@ class VisionEncoder(nn.Module):
         Raises:
             ValueError: wrong shape, more frames than the temporal table has, or no mask token to replace with.
         """
+        x, frames = self.embed(images, keep=keep, replace=replace)
+        x = self.encode(x, Padded(num_frames=frames), probabilities)
+        if frames > 1:
+            framed = x.unflatten(1, (frames, -1))
+            x = torch.cat([framed[:, :, 0], framed[:, :, 1:].flatten(1, 2)], dim=1)
+        return VisionFeatures(x, frames)
+
+    def embed(self, images: Tensor, *, keep: Tensor | None = None, replace: Tensor | None = None) -> tuple[Tensor, int]:
+        """What the first block reads, (B, F * (1 + K), D) frame by frame with each CLS first, and F.
+
+        Arguments and errors as in ``forward``.
+        """
         if images.ndim == 4:
             images = images[:, None]
         expected = (3, self.image_size, self.image_size)
@@ -87,7 +101,7 @@ class VisionEncoder(nn.Module):
             )
         if replace is not None and self.mask_token is None:
             raise ValueError("replace: the model has no mask token for patches (patch_mask_token is False)")
-        x = reference.embed_patches(
+        x = ops.embed_patches(
             images,
             self.patch_embed.weight,
             self.position,
@@ -95,13 +109,16 @@ class VisionEncoder(nn.Module):
             temporal=self.temporal,
             keep=keep,
             replace=replace,
-            mask_token=self.mask_token,
+            mask_token=self.mask_token if replace is not None else None,
+            norm_weight=self.norm_pre.weight,
+            norm_bias=self.norm_pre.bias,
+            eps=self.norm_pre.eps,
+            backend=self.backend,
         )
-        x = self.norm_pre(x)
+        return x, frames
+
+    def encode(self, x: Tensor, layout: Layout, probabilities: list[Tensor] | None = None) -> Tensor:
+        """The blocks and the last norm on tokens in ``layout``: (B, L, D) or packed (T, D), returned alike."""
         for block in self.blocks:
-            x = block(x, frames, probabilities)
-        x = self.norm_post(x)
-        if frames > 1:
-            framed = x.unflatten(1, (frames, -1))
-            x = torch.cat([framed[:, :, 0], framed[:, :, 1:].flatten(1, 2)], dim=1)
-        return VisionFeatures(x, frames)
+            x = run_block(block, x, layout, checkpoint=self.checkpoint_blocks, probabilities=probabilities)
+        return self.norm_post(x)

@@ -30,7 +30,6 @@ class ObjectiveConfig:
         frame_norm: MVSC of clips normalises over "features"; "reference" over frames (of images always over features).
         itc_temperature: "clamped" to ``itc_temperature_range``; "reference" is free to reach 0.
         empty_selections: loss where nothing was masked: "zero"; "reference" is NaN, which MLTC drops on the host.
-        encodings: "shared" between the views of a step; "reference" encodes again for each pass.
         temperature: of the completion losses. Ratios: the share of patches dropped, of patches replaced by the mask
             token, of words masked for completion, and of words to predict.
         mltc_weight, itc_weight: factors in the total; all others are 1.
@@ -46,7 +45,6 @@ class ObjectiveConfig:
     frame_norm: Literal["features", "reference"] = "features"
     itc_temperature: Literal["clamped", "reference"] = "clamped"
     empty_selections: Literal["zero", "reference"] = "zero"
-    encodings: Literal["shared", "reference"] = "shared"
     temperature: float = 0.03
     itc_temperature_range: tuple[float, float] = (0.01, 0.5)
     image_mask_ratio: float = 0.8

@@ -2,6 +2,7 @@
 
 Sources: SCL, arXiv 2211.13437; GLSCL, arXiv 2306.07096; their code (IIGROUP/SCL at cd0d819), whose files are named
 below. Dimensions: B batch, F frames, D width, L length, K selected positions, V vocabulary, N rows of a contrast.
+``backend`` is that of the ops.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sclkern import ops
 from sclkern.distributed import gather as gather_rows
-from sclkern.reference import completion_loss
 
 Directions = Literal["both", "recovered_to_complete", "reference"]
 Gather = Literal["exact", "reference"]
@@ -28,20 +29,31 @@ def image_text_matching(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(_precise(logits), labels)
 
 
-def masked_language_modeling(logits: Tensor, labels: Tensor, empty: Literal["zero", "reference"] = "zero") -> Tensor:
-    """MLM: L = -mean over targets of log softmax(logits)[label] (objectives.py compute_mlm).
+def masked_language_modeling(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    *,
+    empty: Literal["zero", "reference"] = "zero",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """MLM: L = -mean over targets of log softmax(hidden W^T + b)[label] (objectives.py compute_mlm).
 
     Args:
-        logits: (..., V). labels: (...) int64, -100 where there is nothing to predict.
+        hidden: (..., D), what the decoder reads. weight: (V, D) and bias: (V,) of the decoder.
+        labels: (...) int64, -100 where there is nothing to predict.
         empty: loss without any target: 0 with zero gradient, or NaN ("reference").
+
+    Returns:
+        The loss, and how many targets have the highest logit (int64, no gradient).
     """
-    total = F.cross_entropy(_precise(logits.flatten(0, -2)), labels.flatten(), ignore_index=-100, reduction="sum")
-    count = labels.ne(-100).sum()
-    return total / (count.clamp_min(1) if empty == "zero" else count)
+    loss, hits = ops.linear_cross_entropy(hidden, weight, bias, labels, return_hits=True, backend=backend)
+    return (loss if empty == "zero" else torch.where(labels.ne(-100).any(), loss, torch.nan)), hits
 
 
 def image_text_contrast(
-    image: Tensor, text: Tensor, temperature: Tensor, *, group=None, gather: Gather = "exact"
+    image: Tensor, text: Tensor, temperature: Tensor, *, group=None, gather: Gather = "exact", backend: str = "auto"
 ) -> Tensor:
     """ITC: symmetric InfoNCE of projected unimodal CLS features, both directions summed (objectives.py compute_con).
 
@@ -51,8 +63,7 @@ def image_text_contrast(
         image, text: (B, E), row i of one belongs to row i of the other. temperature: 0-d, learnable.
         group: process group whose rows are negatives too.
     """
-    image, text = gather_rows(image, group, gather), gather_rows(text, group, gather)
-    return completion_loss(_precise(image), _precise(text), temperature=temperature)
+    return ops.completion_loss(image, text, temperature=temperature, group=group, gather=gather, backend=backend)
 
 
 def masked_vision_semantic_completion(
@@ -64,6 +75,7 @@ def masked_vision_semantic_completion(
     frame_norm: Literal["features", "reference"] = "features",
     group=None,
     gather: Gather = "exact",
+    backend: str = "auto",
 ) -> Tensor:
     """MVSC: InfoNCE of the image CLS recovered from a masked image and the whole text against the image CLS of the
     whole image, for each frame index apart, averaged over frames (objectives.py compute_scl, compute_scl_video).
@@ -73,10 +85,19 @@ def masked_vision_semantic_completion(
         complete: (B, F, D), fused CLS of the pass with masked words; detached here.
         frame_norm: "reference" normalises over frames instead of features, as compute_scl_video does.
     """
-    recovered, complete = gather_rows(recovered, group, gather), gather_rows(complete.detach(), group, gather)
-    recovered, complete = _precise(recovered).transpose(0, 1), _precise(complete).transpose(0, 1)
+    complete = complete.detach()
     if frame_norm == "features":
-        return completion_loss(recovered, complete, temperature=temperature, directions=_direction(directions))
+        return ops.completion_loss(
+            recovered.transpose(0, 1),
+            complete.transpose(0, 1),
+            temperature=temperature,
+            directions=_direction(directions),
+            group=group,
+            gather=gather,
+            backend=backend,
+        )
+    recovered, complete = gather_rows(recovered, group, gather), gather_rows(complete, group, gather)
+    recovered, complete = _precise(recovered).transpose(0, 1), _precise(complete).transpose(0, 1)
     recovered = recovered / recovered.norm(dim=0, keepdim=True).clamp_min(1e-8)
     complete = complete / complete.norm(dim=0, keepdim=True).clamp_min(1e-8)
     similarity = recovered @ complete.mT / temperature
@@ -95,6 +116,7 @@ def masked_language_semantic_completion(
     group=None,
     gather: Gather = "exact",
     negatives: Literal["all", "reference"] = "all",
+    backend: str = "auto",
 ) -> Tensor:
     """MLSC: InfoNCE of the text CLS recovered from masked words and the whole image against the text CLS of the whole
     text (objectives.py compute_scl).
@@ -104,11 +126,14 @@ def masked_language_semantic_completion(
         complete: (B, D), fused CLS of the pass with dropped patches; detached here.
         negatives: "reference" contrasts within the rank.
     """
-    complete = complete.detach()
-    if negatives == "all":
-        recovered, complete = gather_rows(recovered, group, gather), gather_rows(complete, group, gather)
-    return completion_loss(
-        _precise(recovered), _precise(complete), temperature=temperature, directions=_direction(directions)
+    return ops.completion_loss(
+        recovered,
+        complete.detach(),
+        temperature=temperature,
+        directions=_direction(directions),
+        group=group,
+        gather=gather if negatives == "all" else None,
+        backend=backend,
     )
 
 
@@ -123,6 +148,7 @@ def masked_local_token_completion(
     gather: Gather = "exact",
     negatives: Literal["all", "reference"] = "all",
     empty: Literal["zero", "reference"] = "zero",
+    backend: str = "auto",
 ) -> Tensor:
     """MLTC, one modality: InfoNCE of the fused tokens at masked places against the same tokens of the view that is
     whole in this modality, over all masked tokens of the batch (GLSCL; objectives.py compute_scl with token_recover).
@@ -133,14 +159,22 @@ def masked_local_token_completion(
         negatives: "reference" contrasts within the rank (the published image part).
         empty: loss without any valid token: 0 with zero gradient, or NaN ("reference").
     """
-    recovered, complete, valid = recovered.flatten(0, 1), complete.detach().flatten(0, 1), valid.flatten()
-    if negatives == "all":
-        recovered, complete = gather_rows(recovered, group, gather), gather_rows(complete, group, gather)
-        valid = gather_rows(valid, group)
-    loss = completion_loss(
-        _precise(recovered), _precise(complete), temperature=temperature, directions=_direction(directions), valid=valid
+    valid = valid.flatten()
+    gather = gather if negatives == "all" else None
+    loss = ops.completion_loss(
+        recovered.flatten(0, 1),
+        complete.detach().flatten(0, 1),
+        temperature=temperature,
+        directions=_direction(directions),
+        valid=valid,
+        group=group,
+        gather=gather,
+        backend=backend,
     )
-    return loss if empty == "zero" else torch.where(valid.any(), loss, torch.nan)
+    if empty == "zero":
+        return loss
+    anywhere = valid if gather is None else gather_rows(valid, group)
+    return torch.where(anywhere.any(), loss, torch.nan)
 
 
 def visual_question_answering(logits: Tensor, targets: Tensor) -> Tensor:

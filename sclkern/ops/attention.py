@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sclkern import reference
@@ -40,7 +42,8 @@ def attention(
             524288 keys then.
         softmax_scale: default 1 / sqrt(D). The kernel takes scales above 0.
         seed: of the dropout mask (``reference.attention_dropout_mask``): int, or int64 tensor of one element on the
-            device of query. None draws one from torch's generator. Every backend drops the same probabilities.
+            device of query; every backend drops the same probabilities. None draws from torch's generator: a seed for
+            the kernel, the mask itself on the eager path, where counting is slow.
         return_lse: return the log-sum-exp as well.
 
     Returns:
@@ -51,18 +54,46 @@ def attention(
         TypeError: a tensor, the seed or a number has the wrong type. ValueError: wrong shape, device or range, or
             unknown backend. RuntimeError: second derivatives of the kernel; ``backend="eager"`` has them.
     """
-    query, key, value = (_autocast(tensor) for tensor in (query, key, value))
+    query, key, value = (autocast(tensor) for tensor in (query, key, value))
     check(query, key, value, key_padding_mask, dropout_p, softmax_scale, seed)
     scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else float(softmax_scale)
-    seed = seed_tensor(seed, query.device) if dropout_p > 0 else None
     if choose(query, key, value, backend=backend, unsupported=unsupported(query, scale)).backend == "triton":
+        seed = seed_tensor(seed, query.device) if dropout_p > 0 else None
         mask = None if key_padding_mask is None else key_padding_mask.contiguous()
-        tensors = (_contiguous_channels(tensor) for tensor in (query, key, value))
+        tensors = (contiguous_channels(tensor) for tensor in (query, key, value))
         out, lse = torch.ops.sclkern.attention(*tensors, mask, seed, float(dropout_p), scale)
-        return (out, lse.detach() * math.log(2)) if return_lse else out
-    options = {"key_padding_mask": key_padding_mask, "dropout_p": dropout_p, "softmax_scale": scale, "seed": seed}
-    out = reference.attention(query, key, value, **options)
+        # (H, B * Lq) in the kernel.
+        lse = lse.detach().view(query.shape[2], *query.shape[:2]).transpose(0, 1)
+        return (out, lse * math.log(2)) if return_lse else out
+    if takes_torch(query, dropout_p, seed, backend):
+        out = torch_attention(query, key, value, key_padding_mask, scale, dropout_p)
+    else:
+        options = {"key_padding_mask": key_padding_mask, "dropout_p": dropout_p, "softmax_scale": scale, "seed": seed}
+        out = reference.attention(query, key, value, **options)
     return (out, _log_sum_exp(query, key, key_padding_mask, scale)) if return_lse else out
+
+
+def takes_torch(query: Tensor, dropout_p: float, seed: int | Tensor | None, backend: str) -> bool:
+    """Whether a CPU computes this by torch's attention: no other asked for by name, and no dropout mask of ours."""
+    if backend == "auto":
+        backend = os.environ.get("SCLKERN_BACKEND", "auto")
+    return backend == "auto" and query.device.type == "cpu" and (dropout_p == 0 or seed is None)
+
+
+def torch_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout_p: float = 0.0
+) -> Tensor:
+    """``reference.attention`` by torch's, which without dropout keeps no scores; one derivative."""
+    if 0 in (query.shape[0], query.shape[1], key.shape[1]):
+        return reference.attention(query, key, value, key_padding_mask=mask, softmax_scale=scale)
+    if mask is not None:
+        padding = ~mask[:, :, None, None]
+        key, value = key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
+        # Without a valid key all of them serve: their values are the zeros the query gets.
+        mask = (mask | ~mask.any(1, keepdim=True))[:, None, None, :]
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    options = {"attn_mask": mask, "scale": scale, "dropout_p": dropout_p}
+    return F.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)
 
 
 def check(
@@ -99,6 +130,17 @@ def check(
             raise ValueError(
                 f"key_padding_mask: got device {key_padding_mask.device}, expected that of query, {query.device}"
             )
+    check_numbers(dropout_p, softmax_scale, seed, query.device, query.shape[1], key.shape[1])
+
+
+def check_numbers(
+    dropout_p: float,
+    softmax_scale: float | None,
+    seed: int | Tensor | None,
+    device: torch.device,
+    queries: int,
+    keys: int,
+) -> None:
     for name, number in (("dropout_p", dropout_p), ("softmax_scale", softmax_scale)):
         if not (number is None and name == "softmax_scale") and not isinstance(number, (int, float)):
             raise TypeError(f"{name}: got {type(number).__name__}, expected a number")
@@ -106,16 +148,16 @@ def check(
         raise ValueError(f"dropout_p: got {dropout_p}, expected 0 to 1")
     if softmax_scale is not None and not math.isfinite(softmax_scale):
         raise ValueError(f"softmax_scale: got {softmax_scale}, expected a finite number")
-    if dropout_p > 0 and (query.shape[1] > 2**16 or key.shape[1] > 2**19):
+    if dropout_p > 0 and (queries > 2**16 or keys > 2**19):
         raise ValueError(
-            f"dropout_p: got {dropout_p} with {query.shape[1]} queries and {key.shape[1]} keys, expected at most 65536 "
-            "and 524288 with dropout"
+            f"dropout_p: got {dropout_p} with {queries} queries and {keys} keys, expected at most 65536 and 524288 "
+            "with dropout"
         )
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"seed: got {seed.dtype} of shape {tuple(seed.shape)}, expected int64 of one element")
-        if seed.device != query.device:
-            raise ValueError(f"seed: got device {seed.device}, expected that of query, {query.device}")
+        if seed.device != device:
+            raise ValueError(f"seed: got device {seed.device}, expected that of query, {device}")
     elif seed is not None and not isinstance(seed, int):
         raise TypeError(f"seed: got {type(seed).__name__}, expected an int, an int64 tensor of one element or None")
 
@@ -128,14 +170,14 @@ def unsupported(query: Tensor, softmax_scale: float) -> str | None:
     return None if softmax_scale > 0 else f"softmax_scale {softmax_scale} is not above 0"
 
 
-def _autocast(tensor: Tensor) -> Tensor:
+def autocast(tensor: Tensor) -> Tensor:
     kind = tensor.device.type
     if tensor.dtype in KERNEL_DTYPES and kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         return tensor.to(torch.get_autocast_dtype(kind))
     return tensor
 
 
-def _contiguous_channels(tensor: Tensor) -> Tensor:
+def contiguous_channels(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -174,9 +216,9 @@ def _backward(
     dropout_p: float,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from sclkern.kernels import attention as kernels
+    from sclkern.kernels import attention_backward as kernels
 
-    grad_out = _contiguous_channels(grad_out)
+    grad_out = contiguous_channels(grad_out)
     with torch.cuda.device_of(query):
         return kernels.attention_backward(
             grad_out, query, key, value, mask, seed, out, lse, dropout_p, softmax_scale
@@ -193,7 +235,8 @@ def _(query, key, value, mask, seed, dropout_p, softmax_scale):
         return _forward(query, key, value, mask, seed, dropout_p, softmax_scale)
     options = {"key_padding_mask": mask, "dropout_p": dropout_p, "softmax_scale": softmax_scale, "seed": seed}
     out = reference.attention(query, key, value, **options).contiguous()
-    return out, _log_sum_exp(query, key, mask, softmax_scale).float() / math.log(2)
+    lse = _log_sum_exp(query, key, mask, softmax_scale).float() / math.log(2)
+    return out, lse.transpose(0, 1).reshape(query.shape[2], -1).contiguous()
 
 
 @_op_backward.register_kernel("cpu")
@@ -223,7 +266,7 @@ def _(grad_out, query, key, value, mask, seed, out, lse, dropout_p, softmax_scal
 @_op.register_fake
 def _(query, key, value, mask, seed, dropout_p, softmax_scale):
     batch, queries, heads, _ = query.shape
-    return query.new_empty(query.shape), query.new_empty((batch, heads, queries), dtype=torch.float32)
+    return query.new_empty(query.shape), query.new_empty((heads, batch * queries), dtype=torch.float32)
 
 
 @_op_backward.register_fake

@@ -106,4 +106,9 @@ def _gradient(ctx, grad_out: Tensor):
     return (*torch.ops.sclkern.bias_gelu_backward(grad_out, x, bias, ctx.approximate), None)
 
 
+def _no_second_derivative(ctx, *gradients):
+    raise RuntimeError('bias_gelu: the kernel has no second derivative; backend="eager" has')
+
+
 _op.register_autograd(_gradient, setup_context=_setup)
+_op_backward.register_autograd(_no_second_derivative)

@@ -5,22 +5,20 @@ from __future__ import annotations
 from typing import Literal, Optional
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor
 
 from sclkern import reference
 from sclkern.dispatch import BACKENDS, choose, interpreted
+from sclkern.distributed import compare, stack, world_size
 from sclkern.distributed import gather as gather_rows
+from sclkern.ops import completion_loss_tiled as tiled
 
 DIRECTIONS = ("both", "recovered_to_complete")
 REDUCTIONS = ("mean", "sum", "none")
 GATHERS = ("exact", "reference", None)
 # On a CPU the plain definition holds several N x N matrices: from here on it works in tiles.
 PLAIN_ROWS = 2048
-# Similarities of a tile on a CPU.
-TILE = 2**22
-# As in the kernels: far below any similarity, yet sums of it stay finite.
-_EXCLUDED = -1e30
 
 
 def completion_loss(
@@ -41,8 +39,13 @@ def completion_loss(
     The formula is that of ``sclkern.reference.completion_loss`` (Luo et al., SCL, arXiv 2211.13437): each term is
     softplus(logsumexp over the other pairs - positive), so that confident positives keep their gradient.
 
-    Memory is O(N D) with the kernels, and on a CPU under "auto" when N is above 2048. At most 2048 rows on a CPU, and
+    Memory is O(N D) with the kernels, beside at most 128 MiB of weights (half precision, N up to 524,288), 192 MiB of
+    partial sums, and on a CPU under "auto" when N is above 2048. At most 2048 rows of one process on a CPU, and
     ``backend="eager"`` by name, take the plain definition, which holds N x N and alone supports double backward.
+
+    With W ranks each computes its own rows and its own columns, 1/W of the similarities; features and a few floats for
+    each row are exchanged in the forward, nothing in the backward. Every rank has the loss of all rows, the same to
+    the bit. Only the plain definition computes everything on every rank.
 
     Args:
         recovered, complete: (N, D), or (G, N, D) for G separate contrasts; float16, bfloat16 or float32 (any floating
@@ -53,16 +56,19 @@ def completion_loss(
         valid: (N,) or (G, N) bool; the other rows take no part, whatever they hold, and lose 0.
         eps: smallest norm of a feature.
         group: process group whose rows are negatives too, if torch.distributed is initialised.
-        gather: how the rows of the other ranks join (see ``sclkern.distributed.gather``: "exact" or "reference"); None
-            contrasts within the process. Every rank computes the loss of all gathered rows.
+        gather: gradient of the features of this rank: "exact" is W times that of the loss of all rows, so that DDP's
+            mean over ranks is one big batch's; "reference" leaves the W out, 1/W of that after DDP, as the published
+            code does. That of the temperature is whole on every rank in both. None contrasts within the process.
         backend: "auto", "triton" or "eager" (see ``sclkern.dispatch.choose``).
 
     Returns:
-        Scalar, or with "none" (N,) or (G, N), both directions added and N the gathered rows; float32, or float64 for
-        float64 features. 0 with zero gradient for rows that are not valid or have no negatives.
+        Scalar, or with "none" (N,) or (G, N), both directions added and N the rows of all ranks, rank by rank;
+        float32, or float64 for float64 features. 0 with zero gradient for rows that are not valid or have no negatives.
 
     Raises:
-        TypeError: features or temperature not floating, ``valid`` not bool. ValueError: wrong shape, device or value.
+        TypeError: features or temperature not floating, ``valid`` not bool. ValueError: wrong shape, device or value;
+            on every rank, if ranks differ in shape, dtype or what is asked for (see ``sclkern.distributed.compare``).
+            RuntimeError: second derivatives other than by ``backend="eager"``.
     """
     check(recovered, complete, temperature, directions, reduction, valid, eps, gather)
     if backend not in BACKENDS:
@@ -70,12 +76,14 @@ def completion_loss(
     dtype = torch.promote_types(recovered.dtype, complete.dtype)
     precise = torch.promote_types(dtype, torch.float32)
     recovered, complete = recovered.to(dtype), complete.to(dtype)
-    if gather is not None:
-        recovered, complete = (_gather_rows(x, -2, group, gather) for x in (recovered, complete))
-        valid = None if valid is None else _gather_rows(valid, -1, group, gather)
+    world = 1 if gather is None else world_size(group)
     fused = choose(recovered, complete, backend=backend).backend == "triton"
-    tiled = backend != "eager" and recovered.device.type == "cpu" and recovered.shape[-2] > PLAIN_ROWS
-    if not (fused or tiled):
+    # Across ranks tiles at any size: the plain definition would compute everything on every rank.
+    blockwise = world > 1 or recovered.shape[-2] > PLAIN_ROWS
+    if not (fused or (backend != "eager" and recovered.device.type == "cpu" and blockwise)):
+        if world > 1:
+            recovered, complete = (_gather_rows(x, -2, group, gather) for x in (recovered, complete))
+            valid = None if valid is None else _gather_rows(valid, -1, group, gather)
         return reference.completion_loss(
             recovered.to(precise),
             complete.to(precise),
@@ -90,17 +98,19 @@ def completion_loss(
         temperature = temperature.to(precise)
     else:
         temperature = torch.full((), temperature, dtype=precise, device=recovered.device)
+    both, rows = directions == "both", recovered.shape[-2]
     shape = (recovered.shape[:-2].numel(), *recovered.shape[-2:])
-    losses = torch.ops.sclkern.completion_loss(
-        recovered.reshape(shape).contiguous(),
-        complete.reshape(shape).contiguous(),
-        temperature,
-        None if valid is None else valid.reshape(shape[:2]).contiguous(),
-        directions == "both",
-        learnable,
-        eps,
-    )[0]
-    return reference.reduce_rows(losses.reshape(recovered.shape[:-1]), valid, reduction)
+    features = [x.reshape(shape).contiguous() for x in (recovered, complete)]
+    mask = None if valid is None else valid.reshape(shape[:2]).contiguous()
+    if world > 1:
+        compare("recovered", recovered, group, {"both": both, "learnable": learnable, "valid": valid is not None})
+        arguments = temperature, mask, both, learnable, eps, group, world if gather == "exact" else 1
+        losses, mask = _AcrossRanks.apply(*features, *arguments)
+    else:
+        losses = torch.ops.sclkern.completion_loss(*features, temperature, mask, both, learnable, eps, 0, rows)[0]
+    if recovered.ndim == 2:
+        losses, mask = losses[0], None if mask is None else mask[0]
+    return reference.reduce_rows(losses, mask, reduction)
 
 
 def check(recovered, complete, temperature, directions, reduction, valid, eps, gather) -> None:
@@ -142,6 +152,40 @@ def _gather_rows(x: Tensor, dim: int, group, mode: str) -> Tensor:
     return gather_rows(x.movedim(dim, 0), group, mode).movedim(0, dim)
 
 
+class _AcrossRanks(torch.autograd.Function):
+    """Losses (G, N) of the rows of all ranks, and which are valid, from this rank's (G, rows, D)."""
+
+    @staticmethod
+    def forward(ctx, recovered, complete, temperature, valid, both, learnable, eps, group, scale):
+        rows = recovered.shape[1]
+        ctx.offset, ctx.eps, ctx.scale, ctx.learnable = dist.get_rank(group) * rows, eps, scale, learnable
+        features = stack(torch.stack([recovered, complete]), group).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        valid = None if valid is None else stack(valid, group).transpose(0, 1).flatten(1, 2)
+        own, positive, lse, spread, rnorm = torch.ops.sclkern.completion_loss(
+            *features.unbind(), temperature, valid, both, learnable, eps, ctx.offset, rows
+        )
+        # The gradient of a row needs the log-sum-exp of every column, that of the temperature the sums of all rows.
+        statistics = stack(torch.cat([own[None], lse, spread]), group).permute(1, 2, 0, 3).flatten(2, 3)
+        losses, lse, spread = statistics.split([1, len(lse), len(spread)])
+        ctx.save_for_backward(*features.unbind(), temperature, valid, positive, lse, spread, rnorm)
+        ctx.rows = rows
+        if valid is not None:
+            ctx.mark_non_differentiable(valid)
+        return losses[0].clone(), valid
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        if torch.is_grad_enabled():
+            _no_second_derivative(ctx)
+        wanted = *ctx.needs_input_grad[:2], ctx.needs_input_grad[2] and ctx.learnable
+        found = torch.ops.sclkern.completion_loss_backward(
+            grad, *ctx.saved_tensors, ctx.eps, ctx.offset, ctx.rows, *wanted[:2]
+        )
+        factors = ctx.scale, ctx.scale, 1
+        sides = (side * factor if want else None for side, factor, want in zip(found, factors, wanted, strict=True))
+        return *sides, None, None, None, None, None, None
+
+
 def _forward(
     recovered: Tensor,
     complete: Tensor,
@@ -150,10 +194,12 @@ def _forward(
     both: bool,
     learnable: bool,
     eps: float,
+    offset: int,
+    rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from sclkern.kernels import completion_loss as kernels  # here, because Triton is optional
 
-    return kernels.completion_loss_forward(recovered, complete, temperature, valid, both, learnable, eps)
+    return kernels.completion_loss_forward(recovered, complete, temperature, valid, both, learnable, eps, offset, rows)
 
 
 def _backward(
@@ -167,24 +213,26 @@ def _backward(
     spread: Tensor,
     rnorm: Tensor,
     eps: float,
+    offset: int,
+    rows: int,
     need_recovered: bool,
     need_complete: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from sclkern.kernels import completion_loss as kernels
+    from sclkern.kernels import completion_loss_backward as kernels
 
-    grad = grad.contiguous()
-    anchors = lse[0], lse[1] if len(lse) == 2 else None
-    sides = [
-        kernels.completion_loss_gradient(
-            grad, x, y, temperature, valid, positive, anchors[i], anchors[1 - i], rnorm[i], rnorm[1 - i], eps
-        )
-        if needed
-        else x.new_empty(0)
-        for i, (x, y, needed) in enumerate(
-            ((recovered, complete, need_recovered), (complete, recovered, need_complete))
-        )
-    ]
-    return sides[0], sides[1], _temperature_gradient(grad, temperature, valid, positive, lse, spread)
+    weight = kernels.completion_loss_anchors(grad.contiguous(), valid, positive, lse)
+    weights, anchors = ((t[0], t[1] if len(t) == 2 else None) for t in (weight, lse))
+    sides = [recovered.new_empty(0), complete.new_empty(0)]
+    # Backward may be called under autocast, which would round the product of float32 features.
+    with torch.autocast(recovered.device.type, enabled=False):
+        for i, needed in enumerate((need_recovered, need_complete)):
+            if needed:
+                x, y = (recovered, complete) if i == 0 else (complete, recovered)
+                sides[i] = kernels.completion_loss_gradient(
+                    x, y, temperature, valid, weights[i], weights[1 - i], anchors[i], anchors[1 - i], rnorm[i],
+                    rnorm[1 - i], eps, offset, rows,
+                )  # fmt: skip
+    return *sides, _temperature_gradient(weight, temperature, spread)
 
 
 _op = torch.library.custom_op("sclkern::completion_loss", _forward, mutates_args=(), device_types="cuda")
@@ -193,169 +241,90 @@ _op_backward = torch.library.custom_op(
 )
 
 
-def _temperature_gradient(grad, temperature, valid, positive, lse, spread) -> Tensor:
+def _temperature_gradient(weight: Tensor, temperature: Tensor, spread: Tensor) -> Tensor:
     """dL/dtau = -1/tau times the mean of s - positive under each softmax, which the forward added up: no tile is
     computed again. Empty where the forward was not asked to."""
-    if not len(spread):
-        return temperature.new_empty(0)
-    if valid is not None:
-        grad = grad.masked_fill(~valid, 0.0)
-    return -(grad * torch.sigmoid(lse - positive) * spread).sum() / temperature
+    return -(weight * spread).sum() / temperature if len(spread) else temperature.new_empty(0)
 
 
 def _interpretable(x: Tensor) -> bool:
     return interpreted() and x.dtype in (torch.float16, torch.float32)
 
 
-def _tiles(recovered: Tensor, complete: Tensor, temperature: Tensor, valid: Tensor | None, rnorm: Tensor):
-    """Row blocks, group by group: group, rows, normalised features of the group, similarities, what to exclude."""
-    groups, length, _ = recovered.shape
-    step = max(1, min(1024, TILE // max(length, 1)))
-    column = torch.arange(length, device=recovered.device)
-    for group in range(groups):
-        x, y = (
-            _normalised(f[group], valid, group, r[group]) for f, r in zip((recovered, complete), rnorm, strict=True)
-        )
-        for start in range(0, length, step):
-            rows = slice(start, min(start + step, length))
-            similarity = x[rows] @ y.T / temperature
-            excluded = column[rows, None] == column
-            if valid is not None:
-                excluded = excluded | ~(valid[group, rows, None] & valid[group])
-            yield group, rows, x, y, similarity, excluded
-
-
-def _normalised(features: Tensor, valid: Tensor | None, group: int, rnorm: Tensor) -> Tensor:
-    features = features.to(rnorm.dtype)
-    if valid is not None:
-        features = features.masked_fill(~valid[group, :, None], 0.0)
-    return features * rnorm[:, None]
-
-
 @_op.register_kernel("cpu")
-def _(recovered, complete, temperature, valid, both, learnable, eps):
+def _(recovered, complete, *arguments):
     if _interpretable(recovered):
-        return _forward(recovered, complete, temperature, valid, both, learnable, eps)
+        return _forward(recovered, complete, *arguments)
     with torch.autocast("cpu", enabled=False):
-        return _tiled_forward(recovered, complete, temperature, valid, both, learnable, eps)
-
-
-def _tiled_forward(recovered, complete, temperature, valid, both, learnable, eps):
-    shape, precise = recovered.shape[:2], temperature.dtype
-    rnorm = torch.empty((2, *shape), dtype=precise)
-    positive = torch.ones(shape, dtype=precise)
-    for side, features in zip(rnorm, (recovered, complete), strict=True):
-        torch.linalg.vector_norm(features, dim=-1, dtype=precise, out=side).clamp_(min=eps).reciprocal_()
-    if valid is not None:
-        rnorm.masked_fill_(~valid, 0.0)
-    lse = torch.full((2 if both else 1, *shape), _EXCLUDED, dtype=precise)
-    # Relative to the maximum so far, which for columns rises from one row block to the next.
-    total, spread = torch.zeros_like(lse), torch.zeros_like(lse)
-    for group, rows, x, y, similarity, excluded in _tiles(recovered, complete, temperature, valid, rnorm):
-        if rows.start == 0:
-            positive[group] = (x * y).sum(-1) / temperature
-        similarity.masked_fill_(excluded, _EXCLUDED)
-        for direction in range(len(lse)):
-            here, dim = (rows, 1) if direction == 0 else (slice(None), 0)
-            anchor = positive[group, here].unsqueeze(dim)
-            old, sums, spreads = (t[direction, group, here] for t in (lse, total, spread))
-            raised = torch.maximum(old, similarity.amax(dim))
-            shrink, weight = torch.exp(old - raised), torch.exp(similarity - raised.unsqueeze(dim))
-            sums.mul_(shrink).add_(weight.sum(dim))
-            if learnable:
-                spreads.mul_(shrink).add_((weight * (similarity - anchor)).sum(dim))
-            old.copy_(raised)
-    lse += total.log()
-    losses = F.softplus(lse - positive).sum(0)
-    return losses, positive, lse, spread / total if learnable else spread[:0].clone(), rnorm
+        return tiled.forward(recovered, complete, *arguments)
 
 
 @_op_backward.register_kernel("cpu")
 def _(
-    grad, recovered, complete, temperature, valid, positive, lse, spread, rnorm, eps, need_recovered, need_complete
+    grad, recovered, complete, temperature, valid, positive, lse, spread, rnorm, eps, offset, rows, need_recovered,
+    need_complete,
 ):  # fmt: skip
+    needed = need_recovered, need_complete
     if _interpretable(recovered):
         return _backward(
-            grad, recovered, complete, temperature, valid, positive, lse, spread, rnorm, eps, need_recovered,
-            need_complete,
-        )  # fmt: skip
-    with torch.autocast("cpu", enabled=False):
-        sides = [None, None]
-        if need_recovered or need_complete:
-            sides = _tiled_backward(
-                grad,
-                recovered,
-                complete,
-                temperature,
-                valid,
-                positive,
-                lse,
-                rnorm,
-                eps,
-                (need_recovered, need_complete),
-            )
-        sides = [recovered.new_empty(0) if side is None else side for side in sides]
-        return sides[0], sides[1], _temperature_gradient(grad, temperature, valid, positive, lse, spread)
-
-
-def _tiled_backward(grad, recovered, complete, temperature, valid, positive, lse, rnorm, eps, needed):
-    sides = [torch.zeros(recovered.shape, dtype=rnorm.dtype) if need else None for need in needed]
-    anchor = grad * torch.sigmoid(lse - positive)
+            grad, recovered, complete, temperature, valid, positive, lse, spread, rnorm, eps, offset, rows, *needed
+        )
+    weight = grad * torch.sigmoid(lse - positive)
     if valid is not None:
-        anchor.masked_fill_(~valid, 0.0)
-    for group, rows, x, y, similarity, excluded in _tiles(recovered, complete, temperature, valid, rnorm):
-        weight = torch.exp(similarity - lse[0, group, rows, None]) * anchor[0, group, rows, None]
-        if len(lse) == 2:
-            weight += torch.exp(similarity - lse[1, group]) * anchor[1, group]
-        weight.masked_fill_(excluded, 0.0)
-        weight.diagonal(rows.start).copy_(-anchor[:, group, rows].sum(0))
-        if needed[0]:
-            sides[0][group, rows] = weight @ y
-        if needed[1]:
-            sides[1][group] += weight.T @ x[rows]
-    for side, (features, scale) in enumerate(zip((recovered, complete), rnorm, strict=True)):
-        if not needed[side]:
-            continue
-        for group, push in enumerate(sides[side]):
-            x = _normalised(features[group], valid, group, scale[group])
-            # A norm below eps was replaced by eps, a constant: nothing to project away.
-            clamped = (scale[group] >= torch.tensor(eps, dtype=scale.dtype).reciprocal())[:, None]
-            push -= ((push * x).sum(-1, keepdim=True) * x).masked_fill_(clamped, 0.0)
-            push *= (scale[group] / temperature)[:, None]
-            if valid is not None:
-                push.masked_fill_(~valid[group, :, None], 0.0)
-        sides[side] = sides[side].to(features.dtype)
-    return sides
+        weight.masked_fill_(~valid, 0.0)
+    sides = [recovered.new_empty(0), complete.new_empty(0)]
+    if any(needed):
+        with torch.autocast("cpu", enabled=False):
+            found = tiled.backward(
+                recovered, complete, temperature, valid, weight, lse, rnorm, eps, offset, rows, needed
+            )
+        sides = [empty if side is None else side for side, empty in zip(found, sides, strict=True)]
+    return *sides, _temperature_gradient(weight, temperature, spread)
 
 
 @_op.register_fake
-def _(recovered, complete, temperature, valid, both, learnable, eps):
-    shape, new = recovered.shape[:2], temperature.new_empty
+def _(recovered, complete, temperature, valid, both, learnable, eps, offset, rows):
+    (groups, length), new = recovered.shape[:2], temperature.new_empty
     directions = 2 if both else 1
-    return new(shape), new(shape), new((directions, *shape)), new((directions * learnable, *shape)), new((2, *shape))
+    own = (groups, rows)
+    return (
+        new(own),
+        new((groups, length)),
+        new((directions, *own)),
+        new((directions * learnable, *own)),
+        new((2, groups, length)),
+    )
 
 
 @_op_backward.register_fake
 def _(
-    grad, recovered, complete, temperature, valid, positive, lse, spread, rnorm, eps, need_recovered, need_complete
+    grad, recovered, complete, temperature, valid, positive, lse, spread, rnorm, eps, offset, rows, need_recovered,
+    need_complete,
 ):  # fmt: skip
+    shape = recovered.shape[0], rows, recovered.shape[2]
     return (
-        recovered.new_empty(recovered.shape if need_recovered else 0),
-        complete.new_empty(complete.shape if need_complete else 0),
+        recovered.new_empty(shape if need_recovered else 0),
+        complete.new_empty(shape if need_complete else 0),
         temperature.new_empty(() if len(spread) else 0),
     )
 
 
 def _setup(ctx, inputs, output) -> None:
-    recovered, complete, temperature, valid, _, ctx.learnable, ctx.eps = inputs
+    recovered, complete, temperature, valid, _, ctx.learnable, *ctx.numbers = inputs
     ctx.save_for_backward(recovered, complete, temperature, valid, *output[1:])
 
 
 def _gradient(ctx, grad, *_):
     needs = ctx.needs_input_grad
-    found = torch.ops.sclkern.completion_loss_backward(grad, *ctx.saved_tensors, ctx.eps, needs[0], needs[1])
+    found = torch.ops.sclkern.completion_loss_backward(grad, *ctx.saved_tensors, *ctx.numbers, needs[0], needs[1])
     wanted = needs[0], needs[1], needs[2] and ctx.learnable
-    return (*(side if want else None for side, want in zip(found, wanted, strict=True)), None, None, None, None)
+    return (*(side if want else None for side, want in zip(found, wanted, strict=True)), *(None,) * 6)
 
 
+def _no_second_derivative(ctx, *gradients):
+    raise RuntimeError('completion_loss: the kernel has no second derivative; backend="eager" has')
+
+
+# Of a window, the gradient needs what the other windows have: sclkern.ops.completion_loss exchanges it.
 _op.register_autograd(_gradient, setup_context=_setup)
+_op_backward.register_autograd(_no_second_derivative)

@@ -42,7 +42,8 @@ def dropout_add_layer_norm(
             multiple of 2**-16; what is kept is multiplied by 1 / (1 - dropout_p).
         eps: added to the variance.
         seed: int, or int64 tensor of one element on the device of x, so that a captured CUDA graph can be replayed
-            with another. None draws one from torch's generator of that device. It must not be changed in place
+            with another. None draws one from torch's generator of that device (on the eager path it
+            is torch's own dropout). It must not be changed in place
             between forward and backward.
         backend: "auto", "triton" or "eager" (see ``sclkern.dispatch.choose``).
 
@@ -58,11 +59,11 @@ def dropout_add_layer_norm(
     columns = x.shape[-1]
     tensors = [t for t in (x, residual, weight, bias, x_bias) if t is not None]
     choice = choose(*tensors, backend=backend, unsupported=unsupported(x))
-    seed = seed_tensor(seed, x.device) if dropout_p > 0 else None
     if choice.backend == "eager":
         return reference.dropout_add_layer_norm(
             x, residual, weight, bias, x_bias=x_bias, dropout_p=dropout_p, eps=eps, seed=seed
         )
+    seed = seed_tensor(seed, x.device) if dropout_p > 0 else None
     rows = (t.reshape(x.shape[:-1].numel(), columns).contiguous() for t in (x, residual))
     out, _, _ = torch.ops.sclkern.dropout_add_layer_norm(
         *rows,
@@ -250,4 +251,9 @@ def _gradient(ctx, grad_out: Tensor, _mean: None, _rstd: None):
     return grad_x, grad_residual, grad_weight, grad_bias, grad_x_bias, None, None, None
 
 
+def _no_second_derivative(ctx, *gradients):
+    raise RuntimeError('dropout_add_layer_norm: the kernel has no second derivative; backend="eager" has')
+
+
 _op.register_autograd(_gradient, setup_context=_setup)
+_op_backward.register_autograd(_no_second_derivative)

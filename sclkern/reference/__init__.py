@@ -14,9 +14,11 @@ from sclkern.reference.attention import (
     attention_probabilities,
     frame_attention,
     frame_attention_mask,
+    packed_attention,
 )
 from sclkern.reference.bias_gelu import bias_gelu
 from sclkern.reference.completion_loss import completion_loss, reduce_rows
+from sclkern.reference.cross_attention import cross_attention
 from sclkern.reference.dropout_add_layer_norm import (
     dropout_add_layer_norm,
     feature_dropout_keep,
@@ -24,6 +26,7 @@ from sclkern.reference.dropout_add_layer_norm import (
     feature_dropout_threshold,
 )
 from sclkern.reference.embed_patches import embed_patches
+from sclkern.reference.linear_cross_entropy import linear_cross_entropy
 from sclkern.reference.masking import MaskedText, mask_text, select_patches, select_tokens
 
 __all__ = [
@@ -35,6 +38,7 @@ __all__ = [
     "attention_probabilities",
     "bias_gelu",
     "completion_loss",
+    "cross_attention",
     "dropout_add_layer_norm",
     "embed_patches",
     "feature_dropout_keep",
@@ -42,7 +46,9 @@ __all__ = [
     "feature_dropout_threshold",
     "frame_attention",
     "frame_attention_mask",
+    "linear_cross_entropy",
     "mask_text",
+    "packed_attention",
     "reduce_rows",
     "select_patches",
     "select_tokens",

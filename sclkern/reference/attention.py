@@ -1,4 +1,4 @@
-"""``attention`` and ``frame_attention``: scores, their softmax, and what dropout leaves of it."""
+"""``attention``, padded and packed, and ``frame_attention``: scores, their softmax, and what dropout leaves of it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def attention_dropout_threshold(dropout_p: float) -> tuple[int, float]:
 
 
 def attention_dropout_mask(
-    batch: int,
+    batch: int | Tensor,
     heads: int,
     queries: int,
     keys: int,
@@ -73,6 +73,7 @@ def attention_dropout_mask(
     first.
 
     Args:
+        batch: B, or which b are wanted, (B,) int64.
         queries: at most 65536. keys: at most 524288; the counter has no room for more.
 
     Returns:
@@ -80,11 +81,13 @@ def attention_dropout_mask(
     """
     if queries > 2**16 or keys > 2**19:
         raise ValueError(f"dropout: got {queries} queries and {keys} keys, expected at most 65536 and 524288")
-    places = [torch.arange(size, device=device) for size in (batch * heads, queries, (keys + 7) // 8)]
-    counter = (places[0][:, None, None] << 32) | (places[1][:, None] << 16) | places[2]
+    batch = torch.arange(batch, device=device) if isinstance(batch, int) else batch
+    head, row, group = (torch.arange(size, device=device) for size in (heads, queries, (keys + 7) // 8))
+    batch_head = (batch[:, None] * heads + head).flatten()
+    counter = (batch_head[:, None, None] << 32) | (row[:, None] << 16) | group
     words = torch.stack(philox(seed, counter, STREAM_ATTENTION, rounds=7), -1)
     draws = torch.stack((words & 0xFFFF, words >> 16), -1).flatten(2)[..., :keys]
-    return (draws >= attention_dropout_threshold(dropout_p)[0]).view(batch, heads, queries, keys)
+    return (draws >= attention_dropout_threshold(dropout_p)[0]).view(batch.shape[0], heads, queries, keys)
 
 
 def attention(
@@ -123,6 +126,58 @@ def attention(
     return torch.einsum("bhqk,bkhd->bqhd", probabilities, value)
 
 
+def pad_sequences(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """(T, ...) as (B, max_seqlen, ...), zeros after each sequence; and (B, max_seqlen) bool, True = a token."""
+    place = cu_seqlens[:-1, None] + torch.arange(max_seqlen, device=x.device)
+    valid = place < cu_seqlens[1:, None]
+    # A row of zeros at the end is what padding takes.
+    rows = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+    return rows.index_select(0, place.masked_fill(~valid, x.shape[0]).flatten()).unflatten(0, valid.shape), valid
+
+
+def pack_sequences(x: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
+    """The inverse of ``pad_sequences``: (B, max_seqlen, ...) as (total, ...), zeros after the last sequence."""
+    batch, length = x.shape[:2]
+    token = torch.arange(total, device=x.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token.to(cu_seqlens.dtype), right=True)
+    place = sequence * length + token - cu_seqlens[sequence]
+    rows = torch.cat([x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])])
+    return rows.index_select(0, place.masked_fill(sequence == batch, batch * length))
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """``attention`` of sequences that lie one after another, computed in the padded form; reads nothing back.
+
+    Args:
+        query: (Tq, H, D). key, value: (Tk, H, D).
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, where each sequence starts and the last one ends. Tokens after that
+            end are never read and get zeros, in the result and in the gradients.
+        max_seqlen_q, max_seqlen_k: no sequence is longer.
+        dropout_p, softmax_scale, seed: as in ``attention``, whose mask of the padded form this is.
+
+    Returns:
+        (Tq, H, D).
+    """
+    padded, _ = pad_sequences(query, cu_seqlens_q, max_seqlen_q)
+    keys, valid = pad_sequences(key, cu_seqlens_k, max_seqlen_k)
+    values, _ = pad_sequences(value, cu_seqlens_k, max_seqlen_k)
+    options = {"dropout_p": dropout_p, "softmax_scale": softmax_scale, "seed": seed}
+    out = attention(padded, keys, values, key_padding_mask=valid, **options)
+    return pack_sequences(out, cu_seqlens_q, query.shape[0])
+
+
 def frame_attention_mask(num_frames: int, tokens_per_frame: int, device: torch.device | str) -> Tensor:
     """Who attends to whom in ``frame_attention``: (F * (1 + P), F * (1 + P)) bool, True = attend."""
     frame = torch.arange(num_frames, device=device).repeat_interleave(tokens_per_frame)
@@ -146,7 +201,7 @@ def frame_attention(
     if num_frames == 1:
         return attention(query, key, value, softmax_scale=softmax_scale)
     batch, length, heads, width = query.shape
-    framed = [x.reshape(batch * num_frames, -1, heads, width) for x in (query, key, value)]
+    framed = [x.reshape(batch * num_frames, length // num_frames, heads, width) for x in (query, key, value)]
     patches = attention(framed[0][:, 1:], framed[1], framed[2], softmax_scale=softmax_scale)
     cls = attention(query[:, :: length // num_frames], key, value, softmax_scale=softmax_scale)
     out = torch.cat([cls.reshape(batch * num_frames, 1, heads, width), patches], dim=1)

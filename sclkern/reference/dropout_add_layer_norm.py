@@ -53,14 +53,16 @@ def dropout_add_layer_norm(
         x, residual: (..., D). weight, bias, x_bias: (D,).
         dropout_p: probability of dropping an element; the mask is that of ``feature_dropout_keep``, whose rows are
             all leading dimensions as one. With 0 no random number is drawn.
-        seed: int or int64 tensor of one element; None draws one from torch's generator.
+        seed: int or int64 tensor of one element; None is torch's own dropout.
 
     Returns:
         (..., D) in the wider dtype of x and residual.
     """
     if x_bias is not None:
         x = x + x_bias.to(x.dtype)
-    if dropout_p > 0:
+    if dropout_p > 0 and seed is None:
+        x = F.dropout(x, dropout_p)
+    elif dropout_p > 0:
         seed = seed_tensor(seed, x.device)
         keep = feature_dropout_keep(x.shape[:-1].numel(), x.shape[-1], dropout_p, seed).reshape(x.shape)
         x = torch.where(keep, x * feature_dropout_scale(dropout_p), 0.0)

@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def unfold_patches(images: Tensor, size: int, keep: Tensor | None = None) -> Tensor:
+    """images (B, F, C, S, S): (B, F, K, C * size * size), of the patches in ``keep`` (B, K) int64 or all of them.
+
+    Only what is kept is copied.
+    """
+    batch, _, _, height, width = images.shape
+    grid = images.unflatten(4, (width // size, size)).unflatten(3, (height // size, size))
+    if keep is None:
+        return grid.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)
+    sample = torch.arange(batch, device=images.device)[:, None]
+    line, place = keep // (width // size), keep % (width // size)
+    return grid.permute(0, 3, 5, 1, 2, 4, 6)[sample, line, place].transpose(1, 2).flatten(3)
 
 
 def embed_patches(
@@ -16,8 +31,11 @@ def embed_patches(
     keep: Tensor | None = None,
     replace: Tensor | None = None,
     mask_token: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Tensor:
-    """Patchify frames, embed only the kept patches, add positions, and put a CLS token before each frame.
+    """Patchify frames, embed only the kept patches, add positions, put a CLS token before each frame, and normalise.
 
     Args:
         images: (B, F, 3, S, S).
@@ -26,19 +44,17 @@ def embed_patches(
         temporal: (frames at most, D), added to every token of its frame, CLS included.
         keep: (B, K) int64, the same patches in every frame (a tube); the others are never embedded.
         replace: (B, P) bool, patches whose embedding is ``mask_token`` (D,), in every frame.
+        norm_weight, norm_bias: (D,), of a LayerNorm over each token (CLIP's ``ln_pre``); None for no normalisation.
+        eps: added to the variance.
 
     Returns:
         (B, F * (1 + K), D), frame by frame.
     """
-    batch, frames, channels, height, width = images.shape
-    size = weight.shape[-1]
-    patches = images.reshape(batch, frames, channels, height // size, size, width // size, size)
-    patches = patches.permute(0, 1, 3, 5, 2, 4, 6).reshape(batch, frames, -1, channels * size * size)
+    batch, frames = images.shape[:2]
+    patches = unfold_patches(images, weight.shape[-1], keep)
     positions = position[1:].expand(batch, 1, -1, -1)
     if keep is not None:
-        index = keep[:, None, :, None]
-        patches = patches.gather(2, index.expand(-1, frames, -1, patches.shape[-1]))
-        positions = positions.gather(2, index.expand(-1, 1, -1, position.shape[-1]))
+        positions = positions.gather(2, keep[:, None, :, None].expand(-1, 1, -1, position.shape[-1]))
         replace = None if replace is None else replace.gather(1, keep)
     tokens = patches.to(weight.dtype) @ weight.flatten(1).T
     if replace is not None:
@@ -48,4 +64,7 @@ def embed_patches(
     tokens = torch.cat([first, tokens], dim=2)
     if temporal is not None:
         tokens = tokens + temporal[:frames, None, :]
-    return tokens.flatten(1, 2)
+    tokens = tokens.flatten(1, 2)
+    if norm_weight is None:
+        return tokens
+    return F.layer_norm(tokens, tokens.shape[-1:], norm_weight.to(tokens.dtype), norm_bias.to(tokens.dtype), eps)

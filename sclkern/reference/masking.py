@@ -19,6 +19,11 @@ from sclkern.random import (
 )
 
 
+def kept_patches(num_patches: int, keep_ratio: float) -> int:
+    """K, the patches that ``select_patches`` keeps: the share rounded down, and at least 1."""
+    return max(1, int(num_patches * keep_ratio))
+
+
 def select_patches(
     num_patches: int, keep_ratio: float, batch: int, *, seed: int | Tensor, device: torch.device | str = "cpu"
 ) -> Tensor:
@@ -28,8 +33,7 @@ def select_patches(
         (B, K) int64, ascending, with K = int(num_patches * keep_ratio) and at least 1.
     """
     words = random_words((batch, num_patches), seed=seed, stream=STREAM_PATCHES, device=device)[0]
-    count = max(1, int(num_patches * keep_ratio))
-    return words.argsort(dim=1, stable=True)[:, :count].sort(dim=1).values
+    return words.argsort(dim=1, stable=True)[:, : kept_patches(num_patches, keep_ratio)].sort(dim=1).values
 
 
 def select_tokens(

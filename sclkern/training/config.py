@@ -15,6 +15,7 @@ import yaml
 from sclkern.errors import UserError
 from sclkern.models.config import SCLConfig
 from sclkern.objectives.config import ObjectiveConfig
+from sclkern.step.config import StepConfig
 
 
 def _check(section: object, holds: Callable[[Any], bool], expected: str, *names: str) -> None:
@@ -117,7 +118,7 @@ class RunConfig:
         stop_at: save and stop after this step, the schedule unchanged; None = max_steps.
         batch_size: pairs a process takes at a time; accumulation: of them for one optimiser step.
         precision: "float32", or "bfloat16" by autocast with float32 weights.
-        device: "auto" takes a GPU when there is one.
+        device: "auto" takes a GPU when there is one. backend: see ``SCLModel.set_backend``.
         log_every, save_every, val_every: in steps; 0 = at the end alone (validation and saving).
     """
 
@@ -129,7 +130,7 @@ class RunConfig:
     seed: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    backend: Literal["auto", "triton", "sdpa", "eager"] = "auto"
     log_every: int = 10
     save_every: int = 500
     val_every: int = 0
@@ -167,6 +168,7 @@ class PretrainConfig:
     model: SCLConfig = field(default_factory=SCLConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     objectives: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    step: StepConfig = field(default_factory=StepConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     run: RunConfig = field(default_factory=RunConfig)

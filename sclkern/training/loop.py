@@ -19,6 +19,7 @@ import yaml
 from torch import Tensor
 
 from sclkern.data.arrow import PairTable
+from sclkern.data.buckets import Buckets
 from sclkern.data.loader import BadPictures, PairDataset, PairLoader
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import build_transform
@@ -69,7 +70,8 @@ class Pretraining:
         torch.manual_seed(mix_seed(config.run.seed, _MODEL))
         # A resumed run needs no other weights, nor the file they once came from.
         model = SCLModel(config.model, config.objectives) if saved else initial_model(config)
-        self.model = model.set_attention_backend(config.run.attention).to(self.device)
+        model.step = config.step
+        self.model = model.set_backend(config.run.backend).to(self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.bad_pictures = BadPictures(self.train_table.num_images)
         self.bad_val_pictures = BadPictures(self.val_table.num_images)
@@ -135,7 +137,16 @@ class Pretraining:
             num_workers=config.data.num_workers,
             # The published masks are drawn over the padded caption.
             pad_to_max=config.objectives.mlm_mask == "reference",
+            # A GPU repeats what it has compiled; a CPU computes every token of the room.
+            buckets=self._buckets(table, batch_size) if self.device.type == "cuda" else None,
         )
+
+    def _buckets(self, table: PairTable, batch_size: int) -> Buckets:
+        """Sizes for the captions of a table, from a thousand of them."""
+        longest = self.config.model.max_text_len
+        sample = range(0, table.num_pairs, max(1, table.num_pairs // 1000))
+        _, mask = self.tokenizer([table.caption(pair) for pair in sample], longest)
+        return Buckets.from_lengths(mask.sum(1).tolist(), batch_size, longest)
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -229,12 +240,12 @@ class Pretraining:
     def _losses(self, batch: dict[str, Any], seed: int) -> SCLLosses:
         # Dropout draws from torch's generator: seeded for each micro-batch, it needs no state in the checkpoint.
         torch.manual_seed(seed)
-        tensors = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
+        batch = {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
         autocast = nullcontext()
         if self.config.run.precision == "bfloat16":
             autocast = torch.autocast(self.device.type, torch.bfloat16)
         with autocast:
-            return self.model(tensors, seed=seed)
+            return self.model(batch, seed=seed)
 
     def _check_healthy(self, totals: dict[str, Tensor]) -> None:
         if self._healthy:

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from sclkern.models.layers import Attention
+from sclkern.models.layouts import Padded
 
-BACKENDS = ["sdpa", "eager"]
+BACKENDS = ["auto", "sdpa", "eager"]
 
 
 def streams(rows=2, text=6, image=9):
@@ -36,7 +37,7 @@ def test_attention_equals_torchs_multi_head_attention(backend, padded, cross):
     module.backend = backend
     x, context = torch.randn(2, 5, 128, dtype=torch.float64), torch.randn(2, 5, 128, dtype=torch.float64)
     mask = torch.tensor([[True, True, False, False, True], [True] * 5]) if padded else None
-    out = module(x, context if cross else None, key_padding_mask=mask)
+    out = module(x, Padded(), context, Padded(mask)) if cross else module(x, Padded(mask))
     torch.testing.assert_close(out, attend(module, x, context if cross else x, mask))
 
 
@@ -54,14 +55,14 @@ def layer(block, x, mask, context, context_mask):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_both_streams_read_the_previous_layers_outputs(make_model, backend):
-    fusion = make_model().set_attention_backend(backend).fusion
+    fusion = make_model().set_backend(backend).fusion
     text, mask, image = streams()
     expected_text, expected_image = text, image
     for text_block, image_block in zip(fusion.text_layers, fusion.image_layers, strict=True):
         next_text = layer(text_block, expected_text, mask, expected_image, None)
         next_image = layer(image_block, expected_image, None, expected_text, mask)
         expected_text, expected_image = next_text, next_image
-    fused_text, fused_image = fusion(text, mask, image)
+    fused_text, fused_image = fusion(text, Padded(mask), image, Padded())
     torch.testing.assert_close(fused_text[mask], expected_text[mask], rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(fused_image, expected_image, rtol=1e-9, atol=1e-10)
 
@@ -69,13 +70,13 @@ def test_both_streams_read_the_previous_layers_outputs(make_model, backend):
 def test_in_one_layer_a_stream_does_not_pass_through_the_others_weights(make_model):
     fusion = make_model(fusion_layers=1).fusion
     text, mask, image = streams()
-    before = fusion(text, mask, image)
+    before = fusion(text, Padded(mask), image, Padded())
     for stream, untouched in ((fusion.text_layers, 1), (fusion.image_layers, 0)):
         state = {name: value.clone() for name, value in stream.state_dict().items()}
         with torch.no_grad():
             for parameter in stream.parameters():
                 parameter += torch.randn_like(parameter)
-        after = fusion(text, mask, image)
+        after = fusion(text, Padded(mask), image, Padded())
         assert torch.equal(after[untouched], before[untouched])
         assert not torch.equal(after[1 - untouched], before[1 - untouched])
         stream.load_state_dict(state)
@@ -83,10 +84,10 @@ def test_in_one_layer_a_stream_does_not_pass_through_the_others_weights(make_mod
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_is_not_read(make_model, backend):
-    fusion = make_model().set_attention_backend(backend).fusion
+    fusion = make_model().set_backend(backend).fusion
     text, mask, image = streams()
-    fused_text, fused_image = fusion(text, mask, image)
-    other_text, other_image = fusion(text.masked_fill(~mask[..., None], 1e3), mask, image)
+    fused_text, fused_image = fusion(text, Padded(mask), image, Padded())
+    other_text, other_image = fusion(text.masked_fill(~mask[..., None], 1e3), Padded(mask), image, Padded())
     torch.testing.assert_close(other_image, fused_image, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(other_text[mask], fused_text[mask], rtol=1e-10, atol=1e-12)
 
@@ -96,8 +97,9 @@ def test_backends_have_equal_outputs_and_gradients(make_model):
     text, mask, image = streams()
     results = []
     for backend in BACKENDS:
-        fused_text, fused_image = model.set_attention_backend(backend).fusion(text, mask, image)
+        fused_text, fused_image = model.set_backend(backend).fusion(text, Padded(mask), image, Padded())
         loss = fused_text[mask].sin().sum() + fused_image.cos().sum()
         results.append([fused_text[mask], fused_image, *torch.autograd.grad(loss, [text, image])])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+    for other in results[1:]:
+        for ours, theirs in zip(other, results[0], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)

@@ -27,11 +27,11 @@ def test_eval_mode_drops_nothing(make_model, make_batch):
     assert torch.equal(fused(model, batch).text, fused(model, batch).text)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "eager"])
 @pytest.mark.parametrize("stream", ["encode_text", "text", "image"])
 def test_training_mode_drops_in_the_text_encoder_and_both_fusion_streams(make_model, make_batch, stream, backend):
     model, batch = build(make_model, make_batch, dropout=0.5)
-    model.set_attention_backend(backend).train()
+    model.set_backend(backend).train()
     text, mask = model.encode_text(batch["text_ids"], batch["text_mask"]), batch["text_mask"]
     image = model.encode_image(batch["image"])
 
@@ -45,7 +45,7 @@ def test_training_mode_drops_in_the_text_encoder_and_both_fusion_streams(make_mo
 
 def test_dropout_stands_where_the_published_model_has_it(make_model, make_batch, monkeypatch):
     model, batch = build(make_model, make_batch, dropout=0.1)
-    model.set_attention_backend("eager").train()
+    model.set_backend("eager").train()
     shapes = []
     plain = F.dropout
 
@@ -132,15 +132,15 @@ def test_encoders_give_their_probabilities_too(make_model, make_batch, frames):
 @pytest.mark.parametrize("recipe", ["scl", "glscl"])
 def test_backends_have_equal_losses(make_model, make_batch, recipe, frames):
     model, batch = build(make_model, make_batch, frames, objectives=ObjectiveConfig(recipe=recipe))
-    sdpa = model.set_attention_backend("sdpa")(batch, seed=3).named()
-    eager = model.set_attention_backend("eager")(batch, seed=3).named()
-    for name in sdpa:
-        torch.testing.assert_close(eager[name], sdpa[name], rtol=1e-9, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+    eager = model.set_backend("eager")(batch, seed=3).named()
+    for backend in ("auto", "sdpa"):
+        for name, loss in model.set_backend(backend)(batch, seed=3).named().items():
+            torch.testing.assert_close(eager[name], loss, rtol=1e-9, atol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_an_unknown_backend_is_refused(make_model):
-    with pytest.raises(ValueError, match="backend: got 'bogus', expected 'sdpa' or 'eager'"):
-        make_model().set_attention_backend("bogus")
+    with pytest.raises(ValueError, match="backend: got 'bogus', expected one of auto, triton, sdpa, eager"):
+        make_model().set_backend("bogus")
 
 
 # -- heads, temperature, weights ---------------------------------------------------------------------------------------

@@ -25,9 +25,9 @@ def test_a_masked_token_keeps_its_position(make_model, make_batch):
     assert torch.equal(*seen)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "eager"])
 def test_tokens_do_not_depend_on_the_padding_width(make_model, make_batch, backend):
-    model, batch = make_model().set_attention_backend(backend), make_batch(3)
+    model, batch = make_model().set_backend(backend), make_batch(3)
     ids, mask = batch["text_ids"], batch["text_mask"]
     narrow = model.encode_text(ids, mask)
     wide = model.encode_text(F.pad(ids, (0, 4), value=1), F.pad(mask, (0, 4)))

@@ -108,6 +108,9 @@ def test_training_mode_drops_nothing(make_model):
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_the_activation_is_the_chosen_one(make_model, activation):
     model = make_model(vision_activation=activation)
-    x = torch.linspace(-3, 3, 13, dtype=torch.float64)
-    expected = x * torch.sigmoid(1.702 * x) if activation == "quick_gelu" else torch.nn.functional.gelu(x)
-    torch.testing.assert_close(model.vision.blocks[0].mlp.activation(x), expected)
+    layer = model.vision.blocks[0].mlp.fc1
+    x = torch.randn(5, 64, dtype=torch.float64)
+    hidden = x @ layer.weight.T + layer.bias
+    quick = hidden * torch.sigmoid(1.702 * hidden)
+    expected = quick if activation == "quick_gelu" else torch.nn.functional.gelu(hidden)
+    torch.testing.assert_close(layer(x), expected)

@@ -44,21 +44,29 @@ def test_image_text_matching_is_the_mean_negative_log_likelihood():
     assert_equals(L.image_text_matching(logits, labels), expected)
 
 
+def identity(hidden):
+    """A decoder whose logits are what it reads."""
+    return torch.eye(hidden.shape[-1], dtype=hidden.dtype), torch.zeros(hidden.shape[-1], dtype=hidden.dtype)
+
+
 @pytest.mark.parametrize("empty", ["zero", "reference"])
 def test_masked_language_modeling_is_the_mean_over_targets(empty):
     logits = torch.randn(2, 4, 7, dtype=torch.float64)
     labels = torch.tensor([[-100, 3, -100, 0], [-100, -100, 6, -100]])
     expected = -sum(log_softmax_at(logits[i, j].tolist(), int(labels[i, j])) for i, j in ((0, 1), (0, 3), (1, 2))) / 3
-    assert_equals(L.masked_language_modeling(logits, labels, empty), expected)
+    loss, hits = L.masked_language_modeling(logits, *identity(logits), labels, empty=empty)
+    assert_equals(loss, expected)
+    assert hits == sum(int(logits[i, j].argmax() == labels[i, j]) for i, j in ((0, 1), (0, 3), (1, 2)))
 
 
 def test_masked_language_modeling_without_targets_is_zero_or_nan_as_chosen():
     logits, labels = torch.randn(2, 4, 7, requires_grad=True), torch.full((2, 4), -100)
-    loss = L.masked_language_modeling(logits, labels)
+    loss, hits = L.masked_language_modeling(logits, *identity(logits), labels)
     loss.backward()
+    assert hits == 0
     assert loss.item() == 0
     assert (logits.grad == 0).all()
-    assert L.masked_language_modeling(logits, labels, "reference").isnan()
+    assert L.masked_language_modeling(logits, *identity(logits), labels, empty="reference")[0].isnan()
 
 
 def test_image_text_contrast_sums_both_directions():
@@ -178,7 +186,7 @@ def low_precision_cases(dtype):
     valid = torch.ones(4, 3, dtype=torch.bool)
     return {
         "itm": (lambda x, y: L.image_text_matching(x[:, 0, :2], labels.clamp_max(1)), a, b),
-        "mlm": (lambda x, y: L.masked_language_modeling(x[:, 0], labels), a, b),
+        "mlm": (lambda x, y: L.masked_language_modeling(x[:, 0], *identity(x), labels)[0], a, b),
         "itc": (lambda x, y: L.image_text_contrast(x[:, 0], y[:, 0], torch.tensor(0.07)), a, b),
         "mvsc": (lambda x, y: L.masked_vision_semantic_completion(x, y), a, b),
         "mlsc": (lambda x, y: L.masked_language_semantic_completion(x[:, 0], y[:, 0]), a, b),

@@ -24,7 +24,7 @@ def test_reference_sets_every_option_that_has_it(recipe):
 def test_the_options_that_differ_from_the_published_code_are_these():
     assert set(HAS_REFERENCE) == {
         "negatives", "gather", "directions", "text_mask", "mlm_mask", "itm_negatives", "frame_norm",
-        "itc_temperature", "empty_selections", "encodings",
+        "itc_temperature", "empty_selections",
     }  # fmt: skip
 
 

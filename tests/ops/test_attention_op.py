@@ -1,21 +1,25 @@
 """``attention``: the eager path here; the kernel in the interpreter (`make test` runs it) or on a GPU."""
 
-import importlib.util
 import itertools
 import math
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from op_testing import BACKENDS, DEVICE, DTYPES, needs_kernels, run_in_interpreter
 from sclkern import reference
-from sclkern.dispatch import interpreted
-from sclkern.ops import attention, explain
+from sclkern.ops import attention
 
-# Lq, Lk, D.
-SHAPES = [(q, k, 64 if (q + k) % 4 else 32) for q, k in itertools.product((1, 13, 17, 65), (1, 13, 16, 33))]
-SHAPES += [(65, 70, 32), (13, 17, 128)]
+# (Lq, Lk, D). Every length occurs on both sides: beside the edges of tiles, and the real ones.
+LENGTHS = (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
+SHAPES = [(q, LENGTHS[(5 * i + 9) % 13], 32) for i, q in enumerate(LENGTHS)] + [(13, 13, 64), (65, 33, 64)]
+SHAPES += [(13, 325, 64), (325, 13, 64), (17, 20, 128), (1, 1, 64)]
+# In half precision, where few rows on one side turn the products around (see ``GROUP_ROWS``).
+HALF_SHAPES = [(13, 325, 64), (325, 13, 64), (50, 50, 64), (20, 70, 32), (65, 65, 64), (13, 17, 128)]
+# Before memory is poisoned (conftest), which touches all of it.
+EMPTY = torch.empty
 NAMES = ("out", "grad_query", "grad_key", "grad_value")
 
 
@@ -67,11 +71,12 @@ def compare_with_eager(*arguments, **options):
 @needs_kernels
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [(shape, dtype) for dtype in DTYPES for shape in SHAPES[:: 3 if dtype == torch.float16 else 1]],
+    [(shape, dtype) for dtype in DTYPES for shape in (SHAPES if dtype == torch.float32 else HALF_SHAPES)],
     ids=str,
 )
 def test_error_is_at_most_that_of_eager(shape, dtype):
-    query, key, value, mask, grad = inputs(*shape, dtype, heads=2 if shape[0] == 13 else 1)
+    batch, heads = (1, 1) if max(shape) > 100 else (2, 2 if shape[0] == 13 else 1)
+    query, key, value, mask, grad = inputs(*shape, dtype, batch, heads)
     options = {"key_padding_mask": mask, "dropout_p": 0.2, "seed": 2**40 + 5}
     compare_with_eager(query, key, value, grad, **options)
 
@@ -126,7 +131,7 @@ def test_lengths_of_zero(backend, dropout_p):
 
 
 @needs_kernels
-@pytest.mark.parametrize("shape", [(17, 13), (13, 33), (33, 40)])
+@pytest.mark.parametrize("shape", [(17, 13), (13, 33), (33, 36)])
 def test_a_sample_without_keys_and_what_padding_holds(shape):
     query, key, value, mask, grad = inputs(*shape)
     mask[1] = False
@@ -158,15 +163,16 @@ def test_drops_what_the_mask_says(backend, seed):
 
 @needs_kernels
 def test_dropout_and_results_do_not_depend_on_tiles():
-    from sclkern.kernels import attention as kernels
+    from sclkern.kernels.attention import attention_forward
+    from sclkern.kernels.attention_backward import attention_backward
 
-    query, key, value, mask, grad = inputs(40, 40)
-    value = torch.eye(40, 32, device=DEVICE).view(1, 40, 1, 32).expand(2, -1, 2, -1).contiguous()
+    query, key, value, mask, grad = inputs(40, 40, heads=1)
+    value = torch.eye(40, 32, device=DEVICE).view(1, 40, 1, 32).expand(2, -1, -1, -1).contiguous()
     seed = torch.tensor([11], device=DEVICE)
     results = []
     for largest in ({4: ((16, 16),)}, {4: ((64, 64),)}):
-        out, lse = kernels.attention_forward(query, key, value, mask, seed, 0.5, 0.2, largest)
-        gradients = kernels.attention_backward(grad, query, key, value, mask, seed, out, lse, 0.5, 0.2, largest)
+        out, lse = attention_forward(query, key, value, mask, seed, 0.5, 0.2, largest=largest)
+        gradients = attention_backward(grad, query, key, value, mask, seed, out, lse, 0.5, 0.2, largest=largest)
         results.append((out, lse, *gradients))
     assert torch.equal(results[0][0] != 0, results[1][0] != 0)
     for a, b in zip(*results, strict=True):
@@ -192,29 +198,6 @@ def test_the_share_dropped_is_that_asked_for(dropout_p):
 def test_dropout_of_everything(backend):
     query, key, value, _, grad = inputs(5, 7)
     assert all((result == 0).all() for result in run(query, key, value, grad, backend=backend, dropout_p=1.0))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_no_seed_draws_from_the_generator_and_checkpointing_repeats_it(backend, reentrant):
-    query, key, value, _, grad = inputs(5, 7)
-    query.requires_grad_()
-
-    def function(query):
-        return attention(query, key, value, dropout_p=0.5, backend=backend)
-
-    results = []
-    for wrapped in (function, lambda q: checkpoint(function, q, use_reentrant=reentrant)):
-        torch.manual_seed(1)
-        out = wrapped(query)
-        torch.rand(3, device=DEVICE)
-        results.append((out, *torch.autograd.grad(out, query, grad)) if not reentrant else (out,))
-        if reentrant:
-            query.grad = None
-            out.backward(grad)
-            results[-1] += (query.grad,)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert not torch.equal(function(query), function(query))
 
 
 @needs_kernels
@@ -251,127 +234,47 @@ def test_any_of_the_inputs_may_require_gradients():
 
 
 @needs_kernels
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_shapes_masks_strides_and_dtypes(data):
+    draw = data.draw
+    lengths, batch, heads = st.integers(0, 40), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    queries, keys, head = draw(lengths), draw(lengths), draw(st.sampled_from((32, 64)))
+    dtype = draw(st.sampled_from(DTYPES))
+    tensors = []
+    for length in (queries, keys, keys, queries):
+        order = draw(st.permutations(range(4)))
+        sizes = [(batch, length, heads, head)[axis] for axis in order]
+        laid_out = torch.randn(sizes, device=DEVICE).to(dtype).permute([order.index(axis) for axis in range(4)])
+        step = draw(st.sampled_from((1, 2)))
+        tensors.append(laid_out.repeat_interleave(step, 1)[:, ::step])
+    mask = torch.tensor(draw(st.lists(st.booleans(), min_size=batch * keys, max_size=batch * keys)), dtype=torch.bool)
+    options = {"key_padding_mask": mask.view(batch, keys).to(DEVICE)} if draw(st.booleans()) else {}
+    options |= {"dropout_p": 0.3, "seed": draw(st.integers(-(2**63), 2**63 - 1))} if draw(st.booleans()) else {}
+    if queries and keys:
+        compare_with_eager(*tensors, **options)
+    else:
+        assert all((result == 0).all() for result in run(*tensors, **options))
+
+
+@needs_kernels
+def test_offsets_beyond_32_bits():
+    query, key, value, _, grad = inputs(3, 5, dtype=torch.float16, heads=1)
+    # Two samples more than 2**31 elements apart; memory that is not touched takes no room on a CPU.
+    memory = EMPTY(2**31 + 8192, dtype=torch.float16, device=DEVICE)
+    near = query, key, value, grad
+    far = [memory.as_strided(t.shape, (2**31 + 64, 32, 32, 1), 512 * i) for i, t in enumerate(near)]
+    for there, here in zip(far, near, strict=True):
+        there.copy_(here)
+    assert all(torch.equal(a, b) for a, b in zip(run(*far), run(*near), strict=True))
+
+
+@needs_kernels
 def test_runs_are_equal_to_the_bit():
-    query, key, value, mask, grad = inputs(33, 40)
+    query, key, value, mask, grad = inputs(17, 33, heads=1)
     options = {"key_padding_mask": mask, "dropout_p": 0.1, "seed": 2}
     first, second = (run(query, key, value, grad, **options) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-@pytest.mark.parametrize("full", [False, True])
-def test_registration(full):
-    query, key, value, mask, grad = inputs(5, 7)
-    extra = (mask, torch.tensor([5], device=DEVICE)) if full else (None, None)
-    numbers = (0.25 if full else 0.0, 0.2)
-    out, lse = torch.ops.sclkern.attention(query, key, value, *extra, *numbers)
-    torch.library.opcheck(torch.ops.sclkern.attention_backward, (grad, query, key, value, *extra, out, lse, *numbers))
-    leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-    torch.library.opcheck(torch.ops.sclkern.attention, (*leaves, *extra, *numbers))
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_whole(dynamic):
-    query, key, value, mask, grad = inputs(5, 7)
-    seed = torch.tensor([5], device=DEVICE)
-    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
-
-    def function(query, key, value):
-        return torch.ops.sclkern.attention(query * 2, key, value, mask, seed, 0.25, 0.2)[0] + 1
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    out, expected = compiled(*leaves), function(*leaves)
-    torch.testing.assert_close(out, expected)
-    for a, b in zip(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("full", [False, True])
-def test_the_op_equals_eager_where_no_kernel_runs(full):
-    query, key, value, mask, grad = inputs(5, 7)
-    mask[1] = False
-    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
-    extra = (mask, torch.tensor([5], device=DEVICE)) if full else (None, None)
-    out, lse = torch.ops.sclkern.attention(*leaves, *extra, 0.25 * full, 0.2)
-    options = {"key_padding_mask": mask, "dropout_p": 0.25, "seed": 5} if full else {}
-    expected, expected_lse = attention(*leaves, softmax_scale=0.2, return_lse=True, backend="eager", **options)
-    torch.testing.assert_close((out, lse * math.log(2)), (expected, expected_lse))
-    for a, b in zip(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_compiled_with_its_arguments_checked():
-    query, key, value, mask, _ = inputs(5, 7)
-    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    options = {"key_padding_mask": mask, "dropout_p": 0.2, "seed": 4}
-    torch.testing.assert_close(compiled(query, key, value, **options), attention(query, key, value, **options))
-
-
-def test_eager_has_double_backward_and_the_kernel_says_so():
-    query, key, value, _, _ = inputs(2, 3, head=2, dtype=torch.float64, batch=1, heads=1)
-    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
-    torch.autograd.gradgradcheck(lambda *a: attention(*a, dropout_p=0.3, seed=1, backend="eager"), leaves)
-    leaves = [t.requires_grad_() for t in inputs(2, 3)[:3]]
-    out, _ = torch.ops.sclkern.attention(*leaves, None, None, 0.0, 0.2)
-    (first,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match='backend="eager"'):
-        torch.autograd.grad(first.sum(), leaves[0])
-
-
-def test_autocast_computes_in_its_dtype():
-    query, key, value, _, _ = inputs(5, 7)
-    dtype = torch.float16 if interpreted() else torch.bfloat16
-    with torch.autocast(DEVICE, dtype):
-        out = attention(query, key.to(dtype), value)
-    assert out.dtype == dtype
-    torch.testing.assert_close(out.float(), attention(query, key, value), rtol=0.02, atol=0.02)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_tiles_fit_the_lengths():
-    from sclkern.kernels import attention as kernels
-
-    lengths = {1: 16, 13: 16, 17: 32, 50: 64, 65: 32, 128: 128, 325: 128, 0: 16}
-    assert {length: kernels.tile(length, 128) for length in lengths} == lengths
-    assert {kernels.tile(length, 64) for length in range(2000)} == {16, 32, 64}
-
-
-Q = torch.zeros(2, 3, 1, 32)
-
-
-def test_explains_what_it_cannot_do():
-    assert explain("attention", Q[..., :20], Q[..., :20], Q[..., :20]).startswith("eager: head dim 20 has no kernel")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "options", "error", "message"),
-    [
-        ((Q[0], Q, Q), {}, ValueError, r"query: got shape \(3, 1, 32\), expected \(B, Lq, H, D\)"),
-        ((Q.long(), Q, Q), {}, TypeError, r"query: got torch\.int64"),
-        ((Q, Q.half(), Q), {}, TypeError, r"key: got torch\.float16, expected that of query, torch\.float32"),
-        ((Q, Q[:1], Q), {}, ValueError, r"key: got shape \(1, 3, 1, 32\), expected \(B, Lk, H, D\)"),
-        ((Q, Q, Q[:, :2]), {}, ValueError, r"value: got shape \(2, 2, 1, 32\)"),
-        ((Q, Q, Q.to("meta")), {}, ValueError, r"value: got device meta, expected that of query, cpu"),
-        ((Q, Q, Q), {"key_padding_mask": torch.ones(2, 3)}, TypeError, r"key_padding_mask: got torch\.float32"),
-        ((Q, Q, Q), {"key_padding_mask": torch.ones(3, 2) > 0}, ValueError, r"key_padding_mask: got shape \(3, 2\)"),
-        ((Q, Q, Q), {"dropout_p": 1.5}, ValueError, r"dropout_p: got 1\.5, expected 0 to 1"),
-        ((Q, Q, Q), {"dropout_p": "a"}, TypeError, r"dropout_p: got str"),
-        ((Q, Q, Q), {"softmax_scale": math.nan}, ValueError, r"softmax_scale: got nan"),
-        ((Q, Q, Q), {"seed": 1.0}, TypeError, r"seed: got float"),
-        ((Q, Q, Q), {"seed": torch.zeros(2)}, TypeError, r"seed: got torch\.float32 of shape \(2,\)"),
-        ((Q, Q, Q), {"backend": "cuda"}, ValueError, r"backend: got 'cuda'"),
-        ((Q[..., :20],) * 3, {"backend": "triton"}, ValueError, r"head dim 20 has no kernel"),
-        ((Q, Q, Q), {"backend": "triton", "softmax_scale": -1.0}, ValueError, r"softmax_scale -1\.0 is not above 0"),
-        (
-            (Q[:1].expand(1, 3, 1, 32), *[Q[:1, :1].expand(1, 2**19 + 1, 1, 32)] * 2),
-            {"dropout_p": 0.1},
-            ValueError,
-            r"dropout_p: got 0\.1 with 3 queries and 524289 keys",
-        ),
-    ],
-)
-def test_bad_input_is_named(arguments, options, error, message):
-    with pytest.raises(error, match=message):
-        attention(*arguments, **options)
 
 
 def test_in_the_interpreter():

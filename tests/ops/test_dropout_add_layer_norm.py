@@ -237,7 +237,7 @@ def test_no_second_derivative_through_the_kernel():
     tensors, _ = inputs((4, 12))
     out = dropout_add_layer_norm(**tensors, backend="triton")
     (first,) = torch.autograd.grad(out.square().sum(), tensors["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
+    with pytest.raises(RuntimeError, match='backend="eager"'):
         first.sum().backward()
 
 

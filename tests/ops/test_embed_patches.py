@@ -6,9 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sclkern.reference import (
-    embed_patches,
-)
+from sclkern.reference import embed_patches
+from sclkern.reference.embed_patches import unfold_patches
 
 
 def patch_inputs(frames=2, dtype=torch.float64):
@@ -30,7 +29,27 @@ def convolved(images, weight, position, cls, temporal=None):
     return tokens if temporal is None else tokens + temporal[:frames, None]
 
 
+@pytest.mark.parametrize("kept", [None, [[0, 4, 8], [7, 1, 2]]])
+def test_unfolding_reads_images_of_any_strides(kept):
+    images = torch.arange(2 * 2 * 12 * 12 * 3).view(2, 2, 12, 12, 3).permute(0, 1, 4, 2, 3)
+    keep = None if kept is None else torch.tensor(kept)
+    patches = unfold_patches(images, 4, keep)
+    for sample, chosen in enumerate(kept or [range(9)] * 2):
+        for slot, patch in enumerate(chosen):
+            y, x = 4 * (patch // 3), 4 * (patch % 3)
+            assert torch.equal(patches[sample, :, slot], images[sample, :, :, y : y + 4, x : x + 4].flatten(1))
+
+
 class TestEmbedPatches:
+    @pytest.mark.parametrize("eps", [1e-5, 0.1])
+    def test_normalisation_is_that_of_layer_norm(self, eps):
+        inputs = patch_inputs()
+        norm = torch.nn.LayerNorm(5, eps=eps, dtype=torch.float64)
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+        out = embed_patches(**inputs, norm_weight=norm.weight, norm_bias=norm.bias, eps=eps)
+        torch.testing.assert_close(out, norm(embed_patches(**inputs)))
+
     @pytest.mark.parametrize("with_temporal", [False, True])
     @pytest.mark.parametrize("frames", [1, 3])
     def test_equals_the_convolution(self, frames, with_temporal):

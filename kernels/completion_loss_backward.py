@@ -1,0 +1,286 @@
+"""Completion loss, gradient of the features: weights of a strip of rows, their product with the other side, the rest.
+
+With G_ij the gradient of the loss by the similarity s_ij (j other than i), the gradient of a row is
+sum_j G_ij y_j / |y_j| - pull_i y_i / |y_i|, projected away from the row: pull_i = sum of the row's and the column's
+softmax over the other pairs, taken from the statistics, so that a confident positive cancels nothing, and added in
+float32. G is held for a strip of rows at a time (``WORKSPACE`` elements), and cuBLAS multiplies it. Each element of a
+similarity is computed once for each side, whatever D is: 4 N^2 D operations a side.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sclkern.kernels.completion_loss_tiles import SINGLE, dots, entry, rows_taking_part
+
+# Narrow enough for three programs on a multiprocessor: one stores while others multiply. Not yet tuned on a GPU.
+TILES = {"BLOCK_X": 128, "BLOCK_Y": 64, "BLOCK_K": 64, "num_warps": 4}
+FINISH = {"BLOCK_ROWS": 8, "BLOCK_WIDTH": 128}
+ANCHOR = {"BLOCK_ROWS": 512}
+FINISH_WARPS = 4
+# Weights held at once: 128 MiB in half precision.
+WORKSPACE = 2**26
+
+
+@triton.jit(do_not_specialize=["count"])
+def completion_loss_anchor_kernel(
+    grad_ptr,  # (G N,) float32, of the losses
+    valid_ptr,  # (G N,) uint8 or None
+    positive_ptr,  # (G N,) float32
+    lse_ptr,  # (directions, G N) float32
+    weight_ptr,  # (directions, G N) float32: grad sigmoid(lse - positive)
+    count,
+    BLOCK_ROWS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    takes_part = rows_taking_part(valid_ptr, row, row < count)
+    at = tl.program_id(1).to(tl.int64) * count + row
+    grad = tl.load(grad_ptr + row, mask=takes_part, other=0.0)
+    difference = tl.load(lse_ptr + at, mask=takes_part, other=0.0)
+    difference -= tl.load(positive_ptr + row, mask=takes_part, other=0.0)
+    tl.store(weight_ptr + at, grad * tl.sigmoid(difference), mask=row < count)
+
+
+@triton.jit(do_not_specialize=["length", "offset", "rows", "blocks", "strip", "eighths"])
+def completion_loss_weights_kernel(
+    x_ptr,  # (G, N, D), whose gradient this is
+    y_ptr,  # (G, N, D)
+    valid_ptr,  # (G, N) uint8 or None
+    temperature_ptr,  # (1,) float32
+    x_rnorm_ptr,  # (G, N) float32
+    y_rnorm_ptr,  # (G, N) float32
+    x_weight_ptr,  # (G, N) float32, or None where x are no anchors: grad sigmoid(lse - positive), 0 if not valid
+    y_weight_ptr,  # (G, N) float32, or None where y are no anchors
+    x_lse_ptr,  # (G, N) float32 or None
+    y_lse_ptr,  # (G, N) float32 or None
+    scale_ptr,  # (G, N) float32 or None: what the weights of a row of x are divided by
+    weights_ptr,  # (G, strip, 8 eighths): G_ij / |y_j|
+    length,
+    offset,
+    rows,
+    blocks,
+    strip,
+    eighths,
+    WIDTH: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    group = (tl.program_id(0) // blocks).to(tl.int64)
+    base = group * length
+    x_start = (tl.program_id(0) % blocks) * BLOCK_X
+    x = x_start + tl.arange(0, BLOCK_X)
+    x_row = base + offset + x
+    x_in = rows_taking_part(valid_ptr, x_row, x < rows)
+    y_start = tl.program_id(1) * BLOCK_Y
+    y = y_start + tl.arange(0, BLOCK_Y)
+    y_row = base + y
+    y_in = rows_taking_part(valid_ptr, y_row, y < length)
+    x_ptr += (base + offset + x_start) * WIDTH
+    y_ptr += (base + y_start) * WIDTH
+    similarity = dots(x_ptr, y_ptr, x_in, y_in, WIDTH, BLOCK_X, BLOCK_Y, BLOCK_K)
+    x_scale = tl.load(x_rnorm_ptr + x_row, mask=x < rows, other=0.0) / tl.load(temperature_ptr)
+    y_rnorm = tl.load(y_rnorm_ptr + y_row, mask=y < length, other=0.0)
+    similarity = similarity * x_scale[:, None] * y_rnorm[None, :]
+    weight = tl.zeros((BLOCK_X, BLOCK_Y), tl.float32)
+    if x_weight_ptr is not None:
+        x_weight = tl.load(x_weight_ptr + x_row, mask=x < rows, other=0.0)
+        x_lse = tl.load(x_lse_ptr + x_row, mask=x < rows, other=0.0)
+        weight += x_weight[:, None] * tl.exp(similarity - x_lse[:, None])
+    if y_weight_ptr is not None:
+        y_weight = tl.load(y_weight_ptr + y_row, mask=y < length, other=0.0)
+        y_lse = tl.load(y_lse_ptr + y_row, mask=y < length, other=0.0)
+        weight += y_weight[None, :] * tl.exp(similarity - y_lse[None, :])
+    counts = (x_scale > 0)[:, None] & (y_rnorm > 0)[None, :] & ((offset + x)[:, None] != y[None, :])
+    weight = tl.where(counts, weight * y_rnorm[None, :], 0.0)
+    if scale_ptr is not None:
+        # Those of a feature of zeros may be larger than float16 holds, and are multiplied by its zeros.
+        weight /= tl.load(scale_ptr + x_row, mask=x < rows, other=1.0)[:, None]
+        weight = tl.minimum(tl.maximum(weight, -65504.0), 65504.0)
+    # Told apart, so that the compiler knows the rows to lie on 16 bytes.
+    stride = eighths * 8
+    out = weights_ptr + (group * strip + x_start) * stride + y_start
+    out += tl.arange(0, BLOCK_X)[:, None] * stride + tl.arange(0, BLOCK_Y)[None, :]
+    tl.store(out, weight.to(weights_ptr.dtype.element_ty), mask=(x < rows)[:, None] & (y < length)[None, :])
+
+
+@triton.jit(do_not_specialize=["count", "length", "offset", "rows", "window", "window_offset"])
+def completion_loss_finish_kernel(
+    x_ptr,  # (G, N, D), whose gradient this is
+    y_ptr,  # (G, N, D)
+    valid_ptr,  # (G, N) uint8 or None
+    temperature_ptr,  # (1,) float32
+    x_rnorm_ptr,  # (G, N) float32
+    y_rnorm_ptr,  # (G, N) float32
+    x_weight_ptr,  # (G, N) float32 or None
+    y_weight_ptr,  # (G, N) float32 or None
+    scale_ptr,  # (G, N) float32 or None
+    push_ptr,  # (G, rows, D) float32: the weights times y
+    grad_x_ptr,  # (G, window, D)
+    count,
+    length,
+    offset,
+    rows,
+    window,
+    window_offset,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = row < count
+    own = (row // rows) * length + offset + row % rows
+    takes_part = rows_taking_part(valid_ptr, own, inside)
+    temperature = tl.load(temperature_ptr)
+    x_rnorm = tl.load(x_rnorm_ptr + own, mask=takes_part, other=0.0)
+    y_rnorm = tl.load(y_rnorm_ptr + own, mask=takes_part, other=0.0)
+    pull = tl.zeros((BLOCK_ROWS,), tl.float32)
+    if x_weight_ptr is not None:
+        pull += tl.load(x_weight_ptr + own, mask=takes_part, other=0.0)
+    if y_weight_ptr is not None:
+        pull += tl.load(y_weight_ptr + own, mask=takes_part, other=0.0)
+    scale = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + own, mask=takes_part, other=1.0)
+    radial = tl.zeros((BLOCK_ROWS,), tl.float32)
+    for start in range(0, WIDTH, BLOCK_WIDTH):
+        d = start + tl.arange(0, BLOCK_WIDTH)
+        mask = takes_part[:, None] & (d < WIDTH)[None, :]
+        x = tl.load(x_ptr + own[:, None] * WIDTH + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + own[:, None] * WIDTH + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        push = tl.load(push_ptr + row[:, None] * WIDTH + d[None, :], mask=mask, other=0.0) * scale[:, None]
+        radial += tl.sum((push - (pull * y_rnorm)[:, None] * y) * x, axis=1)
+    # A norm below eps was replaced by eps, a constant: nothing to project away.
+    radial = tl.where(x_rnorm < 1.0 / eps, radial * x_rnorm * x_rnorm, 0.0)
+    out = ((row // rows) * window + window_offset + row % rows) * WIDTH
+    for start in range(0, WIDTH, BLOCK_WIDTH):
+        d = start + tl.arange(0, BLOCK_WIDTH)
+        mask = takes_part[:, None] & (d < WIDTH)[None, :]
+        x = tl.load(x_ptr + own[:, None] * WIDTH + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + own[:, None] * WIDTH + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        push = tl.load(push_ptr + row[:, None] * WIDTH + d[None, :], mask=mask, other=0.0) * scale[:, None]
+        grad_x = push - (pull * y_rnorm)[:, None] * y - radial[:, None] * x
+        grad_x *= (x_rnorm / temperature)[:, None]
+        mask = inside[:, None] & (d < WIDTH)[None, :]
+        tl.store(grad_x_ptr + out[:, None] + d[None, :], grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+
+
+def _row_scale(x_weight: Tensor | None, y_weight: Tensor | None, y_rnorm: Tensor) -> Tensor:
+    """(G, N): brings the weights of each row below 2^14, because those of confident positives lie below float16's
+    smallest number."""
+    bound = 0.0 if x_weight is None else x_weight.abs()
+    if y_weight is not None:
+        bound = bound + y_weight.abs().amax(-1, keepdim=True).expand(y_weight.shape)
+    # A nonzero float16 feature is at least 2^-24 long; what belongs to zeros adds nothing.
+    bound = bound * y_rnorm.masked_fill(y_rnorm > 2.0**24, 0.0).amax(-1, keepdim=True) / 2.0**14
+    return bound.masked_fill(bound == 0, 1.0)
+
+
+def _product(weights: Tensor, features: Tensor) -> Tensor:
+    if weights.is_cuda and weights.dtype != torch.float32:
+        return torch.bmm(weights, features, out_dtype=torch.float32)
+    return torch.bmm(weights.float(), features.float())
+
+
+def completion_loss_anchors(grad: Tensor, valid: Tensor | None, positive: Tensor, lse: Tensor) -> Tensor:
+    """(directions, G, N) float32: how far each term of the loss is from 0 as its gradient sees it."""
+    weight = torch.empty_like(lse)
+    if weight.numel():
+        completion_loss_anchor_kernel[(triton.cdiv(grad.numel(), ANCHOR["BLOCK_ROWS"]), len(lse))](
+            grad_ptr=grad,
+            valid_ptr=None if valid is None else valid.view(torch.uint8),
+            positive_ptr=positive,
+            lse_ptr=lse,
+            weight_ptr=weight,
+            count=grad.numel(),
+            **ANCHOR,
+            num_warps=FINISH_WARPS,
+            enable_fp_fusion=True,
+        )
+    return weight
+
+
+def completion_loss_gradient(
+    x: Tensor,
+    y: Tensor,
+    temperature: Tensor,
+    valid: Tensor | None,
+    x_weight: Tensor | None,
+    y_weight: Tensor | None,
+    x_lse: Tensor | None,
+    y_lse: Tensor | None,
+    x_rnorm: Tensor,
+    y_rnorm: Tensor,
+    eps: float,
+    offset: int,
+    rows: int,
+) -> Tensor:
+    """Gradient (G, rows, D) of the window of x (G, N, D) in its dtype; weight and lse (G, N) of a direction that is not
+    wanted are None. For float32, ``torch.backends.cuda.matmul`` decides on TF32 in the product of weights and features
+    alone."""
+    groups, length, width = x.shape
+    grad_x = torch.empty((groups, rows, width), dtype=x.dtype, device=x.device)
+    if not grad_x.numel():
+        return grad_x
+    tiles = SINGLE if x.dtype == torch.float32 else TILES
+    scale = _row_scale(x_weight, y_weight, y_rnorm) if x.dtype == torch.float16 else None
+    strip = min(rows, max(1, WORKSPACE // length // tiles["BLOCK_X"]) * tiles["BLOCK_X"])
+    together = min(groups, max(1, WORKSPACE // (strip * length)))
+    # Rows of the workspace on 16 bytes, for cuBLAS.
+    eighths = triton.cdiv(length, 8)
+    weights = torch.empty((together, strip, eighths * 8), dtype=x.dtype, device=x.device)
+    # Weights of 0 do not silence NaN in a row that takes no part.
+    features = y if valid is None else y.masked_fill(~valid[..., None], 0.0)
+    for group in range(0, groups, together):
+        here = slice(group, min(group + together, groups))
+        count = here.stop - group
+        per_row = {
+            "x_ptr": x, "y_ptr": y, "valid_ptr": None if valid is None else valid.view(torch.uint8),
+            "x_rnorm_ptr": x_rnorm, "y_rnorm_ptr": y_rnorm, "x_weight_ptr": x_weight, "y_weight_ptr": y_weight,
+            "scale_ptr": scale,
+        }  # fmt: skip
+        common = {name: None if tensor is None else tensor[here] for name, tensor in per_row.items()}
+        common |= {"temperature_ptr": temperature, "length": length, "WIDTH": width, "enable_fp_fusion": True}
+        for start in range(0, rows, strip):
+            height = min(strip, rows - start)
+            blocks = triton.cdiv(height, tiles["BLOCK_X"])
+            completion_loss_weights_kernel[(blocks * count, triton.cdiv(length, tiles["BLOCK_Y"]))](
+                x_lse_ptr=None if x_lse is None else x_lse[here],
+                y_lse_ptr=None if y_lse is None else y_lse[here],
+                weights_ptr=weights,
+                offset=offset + start,
+                rows=height,
+                blocks=blocks,
+                strip=strip,
+                eighths=eighths,
+                **common,
+                **tiles,
+            )
+            completion_loss_finish_kernel[(triton.cdiv(count * height, FINISH["BLOCK_ROWS"]),)](
+                push_ptr=_product(weights[:count, :height, :length], features[here]),
+                grad_x_ptr=grad_x[here],
+                count=count * height,
+                offset=offset + start,
+                rows=height,
+                window=rows,
+                window_offset=start,
+                eps=eps,
+                **common,
+                **FINISH,
+                num_warps=FINISH_WARPS,
+            )
+    return grad_x
+
+
+# What the static checks compile: kernel, argument types, constants, warps.
+AHEAD_OF_TIME = [
+    entry(completion_loss_anchor_kernel, "bf16", num_warps=FINISH_WARPS, **ANCHOR),
+    entry(completion_loss_weights_kernel, "bf16", scale_ptr=None, **TILES),
+    entry(completion_loss_weights_kernel, "fp16", **TILES),
+    entry(completion_loss_weights_kernel, "fp32", scale_ptr=None, **SINGLE),
+    entry(completion_loss_finish_kernel, "bf16", num_warps=FINISH_WARPS, scale_ptr=None, **FINISH),
+]

@@ -1,0 +1,61 @@
+"""What the forward and the backward of the completion loss share: tiles of similarities and their sizes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Rows and columns of a tile of similarities, chunk of features for its dots. IEEE float32 dots run without tensor
+# cores and hold their operands in registers, hence the smaller share of a warp. Not yet tuned on a GPU.
+HALF = {"BLOCK_X": 128, "BLOCK_Y": 64, "BLOCK_K": 64, "num_warps": 8}
+SINGLE = {"BLOCK_X": 64, "BLOCK_Y": 64, "BLOCK_K": 16, "num_warps": 8}
+
+# Not minus infinity, whose differences are NaN; far below any similarity, and a sum of many is still finite.
+EXCLUDED = tl.constexpr(-1e30)
+
+
+@triton.jit
+def rows_taking_part(valid_ptr, row, inside):
+    if valid_ptr is not None:
+        inside = inside & (tl.load(valid_ptr + row, mask=inside, other=0) != 0)
+    return inside
+
+
+@triton.jit
+def tile(ptr, inside, start, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(ROWS, COLUMNS) of the rows from ptr on; rows outside are zeros, whatever they hold.
+
+    The caller's pointer carries the 64-bit offset: within a tile 32 bits suffice, and take half the registers.
+    """
+    column = start + tl.arange(0, COLUMNS)
+    mask = inside[:, None] & (column < WIDTH)[None, :]
+    return tl.load(ptr + tl.arange(0, ROWS)[:, None] * WIDTH + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def dots(x_ptr, y_ptr, x_in, y_in, WIDTH: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, K: tl.constexpr):
+    """(X, Y) float32: dot products of the rows from x_ptr on with those from y_ptr on."""
+    products = tl.zeros((X, Y), tl.float32)
+    for start in range(0, WIDTH, K):
+        x = tile(x_ptr, x_in, start, WIDTH, X, K)
+        y = tile(y_ptr, y_in, start, WIDTH, Y, K)
+        products = tl.dot(x, tl.trans(y), products, input_precision="ieee")
+    return products
+
+
+_FLOATS = (
+    "temperature_ptr", "rnorm_ptr", "x_rnorm_ptr", "y_rnorm_ptr", "positive_ptr", "maximum_ptr", "total_ptr",
+    "spread_ptr", "column_maximum_ptr", "column_total_ptr", "column_spread_ptr", "previous_ptr", "lse_ptr",
+    "mean_spread_ptr", "losses_ptr", "grad_ptr", "weight_ptr", "x_weight_ptr", "y_weight_ptr", "x_lse_ptr", "y_lse_ptr",
+    "scale_ptr", "push_ptr",
+)  # fmt: skip
+
+
+def entry(kernel, features: str, num_warps: int, **constants) -> dict:
+    """An entry of ``AHEAD_OF_TIME`` at the model's width."""
+    names = ("recovered_ptr", "complete_ptr", "x_ptr", "y_ptr", "weights_ptr", "grad_x_ptr")
+    signature = {name: "*fp32" for name in _FLOATS} | {"valid_ptr": "*u8", "eps": "fp32"}
+    signature |= {name: f"*{features}" for name in names}
+    constants |= {"WIDTH": 768} if "WIDTH" in kernel.arg_names else {}
+    signature = {name: kind for name, kind in signature.items() if name in kernel.arg_names and name not in constants}
+    return {"kernel": kernel, "signature": signature, "constants": constants, "num_warps": num_warps}

@@ -1,0 +1,227 @@
+"""Backward of patch embedding around its matrix product; the words are those of ``sclkern.kernels.embed_patches``."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sclkern.kernels.embed_patches import CLIP, LENGTHS, PICTURE, ahead_of_time, embedded, patch_of, row_configuration
+
+# A program sums 16 slots of one frame; one of the position gradient reads 16 rows of 128 columns at a time. Not yet
+# tuned on a GPU.
+SLOTS, POSITION_ROWS, POSITION_COLUMNS, INVERSE = 16, 16, 128, 64
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def embed_patches_backward_kernel(
+    grad_out_ptr,  # (B * F * (1 + K), D)
+    tokens_ptr,  # (B * F * K, D); read, as what makes up a row with them, with normalisation only
+    position_ptr,
+    cls_ptr,
+    temporal_ptr,
+    keep_ptr,
+    replace_ptr,
+    mask_token_ptr,
+    norm_weight_ptr,  # (D,), or None without normalisation
+    mean_ptr,
+    rstd_ptr,
+    grad_tokens_ptr,  # (B * F * K, D), zero where the mask token is
+    grad_total_ptr,  # (B * F * (1 + K), D): of the rows before normalisation, or None without
+    # Sums over the slots of a program, (programs, D) float32 or None:
+    norm_weight_sum_ptr,
+    norm_bias_sum_ptr,
+    temporal_sum_ptr,
+    mask_token_sum_ptr,
+    frames,
+    kept,
+    patches,
+    columns,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    programs_per_group = tl.cdiv(kept + 1, SLOTS)
+    group = program // programs_per_group
+    first = program % programs_per_group * SLOTS
+    column = tl.arange(0, BLOCK)
+    inside = column < columns
+    if norm_weight_ptr is not None:
+        weight = tl.load(norm_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    norm_weight_sum = tl.zeros((BLOCK,), tl.float32)
+    norm_bias_sum = tl.zeros((BLOCK,), tl.float32)
+    temporal_sum = tl.zeros((BLOCK,), tl.float32)
+    mask_token_sum = tl.zeros((BLOCK,), tl.float32)
+    for index in range(0, tl.minimum(SLOTS, kept + 1 - first)):
+        slot = first + index
+        row = group * (kept + 1) + slot
+        grad = tl.load(grad_out_ptr + row * columns + column, mask=inside, other=0.0).to(tl.float32)
+        if norm_weight_ptr is not None:
+            total, replaced = embedded(
+                tokens_ptr, position_ptr, cls_ptr, temporal_ptr, keep_ptr, replace_ptr, mask_token_ptr,
+                group, slot, frames, kept, patches, columns, column,
+            )  # fmt: skip
+            rstd = tl.load(rstd_ptr + row)
+            normal = tl.where(inside, (total - tl.load(mean_ptr + row)) * rstd, 0.0)
+            grad_normal = grad * weight
+            # As in the forward; sums that wait for none of the others.
+            left = tl.sum(normal, axis=0) / columns
+            common = tl.sum(grad_normal, axis=0) / columns
+            along = tl.sum(grad_normal * normal, axis=0) / columns - left * common
+            normal -= left
+            norm_weight_sum += grad * normal
+            norm_bias_sum += grad
+            grad = tl.where(inside, (grad_normal - common - normal * along) * rstd, 0.0)
+            tl.store(grad_total_ptr + row * columns + column, grad.to(grad_total_ptr.dtype.element_ty), mask=inside)
+        else:
+            _, replaced = patch_of(keep_ptr, replace_ptr, group // frames, slot, kept, patches)
+        is_mask_token = column < columns * replaced
+        grad_tokens = tl.where(is_mask_token, 0.0, grad).to(grad_tokens_ptr.dtype.element_ty)
+        place = grad_tokens_ptr + (group * kept + slot - 1) * columns + column
+        tl.store(place, grad_tokens, mask=column < columns * (slot > 0).to(tl.int32))
+        temporal_sum += grad
+        mask_token_sum += tl.where(is_mask_token, grad, 0.0)
+    place = program * columns + column
+    if norm_weight_ptr is not None:
+        tl.store(norm_weight_sum_ptr + place, norm_weight_sum, mask=inside)
+        tl.store(norm_bias_sum_ptr + place, norm_bias_sum, mask=inside)
+    if temporal_sum_ptr is not None:
+        tl.store(temporal_sum_ptr + place, temporal_sum, mask=inside)
+    if mask_token_sum_ptr is not None:
+        tl.store(mask_token_sum_ptr + place, mask_token_sum, mask=inside)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def invert_keep_kernel(
+    keep_ptr,  # (B, K) int64
+    slots_ptr,  # (B, 1 + P) int32: the slot of a position in its frames, -1 where it is in none
+    kept,
+    patches,
+    BLOCK: tl.constexpr,
+):
+    sample = tl.program_id(0).to(tl.int64)
+    position = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    slots = tl.where(position == 0, 0, -1)
+    for start in range(0, kept, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        patch = tl.load(keep_ptr + sample * kept + index, mask=index < kept, other=-2)
+        found = tl.where(position[:, None] == patch[None, :] + 1, index[None, :] + 1, -1)
+        slots = tl.maximum(slots, tl.max(found, axis=1))
+    tl.store(slots_ptr + sample * (patches + 1) + position, slots, mask=position <= patches)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def position_gradient_kernel(
+    grad_total_ptr,  # (B * F * (1 + K), D)
+    slots_ptr,  # (B, 1 + P) int32, or None where all patches are kept
+    grad_position_ptr,  # (1 + P, D) float32
+    samples,
+    frames,
+    kept,
+    patches,
+    columns,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    position = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for start in range(0, samples * frames, BLOCK_ROWS):
+        group = start + tl.arange(0, BLOCK_ROWS).to(tl.int64)
+        exists = group < samples * frames
+        slot = group * 0 + position
+        if slots_ptr is not None:
+            slot = tl.load(slots_ptr + group // frames * (patches + 1) + position, mask=exists, other=-1)
+            exists = exists & (slot >= 0)
+        offset = (group * (kept + 1) + slot)[:, None] * columns + column[None, :]
+        inside = exists[:, None] & (column < columns)[None, :]
+        total += tl.load(grad_total_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    place = grad_position_ptr + position * columns + column
+    tl.store(place, tl.sum(total, axis=0), mask=column < columns)
+
+
+def add_and_normalise_backward(
+    grad_out: Tensor,
+    tokens: Tensor,
+    parameters: dict[str, Tensor | None],
+    mean: Tensor,
+    rstd: Tensor,
+    frames: int,
+) -> dict[str, Tensor | None]:
+    """grad_out (B, F * (1 + K), D) contiguous; tokens (B * F * K, D), read with normalisation only.
+
+    Returns:
+        Gradients by name, float32 but for that of the tokens, which has their dtype: "tokens" (B * F * K, D),
+        "position" (1 + P, D), whose row 0 is that of the CLS as well, "temporal" (F, D), "mask_token", "norm_weight"
+        and "norm_bias" (D,), None where there is no such parameter. Each is summed in an order that depends on the
+        shapes alone.
+    """
+    samples, _, columns = grad_out.shape
+    keep, patches = parameters["keep"], parameters["position"].shape[0] - 1
+    kept = patches if keep is None else keep.shape[1]
+    programs_per_group = triton.cdiv(kept + 1, SLOTS)
+    programs = samples * frames * programs_per_group
+    normalised = parameters["norm_weight"] is not None
+    sums = {
+        name: torch.empty((programs, columns), dtype=torch.float32, device=tokens.device)
+        if parameters[name] is not None
+        else None
+        for name in ("norm_weight", "norm_bias", "temporal", "mask_token")
+    }
+    grad_tokens = torch.empty((samples * frames * kept, columns), dtype=tokens.dtype, device=tokens.device)
+    # Of the dtype that autograd would hold it in; without normalisation it is grad_out.
+    grad_total = torch.empty_like(grad_out) if normalised else grad_out
+    grad_position = torch.empty((patches + 1, columns), dtype=torch.float32, device=tokens.device)
+    counts = {"kept": kept, "patches": patches}
+    if programs:
+        embed_patches_backward_kernel[(programs,)](
+            grad_out_ptr=grad_out,
+            tokens_ptr=tokens,
+            mean_ptr=mean,
+            rstd_ptr=rstd,
+            grad_tokens_ptr=grad_tokens,
+            grad_total_ptr=grad_total if normalised else None,
+            frames=frames,
+            columns=columns,
+            SLOTS=SLOTS,
+            enable_fp_fusion=True,
+            **{f"{name}_sum_ptr": tensor for name, tensor in sums.items()},
+            **{f"{name}_ptr": tensor for name, tensor in parameters.items() if name != "norm_bias"},
+            **counts,
+            **row_configuration(columns),
+        )
+    slots = None
+    if keep is not None:
+        slots = torch.empty((samples, patches + 1), dtype=torch.int32, device=tokens.device)
+        if samples:
+            invert_keep_kernel[(samples, triton.cdiv(patches + 1, INVERSE))](
+                keep_ptr=keep, slots_ptr=slots, BLOCK=INVERSE, num_warps=4, enable_fp_fusion=True, **counts
+            )
+    position_gradient_kernel[(patches + 1, triton.cdiv(columns, POSITION_COLUMNS))](
+        grad_total_ptr=grad_total,
+        slots_ptr=slots,
+        grad_position_ptr=grad_position,
+        samples=samples,
+        frames=frames,
+        columns=columns,
+        BLOCK_ROWS=POSITION_ROWS,
+        BLOCK_COLUMNS=POSITION_COLUMNS,
+        num_warps=4,
+        enable_fp_fusion=True,
+        **counts,
+    )
+    of_frames = sums.pop("temporal")
+    if of_frames is not None:
+        of_frames = of_frames.view(samples, frames, programs_per_group, columns).sum((0, 2))
+    gradients = {name: None if tensor is None else tensor.sum(0) for name, tensor in sums.items()}
+    return gradients | {"tokens": grad_tokens, "position": grad_position, "temporal": of_frames}
+
+
+AHEAD_OF_TIME = [
+    ahead_of_time(embed_patches_backward_kernel, PICTURE, SLOTS=SLOTS, BLOCK=1024),
+    ahead_of_time(embed_patches_backward_kernel, CLIP, SLOTS=SLOTS, BLOCK=1024),
+    ahead_of_time(embed_patches_backward_kernel, CLIP, "fp32", SLOTS=SLOTS, BLOCK=1024),
+    ahead_of_time(invert_keep_kernel, set(), BLOCK=INVERSE),
+    ahead_of_time(position_gradient_kernel, set(), BLOCK_ROWS=POSITION_ROWS, BLOCK_COLUMNS=POSITION_COLUMNS),
+]

@@ -1,0 +1,287 @@
+"""Cross-entropy over the logits of a linear layer: statistics of each row, and the gradient of the logits.
+
+R rows, V vocabulary, W = V rounded up to ``ALIGNMENT``, the columns of a buffer of logits. The products are cuBLAS's;
+the bias is added here. Arithmetic in float32, whatever the logits hold.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sclkern.kernels.completion_loss import softplus
+
+# A row a program: 125 rows of 50265 logits are one wave of an H200's 132 multiprocessors, and a split row would cost a
+# second launch. 16 warps hold 16 KB of a row in flight. Not yet tuned on a GPU.
+ROW_COLUMNS, ROW_WARPS = 8192, 16
+# A block of columns a program, which walks all rows: it owns their bias gradient, so that nothing is added up twice.
+# 393 programs at V = 50265. Not yet tuned on a GPU.
+BLOCK_ROWS, BLOCK_COLUMNS, GRADIENT_WARPS = 32, 128, 4
+REDUCE_ROWS, REDUCE_WARPS = 1024, 4
+# Columns of 128 bytes in bfloat16. V itself may be odd: cuBLAS then takes its kernels for unaligned operands, and
+# Triton loads of 2 bytes.
+ALIGNMENT = tl.constexpr(64)
+
+# Not minus infinity, whose differences are NaN; far below any logit.
+EXCLUDED = tl.constexpr(-1e30)
+
+
+@triton.jit(do_not_specialize=["columns"])
+def linear_cross_entropy_rows_kernel(
+    logits_ptr,  # (R, W), without the bias; the columns from V on become zeros
+    bias_ptr,  # (W,) or None
+    labels_ptr,  # (R,) int64
+    losses_ptr,  # (R,) float32
+    lse_ptr,  # (R,) float32
+    margin_ptr,  # (R,) float32: log-sum-exp over the other words - logit of the label
+    hits_ptr,  # (R,) int32: whether the arg max is the label
+    columns,
+    width,
+    ignore_index,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * width
+    label = tl.load(labels_ptr + row)
+    known = (label >= 0) & (label < columns)
+    ignored = label == ignore_index
+    positive = tl.load(logits_ptr + label, mask=known, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        positive += tl.load(bias_ptr + label, mask=known, other=0.0).to(tl.float32)
+    # A maximum and a sum in each lane, merged once: the loop needs no barrier and one exponential an element.
+    maximum = tl.full((BLOCK,), EXCLUDED, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    before = tl.full((BLOCK,), EXCLUDED, tl.float32)
+    # An ignored row is not read at all.
+    for start in range(0, tl.where(ignored, 0, width), BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        # Loads reach to the padded width, a multiple of 16, or they would be of single elements.
+        logit = tl.load(logits_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            logit += tl.load(bias_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+        logit = tl.where((column < columns) & (column != label), logit, EXCLUDED)
+        before = tl.maximum(before, tl.where(column < label, logit, EXCLUDED))
+        smaller = tl.exp(-tl.abs(logit - maximum))
+        total = tl.where(logit > maximum, total * smaller + 1.0, total + smaller)
+        maximum = tl.maximum(maximum, logit)
+    largest = tl.max(maximum, axis=0)
+    others = largest + tl.log(tl.sum(total * tl.exp(maximum - largest), axis=0))
+    # From the other words, not lse - positive, which cancels where the label is confident.
+    margin = others - positive
+    loss = softplus(margin)
+    lse = tl.maximum(others, positive) + softplus(-tl.abs(margin))
+    hit = known & (positive > tl.max(before, axis=0)) & (positive >= largest)
+    # A label that is none makes its loss NaN, where it can be seen.
+    loss, lse = tl.where(known, loss, float("nan")), tl.where(known, lse, float("nan"))
+    # Never used, but the buffer is an output of the op: whatever lay there would differ from run to run.
+    rest = columns + tl.arange(0, ALIGNMENT)
+    tl.store(logits_ptr + rest, tl.zeros((ALIGNMENT,), logits_ptr.dtype.element_ty), mask=rest < width)
+    tl.store(losses_ptr + row, tl.where(ignored, 0.0, loss))
+    tl.store(lse_ptr + row, tl.where(ignored, 0.0, lse))
+    tl.store(margin_ptr + row, tl.where(ignored, 0.0, margin))
+    tl.store(hits_ptr + row, tl.where(ignored, 0, hit.to(tl.int32)))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def linear_cross_entropy_reduce_kernel(
+    losses_ptr,  # (R,) float32
+    hits_ptr,  # (R,) int32
+    labels_ptr,  # (R,) int64
+    loss_ptr,  # (1,) float32
+    count_ptr,  # (1,) float32: rows that are not ignored, at least 1
+    hit_count_ptr,  # (1,) int64
+    rows,
+    ignore_index,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    total = tl.zeros((BLOCK,), tl.float32)
+    hits = tl.zeros((BLOCK,), tl.int64)
+    count = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, rows, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        inside = row < rows
+        total += tl.load(losses_ptr + row, mask=inside, other=0.0)
+        hits += tl.load(hits_ptr + row, mask=inside, other=0)
+        count += (tl.load(labels_ptr + row, mask=inside, other=ignore_index) != ignore_index).to(tl.int32)
+    divisor = tl.maximum(tl.sum(count, axis=0), 1).to(tl.float32)
+    loss = tl.sum(total, axis=0)
+    tl.store(loss_ptr, loss / divisor if MEAN else loss)
+    tl.store(count_ptr, divisor)
+    tl.store(hit_count_ptr, tl.sum(hits, axis=0))
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "first_column"])
+def linear_cross_entropy_gradient_kernel(
+    grad_ptr,  # (R,) or, with a stride of 0, () float32: of the losses, or of the reduced loss
+    count_ptr,  # () float32 or None: what the gradient is divided by
+    logits_ptr,  # (R, W), without the bias
+    bias_ptr,  # (V,) or None
+    labels_ptr,  # (R,) int64
+    lse_ptr,  # (R,) float32
+    margin_ptr,  # (R,) float32
+    grad_logits_ptr,  # (R, W)
+    grad_bias_ptr,  # (V,) or None
+    rows,
+    columns,
+    first_column,  # of the whole vocabulary
+    width,
+    grad_stride,
+    ignore_index,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    bias = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+    if bias_ptr is not None:
+        bias += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+    divisor = 1.0
+    if count_ptr is not None:
+        divisor = tl.load(count_ptr)
+    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for start in range(0, rows, BLOCK_ROWS):
+        row = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_ROWS)
+        inside = row < rows
+        label = tl.load(labels_ptr + row, mask=inside, other=ignore_index)
+        used = label != ignore_index
+        scale = tl.load(grad_ptr + row * grad_stride, mask=used, other=0.0) / divisor
+        lse = tl.load(lse_ptr + row, mask=used, other=0.0)
+        margin = tl.load(margin_ptr + row, mask=used, other=0.0)
+        offset = row[:, None] * width + column[None, :]
+        logit = tl.load(logits_ptr + offset, mask=used[:, None] & (column < width)[None, :], other=0.0)
+        share = tl.exp(logit.to(tl.float32) + bias[None, :] - lse[:, None])
+        # softmax - 1 of the label, from the sum over the others.
+        is_label = column[None, :] + first_column == label[:, None]
+        share = tl.where(is_label, tl.where(lse == lse, -tl.sigmoid(margin), lse)[:, None], share)
+        grad = tl.where(used[:, None] & (column < columns)[None, :], share * scale[:, None], 0.0)
+        stored = inside[:, None] & (column < width)[None, :]
+        tl.store(grad_logits_ptr + offset, grad.to(grad_logits_ptr.dtype.element_ty), mask=stored)
+        sums += grad
+    if grad_bias_ptr is not None:
+        grad_bias = tl.sum(sums, axis=0).to(grad_bias_ptr.dtype.element_ty)
+        tl.store(grad_bias_ptr + column, grad_bias, mask=column < columns)
+
+
+def statistics(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    losses: Tensor,
+    lse: Tensor,
+    margin: Tensor,
+    hits: Tensor,
+    columns: int,
+) -> None:
+    """Fill losses, lse, margin (R,) float32 and hits (R,) int32 from logits (R, W) contiguous, bias (W,) and labels."""
+    if len(logits):
+        linear_cross_entropy_rows_kernel[(len(logits),)](
+            logits_ptr=logits,
+            bias_ptr=bias,
+            labels_ptr=labels,
+            losses_ptr=losses,
+            lse_ptr=lse,
+            margin_ptr=margin,
+            hits_ptr=hits,
+            columns=columns,
+            width=logits.shape[1],
+            ignore_index=ignore_index,
+            BLOCK=ROW_COLUMNS,
+            num_warps=ROW_WARPS,
+            enable_fp_fusion=True,
+        )
+
+
+def reduce(losses: Tensor, hits: Tensor, labels: Tensor, ignore_index: int, mean: bool) -> tuple[Tensor, ...]:
+    """The loss () float32, the rows that are not ignored (at least 1) () float32, the hits () int64; in fixed order."""
+    loss, count = (torch.empty((), dtype=torch.float32, device=losses.device) for _ in range(2))
+    hit_count = torch.empty((), dtype=torch.int64, device=losses.device)
+    linear_cross_entropy_reduce_kernel[(1,)](
+        losses_ptr=losses,
+        hits_ptr=hits,
+        labels_ptr=labels,
+        loss_ptr=loss,
+        count_ptr=count,
+        hit_count_ptr=hit_count,
+        rows=len(losses),
+        ignore_index=ignore_index,
+        MEAN=mean,
+        BLOCK=REDUCE_ROWS,
+        num_warps=REDUCE_WARPS,
+        enable_fp_fusion=True,
+    )
+    return loss, count, hit_count
+
+
+def gradient(
+    grad: Tensor,
+    count: Tensor | None,
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    lse: Tensor,
+    margin: Tensor,
+    ignore_index: int,
+    first_column: int,
+    grad_logits: Tensor,
+    grad_bias: Tensor | None,
+    columns: int,
+) -> None:
+    """Fill grad_logits (R, W) and grad_bias (columns,) from logits (R, W), columns of the vocabulary from first_column.
+
+    grad is that of the loss (), divided by count, or of the losses (R,) of any stride.
+    """
+    if len(logits):
+        linear_cross_entropy_gradient_kernel[(triton.cdiv(logits.shape[1], BLOCK_COLUMNS),)](
+            grad_ptr=grad,
+            count_ptr=count,
+            logits_ptr=logits,
+            bias_ptr=bias,
+            labels_ptr=labels,
+            lse_ptr=lse,
+            margin_ptr=margin,
+            grad_logits_ptr=grad_logits,
+            grad_bias_ptr=grad_bias,
+            rows=len(logits),
+            columns=columns,
+            first_column=first_column,
+            width=logits.shape[1],
+            grad_stride=grad.stride(0) if grad.ndim else 0,
+            ignore_index=ignore_index,
+            BLOCK_ROWS=BLOCK_ROWS,
+            BLOCK_COLUMNS=BLOCK_COLUMNS,
+            num_warps=GRADIENT_WARPS,
+            enable_fp_fusion=True,
+        )
+    elif grad_bias is not None:
+        grad_bias.zero_()
+
+
+def _entry(kernel, logits: str, warps: int, **constants) -> dict:
+    kinds = {"labels_ptr": "*i64", "hits_ptr": "*i32", "hit_count_ptr": "*i64"}
+    kinds |= {name: f"*{logits}" for name in ("logits_ptr", "bias_ptr", "grad_logits_ptr", "grad_bias_ptr")}
+    kinds = {name: kinds.get(name, "*fp32") for name in kernel.arg_names if name.endswith("_ptr")}
+    return {
+        "kernel": kernel,
+        "signature": {name: kind for name, kind in kinds.items() if name not in constants},
+        "constants": constants,
+        "num_warps": warps,
+        "divisible": ["width"] if "width" in kernel.arg_names else [],
+    }
+
+
+# What the static checks compile: kernel, argument types, constants, warps.
+AHEAD_OF_TIME = [_entry(linear_cross_entropy_reduce_kernel, "bf16", REDUCE_WARPS, MEAN=True, BLOCK=REDUCE_ROWS)]
+for _dtype in ("bf16", "fp32"):
+    AHEAD_OF_TIME += [
+        _entry(linear_cross_entropy_rows_kernel, _dtype, ROW_WARPS, BLOCK=ROW_COLUMNS),
+        _entry(
+            linear_cross_entropy_gradient_kernel,
+            _dtype,
+            GRADIENT_WARPS,
+            BLOCK_ROWS=BLOCK_ROWS,
+            BLOCK_COLUMNS=BLOCK_COLUMNS,
+        ),
+    ]

@@ -1,0 +1,247 @@
+"""Masks of patches and words, one program a sample, equal to those of ``sclkern.reference.masking`` to the bit.
+
+B samples, P patches, L tokens. The words are Philox-4x32-10 with the counter of ``sclkern.random.random_words``, held
+as int64 so that every comparison is signed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sclkern.random import STREAM_COMPLETION, STREAM_MLM, STREAM_PATCHES, STREAM_TOKENS
+
+# A program holds its row in registers: two for each element and thread. 16 draws at a time against 1024 places fill
+# 128 of them. Not yet tuned on a GPU.
+MIN_COLUMNS, MAX_PATCHES, MAX_TOKENS, NUM_WARPS = 64, 4096, 1024, 4
+DRAWS = tl.constexpr(16)
+
+
+@triton.jit
+def draw(seed_ptr, row, column, STREAM: tl.constexpr):
+    """Three words on [0, 2**32) for each column (int32) of a row."""
+    zero = column * 0
+    key, action, token, _ = tl.philox(tl.load(seed_ptr), column, zero + row, zero + STREAM, zero)
+    return key.to(tl.int64), action.to(tl.int64), token.to(tl.int64)
+
+
+@triton.jit
+def smallest(words, eligible, count):
+    """(columns,) bool: the ``count`` eligible columns with the smallest words, of equal ones the first.
+
+    The count-th smallest word is built from its highest bit down, which takes 32 sums where ranks take a comparison of
+    every pair.
+    """
+    threshold = tl.sum(words, 0) * 0
+    bit = threshold + 0x80000000
+    for _ in range(32):
+        candidate = threshold + bit
+        fewer = tl.sum((eligible & (words < candidate)).to(tl.int32), 0) < count
+        threshold = tl.where(fewer, candidate, threshold)
+        bit = bit >> 1
+    below_threshold = eligible & (words < threshold)
+    equal = (eligible & (words == threshold)).to(tl.int32)
+    before = tl.cumsum(equal, 0) - equal
+    left = count - tl.sum(below_threshold.to(tl.int32), 0)
+    return below_threshold | ((equal != 0) & (before < left))
+
+
+@triton.jit(do_not_specialize=["patches", "count"])
+def select_patches_kernel(
+    seed_ptr,  # (1,) int64
+    out_ptr,  # (B, count) int64
+    patches,
+    count,
+    STREAM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    words, _, _ = draw(seed_ptr, row, column, STREAM)
+    chosen = smallest(words, column < patches, count)
+    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(out_ptr + row.to(tl.int64) * count + place, column.to(tl.int64), mask=chosen)
+
+
+@triton.jit(do_not_specialize=["patches", "count"])
+def select_tokens_kernel(
+    seed_ptr,  # (1,) int64
+    out_ptr,  # (B, P) bool
+    patches,
+    count,
+    STREAM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    words, _, _ = draw(seed_ptr, row, column, STREAM)
+    chosen = smallest(words, column < patches, count)
+    tl.store(out_ptr + row.to(tl.int64) * patches + column, chosen, mask=column < patches)
+
+
+# The count of words must be that of Python's float64 product, so ratio is not the float32 that Triton would take.
+@triton.jit(do_not_specialize=["width", "ids_row_stride", "mask_id", "vocab_size", "draws"])
+def mask_text_kernel(
+    ids_ptr,  # (B, L) int64
+    lengths_ptr,  # (B,) int64
+    seed_ptr,  # (1,) int64
+    out_ptr,  # (B, L) int64
+    selected_ptr,  # (B, L) bool
+    width,
+    ids_row_stride,
+    mask_id,
+    vocab_size,
+    draws,  # of the padded width, for the published "mlm"
+    ratio: tl.float64,
+    COMPLETION: tl.constexpr,
+    REFERENCE: tl.constexpr,
+    STREAM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    words = tl.maximum(tl.load(lengths_ptr + row) - 2, 0)
+    is_word = inside & (column >= 1) & (column <= words)
+    ids = tl.load(ids_ptr + row.to(tl.int64) * ids_row_stride + column, mask=inside, other=0)
+    key, action, token = draw(seed_ptr, row, column, STREAM)
+    expected = words.to(tl.float64) * ratio
+    if COMPLETION:
+        count = expected.to(tl.int64) + 1
+        if REFERENCE:
+            hits = tl.zeros((BLOCK,), tl.int32)
+            for start in range(0, width, DRAWS):
+                index = start + tl.arange(0, DRAWS)
+                drawn, _, _ = draw(seed_ptr, row, index, STREAM)
+                drawn = tl.minimum(((drawn * words) >> 32) + 1, width - 1)
+                drawn = tl.where((index < count) & (index < width), drawn, -1)
+                hits += tl.sum((column[:, None] == drawn[None, :]).to(tl.int32), 1)
+            selected = is_word & (hits > 0)
+        else:
+            selected = smallest(key, is_word, count)
+        replaced = tl.zeros((BLOCK,), tl.int64) + mask_id
+    else:
+        if REFERENCE:
+            selected = smallest(key, inside, draws) & is_word
+        else:
+            selected = smallest(key, is_word, tl.maximum((expected + 0.5).to(tl.int64), 1))
+        chance = (action >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2**-24
+        replaced = tl.where(chance < 0.9, (token * vocab_size) >> 32, ids)
+        replaced = tl.where(chance < 0.8, mask_id, replaced)
+    place = row.to(tl.int64) * width + column
+    tl.store(out_ptr + place, tl.where(selected, replaced, ids), mask=inside)
+    tl.store(selected_ptr + place, selected, mask=inside)
+
+
+def _block(columns: int) -> int:
+    return max(MIN_COLUMNS, triton.next_power_of_2(columns))
+
+
+def select_patches(seed: Tensor, patches: int, count: int, batch: int) -> Tensor:
+    """(B, count) int64, ascending; ``seed`` (1,) int64; ``count`` up to ``patches``, which is up to ``MAX_PATCHES``."""
+    out = torch.empty((batch, count), dtype=torch.int64, device=seed.device)
+    if out.numel():
+        select_patches_kernel[(batch,)](
+            seed_ptr=seed,
+            out_ptr=out,
+            patches=patches,
+            count=count,
+            STREAM=STREAM_PATCHES,
+            BLOCK=_block(patches),
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
+        )
+    return out
+
+
+def select_tokens(seed: Tensor, patches: int, count: int, batch: int) -> Tensor:
+    """(B, P) bool with ``count`` True in each row; ``seed`` (1,) int64; at most ``MAX_PATCHES`` patches."""
+    out = torch.empty((batch, patches), dtype=torch.bool, device=seed.device)
+    if out.numel():
+        select_tokens_kernel[(batch,)](
+            seed_ptr=seed,
+            out_ptr=out,
+            patches=patches,
+            count=count,
+            STREAM=STREAM_TOKENS,
+            BLOCK=_block(patches),
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
+        )
+    return out
+
+
+def mask_text(
+    ids: Tensor,
+    lengths: Tensor,
+    seed: Tensor,
+    completion: bool,
+    ratio: float,
+    mask_id: int,
+    vocab_size: int,
+    reference: bool,
+) -> tuple[Tensor, Tensor]:
+    """ids (B, L) int64 with contiguous rows, L up to ``MAX_TOKENS``; lengths (B,) int64 contiguous; seed (1,) int64.
+
+    Returns:
+        The ids that the model reads (B, L) int64 and the selected positions (B, L) bool.
+    """
+    rows, width = ids.shape
+    out = torch.empty((rows, width), dtype=torch.int64, device=ids.device)
+    selected = torch.empty((rows, width), dtype=torch.bool, device=ids.device)
+    if out.numel():
+        mask_text_kernel[(rows,)](
+            ids_ptr=ids,
+            lengths_ptr=lengths,
+            seed_ptr=seed,
+            out_ptr=out,
+            selected_ptr=selected,
+            width=width,
+            ids_row_stride=ids.stride(0),
+            mask_id=mask_id,
+            vocab_size=vocab_size,
+            draws=max(1, round(width * ratio)),
+            ratio=ratio,
+            COMPLETION=completion,
+            REFERENCE=reference,
+            STREAM=STREAM_COMPLETION if completion else STREAM_MLM,
+            BLOCK=_block(width),
+            num_warps=NUM_WARPS,
+            # The product and the sum that rounds it are two roundings, as in the reference: one would change counts.
+            enable_fp_fusion=False,
+        )
+    return out, selected
+
+
+# What the static checks compile: 324 patches, captions of 50 tokens, and the widest that the kernels take.
+AHEAD_OF_TIME = [
+    {
+        "kernel": kernel,
+        "signature": {"seed_ptr": "*i64", "out_ptr": out},
+        "constants": {"STREAM": stream, "BLOCK": block},
+        "num_warps": NUM_WARPS,
+    }
+    for kernel, out, stream, block in (
+        (select_patches_kernel, "*i64", STREAM_PATCHES, 512),
+        (select_patches_kernel, "*i64", STREAM_PATCHES, MAX_PATCHES),
+        (select_tokens_kernel, "*i1", STREAM_TOKENS, 512),
+    )
+] + [
+    {
+        "kernel": mask_text_kernel,
+        "signature": {
+            "ids_ptr": "*i64", "lengths_ptr": "*i64", "seed_ptr": "*i64", "out_ptr": "*i64", "selected_ptr": "*i1",
+            "ratio": "fp64",
+        },
+        "constants": {
+            "COMPLETION": completion, "REFERENCE": published, "BLOCK": block,
+            "STREAM": STREAM_COMPLETION if completion else STREAM_MLM,
+        },
+        "num_warps": NUM_WARPS,
+    }
+    for completion, published, block in (
+        (False, False, 64), (True, False, 64), (False, True, 64), (True, True, 64), (True, True, MAX_TOKENS),
+    )
+]  # fmt: skip

@@ -1,0 +1,45 @@
+"""``DropoutAddLayerNorm``: the end of a post-norm residual branch."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sclkern import ops
+
+
+class DropoutAddLayerNorm(nn.LayerNorm):
+    """LayerNorm of ``residual + dropout(x + x_bias)``; on a GPU one kernel that stores neither mask nor sum.
+
+    The ``state_dict`` is that of ``torch.nn.LayerNorm``.
+
+    Args:
+        normalized_shape: D, the last dimension.
+        dropout: probability of dropping an element of x in training.
+        backend: "auto", "triton" or "eager".
+    """
+
+    def __init__(
+        self, normalized_shape: int, *, dropout: float = 0.0, eps: float = 1e-5, backend: str = "auto", **options
+    ) -> None:
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout: got {dropout}, expected 0 to 1")
+        super().__init__(normalized_shape, eps=eps, **options)
+        if len(self.normalized_shape) != 1 or self.weight is None or self.bias is None:
+            raise ValueError("normalized_shape: expected one dimension, with weight and bias")
+        self.dropout, self.backend = dropout, backend
+
+    def forward(self, x: Tensor, residual: Tensor, x_bias: Tensor | None = None) -> Tensor:
+        """x, residual: (..., D); x_bias: (D,), the bias of the projection that made x. Returns (..., D)."""
+        return ops.dropout_add_layer_norm(
+            x,
+            residual,
+            self.weight,
+            self.bias,
+            x_bias=x_bias,
+            dropout_p=self.dropout if self.training else 0.0,
+            eps=self.eps,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, dropout={self.dropout}"

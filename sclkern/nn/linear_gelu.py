@@ -1,0 +1,48 @@
+"""``LinearGELU``: a linear layer with the GELU that follows it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sclkern import ops
+from sclkern.dispatch import choose
+from sclkern.ops.bias_gelu import KINDS
+
+
+class LinearGELU(nn.Linear):
+    """``torch.nn.Linear`` followed by a GELU; on a GPU bias and GELU are one kernel that keeps no activation.
+
+    The ``state_dict`` is that of ``torch.nn.Linear``.
+
+    Args:
+        approximate: "none", "tanh" or "quick" (see ``sclkern.ops.bias_gelu``).
+        backend: "auto", "triton" or "eager".
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, approximate: str = "none", backend: str = "auto", **options
+    ) -> None:
+        if approximate not in KINDS:
+            raise ValueError(f"approximate: got {approximate!r}, expected one of {', '.join(KINDS)}")
+        super().__init__(in_features, out_features, **options)
+        self.approximate, self.backend = approximate, backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return linear_gelu(x, self.weight, self.bias, self.approximate, self.backend)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, approximate={self.approximate!r}"
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, backend: str) -> Tensor:
+    """GELU of ``x @ weight.T + bias``. x: (..., I). weight: (O, I). bias: (O,) or None. Returns (..., O)."""
+    if bias is not None and choose(x, weight, backend=backend).backend == "triton":
+        return ops.bias_gelu(F.linear(x, weight), bias, approximate=approximate, backend=backend)
+    # Here the product adds the bias for nothing.
+    hidden = F.linear(x, weight, bias)
+    if approximate == "quick":
+        return hidden * torch.sigmoid(1.702 * hidden)
+    return F.gelu(hidden, approximate=approximate)

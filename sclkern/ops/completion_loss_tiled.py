@@ -1,0 +1,126 @@
+"""``completion_loss`` on a CPU without the kernels: row blocks of similarities, with explicit gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Similarities of a tile.
+TILE = 2**22
+# As in the kernels: far below any similarity, yet sums of it stay finite.
+_EXCLUDED = -1e30
+
+
+def forward(recovered, complete, temperature, valid, both, learnable, eps, offset, rows):
+    """The op ``sclkern::completion_loss`` (see its launcher), in float32 or the wider dtype of the temperature."""
+    shape, precise = recovered.shape[:2], temperature.dtype
+    window = slice(offset, offset + rows)
+    rnorm, positive = torch.empty((2, *shape), dtype=precise), torch.empty(shape, dtype=precise)
+    for side, features in zip(rnorm, (recovered, complete), strict=True):
+        torch.linalg.vector_norm(features, dim=-1, dtype=precise, out=side).clamp_(min=eps).reciprocal_()
+    if valid is not None:
+        rnorm.masked_fill_(~valid, 0.0)
+    lse = torch.full((2 if both else 1, shape[0], rows), _EXCLUDED, dtype=precise)
+    # Relative to the maximum so far, which for columns rises from one row block to the next.
+    total, spread = torch.zeros_like(lse), torch.zeros_like(lse)
+    sides = (recovered, complete)
+    for group in range(shape[0]):
+        x, y = (_normalised(f, valid, group, r) for f, r in zip(sides, rnorm, strict=True))
+        positive[group] = (x * y).sum(-1) / temperature
+    for first, dims in _passes(len(lse), shape[1], rows):
+        for group, here, _, _, similarity, excluded in _tiles(sides, temperature, valid, rnorm, first, window):
+            similarity.masked_fill_(excluded, _EXCLUDED)
+            for dim in dims:
+                own = slice(here.start - offset, here.stop - offset) if dim else slice(None)
+                direction = first if dim else 1 - first
+                anchor = positive[group, here if dim else window].unsqueeze(dim)
+                old, sums, spreads = (t[direction, group, own] for t in (lse, total, spread))
+                raised = torch.maximum(old, similarity.amax(dim))
+                shrink, weight = torch.exp(old - raised), torch.exp(similarity - raised.unsqueeze(dim))
+                sums.mul_(shrink).add_(weight.sum(dim))
+                if learnable:
+                    spreads.mul_(shrink).add_((weight * (similarity - anchor)).sum(dim))
+                old.copy_(raised)
+    lse += total.log()
+    losses = F.softplus(lse - positive[:, window]).sum(0)
+    return losses, positive, lse, spread / total if learnable else spread[:0].clone(), rnorm
+
+
+def backward(recovered, complete, temperature, valid, weight, lse, rnorm, eps, offset, rows, needed) -> list:
+    """Gradients (G, rows, D) of the window of both sides, or None where not needed; weight and lse (directions, G, N)
+    as in the kernels."""
+    groups, length, width = recovered.shape
+    window, features = slice(offset, offset + rows), (recovered, complete)
+    sides = [torch.zeros((groups, rows, width), dtype=rnorm.dtype) if need else None for need in needed]
+    for first, dims in _passes(2, length, rows):
+        targets = [(dim, first if dim else 1 - first) for dim in dims]
+        targets = [(dim, target) for dim, target in targets if needed[target]]
+        if not targets:
+            continue
+        for group, here, x, y, similarity, excluded in _tiles(features, temperature, valid, rnorm, first, window):
+            gradient = torch.zeros_like(similarity)
+            if first < len(lse):
+                gradient += torch.exp(similarity - lse[first, group, here, None]) * weight[first, group, here, None]
+            if 1 - first < len(lse):
+                gradient += torch.exp(similarity - lse[1 - first, group]) * weight[1 - first, group]
+            gradient.masked_fill_(excluded, 0.0)
+            gradient.diagonal(here.start).copy_(-weight[:, group, here].sum(0))
+            for dim, target in targets:
+                if dim:
+                    sides[target][group, here.start - offset : here.stop - offset] = gradient @ y
+                else:
+                    sides[target][group] += gradient.T @ x[here]
+    for side, push in enumerate(sides):
+        if push is None:
+            continue
+        scale = rnorm[side, :, window]
+        for group in range(groups):
+            x = _normalised(features[side], valid, group, rnorm[side], window)
+            # A norm below eps was replaced by eps, a constant: nothing to project away.
+            clamped = (scale[group] >= torch.tensor(eps, dtype=scale.dtype).reciprocal())[:, None]
+            push[group] -= ((push[group] * x).sum(-1, keepdim=True) * x).masked_fill_(clamped, 0.0)
+        push *= (scale / temperature)[..., None]
+        if valid is not None:
+            push.masked_fill_(~valid[:, window, None], 0.0)
+        sides[side] = push.to(features[side].dtype)
+    return sides
+
+
+def _passes(directions: int, length: int, rows: int) -> list[tuple[int, tuple[int, ...]]]:
+    """Which side the row blocks are of, and which dims of a tile are reduced. Where the window is everything, the
+    tiles of one direction are those of the other."""
+    if rows == length:
+        return [(0, (1, 0)[:directions])]
+    return [(0, (1,)), (1, (1,))][:directions]
+
+
+def _tiles(
+    features: tuple[Tensor, Tensor],
+    temperature: Tensor,
+    valid: Tensor | None,
+    rnorm: Tensor,
+    first: int,
+    window: slice,
+) -> Iterator[tuple[int, slice, Tensor, Tensor, Tensor, Tensor]]:
+    """Row blocks of the window, group by group: group, rows, both sides normalised, similarities, what to exclude."""
+    groups, length, _ = features[0].shape
+    step = max(1, min(1024, TILE // max(length, 1)))
+    column = torch.arange(length)
+    for group in range(groups):
+        x, y = (_normalised(features[side], valid, group, rnorm[side]) for side in (first, 1 - first))
+        for start in range(window.start, window.stop, step):
+            rows = slice(start, min(start + step, window.stop))
+            excluded = column[rows, None] == column
+            if valid is not None:
+                excluded = excluded | ~(valid[group, rows, None] & valid[group])
+            yield group, rows, x, y, x[rows] @ y.T / temperature, excluded
+
+
+def _normalised(features: Tensor, valid: Tensor | None, group: int, rnorm: Tensor, rows=slice(None)) -> Tensor:
+    features = features[group, rows].to(rnorm.dtype)
+    if valid is not None:
+        features = features.masked_fill(~valid[group, rows, None], 0.0)
+    return features * rnorm[group, rows, None]

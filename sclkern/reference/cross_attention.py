@@ -1,0 +1,165 @@
+"""``cross_attention``: the whole sub-layer, and its forms that absorb projections into the shorter side."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sclkern.random import seed_tensor
+from sclkern.reference.attention import attention, attention_dropout_mask, attention_dropout_threshold
+
+
+def cross_attention(
+    x: Tensor,
+    context: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    *,
+    num_heads: int,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    seed: int | Tensor | None = None,
+    absorb: str = "never",
+) -> Tensor:
+    """Query, key and value projections, attention, output projection.
+
+    With W_q, W_k, W_v the rows of ``in_weight`` and W_o the columns of ``out_weight`` that belong to head h::
+
+        out = sum over h of dropout(softmax(scale (x W_q^T + b_q) (c W_k^T + b_k)^T)) (c W_v^T + b_v) W_o^T + b_o
+
+    The products associate: few keys can take in W_q and W_o, few queries W_k and W_v. Neither form rounds as the
+    definition does, and both equal it in exact arithmetic.
+
+    Args:
+        x: (B, Lq, W). context: (B, Lk, W).
+        in_weight: (3 W, W), in_bias: (3 W,): rows of query, key and value. out_weight: (W, W). out_bias: (W,).
+        num_heads: H, which divides W.
+        key_padding_mask: (B, Lk) bool, True = attend. What the other rows of the context hold is never read, NaN too; a
+            sample without a valid key gets ``out_bias``.
+        dropout_p: probability of dropping a probability.
+        softmax_scale: default 1 / sqrt(W / H).
+        seed: of the mask of ``attention_dropout_mask``; None is torch's own dropout.
+        absorb: "never" is the definition, "keys" and "queries" the two forms.
+
+    Returns:
+        (B, Lq, W).
+    """
+    width = x.shape[-1]
+    scale = 1 / math.sqrt(width // num_heads) if softmax_scale is None else softmax_scale
+    seed = seed_tensor(seed, x.device) if dropout_p > 0 and seed is not None else None
+    if absorb == "keys":
+        absorbed = absorb_into_keys(
+            context, in_weight, in_bias, out_weight, num_heads=num_heads, scale=scale, mask=key_padding_mask
+        )
+        return absorbed_attention(x, *absorbed, out_bias, key_padding_mask, dropout_p=dropout_p, seed=seed)
+    if key_padding_mask is not None:
+        context = context.masked_fill(~key_padding_mask[:, :, None], 0.0)
+    query = F.linear(x, in_weight[:width], in_bias[:width]).unflatten(-1, (num_heads, -1))
+    if absorb == "queries":
+        key_weight, value_weight = in_weight[width:].view(2, num_heads, -1, width)
+        queries = _by_head(query * scale, key_weight)
+        # (B, H, Lq, Lk). A bias of the keys would shift every score of a query alike.
+        scores = queries.transpose(1, 2).flatten(1, 2) @ context.transpose(1, 2)
+        scores = scores.view(len(x), num_heads, x.shape[1], context.shape[1])
+        mask = None if key_padding_mask is None else key_padding_mask[:, None, None]
+        used = dropped(masked_softmax(scores, mask), dropout_p, seed)
+        mixed = (used.flatten(1, 2) @ context).view(queries.transpose(1, 2).shape).transpose(1, 2)
+        # What is left of a row of probabilities after dropout does not sum to 1, and the bias of the values shows it.
+        left = used.sum(-1).transpose(1, 2)[..., None] * in_bias[2 * width :].view(num_heads, -1)
+        out = _by_head(mixed, value_weight.transpose(1, 2)) + left
+    else:
+        key, value = F.linear(context, in_weight[width:], in_bias[width:]).chunk(2, -1)
+        key, value = (tensor.unflatten(-1, (num_heads, -1)) for tensor in (key, value))
+        options = {"key_padding_mask": key_padding_mask, "dropout_p": dropout_p, "softmax_scale": scale, "seed": seed}
+        out = attention(query, key, value, **options)
+    return F.linear(out.flatten(-2), out_weight, out_bias)
+
+
+def _by_head(x: Tensor, weight: Tensor) -> Tensor:
+    """(B, L, H, D) and (H, D, E): the product of each head, (B, L, H, E)."""
+    rows = x.flatten(0, 1).transpose(0, 1)
+    return torch.bmm(rows, weight).transpose(0, 1).unflatten(0, x.shape[:2])
+
+
+def absorb_into_keys(
+    context: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor,
+    out_weight: Tensor,
+    *,
+    num_heads: int,
+    scale: float,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the core needs of the keys: scores = x . score_weight + score_bias, out = probabilities . value_weight.
+
+    Returns:
+        score_weight (H, B, Lk, W), score_bias (H, B, Lk) and value_weight (H, B, Lk, W).
+    """
+    batch, keys, width = context.shape
+    if mask is not None:
+        context = context.masked_fill(~mask[:, :, None], 0.0)
+    key, value = F.linear(context, in_weight[width:], in_bias[width:]).chunk(2, -1)
+    key, value = (t.unflatten(-1, (num_heads, -1)).flatten(0, 1).transpose(0, 1) for t in (key * scale, value))
+    # Of each head: (H, D, W), (H, D, 1) and (H, D, W).
+    query_weight = in_weight[:width].view(num_heads, -1, width)
+    query_bias = in_bias[:width].view(num_heads, -1, 1)
+    head_out = out_weight.view(width, num_heads, -1).permute(1, 2, 0)
+    products = (torch.bmm(key, query_weight), torch.bmm(key, query_bias)[..., 0], torch.bmm(value, head_out))
+    score_weight, score_bias, value_weight = (t.unflatten(1, (batch, keys)) for t in products)
+    return score_weight, score_bias, value_weight
+
+
+def absorbed_attention(
+    x: Tensor,
+    score_weight: Tensor,
+    score_bias: Tensor,
+    value_weight: Tensor,
+    out_bias: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """The core between tensors (B, Lq, W), with what ``absorb_into_keys`` returns.
+
+    Args:
+        x: (B, Lq, W). score_weight, value_weight: (H, B, Lk, W). score_bias: (H, B, Lk). out_bias: (W,).
+        mask: (B, Lk) bool or None.
+
+    Returns:
+        (B, Lq, W).
+    """
+    weights = absorbed_probabilities(x, score_weight, score_bias, mask)
+    used = dropped(weights.transpose(1, 2), dropout_p, seed).transpose(1, 2)
+    return used.flatten(2) @ value_weight.transpose(0, 1).flatten(1, 2) + out_bias
+
+
+def absorbed_probabilities(x: Tensor, score_weight: Tensor, score_bias: Tensor, mask: Tensor | None) -> Tensor:
+    """The softmax of ``absorbed_attention``, before dropout: (B, Lq, H, Lk)."""
+    scores = x @ score_weight.transpose(0, 1).flatten(1, 2).transpose(1, 2)
+    heads, _, keys, _ = score_weight.shape
+    scores = scores.unflatten(-1, (heads, keys)) + score_bias.transpose(0, 1)[:, None]
+    return masked_softmax(scores, None if mask is None else mask[:, None, None])
+
+
+def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax over the last dimension where ``mask`` is True, 0 elsewhere."""
+    if mask is None:
+        return scores.softmax(-1)
+    # A finite fill: a row without a valid key then has finite gradients, and is zeroed afterwards.
+    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~mask, 0.0)
+
+
+def dropped(weights: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """What dropout by ``attention_dropout_mask`` leaves of (B, H, Lq, Lk); without a seed, what torch's own does."""
+    if dropout_p == 0 or seed is None:
+        return F.dropout(weights, dropout_p)
+    keep = attention_dropout_mask(*weights.shape, dropout_p=dropout_p, seed=seed, device=weights.device)
+    return weights.masked_fill(~keep, 0.0) * attention_dropout_threshold(dropout_p)[1]

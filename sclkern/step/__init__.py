@@ -1,0 +1,18 @@
+"""The training step: which masks are drawn, which views are fused, which loss reads what, and how it is executed."""
+
+from sclkern.step.config import StepConfig
+from sclkern.step.masks import StepMasks, draw_masks
+from sclkern.step.plan import Plan, make_plan
+from sclkern.step.run import SCLLosses, check_objectives, check_step, run_step
+
+__all__ = [
+    "Plan",
+    "SCLLosses",
+    "StepConfig",
+    "StepMasks",
+    "check_objectives",
+    "check_step",
+    "draw_masks",
+    "make_plan",
+    "run_step",
+]

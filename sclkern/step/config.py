@@ -1,0 +1,39 @@
+"""How a step is executed; no option changes a loss or a gradient, but for dropout drawing other numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sclkern.errors import UserError
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """Options of the execution; each can be turned off alone, and the published code has none of them.
+
+    Attributes:
+        share_encodings: encode each image and each text variant once for all passes that read it. With dropout the
+            passes then share its mask in the text encoder.
+        pack: run all variants of a modality, and all views, in one batch without padding; else a call for each, padded.
+        prune_last_layer: compute in the last fusion layer only the tokens that some loss reads.
+        absorb: multiply projections of cross-attention into the shorter side where that is less arithmetic: "auto" or
+            "never".
+        checkpoint_blocks: keep the input of each block alone and compute the rest again in the backward: about a third
+            more arithmetic for a fraction of the memory.
+    """
+
+    share_encodings: bool = True
+    pack: bool = True
+    prune_last_layer: bool = True
+    absorb: Literal["auto", "never"] = "auto"
+    checkpoint_blocks: bool = False
+
+    def __post_init__(self) -> None:
+        if self.absorb not in ("auto", "never"):
+            raise UserError(f"absorb: got {self.absorb!r}, expected 'auto' or 'never'")
+
+    @classmethod
+    def reference(cls) -> StepConfig:
+        """Separate padded passes, each encoding anew, as the published code runs them."""
+        return cls(share_encodings=False, pack=False, prune_last_layer=False, absorb="never")

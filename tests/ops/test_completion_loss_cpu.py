@@ -1,0 +1,111 @@
+"""``completion_loss`` apart from its kernels: memory of the CPU path, compiling, bad input."""
+
+import sys
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from op_testing import DEVICE, KERNELS_RUN
+from sclkern import reference
+from sclkern.dispatch import TRITON_INSTALLED, interpreted
+from sclkern.ops import completion_loss_tiled
+from sclkern.ops.completion_loss import completion_loss
+
+
+def features(shape):
+    return [torch.randn(shape, device=DEVICE, requires_grad=True) for _ in range(2)]
+
+
+@pytest.mark.skipif(not TRITON_INSTALLED or interpreted(), reason="asks the compiler's own description")
+def test_no_length_is_compiled_into_a_kernel():
+    from sclkern.kernels import completion_loss, completion_loss_backward
+
+    for entry in completion_loss.AHEAD_OF_TIME + completion_loss_backward.AHEAD_OF_TIME:
+        for parameter in entry["kernel"].params:
+            if not parameter.is_constexpr and parameter.name not in entry["signature"] | entry["constants"]:
+                assert parameter.do_not_specialize, (entry["kernel"], parameter.name)
+
+
+@pytest.mark.skipif(KERNELS_RUN, reason="one graph for the CPU path is one for all")
+def test_fifty_lengths_compile_once(monkeypatch):
+    # The op at every length, not the plain definition.
+    monkeypatch.setattr(sys.modules["sclkern.ops.completion_loss"], "PLAIN_ROWS", -1)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter, dynamic=True)
+    def function(recovered, complete):
+        return completion_loss(recovered, complete, temperature=0.1)
+
+    counts = set()
+    for rows in range(2, 52):
+        inputs = features((rows, 4))
+        loss = function(*inputs)
+        loss.backward()
+        torch.testing.assert_close(loss, reference.completion_loss(*inputs, temperature=0.1))
+        counts.add(counter.frame_count)
+    assert len(counts) == 1
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.skipif(KERNELS_RUN, reason="for the CPU path")
+def test_nothing_of_n_by_n_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(completion_loss_tiled, "TILE", 2**20)
+    # Seen only from inside the op: a dispatch mode that is active outside does not look into it.
+    n, (recovered, complete) = 6000, (x.detach()[None] for x in features((6000, 4)))
+    temperature = torch.tensor(0.1)
+    with Largest() as largest:
+        losses, _, lse, _, rnorm = completion_loss_tiled.forward(
+            recovered, complete, temperature, None, True, True, 1e-8, 0, n
+        )
+        sides = completion_loss_tiled.backward(
+            recovered, complete, temperature, None, torch.ones_like(lse), lse, rnorm, 1e-8, 0, n, (True, True)
+        )
+    assert all(side.isfinite().all() for side in (losses, *sides))
+    assert n < largest.elements <= 2**20 < n * n
+
+
+def test_eager_by_name_has_double_backward():
+    inputs = [torch.randn(3, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    function = lambda *a: completion_loss(*a, temperature=0.7, backend="eager")  # noqa: E731
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+X = torch.zeros(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"recovered": X.long()}, TypeError, r"recovered: got torch\.int64, expected a floating"),
+        ({"recovered": X[0]}, ValueError, r"recovered: got shape \(3,\), expected \(N, D\) or \(G, N, D\)"),
+        ({"complete": X[:3]}, ValueError, r"complete: got shape \(3, 3\), expected that of recovered, \(4, 3\)"),
+        ({"complete": X.to("meta")}, ValueError, r"complete: got device meta, expected that of recovered"),
+        ({"temperature": 0.0}, ValueError, r"temperature: got 0\.0, expected a positive number"),
+        ({"temperature": torch.ones(1)}, ValueError, r"temperature: got shape \(1,\), expected a 0-d tensor"),
+        ({"temperature": torch.tensor(1)}, TypeError, r"temperature: got torch\.int64"),
+        ({"valid": torch.ones(4)}, TypeError, r"valid: got torch\.float32, expected torch\.bool"),
+        ({"valid": torch.ones(3, dtype=torch.bool)}, ValueError, r"valid: got shape \(3,\), expected \(4,\)"),
+        ({"eps": 0.0}, ValueError, r"eps: got 0\.0, expected a positive number"),
+        ({"directions": "reference"}, ValueError, r"directions: got 'reference', expected one of both"),
+        ({"reduction": "max"}, ValueError, r"reduction: got 'max', expected one of mean"),
+        ({"gather": "all"}, ValueError, r"gather: got 'all', expected one of exact"),
+        ({"backend": "cuda"}, ValueError, r"backend: got 'cuda', expected one of auto"),
+    ],
+)
+def test_bad_input_is_named(changes, error, message):
+    with pytest.raises(error, match=message):
+        completion_loss(**{"recovered": X, "complete": X, "temperature": 0.1} | changes)

@@ -1,0 +1,101 @@
+"""The plan of a step and its arithmetic, against what PyTorch counts while the step runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from sclkern import ObjectiveConfig, SCLConfig, SCLModel, ops, reference
+from sclkern.step import StepConfig, draw_masks, make_plan, run_step
+from sclkern.step.execute import encode, fuse
+from sclkern.step.flops import Counter, describe_plan, format_plan
+
+STEPS = [
+    StepConfig(),
+    StepConfig(absorb="never"),
+    StepConfig(share_encodings=False, absorb="never"),
+    StepConfig(prune_last_layer=False, absorb="never"),
+    StepConfig.reference(),
+]
+WORDS, PADDED, ROWS = 9, 12, 2
+
+
+def attend_apart(query, key, value, cu_seqlens_q, cu_seqlens_k, *_, **__):
+    """Packed attention a sequence at a time: the definition pads, and would be counted with its padding."""
+    ends = [zip(cu.tolist(), cu.tolist()[1:], strict=False) for cu in (cu_seqlens_q, cu_seqlens_k)]
+    parts = [
+        reference.attention(query[None, a:b], key[None, c:d], value[None, c:d])[0]
+        for (a, b), (c, d) in zip(*ends, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def counted(function):
+    with FlopCounterMode(display=False) as counter:
+        result = function()
+    return result, counter.get_total_flops()
+
+
+def close(measured, expected):
+    # An absorbed form also multiplies the bias of the queries, one column more.
+    assert abs(measured - expected) <= 2e-4 * expected, (measured, expected, measured / expected)
+
+
+@pytest.mark.parametrize("frames", [1, 2], ids=["images", "clips"])
+@pytest.mark.parametrize("step", STEPS, ids=str)
+@pytest.mark.parametrize(("recipe", "negatives"), [("scl", "dataset"), ("glscl", "in_batch")])
+def test_the_arithmetic_is_what_is_executed(make_batch, monkeypatch, recipe, negatives, step, frames):
+    objectives = ObjectiveConfig(recipe=recipe, itm_negatives=negatives)
+    # Two heads, so that absorbing costs what it should; one layer more than the pruned one.
+    config = SCLConfig.preset("tiny").replace(width=128, vision_layers=1, text_layers=1, max_frames=2)
+    model = SCLModel(config, objectives, step).eval().set_backend("eager")
+    monkeypatch.setattr(ops, "packed_attention", attend_apart)
+    batch = make_batch(ROWS, frames=frames, lengths=[WORDS] * ROWS, width=PADDED, false_image=True, dtype=torch.float32)
+    batch["text_tokens"] = ROWS * WORDS
+    masks = draw_masks(model, batch, 0)
+    plan = make_plan(objectives, step)
+    parts = Counter(config, objectives, plan, caption_tokens=WORDS, padded_tokens=PADDED, num_frames=frames).parts()
+    encodings, views = len(plan.images) + len(plan.texts), len(plan.views)
+
+    encoded, flops = counted(lambda: encode(model, plan, batch, masks))
+    close(flops, ROWS * sum(part.flops for part in parts[:encodings]))
+    fused, flops = counted(lambda: fuse(model, plan, encoded, batch, masks))
+    close(flops, ROWS * sum(part.flops for part in parts[encodings : encodings + views]))
+    read = [tokens for view in (*fused.text.values(), *fused.image.values()) for tokens in view.values()]
+    itc = plan.encoding_of("itc", "complete")
+    read += [encoded.texts[itc], encoded.images[itc]]
+    _, flops = counted(lambda: sum(tokens.sum() for tokens in read).backward())
+    close(flops, ROWS * sum(part.backward for part in parts[: encodings + views]))
+    # The losses add the similarities of their features, which depend on the batch.
+    _, flops = counted(lambda: run_step(model, batch, masks))
+    heads = ROWS * sum(part.flops for part in parts)
+    assert heads < flops < 1.03 * heads
+
+
+def test_the_base_model_computes_half_of_what_separate_passes_do():
+    config = SCLConfig.preset("base")
+    dataset, in_batch = (ObjectiveConfig(itm_negatives=name) for name in ("dataset", "in_batch"))
+    plain = describe_plan(config, dataset, StepConfig(absorb="never"))
+    assert plain["flops_ratio"] <= 0.52
+    absorbed = describe_plan(config, dataset, StepConfig())
+    assert absorbed["flops_ratio"] <= 0.46
+    assert describe_plan(config, in_batch, StepConfig())["flops_ratio"] < absorbed["flops_ratio"]
+    assert describe_plan(config, dataset, StepConfig.reference())["flops_ratio"] == 1
+    # The published code's five passes cost 1262 GFLOP a sample (its heads apart, which see every position).
+    assert abs(plain["separate_flops"] / 1e9 - 1262) < 10
+
+
+def test_a_plan_can_be_read():
+    text = format_plan(describe_plan(SCLConfig.preset("base"), ObjectiveConfig("glscl"), StepConfig()))
+    for word in ("token_masked", "masked_image", "completion", "other rows", "GFLOP", "ratio"):
+        assert word in text
+
+
+def test_the_plan_depends_on_the_recipe_alone():
+    objectives = ObjectiveConfig()
+    assert make_plan(objectives, StepConfig()) == make_plan(objectives, StepConfig())
+    names = [view.name for view in make_plan(objectives, StepConfig()).views]
+    assert sorted(names) == ["itm", "masked_image", "masked_text", "mlm"]
+    apart = make_plan(objectives, StepConfig(share_encodings=False))
+    assert len(apart.images) == len(apart.texts) == 1 + len(names)
