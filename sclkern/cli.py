@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, left = parser.parse_known_args(arguments)
     # argparse takes positionals in one run only: overrides after an option are left over.
-    if left and (options.name != "pretrain" or any(item.startswith("-") for item in left)):
+    if left and (options.name not in ("pretrain", "plan") or any(item.startswith("-") for item in left)):
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     if left:
         options.overrides += left
@@ -60,6 +60,18 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="section.key=value", help="override the configuration: run.max_steps=100"
     )
     pretrain.set_defaults(command=_pretrain)
+
+    plan = commands.add_parser(
+        "plan",
+        help="show what a training step computes",
+        description="Show the views of a step, what is read of each, and its arithmetic beside separate padded passes.",
+    )
+    plan.add_argument("--config", metavar="FILE", help="YAML configuration, such as configs/pretrain_base.yaml")
+    plan.add_argument("--caption-tokens", type=int, default=13, help="of every caption, with both ends (default: 13)")
+    plan.add_argument("--frames", type=int, default=1, help="of every clip (default: 1, an image)")
+    plan.add_argument("--json", action="store_true", help="print the same as JSON")
+    plan.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the configuration")
+    plan.set_defaults(command=_plan)
 
     parity = commands.add_parser(
         "parity",
@@ -127,6 +139,22 @@ def _pretrain(options: argparse.Namespace) -> int:
         model = run.export()
         report = write_report(run)
         print(f"model: {model}\nreport: {report}")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from sclkern.step.flops import describe_plan, format_plan
+    from sclkern.training.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    described = describe_plan(
+        config.model,
+        config.objectives,
+        config.step,
+        caption_tokens=options.caption_tokens,
+        num_frames=options.frames,
+    )
+    print(json.dumps(described, indent=1) if options.json else format_plan(described))
     return 0
 
 

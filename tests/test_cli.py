@@ -1,6 +1,7 @@
 """The command line as a user meets it: what it leaves behind, and one line for each mistake."""
 
 import json
+from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -11,6 +12,8 @@ from sclkern import SCLConfig, SCLModel
 from sclkern.cli import main
 from sclkern.data.arrow import write_pairs
 from tiny_run import overrides, picture, rows
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -298,3 +301,15 @@ def test_a_report_without_metrics(finished, tmp_path):
 
 def test_a_started_run(fails, finished):
     fails("already holds a run; add --resume", run__output_dir=finished)
+
+
+def test_a_plan_is_shown_and_printed_as_json(capsys):
+    config = ["--config", str(ROOT / "configs" / "pretrain_base.yaml"), "objectives.itm_negatives=dataset"]
+    assert main(["plan", *config]) == 0
+    assert "masked_text" in capsys.readouterr().out
+    assert main(["plan", "--json", "--caption-tokens", "13", *config]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert 0.4 < described["flops_ratio"] <= 0.46
+    assert described["flops"] == sum(part["flops"] + part["backward"] for part in described["parts"])
+    assert main(["plan", "--caption-tokens", "51", *config]) == 2
+    assert "caption_tokens: got 51, expected 3 to max_text_len 50" in capsys.readouterr().err

@@ -1,7 +1,10 @@
 """The reference's recorded numbers, through the command a user runs."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,3 +126,27 @@ def test_broken_norms_are_a_user_error(tmp_path, text):
     path.with_suffix(".json").write_text(text)
     with pytest.raises(UserError, match=r"case\.json"):
         run_parity(path)
+
+
+def test_every_recorded_number_holds_with_the_kernels_interpreted():
+    """Both cases at once, in processes whose Triton interprets the kernels."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    code = (
+        "import sys, torch; from sclkern import cli, ops;"
+        "assert ops.explain('attention', torch.ones(1, 1, 1, 64)).startswith('triton');"
+        "sys.exit(cli.main(['parity', sys.argv[1]]))"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(GOLDEN.parents[1])}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(GOLDEN / f"{case}.safetensors")],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for case in ("image", "video")
+    ]
+    for process in runs:
+        output = process.communicate()[0]
+        assert process.returncode == 0, output[-4000:]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from sclkern.errors import UserError
 from sclkern.ops.cross_attention import WORTHWHILE, relative_costs
 from sclkern.step.config import StepConfig
 from sclkern.step.plan import Plan, View, make_plan
@@ -207,7 +208,14 @@ def describe_plan(
     Returns:
         ``views``, ``parts`` and ``flops`` of the plan for one sample, ``separate_flops`` of the separate passes, and
         ``flops_ratio``, the one over the other.
+
+    Raises:
+        UserError: fewer than 3 or more than ``max_text_len`` tokens, no frame, or more than the model has room for.
     """
+    if not 3 <= caption_tokens <= config.max_text_len:
+        raise UserError(f"caption_tokens: got {caption_tokens}, expected 3 to max_text_len {config.max_text_len}")
+    if not 1 <= num_frames <= max(1, config.max_frames):
+        raise UserError(f"num_frames: got {num_frames}, expected 1 to max_frames {max(1, config.max_frames)}")
     plan = make_plan(objectives, step)
     sizes = {"caption_tokens": caption_tokens, "num_frames": num_frames}
     padded = caption_tokens if step.pack else config.max_text_len
