@@ -37,6 +37,6 @@ lint: $(VENV)/.installed
 	$(RUN)/ruff format --check .
 
 # On a GPU machine with nothing installed but torch, transformers, timm, pytest and pytest-benchmark: tests, then the
-# benchmarks for what is left of BUDGET seconds.
+# benchmarks by importance, within BUDGET seconds. GPU_ARGS: further arguments (--only GROUPS --resume --output FOLDER).
 gpu:
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --budget $(BUDGET)
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --budget $(BUDGET) $(GPU_ARGS)

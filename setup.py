@@ -36,6 +36,7 @@ setup(
         "tensorboard",
         "matplotlib",
         "tqdm",
+        "nvtx",
     ],
     # kernels: Hugging Face's, to prove that our folder of that name does not get in its way.
     extras_require={"test": ["pytest", "pytest-benchmark", "hypothesis", "kernels", "ruff"]},

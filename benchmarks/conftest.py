@@ -1,40 +1,59 @@
-"""Records: one JSON line a case, appended as it is made."""
+"""Options of the benchmarks, and their records: one JSON line a case, appended as it is made."""
 
 from __future__ import annotations
 
-import json
-import platform
-import subprocess
-import time
+import functools
+import os
 from pathlib import Path
 
+# Before torch is imported, for the reason given in sclkern/cli.py.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import pytest
-import torch
 
-RESULTS = Path(__file__).parent / "results"
+from sclkern.bench import records, roofline
 
 
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name().lower().replace(" ", "-")
-    return f"cpu-{platform.machine()}-{torch.get_num_threads()}threads"
+def pytest_addoption(parser):
+    group = parser.getgroup("sclkern")
+    group.addoption(
+        "--importance",
+        type=int,
+        action="append",
+        choices=(1, 2, 3),
+        help="only benchmarks of this importance, 1 being the first to run; repeatable; default all, in this order",
+    )
+    group.addoption(
+        "--results", type=Path, default=records.RESULTS, help="folder of the records (default: benchmarks/results)"
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "importance(level): 1 to 3, which of the benchmarks to run first")
+
+
+def pytest_collection_modifyitems(config, items):
+    def importance(item) -> int:
+        marker = item.get_closest_marker("importance")
+        return marker.args[0] if marker else 1
+
+    levels = config.getoption("importance")
+    if levels:
+        config.hook.pytest_deselected(items=[item for item in items if importance(item) not in levels])
+        items[:] = [item for item in items if importance(item) in levels]
+    # Stable: cases that share inputs stay together.
+    items.sort(key=importance)
 
 
 @pytest.fixture(scope="session")
-def record():
-    """record(case, **values): append to ``results/<device>/<date>-<commit>.jsonl``."""
+def record(request):
+    """record(case, **values): append to ``results/<device>/<date>-<commit>.jsonl`` (see ``sclkern.bench.records``)."""
+    return functools.partial(records.append, results=request.config.getoption("results"))
 
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(RESULTS.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
-    commit = (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if git("status", "--porcelain") else "")
-    file = RESULTS / device_name() / f"{time.strftime('%Y-%m-%d')}-{commit}.jsonl"
-
-    def append(case: str, **values) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        row = {"case": case, "device": device_name(), "commit": commit, "torch": torch.__version__, **values}
-        with file.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
-
-    return append
+@pytest.fixture(scope="session")
+def machine(record) -> dict:
+    """The machine's own rates (``sclkern.bench.roofline.measure``), measured once a session and recorded."""
+    rates = roofline.measure()
+    record("roofline", **rates)
+    return rates

@@ -1,4 +1,4 @@
-"""The command line: ``sclkern pretrain | parity | convert | bench | doctor``."""
+"""The command line: ``sclkern pretrain | parity | convert | bench | profile | doctor``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, left = parser.parse_known_args(arguments)
     # argparse takes positionals in one run only: overrides after an option are left over.
-    if left and (options.name not in ("pretrain", "plan") or any(item.startswith("-") for item in left)):
+    if left and (options.name not in ("pretrain", "plan", "profile") or any(item.startswith("-") for item in left)):
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     if left:
         options.overrides += left
@@ -112,6 +112,48 @@ def _parser() -> argparse.ArgumentParser:
     )
     static.add_argument("--budget", metavar="FILE", help="default: benchmarks/static_budget.json of the source tree")
     static.set_defaults(command=_bench_static)
+
+    report = benches.add_parser(
+        "report",
+        help="turn records of benchmarks into tables and plots",
+        description="Print the newest record of every case as Markdown tables; with --output also write report.md and "
+        "plots.",
+    )
+    report.add_argument("files", nargs="*", metavar="FILE", help="records or folders; default: benchmarks/results")
+    report.add_argument("--output", metavar="DIR", help="folder for report.md and PNG plots")
+    report.add_argument("--update", metavar="FILE", help="write the tables between the markers of a document")
+    report.set_defaults(command=_bench_report)
+
+    roofline = benches.add_parser(
+        "roofline",
+        help="measure copy bandwidth and matrix rate of this machine",
+        description="Measure and record bytes per second of a copy and operations per second of matrix products; "
+        "without a GPU, also print the planned floors of every op on an H200.",
+    )
+    roofline.add_argument("--output", metavar="DIR", help="folder of records; default: benchmarks/results")
+    roofline.set_defaults(command=_bench_roofline)
+
+    profile = commands.add_parser(
+        "profile",
+        help="tell where the time of a training step goes",
+        description="Take a few steps of pre-training and record them with torch.profiler: a trace, a table by phase "
+        "and a picture. Prints the command lines that record the same steps with nsys and ncu.",
+    )
+    profile.add_argument("--config", metavar="FILE", help="YAML configuration (default: the demo's model and data)")
+    profile.add_argument("--steps", type=int, default=5, help="steps to record (default: 5)")
+    profile.add_argument("--warmup", type=int, default=3, help="steps to take before (default: 3)")
+    profile.add_argument("--output", default="runs/profile", metavar="DIR", help="folder to write (runs/profile)")
+    profile.add_argument(
+        "--phase", default="backward", help="whose kernels ncu records, such as 'fusion layer 0' (default: backward)"
+    )
+    other = profile.add_mutually_exclusive_group()
+    other.add_argument("--nsys", action="store_true", help="record with nsys instead, on a GPU")
+    other.add_argument("--ncu", action="store_true", help="record one step's kernels of --phase with ncu, on a GPU")
+    other.add_argument("--mark-only", action="store_true", help="mark the steps for a profiler that is attached")
+    profile.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="override the configuration: run.batch_size=16"
+    )
+    profile.set_defaults(command=_profile)
 
     doctor = commands.add_parser(
         "doctor",
@@ -211,9 +253,71 @@ def _bench_static(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _profile(options: argparse.Namespace) -> int:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in pre-training, which this is a part of
+    from sclkern.training import profile
+    from sclkern.training.config import load_config
+
+    overrides = [*(() if options.config else profile.DEFAULTS), *options.overrides]
+    config = load_config(options.config, overrides)
+    if options.mark_only:
+        profile.mark_steps(config, steps=options.steps, warmup=options.warmup)
+        return 0
+    profile.check_phase(options.phase, config)
+    given = [f"--config={options.config}"] if options.config else []
+    given += [f"--warmup={options.warmup}", *options.overrides]
+    commands = profile.tool_commands(given, steps=options.steps, output=options.output, ncu_phase=options.phase)
+    if options.nsys or options.ncu:
+        tool = "nsys" if options.nsys else "ncu"
+        profile.run_tool(tool, commands[tool], config, output=options.output)
+        return 0
+    found = profile.record_steps(config, steps=options.steps, warmup=options.warmup, output=options.output)
+    print(profile.format_profile(found))
+    print(f"\nwritten to {options.output}: trace.json (open it in https://ui.perfetto.dev), phases.json, phases.txt, "
+          "profile.png\n\nthe same steps on a GPU with")  # fmt: skip
+    print(profile.format_commands(commands))
+    return 0
+
+
+def _bench_report(options: argparse.Namespace) -> int:
+    from sclkern.bench import records, report
+
+    rows = records.read(options.files or [records.RESULTS])
+    text = report.report(rows)
+    if options.update:
+        report.update(Path(options.update), text)
+    if options.output:
+        from sclkern.bench.plots import write_plots
+
+        folder = Path(options.output)
+        files = write_plots(rows, folder)
+        pictures = "".join(f"\n![{file.stem}]({file.name})\n" for file in files)
+        (folder / "report.md").write_text(f"{text}\n{pictures}")
+        print(*(folder / "report.md", *files), sep="\n", file=sys.stderr)
+    print(text)
+    return 0
+
+
+def _bench_roofline(options: argparse.Namespace) -> int:
+    from sclkern.bench import records, roofline
+
+    if options.output is None and not records.RESULTS.is_dir():
+        raise UserError("--output: none given, and this is no source tree with benchmarks/results")
+    rates = roofline.measure()
+    file = records.append("roofline", results=Path(options.output or records.RESULTS), **rates)
+    print(f"{roofline.format_rates(rates)}\nrecorded in {file}")
+    if len(rates["matrix_flops_per_second"]) == 1:  # float32 alone: no GPU
+        print(f"\n{roofline.planned_table()}")
+    return 0
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from sclkern.doctor import examine, format_report
 
     found = examine()
     print(json.dumps(found, indent=1) if options.json else format_report(found))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -39,11 +39,6 @@ def may_read(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or os.environ.get("SCLKERN_DEBUG") == "1"
 
 
-def debug() -> bool:
-    """Whether values that live on a GPU are read back to check them (``SCLKERN_DEBUG=1``)."""
-    return os.environ.get("SCLKERN_DEBUG") == "1"
-
-
 def choose(*tensors: Tensor, backend: str = "auto", unsupported: str | None = None) -> Choice:
     """Pick the backend for these tensors.
 

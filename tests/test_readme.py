@@ -20,6 +20,12 @@ def test_the_model_in_ten_lines():
     assert names["fused"].text.shape == (2, 4, 64)
 
 
+@pytest.mark.parametrize("block", re.findall(r"```python\n(import .*?)```", README, re.S))
+def test_every_example_runs(block, capsys):
+    assert len(block.splitlines()) <= 10
+    exec(block, {"__name__": "example"})
+
+
 @pytest.mark.parametrize("command", re.findall(r"^sclkern pretrain .*$", README, re.M))
 def test_the_commands_are_understood(command, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(Path(__file__).parent.parent)

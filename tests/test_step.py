@@ -364,3 +364,10 @@ def test_with_dropout_the_losses_have_the_same_expectation(make_model, make_batc
     assert ((planned.mean(0) - separate.mean(0)).abs() < 4 * error).all()
     # Dropout does something: without it all runs were one.
     assert (planned.std(0) > 1e-3).all()
+
+
+def test_captions_that_do_not_fit_are_refused(make_model, make_batch):
+    model, batch = build(make_model, make_batch, ObjectiveConfig())
+    batch["text_tokens"] = int(batch["text_mask"].sum()) - 1
+    with pytest.raises(ValueError, match=r"batch: got text_tokens \d+, expected room for the \d+ of text_mask"):
+        model(batch, seed=0)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sclkern.models.config import SCLConfig
 from sclkern.models.layers import PostNormBlock, run_block
 from sclkern.models.layouts import Layout, Rows
+from sclkern.profiling import phase
 
 LAYER_NORM_EPS = 1e-12
 
@@ -89,12 +90,13 @@ class FusionEncoder(nn.Module):
         """
         run = partial(run_block, checkpoint=self.checkpoint_blocks)
         layers = list(zip(self.text_layers, self.image_layers, strict=True))
-        for text_layer, image_layer in layers if reads is None else layers[:-1]:
+        for number, (text_layer, image_layer) in enumerate(layers if reads is None else layers[:-1]):
             maps = None if attentions is None else []
-            text, image = (
-                run(text_layer, text, text_layout, image, image_layout, probabilities=maps),
-                run(image_layer, image, image_layout, text, text_layout, probabilities=maps),
-            )
+            with phase(f"fusion layer {number}"):
+                text, image = (
+                    run(text_layer, text, text_layout, image, image_layout, probabilities=maps),
+                    run(image_layer, image, image_layout, text, text_layout, probabilities=maps),
+                )
             if maps is not None:
                 attentions.append(LayerAttention(*maps))
         if reads is None:
@@ -104,8 +106,9 @@ class FusionEncoder(nn.Module):
             return reads.text.take(text), reads.image.take(own.take(image))
         # A stream that nobody reads is not computed at all.
         outputs = [reads.text.take(text), reads.image.take(own.take(image))]
-        if outputs[0].numel():
-            outputs[0] = run(layers[-1][0], text, text_layout, context.take(image), context.layout, rows=reads.text)
-        if outputs[1].numel():
-            outputs[1] = run(layers[-1][1], own.take(image), own.layout, text, text_layout, rows=reads.image)
+        with phase(f"fusion layer {len(layers) - 1}"):
+            if outputs[0].numel():
+                outputs[0] = run(layers[-1][0], text, text_layout, context.take(image), context.layout, rows=reads.text)
+            if outputs[1].numel():
+                outputs[1] = run(layers[-1][1], own.take(image), own.layout, text, text_layout, rows=reads.image)
         return outputs[0], outputs[1]

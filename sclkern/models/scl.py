@@ -18,6 +18,7 @@ from sclkern.models.text import TextEncoder
 from sclkern.models.vision import VisionEncoder, VisionFeatures
 from sclkern.nn import DropoutAddLayerNorm, LinearGELU
 from sclkern.objectives import ObjectiveConfig
+from sclkern.profiling import phase
 from sclkern.step.config import StepConfig
 
 TEXT_TYPE, IMAGE_TYPE = 0, 1
@@ -231,7 +232,9 @@ class SCLModel(nn.Module):
 
         Args:
             batch: ``image`` (B, 3, S, S) or (B, F, 3, S, S) float; ``text_ids`` (B, L) int64; ``text_mask`` (B, L)
-                bool or 0/1; ``false_image`` like ``image`` when ``itm_negatives`` is "dataset".
+                bool or 0/1; ``false_image`` like ``image`` when ``itm_negatives`` is "dataset"; ``text_tokens``, an
+                int, where the number of tokens in ``text_mask`` is known to be no larger: texts are packed into as many
+                (without it into all B * L places).
             seed: int or int64 tensor; None draws one from torch's generator.
 
         Returns:
@@ -241,4 +244,6 @@ class SCLModel(nn.Module):
 
         if seed is None:
             seed = int(torch.randint(2**62, ()))
-        return run_step(self, batch, draw_masks(self, batch, seed))
+        with phase("draw masks"):
+            masks = draw_masks(self, batch, seed)
+        return run_step(self, batch, masks)

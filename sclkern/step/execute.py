@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sclkern.models.fusion import Reads, Section
 from sclkern.models.layouts import Packed, Padded, Rows
+from sclkern.profiling import phase
 from sclkern.step.masks import StepMasks, negative_images, selected_positions
 from sclkern.step.plan import Plan, View
 
@@ -61,8 +62,10 @@ class Encoded(NamedTuple):
 
 def encode(model: SCLModel, plan: Plan, batch: Mapping[str, Tensor], masks: StepMasks) -> Encoded:
     """Run both unimodal encoders on every variant of the plan, after the modality transforms."""
-    images, num_frames = _encode_images(model, plan, batch, masks)
-    return Encoded(_encode_texts(model, plan, batch, masks), images, num_frames)
+    with phase("image encoder"):
+        images, num_frames = _encode_images(model, plan, batch, masks)
+    with phase("text encoder"):
+        return Encoded(_encode_texts(model, plan, batch, masks), images, num_frames)
 
 
 def _encode_texts(model: SCLModel, plan: Plan, batch: Mapping[str, Tensor], masks: StepMasks) -> dict[str, Tensor]:

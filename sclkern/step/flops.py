@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sclkern.errors import UserError
 from sclkern.ops.cross_attention import WORTHWHILE, relative_costs
 from sclkern.step.config import StepConfig
+from sclkern.step.memory import kept_bytes
 from sclkern.step.plan import Plan, View, make_plan
 
 if TYPE_CHECKING:
@@ -207,7 +208,8 @@ def describe_plan(
 
     Returns:
         ``views``, ``parts`` and ``flops`` of the plan for one sample, ``separate_flops`` of the separate passes, and
-        ``flops_ratio``, the one over the other.
+        ``flops_ratio``, the one over the other; likewise ``kept_bytes`` (``sclkern.step.memory``),
+        ``separate_kept_bytes`` and ``kept_ratio``.
 
     Raises:
         UserError: fewer than 3 or more than ``max_text_len`` tokens, no frame, or more than the model has room for.
@@ -223,6 +225,8 @@ def describe_plan(
     apart = make_plan(objectives, StepConfig.reference())
     separate = Counter(config, objectives, apart, padded_tokens=config.max_text_len, **sizes).parts()
     total, whole = (sum(part.total for part in every) for every in (parts, separate))
+    kept = kept_bytes(config, objectives, step, padded_tokens=padded, **sizes)
+    separate_kept = kept_bytes(config, objectives, StepConfig.reference(), padded_tokens=config.max_text_len, **sizes)
     return {
         "recipe": objectives.recipe,
         "itm_negatives": objectives.itm_negatives,
@@ -232,6 +236,9 @@ def describe_plan(
         "flops": total,
         "separate_flops": whole,
         "flops_ratio": total / whole,
+        "kept_bytes": kept,
+        "separate_kept_bytes": separate_kept,
+        "kept_ratio": kept / separate_kept,
     }
 
 
@@ -250,5 +257,7 @@ def format_plan(described: dict[str, Any]) -> str:
         "",
         f"a sample: {described['flops'] / 1e9:.1f} GFLOP, in separate padded passes "
         f"{described['separate_flops'] / 1e9:.1f} GFLOP, ratio {described['flops_ratio']:.3f}",
+        f"kept for its backward, in float32: {described['kept_bytes'] / 1e6:.0f} MB, in separate padded passes "
+        f"{described['separate_kept_bytes'] / 1e6:.0f} MB, ratio {described['kept_ratio']:.3f}",
     ]
     return "\n".join(lines)

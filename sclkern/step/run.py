@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from sclkern.dispatch import may_read
 from sclkern.errors import UserError
 from sclkern.objectives import losses as L
+from sclkern.profiling import phase
 from sclkern.step.execute import Fused, encode, fuse
 from sclkern.step.masks import StepMasks
 from sclkern.step.plan import make_plan
@@ -64,14 +66,18 @@ def run_step(model: SCLModel, batch: Mapping[str, Tensor], masks: StepMasks) -> 
     if objectives.itm_negatives == "hard":
         unit = [torch.nn.functional.normalize(x.detach().float(), dim=-1) for x in contrast]
         similarity = unit[0] @ unit[1].T / model.contrast_temperature()
-    fused = fuse(model, plan, encoded, batch, masks, similarity)
+    with phase("fusion"):
+        fused = fuse(model, plan, encoded, batch, masks, similarity)
 
     out = SCLLosses(total=torch.zeros((), device=text.device))
-    out.itc = L.image_text_contrast(
-        contrast[1], contrast[0], model.contrast_temperature(), gather=objectives.gather, backend=model.backend
-    )
-    _matching(model, fused, masks, out)
-    _words(model, fused, batch, out)
+    with phase("loss itc"):
+        out.itc = L.image_text_contrast(
+            contrast[1], contrast[0], model.contrast_temperature(), gather=objectives.gather, backend=model.backend
+        )
+    with phase("loss itm"):
+        _matching(model, fused, masks, out)
+    with phase("loss mlm"):
+        _words(model, fused, batch, out)
     _completion(model, fused, encoded.num_frames, out)
     out.total = out.itm + out.mlm + objectives.itc_weight * out.itc + out.mvsc + out.mlsc
     if out.mltc is not None:
@@ -110,20 +116,27 @@ def _completion(model: SCLModel, fused: Fused, num_frames: int, out: SCLLosses) 
         "gather": objectives.gather,
         "backend": model.backend,
     }
-    out.mvsc = L.masked_vision_semantic_completion(
-        image["masked_image"]["cls"],
-        image["masked_text"]["cls"],
-        # The published code normalises over frames for clips alone; an image's features would all become signs.
-        frame_norm=objectives.frame_norm if num_frames > 1 else "features",
-        **options,
-    )
+    with phase("loss mvsc"):
+        out.mvsc = L.masked_vision_semantic_completion(
+            image["masked_image"]["cls"],
+            image["masked_text"]["cls"],
+            # The published code normalises over frames for clips alone; an image's features would all become signs.
+            frame_norm=objectives.frame_norm if num_frames > 1 else "features",
+            **options,
+        )
     options["negatives"] = objectives.negatives
-    out.mlsc = L.masked_language_semantic_completion(
-        text["masked_text"]["cls"][:, 0], text["masked_image"]["cls"][:, 0], **options
-    )
-    if "mltc" not in objectives.tasks:
-        return
-    empty = objectives.empty_selections
+    with phase("loss mlsc"):
+        out.mlsc = L.masked_language_semantic_completion(
+            text["masked_text"]["cls"][:, 0], text["masked_image"]["cls"][:, 0], **options
+        )
+    if "mltc" in objectives.tasks:
+        with phase("loss mltc"):
+            _local_completion(model, fused, options, out)
+
+
+def _local_completion(model: SCLModel, fused: Fused, options: dict[str, Any], out: SCLLosses) -> None:
+    text, image = fused.text, fused.image
+    empty = model.objectives.empty_selections
     words, patches = fused.text_places.valid["completion"], fused.image_places.valid["replaced"]
     parts = {
         "mltc_image": L.masked_local_token_completion(
@@ -167,3 +180,10 @@ def check_step(model: SCLModel, batch: Mapping[str, Tensor]) -> None:
             f"batch: got {rows['image']} row, expected at least 2 for itm_negatives={objectives.itm_negatives!r} "
             "(a false image is another row's); use itm_negatives='dataset'"
         )
+    # Read where that costs nothing: captions that do not fit would lose words in silence.
+    if (
+        "text_tokens" in batch
+        and may_read(batch["text_mask"])
+        and (found := int(batch["text_mask"].sum())) > batch["text_tokens"]
+    ):
+        raise ValueError(f"batch: got text_tokens {batch['text_tokens']}, expected room for the {found} of text_mask")

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from sclkern.errors import UserError
+from sclkern.training.config import PretrainConfig, resume_difference
 from sclkern.weights.files import write_atomically
 
 FORMAT = 1
@@ -47,3 +49,33 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a training checkpoint of this version (format {FORMAT} expected)")
     return state
+
+
+def open_directory(config: PretrainConfig, *, resume: bool) -> dict[str, Any] | None:
+    """Make the run's folder ready for writing, with its resolved configuration in it.
+
+    Returns:
+        The latest checkpoint of the run that is there already, None for a new run.
+
+    Raises:
+        UserError: it cannot be written; it holds a run and ``resume`` is False; or a run of another configuration.
+    """
+    directory = Path(config.run.output_dir)
+    checkpoints = directory / "checkpoints"
+    latest = checkpoints / "latest.pt"
+    if latest.exists() and not resume:
+        raise UserError(
+            f"{directory}: already holds a run; add --resume to go on with it, or give another run.output_dir"
+        )
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.output_dir {directory}: {error.strerror}; give a folder that can be written") from error
+    for left_over in checkpoints.glob(".*.tmp"):  # of a process killed while it wrote
+        left_over.unlink(missing_ok=True)
+    saved = load_checkpoint(latest) if latest.exists() else None
+    if saved and (difference := resume_difference(saved["config"], config.to_dict())):
+        raise UserError(f"{latest}: {difference}; resume with the same configuration, or start in another folder")
+    resolved = yaml.safe_dump(config.to_dict(), sort_keys=False)
+    write_atomically(directory / "config.yaml", lambda path: path.write_text(resolved))
+    return saved

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from sclkern.data.arrow import PairTable
@@ -25,16 +24,17 @@ from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import build_transform
 from sclkern.errors import UserError
 from sclkern.models import SCLModel
+from sclkern.profiling import phase
 from sclkern.random import mix_seed
 from sclkern.step import SCLLosses, check_objectives
-from sclkern.training.checkpoint import load_checkpoint, save_checkpoint
-from sclkern.training.config import PretrainConfig, resume_difference
+from sclkern.training.checkpoint import open_directory, save_checkpoint
+from sclkern.training.config import PretrainConfig
 from sclkern.training.logs import RunLog
 from sclkern.training.optim import build_optimizer, schedule_factor, set_learning_rate
 from sclkern.training.retrieval import RetrievalResult, evaluate_retrieval
 from sclkern.training.setup import check_tokenizer, initial_model, resolve_device
+from sclkern.training.throughput import Throughput
 from sclkern.weights import save_pretrained
-from sclkern.weights.files import write_atomically
 
 log = logging.getLogger("sclkern.training")
 
@@ -59,7 +59,7 @@ class Pretraining:
         self.checkpoints = self.directory / "checkpoints"
         self.device = resolve_device(config.run.device)
         check_objectives(config.model, config.objectives)
-        saved = self._prepare_directory(resume)
+        saved = open_directory(config, resume=resume)
         self.train_table = PairTable(config.data.root, config.data.train_tables, config.data.train_split)
         self.val_table = PairTable(config.data.root, config.data.val_tables, config.data.val_split)
         self.tokenizer = CaptionTokenizer.from_pretrained(config.data.tokenizer)
@@ -87,29 +87,10 @@ class Pretraining:
         self._saved_step = self.step if saved else -1
         self._stop_requested = False
         self._healthy = torch.ones((), dtype=torch.bool, device=self.device)
+        lengths = self._lengths(self.train_table)
+        self._throughput = Throughput(config, lengths, self.train_loader.pad_to_max, self.device)
 
     # -- set up --------------------------------------------------------------------------------------------------------
-
-    def _prepare_directory(self, resume: bool) -> dict[str, Any] | None:
-        latest = self.checkpoints / "latest.pt"
-        if latest.exists() and not resume:
-            raise UserError(
-                f"{self.directory}: already holds a run; add --resume to go on with it, or give another run.output_dir"
-            )
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"run.output_dir {self.directory}: {error.strerror}; give a folder that can be written"
-            ) from error
-        for left_over in self.checkpoints.glob(".*.tmp"):  # of a process killed while it wrote
-            left_over.unlink(missing_ok=True)
-        saved = load_checkpoint(latest) if latest.exists() else None
-        if saved and (difference := resume_difference(saved["config"], self.config.to_dict())):
-            raise UserError(f"{latest}: {difference}; resume with the same configuration, or start in another folder")
-        resolved = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
-        write_atomically(self.directory / "config.yaml", lambda path: path.write_text(resolved))
-        return saved
 
     def _loader(self, table: PairTable, transform: str, *, shuffle: bool) -> PairLoader:
         config = self.config
@@ -138,15 +119,16 @@ class Pretraining:
             # The published masks are drawn over the padded caption.
             pad_to_max=config.objectives.mlm_mask == "reference",
             # A GPU repeats what it has compiled; a CPU computes every token of the room.
-            buckets=self._buckets(table, batch_size) if self.device.type == "cuda" else None,
+            buckets=Buckets.from_lengths(self._lengths(table), batch_size, config.model.max_text_len)
+            if self.device.type == "cuda"
+            else None,
         )
 
-    def _buckets(self, table: PairTable, batch_size: int) -> Buckets:
-        """Sizes for the captions of a table, from a thousand of them."""
-        longest = self.config.model.max_text_len
+    def _lengths(self, table: PairTable) -> list[int]:
+        """Tokens of a thousand captions of a table."""
         sample = range(0, table.num_pairs, max(1, table.num_pairs // 1000))
-        _, mask = self.tokenizer([table.caption(pair) for pair in sample], longest)
-        return Buckets.from_lengths(mask.sum(1).tolist(), batch_size, longest)
+        _, mask = self.tokenizer([table.caption(pair) for pair in sample], self.config.model.max_text_len)
+        return mask.sum(1).tolist()
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -203,21 +185,25 @@ class Pretraining:
         totals: dict[str, Tensor] = {}
         for micro in range(run.accumulation):
             asked = time.perf_counter()
-            batch = next(batches)
+            with phase("data wait"):
+                batch = next(batches)
             self._waited += time.perf_counter() - asked
             self.bad_pictures.add(batch.pop("undecodable"))
             losses = self._losses(batch, mix_seed(run.seed, _STEP, self.step, micro))
-            (losses.total / run.accumulation).backward()
+            with phase("backward"):
+                (losses.total / run.accumulation).backward()
             for name, value in {**losses.named(), **losses.metrics}.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() / run.accumulation
         limit = self.config.optimizer.max_grad_norm
-        totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), float("inf") if limit is None else limit
-        )
+        with phase("gradient norm"):
+            totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(
+                self.model.parameters(), float("inf") if limit is None else limit
+            )
         self._healthy &= torch.isfinite(totals["total"]) & torch.isfinite(totals["grad_norm"])
         if self.device.type == "cpu":
             self._check_healthy(totals)
-        optimizer.step()
+        with phase("optimiser"):
+            optimizer.step()
         self.step += 1
         self.log.advance()
         if self.step == 1 or self.step % run.log_every == 0:
@@ -230,7 +216,7 @@ class Pretraining:
             names = [name for name in losses.named() if name in values]
             self.log.progress({name: values[name] for name in names}, rate)
             values |= {"learning_rate": optimizer.param_groups[0]["lr"], "pairs_per_second": rate}
-            values |= {"step_seconds": elapsed, "data_seconds": waited}
+            values |= {"step_seconds": elapsed, "data_seconds": waited, **self._throughput.at(rate)}
             self.log.write("train", self.step, values)
             self._restart_clock()
 

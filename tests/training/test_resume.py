@@ -69,13 +69,14 @@ def test_killed_at_any_moment(arguments, command, tmp_path):
     assert process.wait(300) == 0, process.stderr.read()
 
     chance = random.Random(0)
-    metrics = tmp_path / "killed" / "metrics.jsonl"
+    latest = tmp_path / "killed" / "checkpoints" / "latest.pt"
     kills = 0
     for _ in range(40):
         process = command([*arguments("killed", run__max_steps=14), "--resume"])
-        before = metrics.stat().st_size if metrics.exists() else -1
-        # Most of a short run is start-up: wait until this process has trained, then for some part of a few steps.
-        while process.poll() is None and (metrics.stat().st_size if metrics.exists() else -1) <= before:
+        before = latest.stat().st_mtime_ns if latest.exists() else -1
+        # Most of a short run is start-up: wait until this process has saved, so that however slow the machine is there
+        # is an end, then for some part of a few steps.
+        while process.poll() is None and (latest.stat().st_mtime_ns if latest.exists() else -1) <= before:
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.3))
         if process.poll() is not None:

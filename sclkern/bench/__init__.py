@@ -1,0 +1,1 @@
+"""What benchmarks and their reports share: the workload's sizes, their least cost, the machine's rates, the records."""

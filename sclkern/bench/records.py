@@ -1,0 +1,150 @@
+"""Records of benchmarks: one JSON line each, flushed as it is made, so that a run that is cut off loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterable
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import sclkern
+from sclkern.errors import UserError
+
+SOURCE = Path(sclkern.__file__).resolve().parents[1]
+# Of the source tree; an installed package has none.
+RESULTS = SOURCE / "benchmarks" / "results"
+
+
+def device_name() -> str:
+    """The folder of a machine's records."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name().lower().replace(" ", "-")
+    return f"cpu-{platform.machine()}-{torch.get_num_threads()}threads"
+
+
+@cache
+def commit() -> str:
+    """The short hash, with "-dirty" where anything but the records differs from it; "unknown" outside a git checkout.
+
+    ``SCLKERN_COMMIT`` tells it where a copy of the tree has no history.
+    """
+    if "SCLKERN_COMMIT" in os.environ:
+        return os.environ["SCLKERN_COMMIT"]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(SOURCE), *arguments]
+        try:
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""
+
+    changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
+
+
+@cache
+def environment() -> dict:
+    """What a figure depends on beside the code: versions, device, driver, clocks in MHz, threads, processor."""
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = None
+    found = {
+        "device": device_name(),
+        "commit": commit(),
+        "sclkern": sclkern.__version__,
+        "torch": torch.__version__,
+        "triton": triton,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "processor": _processor(),
+        "processors": os.cpu_count(),
+    }
+    if torch.cuda.is_available():
+        found |= {"device_name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        found |= {"cudnn": torch.backends.cudnn.version(), **_driver()}
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def _driver() -> dict:
+    fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(fields, (value.strip() for value in done.stdout.split(",")), strict=False))
+
+
+def append(case: str, *, results: Path = RESULTS, **values) -> Path:
+    """Append a record to ``results/<device>/<date>-<commit>.jsonl`` and return that file.
+
+    Args:
+        case: what was measured, such as "op/bias_gelu/64x325/both/bfloat16/sclkern".
+        values: figures and what they depend on, as JSON takes them; seconds, bytes and bytes or operations per second.
+    """
+    folder = Path(results) / device_name()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{time.strftime('%Y-%m-%d')}-{commit()}.jsonl"
+    row = {"case": case, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **environment(), **values}
+    with file.open("a") as stream:
+        stream.write(json.dumps(row) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    return file
+
+
+def read(files: Iterable[Path | str]) -> list[dict]:
+    """The records of files, and of every .jsonl below folders; of each case and machine the newest alone.
+
+    Raises:
+        UserError: a file does not exist, or a line is not a record. A last line without its end is a write that was cut
+            off, and is left out.
+    """
+    newest: dict[tuple, dict] = {}
+    found = []
+    for path in map(Path, files):
+        if not path.exists():
+            raise UserError(f"{path} does not exist, expected a file of records or a folder of them")
+        # "-each" is a log of single tests (benchmarks/gpu.py).
+        inside = sorted(file for file in path.rglob("*.jsonl") if not file.stem.endswith("-each"))
+        found += inside if path.is_dir() else [path]
+    for file in found:
+        lines = file.read_text().split("\n")
+        for number, line in enumerate(lines, 1):
+            if not line:
+                continue
+            try:
+                row = json.loads(line)
+                key = (row["device"], row["case"], row.get("rows"))
+            except (ValueError, KeyError, TypeError) as error:
+                if number == len(lines):
+                    continue
+                raise UserError(f"{file}:{number}: not a record: {error}") from error
+            # Names of files begin with their date.
+            row = {"file": file.name, **row}
+            older = newest.get(key)
+            if older is None or _age(older) <= _age(row):
+                newest[key] = row
+    return list(newest.values())
+
+
+def _age(row: dict) -> str:
+    return row.get("time", row["file"][:10])

@@ -1,0 +1,105 @@
+"""The same bits from run to run, and the same draws and dropout masks as on a CPU."""
+
+import pytest
+import torch
+from op_cases import CASES
+from whole_shapes import SEED, WHOLE, cast, run
+
+from sclkern import ops, reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+DRAWS = ("mask_text", "select_patches", "select_tokens")
+DIFFERENTIABLE = [name for name in CASES if name not in DRAWS]
+KERNEL = {"cross_attention": {"absorb": "keys"}}
+
+
+def count_of_differing(name, arguments, repetitions, **options):
+    """In how many of so many backward passes any bit of any gradient differs from the first; counted on the device."""
+    out = getattr(ops, name)(**arguments, backend="triton", **options)
+    leaves = [t for t in arguments.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+    weight = torch.randn(out.shape, device="cuda").to(out.dtype)
+    first = torch.autograd.grad(out, leaves, weight, retain_graph=True)
+    differing = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(repetitions):
+        again = torch.autograd.grad(out, leaves, weight, retain_graph=True)
+        # Not equal to itself either: NaN counts as a difference.
+        differing += torch.stack([(a != b).any() for a, b in zip(first, again, strict=True)]).any()
+    return differing.item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_thousand_backward_passes_give_the_same_bits(name, dtype):
+    torch.manual_seed(0)
+    dropout = {"dropout_p": 0.1, "seed": torch.tensor([SEED], device="cuda")} if CASES[name].dropout else {}
+    # Long enough for several programs to meet in whatever is summed over rows.
+    arguments = cast(name, CASES[name].arguments(517), dtype, ("temperature",)) | dropout
+    assert count_of_differing(name, arguments, 1000, **KERNEL.get(name, {})) == 0
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_hundred_backward_passes_at_whole_shapes_give_the_same_bits(name):
+    torch.manual_seed(0)
+    whole = WHOLE[name]
+    arguments = cast(whole.op, whole.arguments(), torch.bfloat16, whole.precise)
+    assert count_of_differing(whole.op, arguments, 100, **whole.kernel) == 0
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_forward_and_backward_are_those_of_a_cpu(name):
+    """With dropout: another mask would be another result."""
+    torch.manual_seed(0)
+    dropout = {"dropout_p": 0.3} if CASES[name].dropout else {}
+    arguments = CASES[name].arguments(65) | dropout | ({"seed": torch.tensor([SEED], device="cuda")} if dropout else {})
+    on_cpu = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
+    ours = run(name, cast(name, arguments, torch.float32), backend="triton", **KERNEL.get(name, {}))
+    weight = torch.randn(ours["out"].shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda").cpu()
+    leaves = cast(name, on_cpu, torch.float64)
+    out = getattr(ops, name)(**leaves, backend="eager")
+    parts = [part for part, value in leaves.items() if isinstance(value, torch.Tensor) and value.requires_grad]
+    found = torch.autograd.grad(out, [leaves[part] for part in parts], weight.to(out.dtype) if out.ndim else None)
+    for part, expected in zip(["out", *parts], [out.detach(), *found], strict=True):
+        error = (ours[part].cpu().double() - expected).abs().max()
+        assert error <= 6e-5 * expected.abs().max().clamp_min(1.0), (part, error)
+
+
+def test_attention_drops_the_probabilities_that_a_cpu_drops():
+    batch, heads, queries, keys = 3, 4, 130, 64
+    query, key = (torch.randn(batch, length, heads, keys, device="cuda") for length in (queries, keys))
+    # Each key's value marks the key: the output is the matrix of probabilities after dropout.
+    value = torch.eye(keys, device="cuda")[None, :, None].expand(batch, -1, heads, -1)
+    options = {"dropout_p": 0.3, "seed": torch.tensor([SEED], device="cuda")}
+    found = ops.attention(query, key, value, **options, backend="triton").permute(0, 2, 1, 3) != 0
+    sizes = batch, heads, queries, keys
+    assert torch.equal(found.cpu(), reference.attention_dropout_mask(*sizes, dropout_p=0.3, seed=SEED))
+
+
+def test_layer_norm_drops_the_elements_that_a_cpu_drops():
+    x = torch.randn(1000, 768, device="cuda", requires_grad=True)
+    weight, bias = torch.ones(768, device="cuda"), torch.zeros(768, device="cuda")
+    seed = torch.tensor([SEED], device="cuda")
+    out = ops.dropout_add_layer_norm(x, x.detach(), weight, bias, dropout_p=0.1, seed=seed, backend="triton")
+    out.backward(torch.randn_like(out))
+    expected = reference.feature_dropout_keep(1000, 768, 0.1, torch.tensor([SEED]))
+    assert torch.equal((x.grad != 0).cpu(), expected)
+
+
+@pytest.mark.parametrize("patches", [1, 16, 197, 324, 4096])
+@pytest.mark.parametrize("kind", ["select_patches", "select_tokens"])
+def test_patches_are_those_of_a_cpu(kind, patches):
+    for ratio in (0.0, 0.2, 0.3, 1.0):
+        ours = getattr(ops, kind)(patches, ratio, 64, seed=SEED, device="cuda", backend="triton")
+        assert torch.equal(ours.cpu(), getattr(ops, kind)(patches, ratio, 64, seed=SEED, device="cpu"))
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("kind", ["mlm", "completion"])
+def test_text_masks_are_those_of_a_cpu(kind, published):
+    ids, lengths = torch.randint(3, 50264, (512, 50)), torch.randint(0, 51, (512,))
+    options = {"kind": kind, "ratio": 0.4, "mask_id": 50264, "vocab_size": 50265, "seed": SEED, "reference": published}
+    ours = ops.mask_text(ids.cuda(), lengths.cuda(), **options, backend="triton")
+    for a, b in zip(ours, ops.mask_text(ids, lengths, **options), strict=True):
+        assert torch.equal(a.cpu(), b)
