@@ -8,6 +8,8 @@ the published code does.
 
 from __future__ import annotations
 
+import functools
+import os
 import resource
 import statistics
 import subprocess
@@ -69,27 +71,34 @@ def prepared(model: SCLModel, batch: dict, longest: int, tokens: int, name: str)
     return {**packed, "text_tokens": tokens}
 
 
-def check(model: SCLModel, batch: dict, longest: int, name: str) -> None:
-    """Losses and the gradient of every parameter against separate eager passes, without dropout, on two rows."""
+def losses_and_gradients(rows: int, name: str, negatives: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Total and gradients of two pairs without dropout, in float32."""
+    model, batch, longest, _ = build(rows)
     model.eval()
     small = {key: value[:2] for key, value in batch.items()}
-    results = []
-    for way in ("separate/eager", name):
-        _, negatives, _, _ = WAYS[name]
-        given = prepared(model, small, longest, int(small["text_mask"].sum()), way)
-        model.objectives = replace(model.objectives, itm_negatives=negatives)
-        model.zero_grad(set_to_none=True)
-        losses = run_step(model, given, draw_masks(model, given, 0))
-        losses.total.backward()
-        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        results.append((losses.total.detach(), gradients))
-    (loss, gradients), (other, others) = results
-    torch.testing.assert_close(other, loss, rtol=1e-4, atol=1e-4)
+    given = prepared(model, small, longest, int(small["text_mask"].sum()), name)
+    model.objectives = replace(model.objectives, itm_negatives=negatives)
+    losses = run_step(model, given, draw_masks(model, given, 0))
+    losses.total.backward()
+    return losses.total.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@functools.cache
+def truth(rows: int, negatives: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Of separate eager passes."""
+    return losses_and_gradients(rows, "separate/eager", negatives)
+
+
+def check(rows: int, name: str) -> None:
+    """Losses and the gradient of every parameter against separate eager passes."""
+    negatives = WAYS[name][1]
+    (loss, gradients), (other, others) = truth(rows, negatives), losses_and_gradients(rows, name, negatives)
+    torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-5)
     assert gradients.keys() == others.keys()
     for n, gradient in gradients.items():
-        difference = (others[n] - gradient).norm() / gradient.norm().clamp_min(1e-6)
-        assert difference < 1e-2, (n, difference)
-    model.train().zero_grad(set_to_none=True)
+        # A key's bias has no gradient but rounding.
+        difference = (others[n] - gradient).norm() / gradient.norm().clamp_min(1e-3)
+        assert difference < 1e-4, (n, difference)
 
 
 def make_step(model: SCLModel, batch: dict, compiled: bool = False):
@@ -109,14 +118,15 @@ def make_step(model: SCLModel, batch: dict, compiled: bool = False):
 
 @pytest.mark.parametrize(("rows", "name"), CASES)
 def test_step(benchmark, record, rows, name):
+    check(rows, name)
     model, batch, longest, tokens = build(rows)
-    check(model, batch, longest, name)
     batch = prepared(model, batch, longest, tokens, name)
     step = make_step(model, batch, WAYS[name][3])
     if GPU:
         torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated() if GPU else None
-    benchmark.pedantic(step, rounds=7 if GPU else 3, warmup_rounds=2 if GPU else 1)
+    # On a CPU the check has warmed everything up, and a step takes seconds.
+    benchmark.pedantic(step, rounds=7 if GPU else 3, warmup_rounds=2 if GPU else 0)
     times = benchmark.stats.stats.data
     described = describe_plan(model.config, model.objectives, model.step)
     record(
@@ -129,14 +139,23 @@ def test_step(benchmark, record, rows, name):
         pairs_per_second=rows / statistics.median(times),
         flops_a_pair=described["flops"],
         flops_ratio=described["flops_ratio"],
-        activation_bytes=torch.cuda.max_memory_allocated() - held if GPU else activation_bytes(rows, name),
+        **memory(rows, name, held),
     )
+
+
+def memory(rows: int, name: str, held: int | None) -> dict[str, int]:
+    """``activation_bytes``: what the step had at its peak above what was there before it."""
+    if GPU:
+        return {"activation_bytes": torch.cuda.max_memory_allocated() - held}
+    # A process of its own costs a step more.
+    return {"activation_bytes": activation_bytes(rows, name)} if name in ("separate/eager", "planned") else {}
 
 
 def activation_bytes(rows: int, name: str) -> int:
     """Peak of a step above parameters and gradients, in a process of its own: the largest resident set on a CPU."""
     command = [sys.executable, __file__, str(rows), name]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
 
 
 def resident_bytes() -> int:

@@ -365,3 +365,27 @@ def test_the_encoder_of_torch(options, only, compute, assert_agree):
     report.revert()
     assert type(model.layers[0].self_attn) is nn.MultiheadAttention and "backend" not in vars(model.layers[0].self_attn)
     assert_agree(compute(wrapped, inputs), expected, relative=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_models_of_other_dtypes_are_recognised(dtype, cross_layer):
+    assert not sclkern.fuse(cross_layer[0].to(dtype)).left
+
+
+def test_trying_a_module_changes_neither_modes_nor_random_numbers(make):
+    model, _ = make("bridgetower")
+    model.text_model.eval()
+    modes, state = [module.training for module in model.modules()], torch.get_rng_state()
+    dropouts = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    sclkern.fuse(model)
+    assert [module.training for module in model.modules()] == modes
+    assert [module.p for module in model.modules() if isinstance(module, nn.Dropout)] == dropouts
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_attention_by_choice_is_kept(make):
+    model, _ = make("bert")
+    model.config._attn_implementation_internal = "flash_attention_2"
+    report = sclkern.fuse(model)
+    assert {entry.why for entry in report.left} == {"its attention is 'flash_attention_2' by choice"}
+    assert model.config._attn_implementation == "flash_attention_2"
