@@ -22,14 +22,17 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(RUN)/python -m pytest -m "not gpu"
 
-# The kernels with the oldest Triton that is supported, laid over the same environment (with the newest numpy that its
-# interpreter takes): every kernel compiles and obeys the rules, and the tests of ops run interpreted.
+# The oldest Triton and transformers that are supported, laid over the same environment (with the newest numpy that this
+# Triton's interpreter takes, and what this transformers imports): every kernel compiles and obeys the rules, the tests of
+# ops run interpreted, and models are fused.
 test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(abspath $(OLDEST)) $(RUN)/python -m pytest -k "compiles_for or obeys or in_the_interpreter" \
 		tests/test_static.py tests/ops
+	PYTHONPATH=$(abspath $(OLDEST)) $(RUN)/python -m pytest tests/fuse
 
 $(OLDEST)/.installed: $(VENV)/.installed
-	$(RUN)/python -m pip install --quiet --no-deps --upgrade $(PIP_ARGS) --target $(OLDEST) "triton==3.6.0" "numpy<2.4"
+	$(RUN)/python -m pip install --quiet --no-deps --upgrade $(PIP_ARGS) --target $(OLDEST) "triton==3.6.0" "numpy<2.4" \
+		"transformers==5.0.0" "huggingface-hub<2" "tokenizers<=0.23.0" "kernels<0.12" httpx httpcore h11 anyio
 	touch $@
 
 lint: $(VENV)/.installed

@@ -93,7 +93,7 @@ def test_starting_from_the_weights_of_a_run(finished, tmp_path, capsys):
                 for name in ("negatives", "gather", "directions", "text_mask", "mlm_mask", "itm_negatives",
                              "frame_norm", "itc_temperature", "empty_selections")
             },
-            "step__share_encodings": False, "step__pack": False, "step__prune_last_layer": False,
+            "step__share_encodings": "none", "step__pack": False, "step__prune_last_layer": False,
             "step__absorb": "never",
         },
     ],

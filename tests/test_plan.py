@@ -15,7 +15,7 @@ from sclkern.step.memory import kept_bytes
 STEPS = [
     StepConfig(),
     StepConfig(absorb="never"),
-    StepConfig(share_encodings=False, absorb="never"),
+    StepConfig(share_encodings="none", absorb="never"),
     StepConfig(prune_last_layer=False, absorb="never"),
     StepConfig.reference(),
 ]
@@ -64,8 +64,8 @@ def test_the_arithmetic_is_what_is_executed(make_batch, monkeypatch, recipe, neg
     fused, flops = counted(lambda: fuse(model, plan, encoded, batch, masks))
     close(flops, ROWS * sum(part.flops for part in parts[encodings : encodings + views]))
     read = [tokens for view in (*fused.text.values(), *fused.image.values()) for tokens in view.values()]
-    itc = plan.encoding_of("itc", "complete")
-    read += [encoded.texts[itc], encoded.images[itc]]
+    read += [encoded.texts[plan.encoding_of("itc", "complete", "text")]]
+    read += [encoded.images[plan.encoding_of("itc", "complete", "image")]]
     _, flops = counted(lambda: sum(tokens.sum() for tokens in read).backward())
     close(flops, ROWS * sum(part.backward for part in parts[: encodings + views]))
     # The losses add the similarities of their features, which depend on the batch.
@@ -100,7 +100,7 @@ def test_the_plan_depends_on_the_recipe_alone():
     assert make_plan(objectives, StepConfig()) == make_plan(objectives, StepConfig())
     names = [view.name for view in make_plan(objectives, StepConfig()).views]
     assert sorted(names) == ["itm", "masked_image", "masked_text", "mlm"]
-    apart = make_plan(objectives, StepConfig(share_encodings=False))
+    apart = make_plan(objectives, StepConfig(share_encodings="none"))
     assert len(apart.images) == len(apart.texts) == 1 + len(names)
 
 

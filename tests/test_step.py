@@ -122,7 +122,8 @@ def test_shared_encodings_encode_each_variant_once(make_model, make_batch, pack)
 
 OPTIONS = [
     StepConfig(),
-    StepConfig(share_encodings=False),
+    StepConfig(share_encodings="none"),
+    StepConfig(share_encodings="images"),
     StepConfig(pack=False),
     StepConfig(prune_last_layer=False),
     StepConfig(absorb="never"),

@@ -13,8 +13,8 @@ class StepConfig:
     """Options of the execution; each can be turned off alone, and the published code has none of them.
 
     Attributes:
-        share_encodings: encode each image and each text variant once for all passes that read it. With dropout the
-            passes then share its mask in the text encoder.
+        share_encodings: encode each variant once for all passes that read it: "all", "images" alone, or "none". The
+            image encoder has no dropout, so sharing images changes nothing; passes that share a text share its dropout.
         pack: run all variants of a modality, and all views, in one batch without padding; else a call for each, padded.
         prune_last_layer: compute in the last fusion layer only the tokens that some loss reads.
         absorb: multiply projections of cross-attention into the shorter side where that is less arithmetic: "auto" or
@@ -23,7 +23,7 @@ class StepConfig:
             more arithmetic for a fraction of the memory.
     """
 
-    share_encodings: bool = True
+    share_encodings: Literal["all", "images", "none"] = "all"
     pack: bool = True
     prune_last_layer: bool = True
     absorb: Literal["auto", "never"] = "auto"
@@ -32,8 +32,10 @@ class StepConfig:
     def __post_init__(self) -> None:
         if self.absorb not in ("auto", "never"):
             raise UserError(f"absorb: got {self.absorb!r}, expected 'auto' or 'never'")
+        if self.share_encodings not in ("all", "images", "none"):
+            raise UserError(f"share_encodings: got {self.share_encodings!r}, expected 'all', 'images' or 'none'")
 
     @classmethod
     def reference(cls) -> StepConfig:
         """Separate padded passes, each encoding anew, as the published code runs them."""
-        return cls(share_encodings=False, pack=False, prune_last_layer=False, absorb="never")
+        return cls(share_encodings="none", pack=False, prune_last_layer=False, absorb="never")

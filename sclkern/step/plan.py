@@ -60,12 +60,14 @@ class Plan:
     views: tuple[View, ...]
     step: StepConfig
 
-    def encoding_of(self, reader: str, variant: str) -> str:
-        return _name(reader, variant, self.step)
+    def encoding_of(self, reader: str, variant: str, modality: Literal["image", "text"]) -> str:
+        """The encoding that a reader ("itc", or a view) takes a variant from."""
+        return _name(reader, variant, modality, self.step)
 
 
-def _name(reader: str, variant: str, step: StepConfig) -> str:
-    return variant if step.share_encodings else f"{variant}/{reader}"
+def _name(reader: str, variant: str, modality: str, step: StepConfig) -> str:
+    shared = step.share_encodings in ("all", f"{modality}s")
+    return variant if shared else f"{variant}/{reader}"
 
 
 def make_plan(objectives: ObjectiveConfig, step: StepConfig) -> Plan:
@@ -77,10 +79,11 @@ def make_plan(objectives: ObjectiveConfig, step: StepConfig) -> Plan:
     matching = "complete"
     negatives = "rows"
     if objectives.dataset_negatives:
-        matching, negatives = ("complete", "merged") if step.share_encodings else ("mixed", "none")
+        matching, negatives = ("complete", "merged") if step.share_encodings != "none" else ("mixed", "none")
 
     def view(name, image, text, text_reads, image_reads, negatives="none") -> View:
-        return View(name, _name(name, image, step), _name(name, text, step), text_reads, image_reads, negatives)
+        sources = _name(name, image, "image", step), _name(name, text, "text", step)
+        return View(name, *sources, text_reads, image_reads, negatives)
 
     words = ("cls", "completion") if local else ("cls",)
     views = [
@@ -94,7 +97,7 @@ def make_plan(objectives: ObjectiveConfig, step: StepConfig) -> Plan:
 
     images, texts = {}, {}
     for modality, side in ((images, "image"), (texts, "text")):
-        name = _name("itc", "complete", step)
+        name = _name("itc", "complete", side, step)
         modality[name] = Encoding(name, "complete")
         for each in views:
             name = getattr(each, side)

@@ -58,8 +58,8 @@ def run_step(model: SCLModel, batch: Mapping[str, Tensor], masks: StepMasks) -> 
     check_step(model, batch)
     plan = make_plan(objectives, model.step)
     encoded = encode(model, plan, batch, masks)
-    text = encoded.texts[plan.encoding_of("itc", "complete")]
-    image = encoded.images[plan.encoding_of("itc", "complete")]
+    text = encoded.texts[plan.encoding_of("itc", "complete", "text")]
+    image = encoded.images[plan.encoding_of("itc", "complete", "image")]
     frame_cls = image[:, :: image.shape[1] // encoded.num_frames]
     contrast = model.text_projection(text[:, 0]), model.image_projection(frame_cls.mean(1))
     similarity = None

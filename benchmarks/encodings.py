@@ -1,0 +1,86 @@
+"""Do shared encodings train worse? The demo with dropout, for each value of ``step.share_encodings`` and some seeds.
+
+Sharing is exact without dropout; with it, passes that share a text share the dropout of the text encoder. `python
+benchmarks/encodings.py` trains (half an hour and more on two cores), appends the record and draws the picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from sclkern.bench import records
+from sclkern.training.logs import read_metrics
+
+ROOT = Path(__file__).parent.parent
+WAYS = {"all": "tab:blue", "images": "tab:green", "none": "tab:orange"}
+LAST = 50  # steps whose mean is compared
+
+
+def train(folder: Path, shared: str, seed: int, steps: int) -> None:
+    changes = {
+        "run.output_dir": folder, "run.seed": seed, "run.max_steps": steps, "run.val_every": 0, "model.dropout": 0.1,
+        "step.share_encodings": shared, "evaluation.train_images": 0, "evaluation.rerank": 0,
+        "evaluation.attention_images": 0,
+    }  # fmt: skip
+    config = ["--config", str(ROOT / "configs" / "demo.yaml"), *(f"{key}={value}" for key, value in changes.items())]
+    subprocess.run([sys.executable, "-m", "sclkern.pretrain", *config, "--resume"], cwd=ROOT, check=True)
+
+
+def curve(folder: Path, kind: str = "train") -> list[tuple[int, float]]:
+    return [(row["step"], row["total"]) for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == kind]
+
+
+def summary(folders: dict[tuple[str, int], Path]) -> dict:
+    """By way, of each seed the mean training loss of the last steps and the held-out loss at the end."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for (shared, _), folder in sorted(folders.items()):
+        steps = curve(folder)
+        end = [loss for step, loss in steps if step > steps[-1][0] - LAST]
+        way = found.setdefault(shared, {"training": [], "held_out": []})
+        way["training"].append(statistics.mean(end))
+        way["held_out"].append(curve(folder, "val")[-1][1])
+    return found
+
+
+def plot(folders: dict[tuple[str, int], Path], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for (shared, seed), folder in sorted(folders.items()):
+        label = ("encodings shared" if shared else "encoded for each pass") if seed == 0 else None
+        axes.plot(
+            *zip(*curve(folder), strict=True), color="tab:blue" if shared else "tab:orange", alpha=0.8, label=label
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "encodings", help="folder of the runs")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "encodings.png")
+    options = parser.parse_args()
+    folders = {(shared, seed): options.runs / f"{shared}_{seed}" for seed in range(options.seeds) for shared in WAYS}
+    for (shared, seed), folder in folders.items():
+        train(folder, shared, seed, options.steps)
+    found = summary(folders)
+    records.append("training/demo/encodings", steps=options.steps, seeds=options.seeds, last=LAST, losses=found)
+    plot(folders, options.picture)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
