@@ -31,6 +31,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def asked(backend: str) -> str:
+    """What was asked for: ``backend``, or what ``SCLKERN_BACKEND`` says where that is "auto"."""
+    return os.environ.get("SCLKERN_BACKEND", backend) if backend == "auto" else backend
+
+
 def may_read(tensor: Tensor) -> bool:
     """Whether the values of an argument may be read to check them: on a CPU always, on a GPU, where that waits for the
     device, under ``SCLKERN_DEBUG=1``; never while torch.compile traces."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Optional
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.dispatch import KERNEL_DTYPES, choose, interpreted
+from sclkern.dispatch import KERNEL_DTYPES, asked, choose, interpreted
 from sclkern.random import seed_tensor
 
 HEAD_DIMS = (32, 64, 128)
@@ -75,9 +74,7 @@ def attention(
 
 def takes_torch(query: Tensor, dropout_p: float, seed: int | Tensor | None, backend: str) -> bool:
     """Whether a CPU computes this by torch's attention: no other asked for by name, and no dropout mask of ours."""
-    if backend == "auto":
-        backend = os.environ.get("SCLKERN_BACKEND", "auto")
-    return backend == "auto" and query.device.type == "cpu" and (dropout_p == 0 or seed is None)
+    return asked(backend) == "auto" and query.device.type == "cpu" and (dropout_p == 0 or seed is None)
 
 
 def torch_attention(

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.dispatch import BACKENDS, choose, interpreted
+from sclkern.dispatch import BACKENDS, asked, choose, interpreted
 from sclkern.distributed import compare, stack, world_size
 from sclkern.distributed import gather as gather_rows
 from sclkern.ops import completion_loss_tiled as tiled
@@ -80,7 +80,7 @@ def completion_loss(
     fused = choose(recovered, complete, backend=backend).backend == "triton"
     # Across ranks tiles at any size: the plain definition would compute everything on every rank.
     blockwise = world > 1 or recovered.shape[-2] > PLAIN_ROWS
-    if not (fused or (backend != "eager" and recovered.device.type == "cpu" and blockwise)):
+    if not (fused or (asked(backend) != "eager" and recovered.device.type == "cpu" and blockwise)):
         if world > 1:
             recovered, complete = (_gather_rows(x, -2, group, gather) for x in (recovered, complete))
             valid = None if valid is None else _gather_rows(valid, -1, group, gather)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sclkern.dispatch import Choice, choose, interpreted
+from sclkern.dispatch import Choice, asked, choose, interpreted
 from sclkern.ops.attention import attention, autocast
 from sclkern.ops.attention import check as check_attention
 from sclkern.ops.attention import unsupported as attention_unsupported
@@ -147,8 +146,7 @@ def plan(
         "queries": "what is absorbed into queries has no kernel",
     }
     forms = list(problems) if absorb == "auto" else [absorb]
-    asked = os.environ.get("SCLKERN_BACKEND", backend) if backend == "auto" else backend
-    if absorb == "auto" and asked == "triton":
+    if absorb == "auto" and asked(backend) == "triton":
         forms = [form for form in forms if problems[form] is None] or ["never"]
     choices = {form: choose(x, context, *parameters, backend=backend, unsupported=problems[form]) for form in forms}
     if dropout_p > 0 and "never" in choices and choices["never"].backend == "triton":

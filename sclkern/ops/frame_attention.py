@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.dispatch import KERNEL_DTYPES, choose, interpreted
+from sclkern.dispatch import KERNEL_DTYPES, asked, choose, interpreted
 from sclkern.ops.attention import attention, unsupported
 
 
@@ -54,7 +54,7 @@ def frame_attention(
     if choose(query, key, value, backend=backend, unsupported=unsupported(query, scale)).backend == "triton":
         tensors = (_contiguous_channels(tensor) for tensor in (query, key, value))
         return torch.ops.sclkern.frame_attention(*tensors, num_frames, scale)[0]
-    if backend == "auto" and query.device.type == "cpu":
+    if asked(backend) == "auto" and query.device.type == "cpu":
         return _by_torch(query, key, value, num_frames, scale)
     return reference.frame_attention(query, key, value, num_frames, softmax_scale=scale)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.dispatch import KERNEL_DTYPES, choose, interpreted, may_read
+from sclkern.dispatch import KERNEL_DTYPES, asked, choose, interpreted, may_read
 
 REDUCTIONS = ("mean", "sum", "none")
 # Logits in memory at once. On a GPU 134 MB in bfloat16, less than the weight's own float32 gradient at V = 50265 and
@@ -64,7 +64,7 @@ def linear_cross_entropy(
     check(hidden, weight, bias, labels, ignore_index, reduction)
     choice = choose(hidden, weight, *(() if bias is None else (bias,)), backend=backend)
     many = hidden.device.type == "cpu" and labels.numel() * weight.shape[0] > PLAIN_LOGITS
-    if choice.backend == "eager" and (backend == "eager" or not many):
+    if choice.backend == "eager" and (asked(backend) == "eager" or not many):
         options = {"ignore_index": ignore_index, "reduction": reduction, "return_hits": return_hits}
         return reference.linear_cross_entropy(hidden, weight, bias, labels, **options)
     rows = hidden.reshape(labels.numel(), hidden.shape[-1])

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from op_testing import DEVICE, run_in_interpreter
 from sclkern import ops
-from sclkern.dispatch import Choice, interpreted
+from sclkern.dispatch import Choice, asked, interpreted
 from sclkern.dispatch import choose as usual_choice
 
 LENGTH = 6
@@ -33,7 +33,7 @@ not_interpreted = pytest.mark.skipif(interpreted(), reason="takes minutes in the
 
 
 def always_the_op(*tensors, backend="auto", unsupported=None):
-    if backend in ("auto", "triton") and unsupported is None:
+    if asked(backend) in ("auto", "triton") and unsupported is None:
         return Choice("triton", "for the test")
     return usual_choice(*tensors, backend=backend, unsupported=unsupported)
 
@@ -230,9 +230,12 @@ def test_a_second_backward_gives_the_same(name):
 
 
 @every_differentiable_op
-def test_eager_has_second_derivatives(name):
-    arguments = build(name)
-    first = gradients(getattr(ops, name)(**arguments, backend="eager"), arguments, create_graph=True)
+@pytest.mark.parametrize("how", ["argument", "environment"])
+def test_eager_has_second_derivatives(name, how, monkeypatch):
+    arguments, options = build(name), {"backend": "eager"} if how == "argument" else {}
+    if how == "environment":
+        monkeypatch.setenv("SCLKERN_BACKEND", "eager")
+    first = gradients(getattr(ops, name)(**arguments, **options), arguments, create_graph=True)
     second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves(arguments), allow_unused=True)
     assert any(g is not None and g.abs().max() > 0 for g in second)
 
