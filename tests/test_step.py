@@ -111,7 +111,7 @@ def test_losses_and_gradients_equal_the_definition(make_model, make_batch, recip
 @pytest.mark.parametrize("pack", [False, True])
 def test_shared_encodings_encode_each_variant_once(make_model, make_batch, pack):
     model, batch = build(make_model, make_batch, ObjectiveConfig(recipe="glscl"))
-    model.step = StepConfig(pack=pack)
+    model.step = StepConfig(pack=pack, share_encodings="all")
     calls = {"text": 0, "vision": 0}
     for name in calls:
         getattr(model, name).blocks[0].register_forward_hook(lambda *_, n=name: calls.update({n: calls[n] + 1}))
@@ -123,7 +123,7 @@ def test_shared_encodings_encode_each_variant_once(make_model, make_batch, pack)
 OPTIONS = [
     StepConfig(),
     StepConfig(share_encodings="none"),
-    StepConfig(share_encodings="images"),
+    StepConfig(share_encodings="all"),
     StepConfig(pack=False),
     StepConfig(prune_last_layer=False),
     StepConfig(absorb="never"),

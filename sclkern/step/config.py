@@ -13,8 +13,10 @@ class StepConfig:
     """Options of the execution; each can be turned off alone, and the published code has none of them.
 
     Attributes:
-        share_encodings: encode each variant once for all passes that read it: "all", "images" alone, or "none". The
-            image encoder has no dropout, so sharing images changes nothing; passes that share a text share its dropout.
+        share_encodings: what is encoded once for all passes that read it. "images": each image variant, which changes
+            nothing, as the image encoder has no dropout; each view has texts, and dropout in them, of its own, and the
+            contrast reads those of ITM. "all": each text variant too, whose readers then share its dropout. "none":
+            every reader encodes anew.
         pack: run all variants of a modality, and all views, in one batch without padding; else a call for each, padded.
         prune_last_layer: compute in the last fusion layer only the tokens that some loss reads.
         absorb: multiply projections of cross-attention into the shorter side where that is less arithmetic: "auto" or
@@ -23,7 +25,7 @@ class StepConfig:
             more arithmetic for a fraction of the memory.
     """
 
-    share_encodings: Literal["all", "images", "none"] = "all"
+    share_encodings: Literal["all", "images", "none"] = "images"
     pack: bool = True
     prune_last_layer: bool = True
     absorb: Literal["auto", "never"] = "auto"

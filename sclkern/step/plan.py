@@ -66,8 +66,11 @@ class Plan:
 
 
 def _name(reader: str, variant: str, modality: str, step: StepConfig) -> str:
-    shared = step.share_encodings in ("all", f"{modality}s")
-    return variant if shared else f"{variant}/{reader}"
+    if step.share_encodings in ("all", f"{modality}s"):
+        return variant
+    # The contrast, which is no view, reads the texts of ITM, the other loss of whether a pair belongs together.
+    reader = "itm" if reader == "itc" and step.share_encodings == "images" else reader
+    return f"{variant}/{reader}"
 
 
 def make_plan(objectives: ObjectiveConfig, step: StepConfig) -> Plan:
