@@ -55,10 +55,8 @@ def plot(folders: dict[tuple[str, int], Path], file: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for (shared, seed), folder in sorted(folders.items()):
-        label = ("encodings shared" if shared else "encoded for each pass") if seed == 0 else None
-        axes.plot(
-            *zip(*curve(folder), strict=True), color="tab:blue" if shared else "tab:orange", alpha=0.8, label=label
-        )
+        label = f"shared: {shared}" if seed == 0 else None
+        axes.plot(*zip(*curve(folder), strict=True), color=WAYS[shared], alpha=0.8, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("training loss")
     axes.legend()
