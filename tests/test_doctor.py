@@ -71,6 +71,7 @@ def test_an_apex_that_is_not_nvidias_does_not_count(monkeypatch, tmp_path):
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "apex", raising=False)
     assert doctor.examine()["optional"]["apex"] is False
     (tmp_path / "apex" / "normalization.py").write_text("")
     importlib.invalidate_caches()  # a folder that changed twice in an instant looks unchanged

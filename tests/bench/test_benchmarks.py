@@ -154,6 +154,7 @@ def test_an_apex_that_is_not_nvidias_is_recognised(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UnableError, match="NVIDIA"):
         peers.load("apex", "apex.normalization.fused_layer_norm", "mixed_dtype_fused_layer_norm_affine")
+    sys.modules.pop("apex", None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has these backends")
