@@ -193,7 +193,10 @@ def fuse(
     texts = [encoded.texts[view.text] for view in plan.views]
     images = [_view_image(view, encoded, masks, similarity) for view in plan.views]
     words = text_places(masks, mask.sum(1))
-    spots = [image_places(masks, encoded.num_frames, image.shape[1]) for image in images]
+    whole = encoded.num_frames * (1 + model.config.num_patches)
+    # Views of one size have the same places.
+    by_size = {size: image_places(masks, encoded.num_frames, size) for size in {whole, *(x.shape[1] for x in images)}}
+    spots = [by_size[image.shape[1]] for image in images]
     text_index = [words.joined(view.text_reads) for view in plan.views]
     image_index = [spot.joined(view.image_reads) for spot, view in zip(spots, plan.views, strict=True)]
     run = _fuse_packed if plan.step.pack else _fuse_apart
@@ -205,7 +208,7 @@ def fuse(
             for view, spot, part in zip(plan.views, spots, image, strict=True)
         },
         words,
-        image_places(masks, encoded.num_frames, encoded.num_frames * (1 + model.config.num_patches)),
+        by_size[whole],
     )
 
 
