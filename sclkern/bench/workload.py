@@ -210,7 +210,7 @@ WORKLOAD: dict[str, Work] = {
         tuple(s for s in _FEW if s.name in ("325x13", "13x325")),
     ),
     "completion_loss": Work(
-        completion_loss, _scaled("N", (4096, 16384, 65536), 4096), _scaled("N", (512, 1024, 2304), 1024)
+        completion_loss, _scaled("N", (4096, 16384, 65536), 4096), _scaled("N", (512, 1024, 4096), 1024)
     ),
     "linear_cross_entropy": Work(
         linear_cross_entropy, _scaled("N", (125, 832, 3200), 125), _scaled("N", (16, 125), 125)

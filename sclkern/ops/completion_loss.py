@@ -18,7 +18,7 @@ DIRECTIONS = ("both", "recovered_to_complete")
 REDUCTIONS = ("mean", "sum", "none")
 GATHERS = ("exact", "reference", None)
 # On a CPU the plain definition holds several N x N matrices: from here on it works in tiles.
-PLAIN_ROWS = 2048
+PLAIN_ROWS = 3072
 
 
 def completion_loss(
@@ -40,7 +40,7 @@ def completion_loss(
     softplus(logsumexp over the other pairs - positive), so that confident positives keep their gradient.
 
     Memory is O(N D) with the kernels, beside at most 128 MiB of weights (half precision, N up to 524,288), 192 MiB of
-    partial sums, and on a CPU under "auto" when N is above 2048. At most 2048 rows of one process on a CPU, and
+    partial sums, and on a CPU under "auto" when N is above 3072. At most 3072 rows of one process on a CPU, and
     ``backend="eager"`` by name, take the plain definition, which holds N x N and alone supports double backward.
 
     With W ranks each computes its own rows and its own columns, 1/W of the similarities; features and a few floats for
@@ -199,7 +199,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from sclkern.kernels import completion_loss as kernels  # here, because Triton is optional
 
-    return kernels.completion_loss_forward(recovered, complete, temperature, valid, both, learnable, eps, offset, rows)
+    arguments = recovered, complete, temperature, valid, both, learnable, eps, offset, rows
+    # Triton launches on the current device, which may not be the tensor's.
+    with torch.cuda.device_of(recovered):
+        return kernels.completion_loss_forward(*arguments)
 
 
 def _backward(
@@ -220,11 +223,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from sclkern.kernels import completion_loss_backward as kernels
 
-    weight = kernels.completion_loss_anchors(grad.contiguous(), valid, positive, lse)
-    weights, anchors = ((t[0], t[1] if len(t) == 2 else None) for t in (weight, lse))
     sides = [recovered.new_empty(0), complete.new_empty(0)]
     # Backward may be called under autocast, which would round the product of float32 features.
-    with torch.autocast(recovered.device.type, enabled=False):
+    with torch.cuda.device_of(recovered), torch.autocast(recovered.device.type, enabled=False):
+        weight = kernels.completion_loss_anchors(grad.contiguous(), valid, positive, lse)
+        weights, anchors = ((t[0], t[1] if len(t) == 2 else None) for t in (weight, lse))
         for i, needed in enumerate((need_recovered, need_complete)):
             if needed:
                 x, y = (recovered, complete) if i == 0 else (complete, recovered)

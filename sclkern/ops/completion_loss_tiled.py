@@ -12,6 +12,9 @@ from torch import Tensor
 TILE = 2**22
 # As in the kernels: far below any similarity, yet sums of it stay finite.
 _EXCLUDED = -1e30
+# Cosines over a temperature of at least 1/40 have exponentials, and sums and inverses of them, that are normal numbers
+# of float32: no maximum need be taken off, and both directions share one exponential.
+_PLAIN_EXPONENTIALS = 40.0
 
 
 def forward(recovered, complete, temperature, valid, both, learnable, eps, offset, rows):
@@ -30,23 +33,30 @@ def forward(recovered, complete, temperature, valid, both, learnable, eps, offse
     for group in range(shape[0]):
         x, y = (_normalised(f, valid, group, r) for f, r in zip(sides, rnorm, strict=True))
         positive[group] = (x * y).sum(-1) / temperature
+    plain = _plain(temperature)
+    if plain:
+        lse.zero_()
     for first, dims in _passes(len(lse), shape[1], rows):
-        for group, here, _, _, similarity, excluded in _tiles(sides, temperature, valid, rnorm, first, window):
-            similarity.masked_fill_(excluded, _EXCLUDED)
+        for group, here, _, _, similarity in _tiles(sides, temperature, valid, rnorm, first, window):
+            weight = similarity.exp() if plain else None
             for dim in dims:
                 own = slice(here.start - offset, here.stop - offset) if dim else slice(None)
                 direction = first if dim else 1 - first
-                anchor = positive[group, here if dim else window].unsqueeze(dim)
-                old, sums, spreads = (t[direction, group, own] for t in (lse, total, spread))
-                raised = torch.maximum(old, similarity.amax(dim))
-                shrink, weight = torch.exp(old - raised), torch.exp(similarity - raised.unsqueeze(dim))
-                sums.mul_(shrink).add_(weight.sum(dim))
+                highest, sums, spreads = (t[direction, group, own] for t in (lse, total, spread))
+                if not plain:
+                    raised = torch.maximum(highest, similarity.amax(dim))
+                    shrink, weight = torch.exp(highest - raised), torch.exp(similarity - raised.unsqueeze(dim))
+                    highest.copy_(raised)
+                    sums.mul_(shrink)
+                    spreads.mul_(shrink)
+                sums += weight.sum(dim)
                 if learnable:
-                    spreads.mul_(shrink).add_((weight * (similarity - anchor)).sum(dim))
-                old.copy_(raised)
-    lse += total.log()
+                    anchor = positive[group, here if dim else window].unsqueeze(dim)
+                    spreads += (weight * (similarity - anchor)).sum(dim)
+    # Of a row without negatives the logarithm is infinite.
+    lse += total.log().clamp_min_(_EXCLUDED)
     losses = F.softplus(lse - positive[:, window]).sum(0)
-    return losses, positive, lse, spread / total if learnable else spread[:0].clone(), rnorm
+    return losses, positive, lse, spread / total.clamp_min_(torch.finfo(precise).tiny) if learnable else spread[:0].clone(), rnorm
 
 
 def backward(recovered, complete, temperature, valid, weight, lse, rnorm, eps, offset, rows, needed) -> list:
@@ -55,18 +65,25 @@ def backward(recovered, complete, temperature, valid, weight, lse, rnorm, eps, o
     groups, length, width = recovered.shape
     window, features = slice(offset, offset + rows), (recovered, complete)
     sides = [torch.zeros((groups, rows, width), dtype=rnorm.dtype) if need else None for need in needed]
+    plain = _plain(temperature)
     for first, dims in _passes(2, length, rows):
         targets = [(dim, first if dim else 1 - first) for dim in dims]
         targets = [(dim, target) for dim, target in targets if needed[target]]
         if not targets:
             continue
-        for group, here, x, y, similarity, excluded in _tiles(features, temperature, valid, rnorm, first, window):
-            gradient = torch.zeros_like(similarity)
-            if first < len(lse):
-                gradient += torch.exp(similarity - lse[first, group, here, None]) * weight[first, group, here, None]
-            if 1 - first < len(lse):
-                gradient += torch.exp(similarity - lse[1 - first, group]) * weight[1 - first, group]
-            gradient.masked_fill_(excluded, 0.0)
+        for group, here, x, y, similarity in _tiles(features, temperature, valid, rnorm, first, window):
+            shares = [
+                (lse[d, group, here, None], weight[d, group, here, None])
+                if d == first
+                else (lse[d, group], weight[d, group])
+                for d in range(len(lse))
+            ]
+            if plain:
+                # A row without negatives, of lowest log-sum-exp, has weight 0.
+                factors = [w * torch.exp(-s.clamp_min(-2 * _PLAIN_EXPONENTIALS)) for s, w in shares]
+                gradient = similarity.exp_().mul_(sum(factors))
+            else:
+                gradient = sum(torch.exp(similarity - s) * w for s, w in shares)
             gradient.diagonal(here.start).copy_(-weight[:, group, here].sum(0))
             for dim, target in targets:
                 if dim:
@@ -104,19 +121,26 @@ def _tiles(
     rnorm: Tensor,
     first: int,
     window: slice,
-) -> Iterator[tuple[int, slice, Tensor, Tensor, Tensor, Tensor]]:
-    """Row blocks of the window, group by group: group, rows, both sides normalised, similarities, what to exclude."""
+) -> Iterator[tuple[int, slice, Tensor, Tensor, Tensor]]:
+    """Row blocks of the window, group by group: group, rows, both sides normalised, similarities but for pairs of their
+    own and of rows that are not valid."""
     groups, length, _ = features[0].shape
     step = max(1, min(1024, TILE // max(length, 1)))
-    column = torch.arange(length)
+    inverse = 1 / temperature.item()
     for group in range(groups):
         x, y = (_normalised(features[side], valid, group, rnorm[side]) for side in (first, 1 - first))
         for start in range(window.start, window.stop, step):
             rows = slice(start, min(start + step, window.stop))
-            excluded = column[rows, None] == column
+            # What is added times 0 is not read.
+            similarity = torch.addmm(x.new_empty(()), x[rows], y.T, beta=0, alpha=inverse)
+            similarity.diagonal(start).fill_(_EXCLUDED)
             if valid is not None:
-                excluded = excluded | ~(valid[group, rows, None] & valid[group])
-            yield group, rows, x, y, x[rows] @ y.T / temperature, excluded
+                similarity.masked_fill_(~(valid[group, rows, None] & valid[group]), _EXCLUDED)
+            yield group, rows, x, y, similarity
+
+
+def _plain(temperature: Tensor) -> bool:
+    return 1 / temperature.item() <= _PLAIN_EXPONENTIALS
 
 
 def _normalised(features: Tensor, valid: Tensor | None, group: int, rnorm: Tensor, rows=slice(None)) -> Tensor:
