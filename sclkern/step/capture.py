@@ -1,0 +1,151 @@
+"""Forward and backward of a step as CUDA graphs: one launch in place of some thousands.
+
+At small batches a GPU waits for Python to launch the next kernel. A graph is recorded once for each shape of batch
+(``sclkern.data.buckets`` keeps them few) and replayed with the inputs, seed and weights of the moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sclkern.errors import UserError
+from sclkern.profiling import phase
+from sclkern.step.masks import draw_masks
+from sclkern.step.run import SCLLosses, check_step, run_step
+
+if TYPE_CHECKING:
+    from sclkern.models.scl import SCLModel
+
+# Runs before a graph is recorded: kernels compile and libraries allocate in the first.
+WARMUP = 2
+
+
+class CapturedStep:
+    """Losses of a step, and its gradients added to each parameter's ``.grad``, by the replay of a CUDA graph.
+
+    Gradients live in buffers of their own: ``zero_grad`` with or without ``set_to_none`` works, and so does
+    accumulation over calls. The ``.grad`` of a parameter that no loss reaches is left alone.
+
+    Args:
+        model: on a GPU, in training mode; its parameters must stay the same tensors.
+        precision: dtype of autocast, None for none.
+        scale: factor of the loss before the backward: 1 / (calls that are accumulated).
+
+    Raises:
+        UserError: the model is not on a GPU.
+    """
+
+    def __init__(self, model: SCLModel, *, precision: torch.dtype | None = None, scale: float = 1.0) -> None:
+        self.device = next(model.parameters()).device
+        self._check_device()
+        self.model, self.precision, self.scale = model, precision, scale
+        self._seed = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._recorded: dict[tuple, tuple[dict[str, Any], Callable[[], None], dict[str, Any]]] = {}
+        # The buffers of what has a gradient, by name; known once a step has run.
+        self._gradients: dict[str, Tensor] = {}
+        self._pool = None
+
+    def __call__(self, batch: Mapping[str, Any], seed: int) -> SCLLosses:
+        """Take a step.
+
+        Args:
+            batch: as ``SCLModel.forward`` takes it, on any device; copied. seed: of masks and dropout.
+
+        Returns:
+            The losses, detached, tensors of their own.
+
+        Raises:
+            ValueError: as ``run_step``.
+        """
+        check_step(self.model, batch)
+        shapes = {k: (v.shape, v.dtype) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        key = (self.model.training, *sorted(shapes.items()))
+        if key not in self._recorded:
+            self._recorded[key] = self._record(batch)
+        inputs, replay, outputs = self._recorded[key]
+        self._fill(inputs, batch, seed)
+        self._attach()
+        replay()
+        return SCLLosses(**{name: _copied(value) for name, value in outputs.items()})
+
+    def _record(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Callable[[], None], dict[str, Any]]:
+        """The tensors to fill, what runs the step on them, and the tensors it writes."""
+        inputs = {k: v.to(self.device, copy=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        parameters = dict(self.model.named_parameters())
+        held = {name: parameter.grad for name, parameter in parameters.items()}
+        self.model.zero_grad(set_to_none=True)
+        self._warm_up(inputs)
+        for name, parameter in parameters.items():
+            if parameter.grad is not None and name not in self._gradients:
+                self._gradients[name] = torch.zeros_like(parameter)
+            parameter.grad = held[name]
+        # Recorded on the buffers, so that the backward adds to them in place.
+        self._attach()
+        replay, losses = self._capture(lambda: self._step(inputs))
+        return inputs, replay, {each.name: getattr(losses, each.name) for each in fields(losses)}
+
+    def _step(self, inputs: Mapping[str, Any]) -> SCLLosses:
+        # Casts of weights that autocast would keep belong to the weights of one replay.
+        enabled = self.precision is not None
+        with torch.autocast(self.device.type, self.precision, enabled=enabled, cache_enabled=False):
+            losses = run_step(self.model, inputs, draw_masks(self.model, inputs, self._seed))
+        with phase("backward"):
+            (losses.total * self.scale).backward()
+        metrics = {name: value.detach() for name, value in losses.metrics.items()}
+        return SCLLosses(**{name: value.detach() for name, value in losses.named().items()}, metrics=metrics)
+
+    def _fill(self, inputs: dict[str, Any], batch: Mapping[str, Any], seed: int) -> None:
+        for name, value in batch.items():
+            if isinstance(value, Tensor):
+                inputs[name].copy_(value, non_blocking=True)
+        self._seed.fill_(seed)
+        # Dropout draws from torch's generator, whose seed a replay reads.
+        torch.manual_seed(seed)
+
+    def _attach(self) -> None:
+        """Make the buffers the ``.grad`` of their parameters, with the values that these have."""
+        cleared = []
+        for name, buffer in self._gradients.items():
+            parameter = self.model.get_parameter(name)
+            if parameter.grad is None:
+                cleared.append(buffer)
+            elif parameter.grad is not buffer:
+                buffer.copy_(parameter.grad)
+            parameter.grad = buffer
+        if cleared:
+            torch._foreach_zero_(cleared)
+
+    # -- the device ----------------------------------------------------------------------------------------------------
+
+    def _check_device(self) -> None:
+        if self.device.type != "cuda":
+            raise UserError(f"CUDA graphs need a GPU, the model is on {self.device}")
+
+    def _warm_up(self, inputs: Mapping[str, Any]) -> None:
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(WARMUP):
+                self._step(inputs)
+        torch.cuda.current_stream(self.device).wait_stream(side)
+
+    def _capture(self, step: Callable[[], SCLLosses]) -> tuple[Callable[[], None], SCLLosses]:
+        if self._pool is None:
+            # Graphs never run at the same time: they share the memory of what a step holds.
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # A loader's thread that pins memory meanwhile is no part of it.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            losses = step()
+        return graph.replay, losses
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _copied(each) for name, each in value.items()}
+    return value.clone() if isinstance(value, Tensor) else value
