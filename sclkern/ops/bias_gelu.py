@@ -55,13 +55,16 @@ def check(x: Tensor, bias: Tensor, approximate: str) -> None:
 def _forward(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
     from sclkern.kernels import bias_gelu as kernels  # here, because Triton is optional
 
-    return kernels.bias_gelu_forward(x, bias, kernels.KINDS[approximate])
+    # Triton launches on the current device, which may not be the tensor's.
+    with torch.cuda.device_of(x):
+        return kernels.bias_gelu_forward(x, bias, kernels.KINDS[approximate])
 
 
 def _backward(grad_out: Tensor, x: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
     from sclkern.kernels import bias_gelu as kernels
 
-    return kernels.bias_gelu_backward(grad_out.contiguous(), x, bias, kernels.KINDS[approximate])
+    with torch.cuda.device_of(x):
+        return kernels.bias_gelu_backward(grad_out.contiguous(), x, bias, kernels.KINDS[approximate])
 
 
 _op = torch.library.custom_op("sclkern::bias_gelu", _forward, mutates_args=(), device_types="cuda")

@@ -56,7 +56,13 @@ def forward(recovered, complete, temperature, valid, both, learnable, eps, offse
     # Of a row without negatives the logarithm is infinite.
     lse += total.log().clamp_min_(_EXCLUDED)
     losses = F.softplus(lse - positive[:, window]).sum(0)
-    return losses, positive, lse, spread / total.clamp_min_(torch.finfo(precise).tiny) if learnable else spread[:0].clone(), rnorm
+    return (
+        losses,
+        positive,
+        lse,
+        spread / total.clamp_min_(torch.finfo(precise).tiny) if learnable else spread[:0].clone(),
+        rnorm,
+    )
 
 
 def backward(recovered, complete, temperature, valid, weight, lse, rnorm, eps, offset, rows, needed) -> list:

@@ -139,7 +139,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from sclkern.kernels import dropout_add_layer_norm as kernels  # here, because Triton is optional
 
-    return kernels.dropout_add_layer_norm_forward(x, residual, weight, bias, x_bias, seed, dropout_p, eps)
+    # Triton launches on the current device, which may not be the tensor's.
+    with torch.cuda.device_of(x):
+        return kernels.dropout_add_layer_norm_forward(x, residual, weight, bias, x_bias, seed, dropout_p, eps)
 
 
 def _backward(
@@ -155,9 +157,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from sclkern.kernels import dropout_add_layer_norm as kernels
 
-    grad_x, grad_residual, grad_parameters = kernels.dropout_add_layer_norm_backward(
-        grad_out.contiguous(), x, residual, weight, x_bias, seed, mean, rstd, dropout_p, _separate(x, residual, seed)
-    )
+    tensors, separate = (grad_out.contiguous(), x, residual, weight, x_bias, seed), _separate(x, residual, seed)
+    with torch.cuda.device_of(x):
+        grad_x, grad_residual, grad_parameters = kernels.dropout_add_layer_norm_backward(
+            *tensors, mean, rstd, dropout_p, separate
+        )
     return _or_nothing(grad_x, x), grad_residual, grad_parameters
 
 

@@ -9,8 +9,9 @@ def poisoned_memory():
     """Every block that torch's allocator hands out next was NaN, however it is asked for."""
     torch.cuda.empty_cache()
     # Requests of up to 1 MiB are served from other blocks than larger ones; a freed block is split for what fits in it.
-    held = [torch.full((2**17,), torch.nan, device="cuda") for _ in range(128)]
-    held += [torch.full((2**28,), torch.nan, device="cuda") for _ in range(4)]
+    # The smallest first: they fill what is left around tensors that live on, which would be handed out before the rest.
+    counts = {2**7: 4096, 2**10: 1024, 2**13: 256, 2**17: 128, 2**28: 4}
+    held = [torch.full((size,), torch.nan, device="cuda") for size, count in counts.items() for _ in range(count)]
     del held
 
 

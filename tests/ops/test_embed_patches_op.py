@@ -173,7 +173,7 @@ def test_runs_are_equal_to_the_bit():
 )
 def test_any_inputs_may_be_frozen_and_the_graph_kept(wanted, backend):
     tensors = inputs(kept=4)
-    whole = run(ops.embed_patches, tensors, grad=torch.ones(2, 10, 20), backend=backend)
+    whole = run(ops.embed_patches, tensors, grad=torch.ones(2, 10, 20, device=DEVICE), backend=backend)
     tensors = {name: t.detach().requires_grad_(name in wanted) for name, t in tensors.items()}
     out = ops.embed_patches(**tensors, backend=backend).sum()
     for _ in range(2):

@@ -4,6 +4,7 @@ Where no kernel runs, the op itself is taken all the same: its CPU kernel is an 
 around it (registration, fake, autograd, checks) is what a GPU meets.
 """
 
+import contextlib
 import inspect
 import sys
 
@@ -208,6 +209,32 @@ def test_checkpointing_repeats_the_same_dropout(name, reentrant):
         out.backward(torch.ones_like(out))
         found.append([out.detach(), *(leaf.grad for leaf in leaves(arguments))])
     assert_same(*found, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not interpreted(), reason="no launch to watch")
+@every_op
+def test_kernels_are_launched_on_the_device_of_the_tensors(name, monkeypatch):
+    from triton.runtime.interpreter import InterpretedFunction
+
+    current, launches, run = [], [], InterpretedFunction.run
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    def watched(self, *arguments, **options):
+        launches.append(bool(current))
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(InterpretedFunction, "run", watched)
+    arguments = build(name)
+    out = getattr(ops, name)(**arguments)
+    if name in DIFFERENTIABLE:
+        gradients(out, arguments)
+    assert launches and all(launches)
 
 
 @every_op
