@@ -226,6 +226,10 @@ def test_unknown_key(fails):
     fails("unknown key 'optimizer.learning_rat'; did you mean 'optimizer.learning_rate'?", optimizer__learning_rat=1)
 
 
+def test_cuda_graphs_without_a_gpu(fails):
+    fails("cuda_graphs: needs a GPU, the device is cpu", run__cuda_graphs=True, run__device="cpu")
+
+
 def test_a_tokenizer_of_another_vocabulary(fails):
     fails("model.vocab_size: got 120, the tokenizer 'demo' has 2048", model__vocab_size=120, model__mask_id=119)
 

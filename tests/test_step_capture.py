@@ -7,8 +7,7 @@ import torch
 
 from sclkern import ObjectiveConfig, SCLConfig, SCLModel
 from sclkern.errors import UserError
-from sclkern.step import draw_masks, run_step
-from sclkern.step.capture import CapturedStep
+from sclkern.step import CapturedStep, StepConfig, check_capture, draw_masks, run_step
 
 WIDTHS = [(9, 40), (12, 48), (9, 40)]
 
@@ -18,7 +17,7 @@ class Emulated(CapturedStep):
 
     captured = 0
 
-    def _check_device(self):
+    def _check(self, model):
         pass
 
     def _warm_up(self, inputs):
@@ -133,8 +132,13 @@ def test_a_batch_that_lacks_something_is_refused_before_anything_is_recorded():
 
 
 def test_without_a_gpu_it_is_refused():
-    with pytest.raises(UserError, match="need a GPU, the model is on cpu"):
+    with pytest.raises(UserError, match="cuda_graphs: needs a GPU, the device is cpu"):
         CapturedStep(make())
+
+
+def test_blocks_that_are_computed_again_are_refused():
+    with pytest.raises(UserError, match=r"cannot be had with step\.checkpoint_blocks=true"):
+        check_capture(torch.device("cuda"), StepConfig(checkpoint_blocks=True))
 
 
 @pytest.mark.gpu

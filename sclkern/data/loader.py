@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -203,24 +204,43 @@ class PairLoader:
         Raises:
             UserError: ``start`` is past the end of the epoch; while iterating, the dataset's errors.
         """
+        self._check_start(epoch, start)
+        return self._load(self._indices(epoch, start))
+
+    def endless(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """As :meth:`epoch`, then the batches of the epochs that follow, without end.
+
+        Workers go on from one epoch to the next: what reads a small table many times does not wait for new processes
+        and their first batches each time.
+
+        Raises:
+            UserError: As :meth:`epoch`.
+        """
+        self._check_start(epoch, start)
+        following = (self._indices(each) for each in count(epoch + 1))
+        return self._load(chain(self._indices(epoch, start), chain.from_iterable(following)))
+
+    def _check_start(self, epoch: int, start: int) -> None:
         if not 0 <= start <= len(self):
             raise UserError(
                 f"epoch {epoch} has {len(self)} batches, it cannot start at batch {start}; "
                 "resume with the data, batch size and number of ranks of the first run"
             )
+
+    def _indices(self, epoch: int, start: int = 0) -> Iterator[list[tuple[int, int]]]:
         order = self._order(epoch)
-        starts = range(start * self.batch_size, len(order), self.batch_size)
+        for first in range(start * self.batch_size, len(order), self.batch_size):
+            yield [(epoch, pair) for pair in order[first : first + self.batch_size].tolist()]
+
+    def _load(self, indices: Iterator[list[tuple[int, int]]]) -> Iterator[Batch]:
         loader = DataLoader(
             self.dataset,
-            batch_sampler=([(epoch, pair) for pair in order[i : i + self.batch_size].tolist()] for i in starts),
+            batch_sampler=indices,
             collate_fn=self._collate,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),
         )
-        return self._batches(loader)
-
-    def _batches(self, loader: DataLoader[Any]) -> Iterator[Batch]:
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch

@@ -1,6 +1,6 @@
 """The training step: which masks are drawn, which views are fused, which loss reads what, and how it is executed."""
 
-from sclkern.step.capture import CapturedStep
+from sclkern.step.capture import CapturedStep, check_capture
 from sclkern.step.config import StepConfig
 from sclkern.step.masks import StepMasks, draw_masks
 from sclkern.step.plan import Plan, make_plan
@@ -12,6 +12,7 @@ __all__ = [
     "SCLLosses",
     "StepConfig",
     "StepMasks",
+    "check_capture",
     "check_objectives",
     "check_step",
     "draw_masks",

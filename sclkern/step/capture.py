@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sclkern.errors import UserError
 from sclkern.profiling import phase
+from sclkern.step.config import StepConfig
 from sclkern.step.masks import draw_masks
 from sclkern.step.run import SCLLosses, check_step, run_step
 
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
 WARMUP = 2
 
 
+def check_capture(device: torch.device, step: StepConfig) -> None:
+    """Raise a ``UserError`` unless a step can be captured: not on a CPU, and not with blocks that are computed again,
+    which read the state of the generator back."""
+    if device.type != "cuda":
+        raise UserError(f"cuda_graphs: needs a GPU, the device is {device}; set it to false")
+    if step.checkpoint_blocks:
+        raise UserError("cuda_graphs: cannot be had with step.checkpoint_blocks=true; set one of them to false")
+
+
 class CapturedStep:
     """Losses of a step, and its gradients added to each parameter's ``.grad``, by the replay of a CUDA graph.
 
@@ -32,17 +42,17 @@ class CapturedStep:
     accumulation over calls. The ``.grad`` of a parameter that no loss reaches is left alone.
 
     Args:
-        model: on a GPU, in training mode; its parameters must stay the same tensors.
+        model: on a GPU; its parameters must stay the same tensors.
         precision: dtype of autocast, None for none.
         scale: factor of the loss before the backward: 1 / (calls that are accumulated).
 
     Raises:
-        UserError: the model is not on a GPU.
+        UserError: see ``check_capture``.
     """
 
     def __init__(self, model: SCLModel, *, precision: torch.dtype | None = None, scale: float = 1.0) -> None:
         self.device = next(model.parameters()).device
-        self._check_device()
+        self._check(model)
         self.model, self.precision, self.scale = model, precision, scale
         self._seed = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._recorded: dict[tuple, tuple[dict[str, Any], Callable[[], None], dict[str, Any]]] = {}
@@ -122,9 +132,8 @@ class CapturedStep:
 
     # -- the device ----------------------------------------------------------------------------------------------------
 
-    def _check_device(self) -> None:
-        if self.device.type != "cuda":
-            raise UserError(f"CUDA graphs need a GPU, the model is on {self.device}")
+    def _check(self, model: SCLModel) -> None:
+        check_capture(self.device, model.step)
 
     def _warm_up(self, inputs: Mapping[str, Any]) -> None:
         side = torch.cuda.Stream(self.device)

@@ -124,21 +124,6 @@ class Counter:
         rows, context = (self.padded_words if tokens == self.words else tokens for tokens in (rows, context))
         return self._share(rows, context) * self._plain(rows, context) if rows else 0.0
 
-    def _feed_forward(self, tokens: float) -> float:
-        return 2 * self.config.mlp_ratio * self.square * tokens
-
-    def _cross_attention(self, rows: int, context: int) -> float:
-        def plain(rows: int, context: int) -> float:
-            return 2 * self.square * (rows + context) + 4 * rows * context * self.config.width
-
-        if self.plan.step.absorb == "auto":
-            # An absorbed sub-layer works on padded captions.
-            padded = [self.padded_words if tokens == self.words else tokens for tokens in (rows, context)]
-            share = min(relative_costs(*padded, self.config.width, self.config.num_heads).values())
-            if share <= WORTHWHILE:
-                return share * plain(*padded)
-        return plain(rows, context)
-
     def _image(self, name: str, variant: str) -> Part:
         config, tokens = self.config, self._image_tokens(variant)
         layer = self._self_attention(tokens, frames=self.frames) + self._feed_forward(tokens)

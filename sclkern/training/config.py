@@ -119,6 +119,8 @@ class RunConfig:
         batch_size: pairs a process takes at a time; accumulation: of them for one optimiser step.
         precision: "float32", or "bfloat16" by autocast with float32 weights.
         device: "auto" takes a GPU when there is one. backend: see ``SCLModel.set_backend``.
+        cuda_graphs: record forward and backward once for each shape of batch and replay them, on a GPU
+            (``sclkern.step.capture``).
         log_every, save_every, val_every: in steps; 0 = at the end alone (validation and saving).
     """
 
@@ -131,6 +133,7 @@ class RunConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
     backend: Literal["auto", "triton", "sdpa", "eager"] = "auto"
+    cuda_graphs: bool = False
     log_every: int = 10
     save_every: int = 500
     val_every: int = 0
@@ -183,7 +186,7 @@ class PretrainConfig:
 # of gradients, the remedies for a run that diverged.
 RESUMABLE_CHANGES = {
     "optimizer.learning_rate", "optimizer.max_grad_norm", "run.output_dir",
-    "run.stop_at", "run.device", "run.log_every", "run.save_every", "run.val_every",
+    "run.stop_at", "run.device", "run.cuda_graphs", "run.log_every", "run.save_every", "run.val_every",
     "data.num_workers", "weights.pretrained", "weights.reference", "weights.text", "weights.vision", "weights.strict",
     *(f"evaluation.{f.name}" for f in dataclasses.fields(EvaluationConfig)),
 }  # fmt: skip

@@ -10,7 +10,7 @@ import logging
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from sclkern.errors import UserError
 from sclkern.models import SCLModel
 from sclkern.profiling import phase
 from sclkern.random import mix_seed
-from sclkern.step import SCLLosses, check_objectives
+from sclkern.step import CapturedStep, SCLLosses, check_capture, check_objectives
 from sclkern.training.checkpoint import open_directory, save_checkpoint
 from sclkern.training.config import PretrainConfig
 from sclkern.training.logs import RunLog
@@ -58,6 +58,8 @@ class Pretraining:
         self.directory = Path(config.run.output_dir)
         self.checkpoints = self.directory / "checkpoints"
         self.device = resolve_device(config.run.device)
+        if config.run.cuda_graphs:
+            check_capture(self.device, config.step)
         check_objectives(config.model, config.objectives)
         saved = open_directory(config, resume=resume)
         self.train_table = PairTable(config.data.root, config.data.train_tables, config.data.train_split)
@@ -87,6 +89,10 @@ class Pretraining:
         self._saved_step = self.step if saved else -1
         self._stop_requested = False
         self._healthy = torch.ones((), dtype=torch.bool, device=self.device)
+        self._precision = torch.bfloat16 if config.run.precision == "bfloat16" else None
+        self._captured = None
+        if config.run.cuda_graphs:
+            self._captured = CapturedStep(self.model, precision=self._precision, scale=1 / config.run.accumulation)
         lengths = self._lengths(self.train_table)
         self._throughput = Throughput(config, lengths, self.train_loader.pad_to_max, self.device)
 
@@ -172,10 +178,7 @@ class Pretraining:
 
     def _batches(self) -> Iterator[dict[str, Any]]:
         """Micro-batches from the position that belongs to the current step, epoch after epoch."""
-        epoch, start = divmod(self.step * self.config.run.accumulation, len(self.train_loader))
-        while True:
-            yield from self.train_loader.epoch(epoch, start)
-            epoch, start = epoch + 1, 0
+        return self.train_loader.endless(*divmod(self.step * self.config.run.accumulation, len(self.train_loader)))
 
     def _train_step(self, batches: Iterator[dict[str, Any]]) -> None:
         run, optimizer = self.config.run, self.optimizer
@@ -189,9 +192,7 @@ class Pretraining:
                 batch = next(batches)
             self._waited += time.perf_counter() - asked
             self.bad_pictures.add(batch.pop("undecodable"))
-            losses = self._losses(batch, mix_seed(run.seed, _STEP, self.step, micro))
-            with phase("backward"):
-                (losses.total / run.accumulation).backward()
+            losses = self._micro_step(batch, mix_seed(run.seed, _STEP, self.step, micro))
             for name, value in {**losses.named(), **losses.metrics}.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() / run.accumulation
         limit = self.config.optimizer.max_grad_norm
@@ -223,14 +224,19 @@ class Pretraining:
     def _restart_clock(self) -> None:
         self._logged_step, self._logged_time, self._waited = self.step, time.perf_counter(), 0.0
 
+    def _micro_step(self, batch: dict[str, Any], seed: int) -> SCLLosses:
+        if self._captured is not None:
+            return self._captured(batch, seed)
+        losses = self._losses(batch, seed)
+        with phase("backward"):
+            (losses.total / self.config.run.accumulation).backward()
+        return losses
+
     def _losses(self, batch: dict[str, Any], seed: int) -> SCLLosses:
         # Dropout draws from torch's generator: seeded for each micro-batch, it needs no state in the checkpoint.
         torch.manual_seed(seed)
         batch = {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        autocast = nullcontext()
-        if self.config.run.precision == "bfloat16":
-            autocast = torch.autocast(self.device.type, torch.bfloat16)
-        with autocast:
+        with torch.autocast(self.device.type, self._precision, enabled=self._precision is not None):
             return self.model(batch, seed=seed)
 
     def _check_healthy(self, totals: dict[str, Tensor]) -> None:

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import io
 import logging
+import multiprocessing
 import pickle
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,26 @@ def test_resumption_does_not_decode_what_was_seen(make: Make, monkeypatch: pytes
     loader = PairLoader(dataset, batch_size=20, shuffle=False, seed=0)
     next(loader.epoch(4, start=2))
     assert asked == [(4, pair) for pair in range(40, 60)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_without_end_one_epoch_follows_the_other(num_workers: int) -> None:
+    loader = PairLoader(demo_dataset(), batch_size=32, shuffle=True, seed=5, num_workers=num_workers)
+    start = len(loader) - 1
+    expected = [*loader.epoch(2, start), *loader.epoch(3), next(loader.epoch(4))]
+    assert_equal(expected, list(islice(loader.endless(2, start), len(expected))))
+    with pytest.raises(UserError, match="it cannot start at batch 99"):
+        loader.endless(2, 99)
+
+
+def test_workers_go_on_from_one_epoch_to_the_next(make: Make) -> None:
+    loader = PairLoader(make(), batch_size=20, shuffle=True, seed=0, num_workers=1)
+    batches = loader.endless(0)
+    workers = set()
+    for _ in range(3 * len(loader)):
+        next(batches)
+        workers.update(process.pid for process in multiprocessing.active_children())
+    assert len(workers) == 1
 
 
 def test_samples_depend_on_seed_epoch_and_pair_alone() -> None:
