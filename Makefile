@@ -6,7 +6,7 @@ RUN := $(VENV)/bin
 
 OLDEST := $(VENV)/oldest
 
-.PHONY: demo test test-oldest lint gpu
+.PHONY: demo test test-oldest lint api gpu
 
 # Stamped, so that an interrupted installation is done again. PIP_ARGS: further arguments of pip.
 $(VENV)/.installed: setup.py pyproject.toml
@@ -38,6 +38,12 @@ $(OLDEST)/.installed: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+
+# Pages of every public docstring, in build/api/index.html.
+PUBLIC := ops nn models step objectives reference fusing huggingface weights distributed profiling
+api: $(VENV)/.installed
+	$(RUN)/python -m pip install --quiet $(PIP_ARGS) -e ".[docs]"
+	$(RUN)/python -m pdoc --docformat google --output-directory build/api $(addprefix sclkern.,$(PUBLIC))
 
 # On a GPU machine with nothing installed but torch, transformers, timm, pytest and pytest-benchmark: tests, then the
 # benchmarks by importance, within BUDGET seconds. GPU_ARGS: further arguments (--only GROUPS --resume --output FOLDER).

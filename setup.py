@@ -39,5 +39,5 @@ setup(
         "nvtx",
     ],
     # kernels: Hugging Face's, to prove that our folder of that name does not get in its way.
-    extras_require={"test": ["pytest", "pytest-benchmark", "hypothesis", "kernels", "ruff"]},
+    extras_require={"test": ["pytest", "pytest-benchmark", "hypothesis", "kernels", "ruff"], "docs": ["pdoc"]},
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import pytest
+import torch
 
 from sclkern.bench import records, roofline
 
@@ -29,6 +30,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # As matrix products have it by default: float32 is float32 for whoever convolves, too.
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
     config.addinivalue_line("markers", "importance(level): 1 to 3, which of the benchmarks to run first")
 
 

@@ -183,6 +183,17 @@ def _frame_mask(frames: int, tokens: int, device: torch.device) -> Tensor:
     return reference.frame_attention_mask(frames, tokens, device)
 
 
+def _varlen(inputs: dict, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """torch's own attention of packed sequences, by FlashAttention; it has no dropout."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    lengths = (inputs[name] for name in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"))
+    try:
+        return varlen_attn(inputs["query"], inputs["key"], inputs["value"], *lengths)
+    except RuntimeError as error:
+        raise UnableError(f"torch varlen: {str(error).splitlines()[0]}") from error
+
+
 def _sdpa_frame_attention(name: str, inputs: dict, dropout_p: float, seed: Tensor | None) -> Tensor:
     query, frames = inputs["query"], inputs["num_frames"]
     mask = _frame_mask(frames, query.shape[1] // frames, query.device)
@@ -217,7 +228,7 @@ def _sdpa(function: Callable[..., Tensor]) -> tuple[Way, ...]:
 _QKV = ("query", "key", "value")
 _TABLE = {
     "attention": (_attention, _QKV, _sdpa(_sdpa_attention)),
-    "packed_attention": (_packed_attention, _QKV, ()),
+    "packed_attention": (_packed_attention, _QKV, (Way("varlen", _varlen, dropout=False, dtypes=DTYPES[:2]),)),
     "frame_attention": (_frame_attention, _QKV, _sdpa(_sdpa_frame_attention)),
     "cross_attention": (
         _cross_attention,

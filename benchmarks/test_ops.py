@@ -12,6 +12,7 @@ import torch
 from measuring import GPU, floors, make_call, on_device, quartiles, reason_to_skip, rounds_of, verify
 from registry import Case, cases
 from sclkern.bench.workload import WORKLOAD, Rates, floor
+from tracing import peak_bytes, trace
 from ways import UnableError
 
 # Of wall time for each case.
@@ -48,6 +49,8 @@ def measure(benchmark, record, machine: dict, case: Case) -> None:
     rounds, iterations = rounds_of(run, SECONDS)
     benchmark.pedantic(run, rounds=rounds, iterations=iterations)
     host = quartiles(benchmark.stats.stats.data)
+    if not GPU:
+        device = {"peak_bytes": peak_bytes(trace(call))}
     dtype = str(case.dtype).removeprefix("torch.")
     rates = Rates(machine["copy_bytes_per_second"], machine["matrix_flops_per_second"].get(dtype, float("inf")))
     least = floor(WORKLOAD[case.op].cost(case.size.values, torch.finfo(case.dtype).bits // 8), case.part, rates)

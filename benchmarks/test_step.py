@@ -9,47 +9,61 @@ the published code does.
 from __future__ import annotations
 
 import functools
-import os
 import statistics
-import subprocess
-import sys
-from dataclasses import replace
-from pathlib import Path
+import time
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
+import tracing
 from sclkern import ObjectiveConfig, SCLConfig, SCLModel
-from sclkern.step import StepConfig, draw_masks, run_step
+from sclkern.bench.workload import captions
+from sclkern.profiling import phase
+from sclkern.step import CapturedStep, SCLLosses, StepConfig, draw_masks, run_step
 from sclkern.step.flops import describe_plan
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-# Name: execution, false pictures of ITM, backend of the model, whether torch.compile.
-SEPARATE = StepConfig.reference()
+PLANNED, SEPARATE = StepConfig(), StepConfig.reference()
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a step is executed; ``negatives`` are the false pictures of ITM, ``captured`` is by CUDA graph."""
+
+    step: StepConfig = PLANNED
+    negatives: str = "dataset"
+    backend: str = "auto"
+    compiled: bool = False
+    captured: bool = False
+
+
 WAYS = {
-    "separate/eager": (SEPARATE, "dataset", "eager", False),
-    "separate/sdpa": (SEPARATE, "dataset", "sdpa", False),
-    "separate/sdpa/compiled": (SEPARATE, "dataset", "sdpa", True),
-    "planned/eager": (StepConfig(), "dataset", "eager", False),
-    "planned": (StepConfig(), "dataset", "auto", False),
-    "planned/no absorption": (StepConfig(absorb="never"), "dataset", "auto", False),
-    "planned/in_batch": (StepConfig(), "in_batch", "auto", False),
+    "separate/eager": Way(SEPARATE, backend="eager"),
+    "separate/sdpa": Way(SEPARATE, backend="sdpa"),
+    "separate/sdpa/compiled": Way(SEPARATE, backend="sdpa", compiled=True),
+    "planned/eager": Way(backend="eager"),
+    "planned": Way(),
+    "planned/graph": Way(captured=True),
+    "planned/no absorption": Way(StepConfig(absorb="never")),
+    "planned/in_batch": Way(negatives="in_batch"),
 }
 # On a CPU "auto" of the planned step and "eager" of separate passes are the two that a user would compare.
 ON_CPU = ("separate/eager", "separate/sdpa", "planned", "planned/no absorption", "planned/in_batch")
-CASES = [(rows, name) for rows in (16, 64, 128) for name in WAYS] if GPU else [(2, name) for name in ON_CPU]
-# Tokens of captions with <s> and </s>: 13 on average, as COCO's.
-LENGTHS = (12, 13, 12, 14, 11, 15, 13, 16, 12, 13, 18, 12, 11, 14, 13, 10)
+ON_GPU = sorted(((rows, name) for rows in (64, 16, 128) for name in WAYS), key=lambda case: WAYS[case[1]].compiled)
+# What compiles for minutes comes last.
+CASES = ON_GPU if GPU else [(2, name) for name in ON_CPU]
 
 
-def build(rows: int, preset: str = "base", length: int = 50):
+def build(rows: int) -> tuple[SCLModel, dict, int, int]:
+    """Model, batch padded to ``max_text_len``, tokens of the longest caption and of all."""
     torch.manual_seed(0)
-    config = SCLConfig.preset(preset)
+    config = SCLConfig.preset("base")
     model = SCLModel(config, ObjectiveConfig(itm_negatives="dataset")).to(DEVICE)
-    lengths = torch.tensor([LENGTHS[i % len(LENGTHS)] for i in range(rows)], device=DEVICE)
-    column = torch.arange(length, device=DEVICE)
-    ids = torch.randint(5, config.vocab_size - 1, (rows, length), device=DEVICE)
+    lengths = torch.tensor(captions(rows), device=DEVICE)
+    column = torch.arange(config.max_text_len, device=DEVICE)
+    ids = torch.randint(5, config.vocab_size - 1, (rows, config.max_text_len), device=DEVICE)
     mask = column < lengths[:, None]
     ids = torch.where(column == 0, config.bos_id, ids)
     ids = torch.where(column == lengths[:, None] - 1, config.eos_id, ids).masked_fill(~mask, config.pad_id)
@@ -60,11 +74,11 @@ def build(rows: int, preset: str = "base", length: int = 50):
 
 def prepared(model: SCLModel, batch: dict, longest: int, tokens: int, name: str) -> dict:
     """Set the model up for a way of execution; returns the batch as its loader would give it."""
-    step, negatives, backend, _ = WAYS[name]
-    model.step = step
-    model.objectives = replace(model.objectives, itm_negatives=negatives)
-    model.set_backend(backend)
-    if not step.pack:
+    way = WAYS[name]
+    model.step = way.step
+    model.objectives = replace(model.objectives, itm_negatives=way.negatives)
+    model.set_backend(way.backend)
+    if not way.step.pack:
         return batch
     packed = {key: value[:, :longest] if key.startswith("text") else value for key, value in batch.items()}
     return {**packed, "text_tokens": tokens}
@@ -77,8 +91,7 @@ def losses_and_gradients(rows: int, name: str, negatives: str) -> tuple[torch.Te
     small = {key: value[:2] for key, value in batch.items()}
     given = prepared(model, small, longest, int(small["text_mask"].sum()), name)
     model.objectives = replace(model.objectives, itm_negatives=negatives)
-    losses = run_step(model, given, draw_masks(model, given, 0))
-    losses.total.backward()
+    losses = make_step(model, given, WAYS[name], None, seed=0)()
     return losses.total.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -90,7 +103,9 @@ def truth(rows: int, negatives: str) -> tuple[torch.Tensor, dict[str, torch.Tens
 
 def check(rows: int, name: str) -> None:
     """Losses and the gradient of every parameter against separate eager passes."""
-    negatives = WAYS[name][1]
+    if name == "separate/eager":
+        return
+    negatives = WAYS[name].negatives
     (loss, gradients), (other, others) = truth(rows, negatives), losses_and_gradients(rows, name, negatives)
     torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-5)
     assert gradients.keys() == others.keys()
@@ -100,17 +115,19 @@ def check(rows: int, name: str) -> None:
         assert difference < 1e-4, (n, difference)
 
 
-def make_step(model: SCLModel, batch: dict, compiled: bool = False):
-    precision = torch.bfloat16 if GPU else torch.float32
-    forward = torch.compile(run_step) if compiled else run_step
+def make_step(model: SCLModel, batch: dict, way: Way, precision: torch.dtype | None, seed: int = 1):
+    """What takes a step and returns its losses; gradients are added to those that there are."""
+    if way.captured:
+        captured = CapturedStep(model, precision=precision)
+        return lambda: captured(batch, seed)
+    forward = torch.compile(run_step) if way.compiled else run_step
 
-    def step() -> None:
-        with torch.autocast(DEVICE, precision, enabled=GPU):
-            losses = forward(model, batch, draw_masks(model, batch, 1))
-        losses.total.backward()
-        model.zero_grad(set_to_none=True)
-        if GPU:
-            torch.cuda.synchronize()
+    def step() -> SCLLosses:
+        with torch.autocast(DEVICE, precision, enabled=precision is not None):
+            losses = forward(model, batch, draw_masks(model, batch, seed))
+        with phase("backward"):
+            losses.total.backward()
+        return losses
 
     return step
 
@@ -120,12 +137,16 @@ def test_step(benchmark, record, rows, name):
     check(rows, name)
     model, batch, longest, tokens = build(rows)
     batch = prepared(model, batch, longest, tokens, name)
-    step = make_step(model, batch, WAYS[name][3])
-    if GPU:
-        torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated() if GPU else None
+    step = make_step(model, batch, WAYS[name], torch.bfloat16 if GPU else None)
+
+    def timed() -> None:
+        step()
+        model.zero_grad(set_to_none=True)
+        if GPU:
+            torch.cuda.synchronize()
+
     # On a CPU the check has warmed everything up, and a step takes seconds.
-    benchmark.pedantic(step, rounds=7 if GPU else 3, warmup_rounds=2 if GPU else 0)
+    benchmark.pedantic(timed, rounds=7 if GPU else 3, warmup_rounds=2 if GPU else 0)
     times = benchmark.stats.stats.data
     described = describe_plan(model.config, model.objectives, model.step)
     record(
@@ -138,45 +159,36 @@ def test_step(benchmark, record, rows, name):
         pairs_per_second=rows / statistics.median(times),
         flops_a_pair=described["flops"],
         flops_ratio=described["flops_ratio"],
-        **memory(rows, name, held),
+        **observed(step, model),
     )
 
 
-def memory(rows: int, name: str, held: int | None) -> dict[str, int]:
-    """``activation_bytes``: what the step had at its peak above what was there before it."""
-    if GPU:
-        return {"activation_bytes": torch.cuda.max_memory_allocated() - held}
-    # A process of its own costs a step more.
-    return {"activation_bytes": activation_bytes(rows, name)} if name in ("separate/eager", "planned") else {}
-
-
-def activation_bytes(rows: int, name: str) -> int:
-    """Peak of a step above parameters and gradients, in a process of its own."""
-    command = [sys.executable, __file__, str(rows), name]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    return int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
-
-
-def resident_bytes(field: str) -> int:
-    """ "VmRSS" now, "VmHWM" at most. Not getrusage: its maximum begins with that of the process which started this."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(status[field].split()[0])
-
-
-def main() -> None:
-    rows, name = int(sys.argv[1]), sys.argv[2]
-    model, batch, longest, tokens = build(rows)
-    batch = prepared(model, batch, longest, tokens, name)
+def observed(step, model: SCLModel) -> dict:
+    """Of one more step, beside gradients that are there: ``phases``, the share of each in its time, and
+    ``activation_bytes``, what it had allocated at its peak. On a CPU a step takes long: one step for both."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    # Libraries allocate their buffers in a step of the smallest model.
-    small, pairs, *sizes = build(2, "tiny", 16)
-    pairs = prepared(small, pairs, *sizes, name)
-    run_step(small, pairs, draw_masks(small, pairs, 0)).total.backward()
-    held = resident_bytes("VmRSS")
-    run_step(model, batch, draw_masks(model, batch, 1)).total.backward()
-    print(resident_bytes("VmHWM") - held)
+    if GPU:
+        step()
+        # Of a graph, this is what it had beside its own pool: next to nothing.
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        peak = torch.cuda.max_memory_allocated() - held
+        found = tracing.trace(step)
+        counts = {**tracing.device_counts(found), "host_seconds": host_seconds(step)}
+        return {"phases": tracing.shares(found), "activation_bytes": peak, **counts}
+    found = tracing.trace(step)
+    return {"phases": tracing.shares(found), "activation_bytes": tracing.peak_bytes(found)}
 
 
-if __name__ == "__main__":
-    main()
+def host_seconds(step) -> float:
+    """Until Python has launched a step on a GPU that is idle: near the step's own time, the step is bound by it."""
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - begin)
+    torch.cuda.synchronize()
+    return statistics.median(times)

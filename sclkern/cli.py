@@ -241,7 +241,7 @@ def _bench_static(options: argparse.Namespace) -> int:
     budget = static_budget.read_budget(file)
     if options.update:
         budget = static_budget.updated(rows, budget)
-        file.write_text(json.dumps(budget, indent=1) + "\n")
+        static_budget.write_budget(file, budget, rows)
     failed = static_budget.check(rows, budget) if options.check or options.update else []
     if options.json:
         print(
@@ -285,7 +285,7 @@ def _bench_report(options: argparse.Namespace) -> int:
     rows = records.read(options.files or [records.RESULTS])
     text = report.report(rows)
     if options.update:
-        report.update(Path(options.update), text)
+        report.update(Path(options.update), rows)
     if options.output:
         from sclkern.bench.plots import write_plots
 

@@ -148,6 +148,16 @@ def updated(rows: list[Row], budget: dict[str, Any]) -> dict[str, Any]:
     return {"triton": TRITON, "kernels": kernels}
 
 
+def write_budget(file: Path, budget: dict[str, Any], rows: list[Row]) -> None:
+    """Write the budget as JSON, and beside it the table of its rows as Markdown."""
+    file.write_text(json.dumps(budget, indent=1) + "\n")
+    file.with_suffix(".md").write_text(
+        "# Machine code of the kernels for sm_90\n\n"
+        f"Written by `sclkern bench static --update`, with Triton {budget['triton']}. Shared memory in bytes, loads as "
+        "count x bytes,\nwarps as what fits a multiprocessor. Counts are not time.\n\n" + format_table(rows) + "\n"
+    )
+
+
 def format_table(rows: list[Row]) -> str:
     """A Markdown table; loads as count x bytes."""
     lines = [

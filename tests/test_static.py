@@ -166,6 +166,16 @@ def test_unknown_and_vanished_kernels_fail_the_check(one_kernel, capsys):
     assert status == 1 and "gone: in the budget, but no such kernel" in out and "]: not in the budget" in out
 
 
+def test_the_committed_table_is_that_of_the_budget():
+    lines = BUDGET.with_suffix(".md").read_text().splitlines()
+    rows = [line.split("`", 2)[1:] for line in lines if line.startswith("| `")]
+    table = {name: [int(figure) for figure in figures.split("|")[1:6]] for name, figures in rows}
+    kept = ("registers", "shared", "hgmma", "hmma")
+    budget = {name: [entry[k] for k in kept] for name, entry in read_budget(BUDGET)["kernels"].items()}
+    # Spills, which must be none, are not in the budget.
+    assert table == {name: [registers, 0, *others] for name, (registers, *others) in budget.items()}
+
+
 def test_an_update_keeps_the_reasons(one_kernel, capsys):
     budget = json.loads(one_kernel.read_text())
     (entry,) = budget["kernels"].values()
@@ -174,6 +184,7 @@ def test_an_update_keeps_the_reasons(one_kernel, capsys):
     assert bench(one_kernel, capsys, "--update")[0] == 0
     (entry,) = json.loads(one_kernel.read_text())["kernels"].values()
     assert entry["reason"] == "because" and entry["registers"] > 1
+    assert f"] | {entry['registers']} |" in one_kernel.with_suffix(".md").read_text().replace("`", "")
 
 
 def test_another_version_of_triton_is_held_to_the_rules_alone():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -11,31 +13,46 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from sclkern.bench.report import OURS, judged, memory_rows, op_rows, seconds_text
+from sclkern.bench.report import GROUPS, OURS, grouped_phases, judged, memory_rows, op_rows, seconds_text, step_rows
 
 
 def write_plots(rows: list[dict], folder: Path) -> list[Path]:
     """Write what the records allow into ``folder``: time against size, share of the roofline, the step, loss memory.
 
     Returns:
-        The files, named ``<device>-times.png``, ``-roofline.png``, ``-step.png`` and ``-loss-memory.png``.
+        The files, named ``<device>-times.png``, ``-roofline.png``, ``-step.png`` and ``-loss-memory.png``. Their
+        comment is the ``digest`` of the records that they show.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    machines: dict[str, list[dict]] = defaultdict(list)
-    for row in rows:
-        if row["case"].startswith(("op/", "step/")):
-            machines[row["device"]].append(row)
     files = []
-    for device, found in sorted(machines.items()):
+    for device, found in sorted(_machines(rows).items()):
         for name, draw in (("times", _times), ("roofline", _roofline), ("step", _step), ("loss-memory", _loss_memory)):
             figure = draw(found)
             if figure is None:
                 continue
             figure.suptitle(f"{device}, commit {', '.join(sorted({row['commit'] for row in found}))}", fontsize=9)
             files.append(folder / f"{device}-{name}.png")
-            figure.savefig(files[-1], dpi=110)
+            figure.savefig(files[-1], dpi=80, metadata={"Comment": digest(found)})
             plt.close(figure)
     return files
+
+
+def digests(rows: list[dict]) -> dict[str, str]:
+    """What the comment of a machine's pictures must be, by machine."""
+    return {device: digest(found) for device, found in _machines(rows).items()}
+
+
+def digest(rows: list[dict]) -> str:
+    ordered = sorted(json.dumps(row, sort_keys=True) for row in rows)
+    return hashlib.sha256("\n".join(ordered).encode()).hexdigest()
+
+
+def _machines(rows: list[dict]) -> dict[str, list[dict]]:
+    machines: dict[str, list[dict]] = defaultdict(list)
+    for row in rows:
+        if row["case"].startswith(("op/", "step/")):
+            machines[row["device"]].append(row)
+    return machines
 
 
 def _times(rows: list[dict]):
@@ -104,16 +121,30 @@ def _roofline(rows: list[dict]):
 
 
 def _step(rows: list[dict]):
-    """Bars: pairs a second of the whole training step."""
-    steps = [row for row in rows if row["case"].startswith("step/") and "pairs_per_second" in row]
+    """Bars: seconds of a pair in the whole training step, cut into its phases."""
+    steps = step_rows(rows)
     if not steps:
         return None
-    steps.sort(key=lambda row: (row["rows"], row["case"]))
     names = [f"{row['case'].removeprefix('step/')}, {row['rows']} pairs" for row in steps]
-    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.3 * len(steps)), layout="constrained")
-    axis.barh(names, [row["pairs_per_second"] for row in steps])
+    figure, axis = plt.subplots(figsize=(9, 1.4 + 0.36 * len(steps)), layout="constrained")
+    left = [0.0] * len(steps)
+    for group in GROUPS:
+        widths = [grouped_phases(row)[group] / row["rows"] for row in steps]
+        axis.barh(names, widths, left=left, label=group)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    for place, row in enumerate(steps):
+        axis.text(
+            row["median_seconds"] / row["rows"],
+            place,
+            f" {seconds_text(row['median_seconds'] / row['rows'])}, {row['pairs_per_second']:.3g} pairs/s",
+            va="center",
+            fontsize=8,
+        )
+    axis.margins(x=0.22)
+    axis.set_xlim(left=0)
     axis.invert_yaxis()
-    axis.set(xlabel="pairs a second")
+    axis.set(xlabel="seconds of a pair, forward and backward")
+    axis.legend(fontsize=7, ncols=len(GROUPS), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
 

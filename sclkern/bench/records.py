@@ -18,8 +18,8 @@ import sclkern
 from sclkern.errors import UserError
 
 SOURCE = Path(sclkern.__file__).resolve().parents[1]
-# Of the source tree; an installed package has none.
-RESULTS = SOURCE / "benchmarks" / "results"
+# Of the source tree, for an installed package that in which it is used.
+RESULTS = (SOURCE if (SOURCE / "benchmarks").is_dir() else Path()) / "benchmarks" / "results"
 
 
 def device_name() -> str:

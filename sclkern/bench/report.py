@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from pathlib import Path
 
 from sclkern.bench.workload import PASSES, WORKLOAD
 from sclkern.errors import UserError
 
-BEGIN = "<!-- sclkern bench report: begin -->"
+# The words between "begin" and "-->" choose the tables, all of them if there are none.
+BEGIN = re.compile(r"<!-- sclkern bench report: begin((?: [a-z]+)*) -->")
 END = "<!-- sclkern bench report: end -->"
+TABLES = ("step", "models", "training", "ops", "memory")
 OURS = "sclkern"
+# What a picture of the step shows as one: all layers of the fusion encoder, all losses, and what is no phase.
+GROUPS = ("image encoder", "text encoder", "fusion", "losses", "backward", "other")
 
 
-def report(rows: list[dict]) -> str:
+def report(rows: list[dict], tables: tuple[str, ...] = TABLES) -> str:
     """Tables of the records of ``sclkern.bench.records.read``, machine by machine."""
     machines: dict[str, list[dict]] = defaultdict(list)
+    cases = {"step": "step/", "models": "model/", "training": "training/", "ops": "op/", "memory": "op/"}
+    wanted = (*(cases[table] for table in tables), *(["roofline"] if "ops" in tables else []))
     for row in rows:
-        if row["case"].startswith(("op/", "step/", "roofline")):
+        if row["case"].startswith(wanted):
             machines[row["device"]].append(row)
-    parts = [_machine(device, machines[device]) for device in sorted(machines)]
+    parts = [text for device in sorted(machines) if (text := _machine(device, machines[device], tables))]
     return "\n\n".join(parts) if parts else "No records."
 
 
-def _machine(device: str, rows: list[dict]) -> str:
+def _machine(device: str, rows: list[dict], tables: tuple[str, ...]) -> str:
     measured = [row for row in rows if row["case"] != "roofline"]
     commits = sorted({row["commit"] for row in measured or rows})
     versions = sorted({f"{name} {row[name]}" for row in rows for name in ("torch", "triton") if row.get(name)})
@@ -33,8 +40,16 @@ def _machine(device: str, rows: list[dict]) -> str:
     if roofline:
         rates = ", ".join(f"{t} {r / 1e12:.3g} TFLOP/s" for t, r in roofline["matrix_flops_per_second"].items())
         parts.append(f"Measured rates: copy {roofline['copy_bytes_per_second'] / 1e9:.3g} GB/s; matrix {rates}.")
-    parts += [table for table in (_step_table(rows), op_table(rows), memory_table(rows)) if table]
-    return "\n\n".join(parts)
+    made = {
+        "step": _step_table,
+        "models": _models_table,
+        "training": _training_table,
+        "ops": op_table,
+        "memory": memory_table,
+    }
+    shown = [table for name in tables if (table := made[name](rows))]
+    # A record of something else, such as the comparison of encodings, shows nothing.
+    return "\n\n".join([*parts, *shown]) if shown or roofline else ""
 
 
 def _described(rows: list[dict]) -> str:
@@ -101,15 +116,69 @@ def _other(row: dict, ours: dict | None) -> str:
     return f"{row['way']} {seconds_text(row['seconds'])}" + (f" ({', '.join(notes)})" if notes else "")
 
 
+def step_rows(rows: list[dict]) -> list[dict]:
+    """The records of whole steps, by batch and name."""
+    return sorted((r for r in rows if r["case"].startswith("step/")), key=lambda row: (row["rows"], row["case"]))
+
+
+def grouped_phases(row: dict) -> dict[str, float]:
+    """Seconds of a step's record by ``GROUPS``: the shares of one step that was profiled, of the median."""
+    found = dict.fromkeys(GROUPS, 0.0)
+    for name, share in row.get("phases", {}).items():
+        group = "losses" if name.startswith("loss ") else "fusion" if name.startswith("fusion") else name
+        found[group if group in found else "other"] += share * row["median_seconds"]
+    return found
+
+
 def _step_table(rows: list[dict]) -> str:
-    steps = [row for row in rows if row["case"].startswith("step/") and "median_seconds" in row]
+    steps = step_rows(rows)
     if not steps:
         return ""
-    lines = ["| training step | pairs | dtype | median | pairs a second |", "|---|---|---|---|---|"]
-    for row in sorted(steps, key=lambda row: (row["rows"], row["case"])):
-        rate = f"{row['pairs_per_second']:.3g}" if "pairs_per_second" in row else ""
+    lines = [
+        "| training step | pairs | dtype | median | pairs a second | activations |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in steps:
         name = row["case"].removeprefix("step/")
-        lines.append(f"| {name} | {row['rows']} | {row['dtype']} | {seconds_text(row['median_seconds'])} | {rate} |")
+        held = f"{row['activation_bytes'] / 1e9:.3g} GB" if "activation_bytes" in row else ""
+        values = seconds_text(row["median_seconds"]), f"{row['pairs_per_second']:.3g}", held
+        lines.append(f"| {name} | {row['rows']} | {row['dtype']} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def _models_table(rows: list[dict]) -> str:
+    models: dict[tuple, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        if row["case"].startswith("model/"):
+            key = row["model"], row["layers"], row["rows"], row["dtype"]
+            models[key][row["way"]] = row["median_seconds"]
+    found = {key: times for key, times in sorted(models.items()) if len(times) == 2}
+    if not found:
+        return ""
+    lines = [
+        "| model of transformers | layers | pairs | dtype | as it is | after `sclkern.fuse` | faster |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for key, times in found.items():
+        values = *key, *(seconds_text(times[way]) for way in ("unfused", "fused"))
+        lines.append(f"| {' | '.join(map(str, values))} | {times['unfused'] / times['fused']:.2f}x |")
+    return "\n".join(lines)
+
+
+def _training_table(rows: list[dict]) -> str:
+    runs = [r for r in rows if r["case"].startswith("training/") and "pairs_per_second" in r]
+    if not runs:
+        return ""
+    lines = [
+        "| training run | steps | batch | precision | pairs a second | of the peak | waits for data | memory | loss |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(runs, key=lambda row: row["case"]):
+        share = f"{row['mfu']:.1%}" if "mfu" in row else ""
+        memory = f"{row['peak_bytes'] / 1e9:.3g} GB" if "peak_bytes" in row else ""
+        values = row["steps"], row["batch_size"], row["precision"], three_digits(row["pairs_per_second"]), share
+        values += f"{row['data_wait_share']:.1%}", memory, f"{row['curve'][0][1]:.2f} to {row['curve'][-1][1]:.2f}"
+        lines.append(f"| {row['case'].removeprefix('training/')} | {' | '.join(map(str, values))} |")
     return "\n".join(lines)
 
 
@@ -137,20 +206,26 @@ def memory_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def embed(document: str, text: str) -> str:
-    """The document with ``text`` between its two markers.
+def embed(document: str, rows: list[dict]) -> str:
+    """The document with the tables of the records between its two markers.
 
     Raises:
-        UserError: it has not exactly one pair of markers, in their order.
+        UserError: it has not exactly one pair of markers, in their order, or names an unknown table.
     """
-    if document.count(BEGIN) != 1 or document.count(END) != 1 or document.index(BEGIN) > document.index(END):
-        raise UserError(f"expected {BEGIN} once and {END} once after it, around what the records say")
-    before, after = document.split(BEGIN)[0], document.split(END)[1]
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+    found = list(BEGIN.finditer(document))
+    if len(found) != 1 or document.count(END) != 1 or found[0].start() > document.index(END):
+        raise UserError(
+            f"expected <!-- sclkern bench report: begin --> once and {END} once after it, around what the records say"
+        )
+    tables = tuple(found[0][1].split()) or TABLES
+    if unknown := set(tables) - set(TABLES):
+        raise UserError(f"got the tables {sorted(unknown)}, expected some of {', '.join(TABLES)}")
+    before, after = document[: found[0].end()], document.split(END)[1]
+    return f"{before}\n{report(rows, tables)}\n{END}{after}"
 
 
-def update(file: Path, text: str) -> None:
-    """Write ``text`` between the markers of a document.
+def update(file: Path, rows: list[dict]) -> None:
+    """Write the tables of the records between the markers of a document.
 
     Raises:
         UserError: the file does not exist or lacks the markers.
@@ -158,6 +233,6 @@ def update(file: Path, text: str) -> None:
     if not file.exists():
         raise UserError(f"{file} does not exist")
     try:
-        file.write_text(embed(file.read_text(), text))
+        file.write_text(embed(file.read_text(), rows))
     except UserError as error:
         raise UserError(f"{file}: {error}") from None

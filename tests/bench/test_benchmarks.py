@@ -14,8 +14,10 @@ import torch
 import measuring
 import peers
 import registry
+import tracing
 from sclkern import ops
 from sclkern.bench.workload import Size
+from sclkern.profiling import phase
 from ways import DTYPES, UnableError
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +54,33 @@ def test_every_op_has_an_entry():
         names = [way.name for way in entry.ways]
         assert names[:3] == ["sclkern", "eager", "compile"], op
         assert len(set(names)) == len(names), op
+
+
+def test_a_trace_tells_the_peak_of_memory_and_the_phases():
+    def call():
+        with phase("backward"):
+            first = torch.ones(1000, 1000)
+            second = first + 1
+            del first
+            third = second.sum()
+        return second, third
+
+    found = tracing.trace(call)
+    assert 8e6 <= tracing.peak_bytes(found) < 8.1e6
+    shares = tracing.shares(found)
+    assert set(shares) == {"backward", "other"} and sum(shares.values()) == pytest.approx(1)
+    assert tracing.device_counts(found) == {"launches": 0, "kernels": 0}
+
+
+def test_launches_and_kernels_are_counted_apart():
+    names = [
+        ("cuda_runtime", "cudaGraphLaunch"),
+        ("cuda_runtime", "cudaStreamSynchronize"),
+        ("cuda_driver", "cuLaunchKernelEx"),
+    ]
+    names += [("kernel", "a"), ("kernel", "b"), ("gpu_memcpy", "Memcpy HtoD"), ("cpu_op", "aten::add")]
+    events = [{"ph": "X", "cat": kind, "name": name} for kind, name in names]
+    assert tracing.device_counts({"traceEvents": events}) == {"launches": 2, "kernels": 3}
 
 
 def test_every_case_has_a_name_and_an_importance():

@@ -8,8 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from sclkern.bench import records, report
+from sclkern.bench import plots, records, report
 from sclkern.bench.roofline import measure, planned_table
 from sclkern.cli import main
 from sclkern.errors import UserError
@@ -82,19 +83,72 @@ def test_times_have_three_digits_and_a_unit(seconds, text):
 def test_the_command_writes_tables_and_plots(tmp_path, capsys):
     sizes = [op_record(way, 0.1 * n, str(n), peak_bytes=n**2) for way in ("sclkern", "eager") for n in (1024, 4096)]
     write(tmp_path / "results", *sizes)
-    step = {"rows": 2, "dtype": "float32", "median_seconds": 1.5, "pairs_per_second": 1.3}
+    phases = {"fusion": 0.1, "fusion layer 0": 0.1, "loss itm": 0.1, "backward": 0.6, "draw masks": 0.1}
+    step = {"rows": 2, "dtype": "float32", "median_seconds": 1.5, "pairs_per_second": 1.3, "phases": phases}
+    step |= {"activation_bytes": 2.5e9}
     records.append("step/base/planned", results=tmp_path / "results", **step)
     document = tmp_path / "page.md"
-    document.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    begin = "<!-- sclkern bench report: begin -->"
+    document.write_text(f"before\n{begin}\nold\n{report.END}\nafter\n")
     out = tmp_path / "report"
     assert main(["bench", "report", str(tmp_path / "results"), "--output", str(out), "--update", str(document)]) == 0
     printed = capsys.readouterr().out
-    assert "base/planned | 2 | float32 | 1.5 s | 1.3 |" in printed
-    assert document.read_text() == f"before\n{report.BEGIN}\n{printed.strip()}\n{report.END}\nafter\n"
+    assert "base/planned | 2 | float32 | 1.5 s | 1.3 | 2.5 GB |" in printed
+    assert document.read_text() == f"before\n{begin}\n{printed.strip()}\n{report.END}\nafter\n"
     device = records.device_name()
+    shown = plots.digests(records.read([tmp_path / "results"]))[device]
     for name in ("times", "roofline", "step", "loss-memory"):
         assert (out / f"{device}-{name}.png").stat().st_size > 5000
         assert f"]({device}-{name}.png)" in (out / "report.md").read_text()
+        assert Image.open(out / f"{device}-{name}.png").info["Comment"] == shown
+
+
+def test_a_step_is_grouped_into_phases():
+    phases = {
+        "fusion": 0.1,
+        "fusion layer 0": 0.2,
+        "loss itm": 0.1,
+        "loss itc": 0.05,
+        "backward": 0.5,
+        "draw masks": 0.05,
+    }
+    found = report.grouped_phases({"median_seconds": 2.0, "phases": phases})
+    assert list(found) == list(report.GROUPS)
+    assert found["fusion"] == pytest.approx(0.6) and found["losses"] == pytest.approx(0.3)
+    assert found["other"] == pytest.approx(0.1) and sum(found.values()) == pytest.approx(2.0)
+
+
+def test_models_are_shown_fused_beside_unfused(tmp_path):
+    model = {"model": "vilt", "layers": "two", "rows": 2, "dtype": "float32"}
+    records.append("model/vilt/unfused", results=tmp_path, way="unfused", median_seconds=0.3, **model)
+    assert "vilt" not in report.report(records.read([tmp_path]))
+    records.append("model/vilt/fused", results=tmp_path, way="fused", median_seconds=0.2, **model)
+    assert "| vilt | two | 2 | float32 | 300 ms | 200 ms | 1.50x |" in report.report(records.read([tmp_path]))
+
+
+def test_a_training_run_is_shown(tmp_path):
+    records.append("training/demo/encodings", results=tmp_path, rows=1)
+    assert report.report(records.read([tmp_path])) == "No records."
+    run = {"steps": 300, "batch_size": 64, "precision": "bfloat16", "pairs_per_second": 512.3, "mfu": 0.36}
+    run |= {"data_wait_share": 0.02, "peak_bytes": 2e10, "curve": [[1, 20.0], [300, 9.5]]}
+    records.append("training/base/fused", results=tmp_path, **run)
+    expected = "| base/fused | 300 | 64 | bfloat16 | 512 | 36.0% | 2.0% | 20 GB | 20.00 to 9.50 |"
+    assert expected in report.report(records.read([tmp_path]))
+
+
+def test_a_document_chooses_its_tables(tmp_path):
+    write(tmp_path, op_record("sclkern", 2.0))
+    step = {"rows": 2, "dtype": "float32", "median_seconds": 1.5, "pairs_per_second": 1.3}
+    records.append("step/base/planned", results=tmp_path, **step)
+    rows = records.read([tmp_path])
+    page = "<!-- sclkern bench report: begin{} -->\nold\n" + report.END
+    assert "| completion_loss" not in report.embed(page.format(" step"), rows)
+    assert "base/planned" in report.embed(page.format(" step"), rows)
+    assert "base/planned" not in report.embed(page.format(" ops memory"), rows)
+    with pytest.raises(
+        UserError, match=r"the tables \['speed'\], expected some of step, models, training, ops, memory"
+    ):
+        report.embed(page.format(" speed"), rows)
 
 
 def test_a_document_without_markers_is_refused(tmp_path, capsys):
@@ -138,12 +192,25 @@ def committed_records() -> list[Path]:
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_a_document_shows_no_figure_that_no_record_holds(name):
     text = (ROOT / name).read_text()
-    if report.BEGIN in text:
-        expected = report.embed(text, report.report(records.read(committed_records())))
+    if report.BEGIN.search(text):
+        expected = report.embed(text, records.read(committed_records()))
         assert text == expected, f"{name} is not what the records say: sclkern bench report --update {name}"
-        text = report.embed(text, "")
+        text = report.embed(text, [])
     found = [line for line in text.splitlines() if FIGURE.search(line)]
     assert not found, found
+
+
+def test_the_committed_report_is_what_the_records_say():
+    """Its pictures too: their comment tells which records they show."""
+    rows, folder = records.read(committed_records()), ROOT / "docs" / "report"
+    text = (folder / "report.md").read_text()
+    assert text.startswith(report.report(rows) + "\n"), "write it again: sclkern bench report --output docs/report"
+    pictures = {file.name: Image.open(file).info["Comment"] for file in folder.glob("*.png")}
+    for device, expected in plots.digests(rows).items():
+        found = {name: comment for name, comment in pictures.items() if name.startswith(device)}
+        assert found and set(found.values()) == {expected}, f"{device}: draw them again, as above"
+        assert all(f"]({name})" in text for name in found)
+    assert set(re.findall(r"docs/report/([\w.-]+\.png)", (ROOT / "README.md").read_text())) <= set(pictures)
 
 
 @pytest.mark.parametrize(

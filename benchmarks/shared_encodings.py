@@ -1,7 +1,7 @@
 """Do shared encodings train worse? The demo with dropout, for each value of ``step.share_encodings`` and some seeds.
 
 Sharing is exact without dropout; with it, passes that share a text share the dropout of the text encoder. `python
-benchmarks/encodings.py` trains (half an hour and more on two cores), appends the record and draws the picture.
+benchmarks/shared_encodings.py` trains (half an hour and more on two cores), appends the record and draws the picture.
 """
 
 from __future__ import annotations
