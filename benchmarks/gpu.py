@@ -1,7 +1,7 @@
 """On a GPU: the tests that need one, then the benchmarks by importance, within a budget of seconds.
 
-`make gpu BUDGET=540`, or `python -m benchmarks.gpu --budget 540 [--only smoke,tests,step,ops,sanitizer]
-[--resume]`. Needs torch, transformers, timm, pytest and pytest-benchmark; pytest-xdist (several processes, a new one
+`make gpu BUDGET=540`, or `python -m benchmarks.gpu --budget 540 [--only GROUPS] [--resume]`, with the groups of
+`stages` below. Needs torch, transformers, timm, pytest and pytest-benchmark; pytest-xdist (several processes, a new one
 after a lost CUDA context), pytest-timeout and hypothesis are used where they are installed.
 
 Under --output, by default the folder that the variable OUT names, else `benchmarks/results`: in `<device>/`,
@@ -35,11 +35,12 @@ from sclkern.bench.records import device_name
 
 ROOT = Path(__file__).parent.parent
 SHOWN = 12  # failing test functions of a stage
+BY_NAME = ("sanitizer", "tune", "training")  # groups that run where --only names them
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One call of pytest.
+    """One call of pytest, or of a script.
 
     Attributes:
         group: what ``--only`` names.
@@ -47,6 +48,7 @@ class Stage:
         most: seconds at most.
         workers: processes, where pytest-xdist is installed; 0 for none besides pytest's own, as benchmarks need it.
         prefix: command before that of Python.
+        script: ``arguments`` are a file of Python, which takes ``--budget`` and ``--results``.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Stage:
     workers: int = 0
     prefix: Sequence[str] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    script: bool = False
 
 
 def files_that_use_a_gpu(tests: Path = ROOT / "tests") -> list[str]:
@@ -69,7 +72,9 @@ def files_that_use_a_gpu(tests: Path = ROOT / "tests") -> list[str]:
 def stages() -> list[Stage]:
     """All stages in the order in which they run, most important first."""
     smoke, large = "tests/gpu/test_smoke.py", "tests/gpu/test_large_tensors.py"
-    whole = [f"tests/gpu/test_{name}.py" for name in ("step_on_a_gpu", "accuracy", "cuda_graphs", "repeatability")]
+    whole = [
+        f"tests/gpu/test_{name}.py" for name in ("step_on_a_gpu", "accuracy", "cuda_graphs", "repeatability", "profile")
+    ]
     # What is interpreted or only compiled is tested without a GPU.
     kernels = [*files_that_use_a_gpu(), "-k", "not in_the_interpreter"]
     # Each worker would start one of torch.compile's own for every core.
@@ -81,6 +86,7 @@ def stages() -> list[Stage]:
         Stage("tests/kernels", "tests", kernels, 6, workers=8),
         Stage("tests/large", "tests", [large], 3, workers=1),
         Stage("step", "step", ["--benchmark-only", "benchmarks/test_step.py"], 4),
+        Stage("models", "models", ["--benchmark-only", "benchmarks/test_models.py"], 1, most=120),
     ]
     for importance, weight in ((1, 4), (2, 2), (3, 1)):
         arguments = ["--benchmark-only", "--importance", str(importance), "benchmarks/test_ops.py"]
@@ -90,6 +96,9 @@ def stages() -> list[Stage]:
         # Each tensor its own allocation, so that a write past the end is seen.
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         found.append(Stage(f"sanitizer/{tool}", "sanitizer", [smoke], 1, prefix=prefix, environment=alone))
+    found.append(Stage("tune", "tune", ["benchmarks/tune.py"], 1, script=True))
+    training = ["benchmarks/pretraining.py", "--ways", "fused,eager,graphs", "--profile"]
+    found.append(Stage("training", "training", training, 6, script=True))
     return found
 
 
@@ -136,6 +145,10 @@ class Run:
         if "--benchmark-only" in stage.arguments:
             plugins += ["--results", str(self.output)]
         command = [*stage.prefix, sys.executable, "-m", "pytest", "-q", "--tb=short", *plugins, *stage.arguments]
+        if stage.script:
+            # Less than it has here, so that it ends by itself.
+            own = ["--budget", f"{max(0.9 * seconds, seconds - 20):.0f}", "--results", str(self.output)]
+            command = [*stage.prefix, sys.executable, *stage.arguments, *own]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, LOG: str(self.each.resolve()), "PYTHONPATH": path, **stage.environment}
         with self.log.open("a+b") as log:
@@ -156,11 +169,11 @@ class Run:
             log.seek(offset)
             printed = log.read().decode(errors="replace")
         outcome = summarise(_lines(self.each)[lines:])
-        # 5: none of the tests was chosen.
-        outcome |= {"finished": status is not None and status in (0, 1, 5), "status": status}
+        # Of pytest, 1: a test failed; 5: none was chosen.
+        outcome |= {"finished": status in ((0,) if stage.script else (0, 1, 5)), "status": status}
         if status is None:
             outcome["problem"] = f"cut off after {seconds:.0f} s"
-        elif status not in (0, 1):
+        elif status not in ((0,) if stage.script else (0, 1)):
             outcome["problem"] = next((line for line in reversed(printed.splitlines()) if line.strip()), "")[:200]
         if errors := re.findall(r"ERROR SUMMARY: (\d+) error", printed):
             outcome["sanitizer_errors"] = sum(map(int, errors))
@@ -214,7 +227,8 @@ def summarise(lines: Sequence[str]) -> dict:
 
 def describe(row: dict) -> str:
     """The record of a stage in a few lines: the failing functions, each with how often and the first reason."""
-    counts = ", ".join(f"{row[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped") if outcome in row)
+    # A script runs no tests.
+    counts = ", ".join(f"{row[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped") if row.get(outcome))
     parts = [counts, f"in {row['seconds']:.0f} s" if "seconds" in row else "", row.get("problem", "")]
     if "sanitizer_errors" in row:
         parts.append(f"{row['sanitizer_errors']} errors of memory")
@@ -262,11 +276,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     groups = list(dict.fromkeys(stage.group for stage in stages()))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=540, help="seconds for all of it (default 540)")
-    parser.add_argument("--only", help=f"groups, by commas: {', '.join(groups)} (default: all but sanitizer)")
+    parser.add_argument(
+        "--only", help=f"groups, by commas: {', '.join(groups)} (default: all but {', '.join(BY_NAME)})"
+    )
     parser.add_argument("--resume", action="store_true", help="leave out stages already recorded for this commit")
     parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT") or records.RESULTS), help="folder")
     options = parser.parse_args(arguments)
-    options.groups = options.only.split(",") if options.only else [g for g in groups if g != "sanitizer"]
+    options.groups = options.only.split(",") if options.only else [g for g in groups if g not in BY_NAME]
     if unknown := set(options.groups) - set(groups):
         parser.error(f"--only: got {sorted(unknown)}, expected some of {', '.join(groups)}")
     return options

@@ -49,7 +49,7 @@ class Resources:
     ``registers`` of a thread; bytes of ``stack`` of a thread, and ``spills``, bytes that instructions move to and from
     it; bytes of ``shared`` memory of a block; counts of tensor-core (``hgmma``, ``hmma``) and ``ffma`` instructions;
     ``loads`` from global memory, counted by their bytes a thread; all ``instructions``; ``blocks`` and ``warps`` that
-    fit a multiprocessor of an H100 or H200.
+    fit a multiprocessor of an H100 or H200; instructions of the longest ``loop``, 0 without one.
     """
 
     registers: int
@@ -63,6 +63,7 @@ class Resources:
     instructions: int
     blocks: int
     warps: int
+    loop: int = 0
 
 
 def kernels() -> list[dict[str, Any]]:
@@ -128,11 +129,30 @@ def resources(compiled: Any) -> Resources:
         instructions=len(operations),
         blocks=blocks,
         warps=blocks * compiled.metadata.num_warps,
+        loop=longest_loop(text),
     )
 
 
 # Address, predicate and operation of a line of SASS.
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)")
+
+
+# As above, and where a branch goes.
+_ADDRESS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
+
+
+def longest_loop(text: str) -> int:
+    """Instructions from where a branch goes back to up to that branch, the most of any; 0 without a loop."""
+    lines = [(int(address, 16), operation, rest) for address, operation, rest in _ADDRESS.findall(text)]
+    places = [address for address, _, _ in lines]
+    back = [
+        (target, address)
+        for address, operation, rest in lines
+        if operation.startswith("BRA") and (found := re.search(r"0x([0-9a-f]+)", rest))
+        # What ends every kernel is a branch to itself.
+        if (target := int(found[1], 16)) < address
+    ]
+    return max((sum(first <= place <= last for place in places) for first, last in back), default=0)
 
 
 def _width(operation: list[str]) -> int:

@@ -1,0 +1,291 @@
+"""Pre-training, whole: the script's loop as users get it ("fused"; with CUDA graphs "graphs") beside the published
+structure by eager ops ("eager"), in bfloat16 from random weights on the embedded pictures, with the same seed, data and
+number of steps.
+
+`python -m benchmarks.pretraining` records of each way the pairs a second, the share of the machine's arithmetic, the
+wait for data, the peak memory and the loss curve. Before that each takes a few steps without dropout in float32, where
+its losses must be those of "eager": else it is not timed. `--draw FILE.png` draws the curves of the records and trains
+nothing.
+
+The embedded pictures are small (64 x 64) and enlarged for the model, their captions are not COCO's: rates of decoding
+say nothing about other data. A GPU may still work while the host waits for data, so that the share of the wait is an
+upper bound of what the GPU waits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.trainings import CONFIG, ROOT, decoding_processes, run_apart, stand_in_tokenizer
+from sclkern import SCLConfig
+from sclkern.bench import records
+from sclkern.data import demo_root
+from sclkern.errors import UserError
+from sclkern.step import StepConfig
+from sclkern.training.config import PretrainConfig, load_config
+
+WAYS: dict[str, dict[str, Any]] = {
+    "fused": {},
+    "graphs": {"run.cuda_graphs": True},
+    "eager": {
+        "run.backend": "eager",
+        **{f"step.{key}": value for key, value in asdict(StepConfig.reference()).items()},
+    },
+}
+LOSSES = ("total", "itm", "mlm", "itc", "mvsc", "mlsc")
+# Of a loss, or of 1 where it is smaller. In float32 two orders of summation part by 1e-6 in the first step, and each
+# update of AdamW magnifies that.
+TOLERANCE = 1e-3
+EXACT_BATCH = 16
+WARM_UP = 20  # steps that count for no rate: what is compiled, tuned and allocated once
+PROFILED = 5
+RESERVE = 60.0  # seconds of a budget kept for each job to come: what an earlier one compiles may take long
+
+
+def common(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What both ways share: ``configs/pretrain_base.yaml`` on the embedded data, from random weights."""
+    model = SCLConfig.preset(options.preset)
+    smallest = len(json.loads((demo_root() / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]) + 1
+    vocab_size = max(model.vocab_size, smallest)
+    return {
+        "model.preset": options.preset, "model.vocab_size": vocab_size, "model.mask_id": vocab_size - 1,
+        "weights.text": "null", "weights.vision": "null",
+        "data.root": "demo", "data.train_tables": "[pairs]", "data.val_tables": "[pairs]",
+        "data.train_split": "train", "data.val_split": "val",
+        "data.tokenizer": stand_in_tokenizer(folder, vocab_size),
+        "data.num_workers": decoding_processes(options.batch_size, model.image_size),
+        # The rates of the configuration are for weights that have learned already.
+        "optimizer.learning_rate": 1e-4, "optimizer.fusion_factor": 1.0, "optimizer.head_factor": 1.0,
+        "optimizer.max_grad_norm": 1.0,
+        "run.batch_size": options.batch_size, "run.accumulation": 1, "run.device": options.device,
+        "run.save_every": 0, "run.val_every": 0, "run.max_steps": options.steps,
+        "run.log_every": min(10, max(1, options.steps // 10)),
+    }  # fmt: skip
+
+
+def arguments(*parts: dict[str, Any]) -> list[str]:
+    return [f"{key}={value}" for key, value in {k: v for part in parts for k, v in part.items()}.items()]
+
+
+def largest_difference(first: list[dict], second: list[dict]) -> tuple[int, float]:
+    """Of the losses of two runs: steps that both logged, and how far apart they are at most (see ``TOLERANCE``)."""
+    others = {row["step"]: row for row in second}
+    rows = [(row, others[row["step"]]) for row in first if row["step"] in others]
+    found = [
+        abs(a[name] - b[name]) / max(1.0, abs(b[name])) if None not in (a[name], b[name]) else float("inf")
+        for a, b in rows
+        for name in LOSSES
+    ]
+    return len(rows), max(found, default=float("inf"))
+
+
+def summary(rows: list[dict], outcome: dict[str, Any], config: PretrainConfig) -> dict[str, Any]:
+    """A record of a run from its logged steps; rates by those after the warm-up."""
+    run = config.run
+    warm = [row for row in rows if row["step"] > min(WARM_UP, run.max_steps // 2)]
+    found: dict[str, Any] = {
+        "steps": rows[-1]["step"] if rows else 0,
+        "batch_size": run.batch_size,
+        "precision": run.precision,
+        "backend": run.backend,
+        "workers": config.data.num_workers,
+        "warm_up": min(WARM_UP, run.max_steps // 2),
+        "curve": [[row["step"], row["total"]] for row in rows],
+        "final_losses": {name: rows[-1][name] for name in LOSSES} if rows else {},
+        **outcome,
+    }
+    for name in ("pairs_per_second", "teraflops_per_second", "mfu", "step_seconds"):
+        if warm and name in warm[0]:
+            found[name] = statistics.median(row[name] for row in warm)
+    if warm:
+        # A row holds means over the steps since the one before.
+        counts = [row["step"] - before for row, before in zip(rows, [0, *(row["step"] for row in rows)], strict=False)]
+        spans = list(zip(warm, counts[-len(warm) :], strict=True))
+        seconds = sum(row["step_seconds"] * count for row, count in spans)
+        found["pairs_per_second_overall"] = run.batch_size * sum(count for _, count in spans) / seconds
+        found["data_wait_share"] = sum(row["data_seconds"] * count for row, count in spans) / seconds
+    return found
+
+
+def profile(overrides: list[str], folder: Path, output: Path, seconds: float | None) -> bool:
+    """``sclkern profile`` of some steps: leaves phases and picture beside the records, and tells whether it could."""
+    command = [sys.executable, "-m", "sclkern.cli", "profile", f"--config={CONFIG}", f"--steps={PROFILED}"]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path}
+    command += [f"--output={folder}", *overrides]
+    try:
+        done = subprocess.run(command, timeout=seconds, check=True, env=environment, stdout=subprocess.PIPE, text=True)
+        print(done.stdout.partition("\nwritten to")[0])  # what follows names a folder that is not kept
+    except subprocess.SubprocessError as error:
+        print(f"profile: {type(error).__name__}")
+    left = [folder / name for name in ("phases.json", "profile.png") if (folder / name).exists()]
+    for file in left:
+        shutil.copy(file, output / f"training-{file.name}")
+    return len(left) == 2
+
+
+def draw(rows: list[dict], file: Path) -> None:
+    """Loss curves of the newest records, a panel for each machine and preset.
+
+    Raises:
+        UserError: there are none.
+    """
+    panels: dict[tuple[str, str], list[dict]] = defaultdict(list)
+    for row in rows:
+        if row["case"].startswith("training/") and row.get("curve"):
+            panels[row["device"], row["case"].split("/")[1]].append(row)
+    if not panels:
+        raise UserError("--draw: no records of pre-training in --output; train first, without --draw")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False)
+    for axis, ((device, preset), found) in zip(axes.flat, sorted(panels.items()), strict=True):
+        for row in found:
+            rate = f", {row['pairs_per_second']:.0f} pairs a second" if "pairs_per_second" in row else ""
+            axis.plot(*zip(*row["curve"], strict=True), label=f"{row['case'].split('/')[2]}{rate}")
+        axis.set(title=f"{preset}, {found[0]['precision']}, batch {found[0]['batch_size']}, {device}", xlabel="step")
+        axis.set(ylabel="training loss")
+        axis.legend()
+    figure.savefig(file, dpi=110)
+
+
+def parse(given: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--exact-steps", type=int, default=20, help="of the comparison in float32")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--preset", default="base", help="of the model: tiny, demo or base")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--ways", default="fused,eager", help=f"by commas: {', '.join(WAYS)}")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for all of it")
+    parser.add_argument("--output", "--results", type=Path, default=records.RESULTS, help="folder of the records")
+    parser.add_argument("--profile", action="store_true", help="also leave a profile of the fused way")
+    parser.add_argument("--draw", type=Path, metavar="FILE.png", help="draw what is recorded in --output, and end")
+    options = parser.parse_args(given)
+    options.chosen = options.ways.split(",")
+    if unknown := set(options.chosen) - set(WAYS):
+        parser.error(f"--ways: got {sorted(unknown)}, expected some of {', '.join(WAYS)}")
+    for name in ("steps", "exact_steps", "batch_size"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: got {getattr(options, name)}, expected 1 or more")
+    return options
+
+
+class Clock:
+    """Deals what is left of a budget of seconds out to the jobs that are left."""
+
+    def __init__(self, budget: float, jobs: int) -> None:
+        self.end, self.jobs = time.monotonic() + budget, jobs
+
+    def share(self) -> float | None:
+        """Seconds for the next job; None without a budget."""
+        left = max(0.0, self.end - time.monotonic())
+        self.jobs -= 1
+        return max(left / (self.jobs + 1), left - RESERVE * self.jobs) if math.isfinite(left) else None
+
+
+def compare(base: dict[str, Any], ways: list[str], steps: int, folder: Path, clock: Clock) -> dict[str, Any]:
+    """Each way beside "eager", without dropout in float32: the record of how far their losses are apart."""
+    exact = {
+        **base, "model.dropout": 0.0, "run.precision": "float32", "run.max_steps": steps, "run.log_every": 1,
+        "run.batch_size": min(EXACT_BATCH, base["run.batch_size"]),
+    }  # fmt: skip
+    runs, problems, found = {}, {}, {}
+    for way in ("eager", *ways):
+        runs[way], outcome = run_apart(arguments(exact, WAYS[way]), folder / f"exact-{way}", clock.share())
+        if "problem" in outcome:
+            problems[way] = outcome["problem"]
+    for way in ways:
+        compared, difference = largest_difference(runs[way], runs["eager"])
+        apart = difference if math.isfinite(difference) else None
+        found[way] = {"steps": compared, "largest_difference": apart, "agrees": difference <= TOLERANCE}
+    return {
+        "batch_size": exact["run.batch_size"],
+        "precision": "float32",
+        "tolerance": TOLERANCE,
+        "ways": found,
+        "curves": {way: [[row["step"], row["total"]] for row in rows] for way, rows in runs.items()},
+        "problems": problems,
+    }
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Compare, train and record; 1 where a way disagrees or was not run to its end."""
+    problems = []
+    # Without another way the eager one, too, is timed only after something agreed with it.
+    compared = [way for way in options.chosen if way != "eager"] or ["fused"]
+    with tempfile.TemporaryDirectory(prefix="sclkern-pretraining-") as name:
+        folder = Path(name)
+        base = common(options, folder / "tokenizer")
+        configs = {way: load_config(CONFIG, arguments(base, WAYS[way])) for way in options.chosen}
+        clock = Clock(options.budget, 1 + len(compared) + len(configs) + options.profile)
+        found = compare(base, compared, options.exact_steps, folder, clock)
+        file = records.append(f"training/{options.preset}/exact", results=options.output, **found)
+        for way, row in found["ways"].items():
+            apart = f"{row['steps']} steps in float32, losses at most {row['largest_difference']} from eager's"
+            print(f"{way}: {apart}", flush=True)
+            if not row["agrees"]:
+                reason = found["problems"].get(way) or found["problems"].get("eager") or f"allowed are {TOLERANCE}"
+                problems.append(f"{way}: not timed, {apart}: {reason}")
+        agreeing = {way for way, row in found["ways"].items() if row["agrees"]}
+        for way in [way for way in configs if way in agreeing or (way == "eager" and agreeing)]:
+            rows, outcome = run_apart(arguments(base, WAYS[way]), folder / way, clock.share())
+            found = summary(rows, outcome, configs[way])
+            records.append(f"training/{options.preset}/{way}", results=options.output, **found)
+            print(describe(way, found), flush=True)
+            if "problem" in found:
+                problems.append(f"{way}: {found['problem']}")
+        wanted = options.profile and "fused" in agreeing
+        if wanted and not profile(arguments(base), folder / "profile", file.parent, clock.share()):
+            problems.append("profile: not made")
+    print("; ".join(problems) or f"records: {file}")
+    return int(bool(problems))
+
+
+def describe(way: str, found: dict[str, Any]) -> str:
+    """A record in a line."""
+    parts = [f"{way}: {found['steps']} steps of {found['batch_size']} pairs"]
+    if "pairs_per_second" in found:
+        parts.append(f"{found['pairs_per_second']:.3g} pairs a second")
+        parts.append(f"{found['data_wait_share']:.1%} waiting for data")
+    if "mfu" in found:
+        parts.append(f"{found['mfu']:.1%} of the peak")
+    if "peak_bytes" in found:
+        parts.append(f"{found['peak_bytes'] / 1e9:.2f} GB")
+    if found["curve"]:
+        parts.append(f"loss {found['curve'][0][1]:.2f} to {found['curve'][-1][1]:.2f}")
+    return ", ".join(parts + ([found["problem"]] if "problem" in found else []))
+
+
+def main(given: list[str] | None = None) -> int:
+    options = parse(given)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # a bar fills a log file
+    try:
+        if options.draw:
+            draw(records.read([options.output]), options.draw)
+            return 0
+        return measure(options)
+    except UserError as error:
+        print(f"benchmarks.pretraining: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the training under way is ended
+    sys.exit(main())
