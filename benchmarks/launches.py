@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks.candidates import Candidate
 from registry import ENTRIES
 from sclkern.bench.workload import HEAD, HEADS
-from sclkern.static import TARGETS
+from sclkern.static import TARGETS, parsed_again
 
 # What is replaced: "module.name" of sclkern.kernels, and the new object from the present one.
 Changes = dict[str, Callable[[Any], Any]]
@@ -222,7 +222,7 @@ def target(name: str = "sm_90") -> Iterator[None]:
 
 def compiled(launch: Launch) -> Any:
     """The kernel of a launch, for Triton's present target."""
-    return launch.kernel.warmup(grid=launch.grid, **launch.arguments)
+    return parsed_again(lambda: launch.kernel.warmup(grid=launch.grid, **launch.arguments))
 
 
 # By op: runs the forward on inputs of the registry, and returns what runs the backward.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sclkern.kernels.attention import (
     GROUP_ROWS,
+    GROUP_WARPS,
     LENGTHS,
     LOG2_E,
     TILES,
@@ -28,13 +29,27 @@ from sclkern.kernels.attention import (
     sequence,
     sizes,
     store_rows,
+    tile,
     tiles,
     warps,
 )
 
-# As LARGEST_FORWARD and FORWARD_PER_WARP; smaller, because two or three accumulators are held. Not yet tuned on a GPU.
-LARGEST_BACKWARD = {2: ((64, 64), (64, 32)), 4: ((32, 32), (16, 32))}
+# As LARGEST_FORWARD and FORWARD_PER_WARP; smaller, because two or three accumulators are held.
+LARGEST_BACKWARD = {2: ((64, 32), (64, 32)), 4: ((32, 32), (16, 32))}
 BACKWARD_PER_WARP = {2: 640, 4: 512}
+# Two bytes, by kernel and ALONE: rows of a program that have four warps at most, by D. Two groups that share 64 rows
+# would each issue the addresses, barriers and exchanges of a whole tile. Beside: instructions a score with dropout for
+# D 64, and why others have more. Read from machine code for sm_90, as the tiles are; not measured on a GPU yet.
+ONE_GROUP = {
+    # 64 x 32: 30, and more warps fit; in 64 x 64 on 8 warps 43.
+    ("query", False): {32: (64, 32), 64: (64, 32), 128: (64, 32)},
+    # 32 x 64: 38; in 64 x 64 on 8 warps 58. 32 x 32 of D 32: 248 registers; D 128: two accumulators of 64 x 128 spill.
+    ("key", False): {32: (64,), 64: (64, 32), 128: ()},
+    # 32 x 64: 50; on 8 warps 75. Of 64 queries: 254 registers.
+    ("query", True): {32: (32, 16), 64: (32, 16), 128: (32, 16)},
+    # 64 x 16: 94; on 8 warps 150. Of 32 and 64 keys: up to 255 registers.
+    ("key", True): {32: (16,), 64: (16,), 128: ()},
+}
 # Most scores of a step of the key kernel where it holds the gradient of the queries too, by D: more would spill.
 ALONE_SCORES = {2: {32: 1024, 64: 2048, 128: 512}, 4: {32: 256, 64: 256, 128: 256}}
 
@@ -176,46 +191,16 @@ def attention_backward_query_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def attention_backward_key_kernel(
-    grad_out_ptr,
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    mask_ptr,
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
-    seed_ptr,
-    out_ptr,
-    lse_ptr,
-    delta_ptr,
-    grad_query_ptr,
-    grad_key_ptr,
-    grad_value_ptr,
-    heads,
-    queries,
-    keys,
-    query_rows,
-    key_rows,
-    grad_out_batch_stride,
-    grad_out_row_stride,
-    grad_out_head_stride,
-    query_batch_stride,
-    query_row_stride,
-    query_head_stride,
-    key_batch_stride,
-    key_row_stride,
-    key_head_stride,
-    value_batch_stride,
-    value_row_stride,
-    value_head_stride,
-    scale,
-    threshold,
-    keep_scale,
-    HEAD: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
+    grad_out_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seed_ptr, out_ptr,
+    lse_ptr, delta_ptr, grad_query_ptr, grad_key_ptr, grad_value_ptr, heads, queries, keys, query_rows, key_rows,
+    grad_out_batch_stride, grad_out_row_stride, grad_out_head_stride,
+    query_batch_stride, query_row_stride, query_head_stride,
+    key_batch_stride, key_row_stride, key_head_stride,
+    value_batch_stride, value_row_stride, value_head_stride,
+    scale, threshold, keep_scale, HEAD: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     ALONE: tl.constexpr,  # one tile holds all keys: queries get their gradient here as well, and delta is not read
     KEY_AXIS: tl.constexpr,
-):
+):  # fmt: skip
     tiles = tl.cdiv(keys, BLOCK_KEYS)
     tile = tl.program_id(0) % tiles
     batch_head = tl.program_id(0) // tiles
@@ -291,19 +276,25 @@ def backward_plan(queries: int, keys: int, head: int, dtype: torch.dtype, larges
     keys_alone = 0 < keys <= by_key[0] and queries > 0
     queries_alone = 0 < queries <= by_query[0] and keys > 0 and not keys_alone
     plan = []
-    for kernel, wanted, rows, block, block_queries, block_keys, alone in (
-        (attention_backward_query_kernel, not keys_alone, queries, by_query[0], *by_query, queries_alone),
-        (attention_backward_key_kernel, not queries_alone, keys, by_key[0], *reversed(by_key), keys_alone),
+    for name, wanted, rows, others, (block, other_block), alone in (
+        ("query", not keys_alone, queries, keys, by_query, queries_alone),
+        ("key", not queries_alone, keys, queries, by_key, keys_alone),
     ):
-        if kernel is attention_backward_key_kernel and alone:
-            block_queries = max(TILES[-1], min(block_queries, ALONE_SCORES[dtype.itemsize][head] // block_keys))
         # Rows that are spread over programs are those of the products; alone they may be fewer than GROUP_ROWS: then
         # the others are, and channels. Four bytes use the ordinary cores, and would spill.
-        turned = alone and dtype.itemsize == 2 and (kernel is attention_backward_query_kernel or block < GROUP_ROWS)
+        turned = alone and dtype.itemsize == 2 and (name == "query" or block < GROUP_ROWS)
+        if alone and dtype.itemsize == 2 and head < 128:
+            other_block = tile(others, GROUP_ROWS)
+        if alone and name == "key":
+            other_block = max(TILES[-1], min(other_block, ALONE_SCORES[dtype.itemsize][head] // block))
+        block_queries, block_keys = (block, other_block) if name == "query" else (other_block, block)
         configuration = {"HEAD": head, "BLOCK_QUERIES": block_queries, "BLOCK_KEYS": block_keys, "ALONE": alone}
-        configuration["KEY_AXIS"] = int((kernel is attention_backward_query_kernel) != turned)
+        configuration["KEY_AXIS"] = int((name == "query") != turned)
         configuration["num_warps"] = warps(block_queries, block_keys, head, dtype, BACKWARD_PER_WARP)
+        if dtype.itemsize == 2 and block in ONE_GROUP[name, alone][head]:
+            configuration["num_warps"] = min(configuration["num_warps"], GROUP_WARPS)
         if wanted:
+            kernel = attention_backward_query_kernel if name == "query" else attention_backward_key_kernel
             plan.append((kernel, rows, block, configuration))
     return plan
 

@@ -149,7 +149,7 @@ AHEAD_OF_TIME = [
         "signature": {"x_ptr": "*bf16", "bias_ptr": "*fp32", "out_ptr": "*bf16"},
         "constants": {"KIND": kind, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS},
         "num_warps": NUM_WARPS,
-        "divisible": ("columns",),
+        "divisible": ("columns", "x_row_stride", "out_row_stride"),
     }
     for kind in KINDS.values()
 ] + [
@@ -161,7 +161,7 @@ AHEAD_OF_TIME = [
         },
         "constants": {"KIND": kind, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS},
         "num_warps": NUM_WARPS,
-        "divisible": ("columns",),
+        "divisible": ("columns", "grad_out_row_stride", "x_row_stride", "grad_x_row_stride"),
     }
     for kind in KINDS.values()
 ]  # fmt: skip

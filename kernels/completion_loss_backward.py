@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sclkern.kernels.completion_loss_tiles import SINGLE, dots, entry, rows_taking_part
 
-# Narrow enough for three programs on a multiprocessor: one stores while others multiply. Not yet tuned on a GPU.
+# Few enough warps for two programs on a multiprocessor: one stores while the other multiplies. Not yet tuned on a GPU.
 TILES = {"BLOCK_X": 128, "BLOCK_Y": 64, "BLOCK_K": 64, "num_warps": 4}
 FINISH = {"BLOCK_ROWS": 8, "BLOCK_WIDTH": 128}
 ANCHOR = {"BLOCK_ROWS": 512}
@@ -279,7 +279,7 @@ def completion_loss_gradient(
 # What the static checks compile: kernel, argument types, constants, warps.
 AHEAD_OF_TIME = [
     entry(completion_loss_anchor_kernel, "bf16", num_warps=FINISH_WARPS, **ANCHOR),
-    entry(completion_loss_weights_kernel, "bf16", scale_ptr=None, **TILES),
+    entry(completion_loss_weights_kernel, "bf16", valid_ptr=None, scale_ptr=None, **TILES),
     entry(completion_loss_weights_kernel, "fp16", **TILES),
     entry(completion_loss_weights_kernel, "fp32", scale_ptr=None, **SINGLE),
     entry(completion_loss_finish_kernel, "bf16", num_warps=FINISH_WARPS, scale_ptr=None, **FINISH),

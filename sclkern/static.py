@@ -8,6 +8,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ MODULES = (
     "attention_backward",
     "bias_gelu",
     "dropout_add_layer_norm",
+    "dropout_add_layer_norm_sum",
     "completion_loss",
     "completion_loss_backward",
     "cross_attention",
@@ -70,7 +72,8 @@ def kernels() -> list[dict[str, Any]]:
     """Every kernel in the configurations that are launched: ``AHEAD_OF_TIME`` of the modules of ``sclkern.kernels``.
 
     An entry has ``kernel``, ``signature`` (types of the pointers and of scalars that are not int32), ``constants`` and
-    ``num_warps``; ``divisible`` may name integers that are multiples of 16 at the real shapes, such as strides.
+    ``num_warps``; ``divisible`` may name integers that are multiples of 16 at the real shapes, such as strides;
+    ``features`` may name the float types, where the narrowest does not tell two entries apart.
     """
     return [entry for name in MODULES for entry in importlib.import_module(f"sclkern.kernels.{name}").AHEAD_OF_TIME]
 
@@ -78,7 +81,8 @@ def kernels() -> list[dict[str, Any]]:
 def entry_name(entry: dict[str, Any]) -> str:
     """The kernel, the float type of its features, its constants and warps: differs from entry to entry."""
     used = [kind for name, kind in entry["signature"].items() if name in entry["kernel"].arg_names]
-    features = next((kind for kind in ("bf16", "fp16", "fp32") if f"*{kind}" in used), "int")
+    narrowest = next((kind for kind in ("bf16", "fp16", "fp32") if f"*{kind}" in used), "int")
+    features = entry.get("features", narrowest)
     constants = "".join(f"{name}={value}," for name, value in entry["constants"].items())
     return f"{entry['kernel'].fn.__name__}[{features},{constants}warps={entry['num_warps']}]"
 
@@ -98,9 +102,17 @@ def compile_entry(entry: dict[str, Any], target: str) -> Any:
         constexprs={positions[name]: value for name, value in constants.items()},
         attrs=aligned,
     )
-    return triton.compile(
-        source, target=TARGETS[target], options={"num_warps": entry["num_warps"], "enable_fp_fusion": True}
-    )
+    options = {"num_warps": entry["num_warps"], "enable_fp_fusion": True}
+    return parsed_again(lambda: triton.compile(source, target=TARGETS[target], options=options))
+
+
+def parsed_again(compile: Callable[[], Any]) -> Any:
+    """What ``compile`` returns. In Python 3.11 threads that parse at the same time share a count of depth, and one of
+    them may fail for it (gh-106905): it is asked again."""
+    try:
+        return compile()
+    except SystemError:
+        return compile()
 
 
 def resources(compiled: Any) -> Resources:

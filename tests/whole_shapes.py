@@ -94,6 +94,17 @@ def dropout_add_layer_norm(rows: int, width: int = WIDTH):
     return tensors | {"dropout_p": 0.1, "seed": torch.tensor([SEED], device=DEVICE)}
 
 
+def add_layer_norm(rows: int, width: int = WIDTH):
+    """Between two layers of the vision encoder."""
+    tensors = {
+        "x": normal(rows, width),
+        "residual": normal(rows, width),
+        "weight": normal(width),
+        "bias": normal(width),
+    }
+    return tensors | {"return_sum": True}
+
+
 def bias_gelu(rows: int, width: int, approximate: str):
     return {"x": normal(rows, width), "bias": normal(width), "approximate": approximate}
 
@@ -145,6 +156,9 @@ WHOLE = {
     "words 125": WholeShape("linear_cross_entropy", lambda: linear_cross_entropy(125), largest=8.0),
     "words 3200": WholeShape("linear_cross_entropy", lambda: linear_cross_entropy(3200), largest=8.0),
     "layer norm 20800": WholeShape("dropout_add_layer_norm", lambda: dropout_add_layer_norm(64 * IMAGE)),
+    "sum and layer norm 20800": WholeShape(
+        "dropout_add_layer_norm", lambda: add_layer_norm(64 * IMAGE), precise=("residual",)
+    ),
     "gelu 20800": WholeShape("bias_gelu", lambda: bias_gelu(64 * IMAGE, 4 * WIDTH, "none")),
     "gelu tanh 20800": WholeShape("bias_gelu", lambda: bias_gelu(64 * IMAGE, 4 * WIDTH, "tanh")),
     "gelu quick 20800": WholeShape("bias_gelu", lambda: bias_gelu(64 * IMAGE, 4 * WIDTH, "quick")),
@@ -167,10 +181,14 @@ def cast(op: str, arguments: dict[str, Any], dtype: torch.dtype, precise: tuple[
 
 
 def run(op: str, arguments: dict[str, Any], **options: Any) -> dict[str, Tensor]:
-    """The output, and the gradient of a fixed random projection of it by every leaf, by name."""
+    """The output ("sum" is a second one), and the gradient of a fixed random projection by every leaf, by name."""
     out = getattr(ops, op)(**arguments, **options)
+    outputs = dict(zip(("out", "sum"), out if isinstance(out, tuple) else (out,), strict=False))
     leaves = {name: t for name, t in arguments.items() if isinstance(t, Tensor) and t.requires_grad}
     generator = torch.Generator(DEVICE).manual_seed(1)
-    weight = torch.randn(out.shape, generator=generator, device=DEVICE).to(out.dtype) if out.ndim else None
-    found = torch.autograd.grad(out, list(leaves.values()), weight)
-    return {"out": out.detach()} | dict(zip(leaves, found, strict=True))
+    weights = [
+        torch.randn(t.shape, generator=generator, device=DEVICE).to(t.dtype) if t.ndim else None
+        for t in outputs.values()
+    ]
+    found = torch.autograd.grad(list(outputs.values()), list(leaves.values()), weights)
+    return {name: t.detach() for name, t in outputs.items()} | dict(zip(leaves, found, strict=True))

@@ -113,26 +113,56 @@ class FeedForward(nn.Module):
         return self.fc2(self.fc1(x))
 
 
-def run_block(block: nn.Module, *inputs, checkpoint: bool, **options) -> Tensor:
-    """A block's output; with ``checkpoint`` its inputs alone are kept for the backward, which runs it again."""
+def run_block(block: nn.Module, *inputs, checkpoint: bool, **options) -> Tensor | tuple[Tensor, Tensor]:
+    """What a block returns; with ``checkpoint`` its inputs alone are kept for the backward, which runs it again."""
     if not (checkpoint and torch.is_grad_enabled()) or options.get("probabilities") is not None:
         return block(*inputs, **options)
     return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, **options)
 
 
+class AddNorm(DropoutAddLayerNorm):
+    """LayerNorm of a residual stream to which what the last branch computed is still to be added."""
+
+    def forward(
+        self, x: Tensor, update: Tensor | None = None, *, return_sum: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x: the stream; update: like x, None where nothing is to be added. With ``return_sum`` also their sum."""
+        if update is None:
+            normal = nn.LayerNorm.forward(self, x)
+            return (normal, x) if return_sum else normal
+        return ops.dropout_add_layer_norm(
+            update, x, self.weight, self.bias, eps=self.eps, return_sum=return_sum, backend=self.backend
+        )
+
+
 class PreNormBlock(nn.Module):
-    """CLIP's residual block: x + f(norm(x)), without dropout."""
+    """CLIP's residual block: x + f(norm(x)), without dropout.
+
+    What the last branch computed is returned apart from the stream: the norm that comes next, of another block, adds it
+    in one op with itself.
+    """
 
     def __init__(self, width: int, mlp_ratio: int, activation: str) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(width)
+        self.attention_norm = AddNorm(width)
         self.attention = Attention(width)
-        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp_norm = AddNorm(width)
         self.mlp = FeedForward(width, mlp_ratio, activation)
 
-    def forward(self, x: Tensor, layout: Layout, probabilities: list[Tensor] | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), layout, probabilities=probabilities)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(
+        self, x: Tensor, update: Tensor | None, layout: Layout, probabilities: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            x, update: the stream is their sum; None = x alone.
+
+        Returns:
+            The same pair for the next block, each like x.
+        """
+        normal, x = self.attention_norm(x, update, return_sum=True)
+        update = self.attention(normal, layout, probabilities=probabilities)
+        normal, x = self.mlp_norm(x, update, return_sum=True)
+        return x, self.mlp(normal)
 
 
 class PostNormBlock(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sclkern import ops
 from sclkern.models.config import SCLConfig
-from sclkern.models.layers import PreNormBlock, run_block
+from sclkern.models.layers import AddNorm, PreNormBlock, run_block
 from sclkern.models.layouts import Layout, Padded
 
 
@@ -55,7 +55,7 @@ class VisionEncoder(nn.Module):
         self.blocks = nn.ModuleList(
             PreNormBlock(config.width, config.mlp_ratio, config.vision_activation) for _ in range(config.vision_layers)
         )
-        self.norm_post = nn.LayerNorm(config.width)
+        self.norm_post = AddNorm(config.width)
 
     def forward(
         self,
@@ -119,6 +119,12 @@ class VisionEncoder(nn.Module):
 
     def encode(self, x: Tensor, layout: Layout, probabilities: list[Tensor] | None = None) -> Tensor:
         """The blocks and the last norm on tokens in ``layout``: (B, L, D) or packed (T, D), returned alike."""
+        update = None
         for block in self.blocks:
-            x = run_block(block, x, layout, checkpoint=self.checkpoint_blocks, probabilities=probabilities)
-        return self.norm_post(x)
+            x, update = run_block(
+                block, x, update, layout, checkpoint=self.checkpoint_blocks, probabilities=probabilities
+            )
+            if self.checkpoint_blocks:
+                # One tensor is then kept for a block, not two.
+                x, update = x + update, None
+        return self.norm_post(x, update)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sclkern import reference
 from sclkern.dispatch import choose, interpreted
+from sclkern.ops.dropout_add_layer_norm_sum import eager_sum, or_nothing, separate
 from sclkern.random import seed_tensor
 
 # The kernel holds whole rows in registers; see sclkern.kernels.dropout_add_layer_norm.
@@ -25,13 +26,15 @@ def dropout_add_layer_norm(
     dropout_p: float = 0.0,
     eps: float = 1e-5,
     seed: int | Tensor | None = None,
+    return_sum: bool = False,
     backend: str = "auto",
-) -> Tensor:
-    """LayerNorm over the last dimension of ``residual + dropout(x + x_bias)``: the end of a post-norm layer.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LayerNorm over the last dimension of ``residual + dropout(x + x_bias)``: the end of a post-norm layer and, with
+    ``return_sum``, what lies between two layers of a pre-norm stream.
 
     The mask is a function of (seed, row, column) alone (``sclkern.reference.feature_dropout_keep``): the same on every
     backend, in the backward and in a recomputation. Statistics and sums are float32; the backward is the same to the
-    bit from run to run. Neither the mask nor the sum is stored: the backward computes both again.
+    bit from run to run. The mask is not stored, nor is the sum unless it is returned: the backward computes both again.
 
     Args:
         x, residual: (..., D) of one shape, float16, bfloat16 or float32 each (any floating dtype on the eager path),
@@ -42,30 +45,36 @@ def dropout_add_layer_norm(
             multiple of 2**-16; what is kept is multiplied by 1 / (1 - dropout_p).
         eps: added to the variance.
         seed: int, or int64 tensor of one element on the device of x, so that a captured CUDA graph can be replayed
-            with another. None draws one from torch's generator of that device (on the eager path it
-            is torch's own dropout). It must not be changed in place
-            between forward and backward.
+            with another. None draws one from torch's generator of that device (on the eager path it is torch's own
+            dropout). It must not be changed in place between forward and backward.
+        return_sum: return the sum too, which the backward then reads in place of x and residual.
         backend: "auto", "triton" or "eager" (see ``sclkern.dispatch.choose``).
 
     Returns:
-        (..., D) in the wider dtype of x and residual.
+        (..., D) in the wider dtype of x and residual. With ``return_sum`` a pair of (..., D): the norm in the dtype
+        of x, and the sum in the wider dtype. Under autocast x is what a product wrote and the norm what the next one
+        reads: rounded once from float32, as autocast itself would round it before that product. What is normalised is
+        the sum as it is returned, which in half precision has been rounded.
 
     Raises:
-        TypeError: a tensor is not floating, or ``dropout_p``, ``eps`` or ``seed`` has the wrong type.
+        TypeError: a tensor is not floating, or ``dropout_p``, ``eps``, ``seed`` or ``return_sum`` has the wrong type.
         ValueError: wrong shape, device, ``dropout_p``, ``eps``, ``seed`` or backend, or "triton" asked for by name
             where it cannot run.
     """
     check(x, residual, weight, bias, x_bias, dropout_p, eps, seed)
+    if not isinstance(return_sum, bool):
+        raise TypeError(f"return_sum: got {type(return_sum).__name__}, expected a bool")
     columns = x.shape[-1]
     tensors = [t for t in (x, residual, weight, bias, x_bias) if t is not None]
     choice = choose(*tensors, backend=backend, unsupported=unsupported(x))
     if choice.backend == "eager":
         return reference.dropout_add_layer_norm(
-            x, residual, weight, bias, x_bias=x_bias, dropout_p=dropout_p, eps=eps, seed=seed
+            x, residual, weight, bias, x_bias=x_bias, dropout_p=dropout_p, eps=eps, seed=seed, return_sum=return_sum
         )
     seed = seed_tensor(seed, x.device) if dropout_p > 0 else None
     rows = (t.reshape(x.shape[:-1].numel(), columns).contiguous() for t in (x, residual))
-    out, _, _ = torch.ops.sclkern.dropout_add_layer_norm(
+    op = torch.ops.sclkern.dropout_add_layer_norm_sum if return_sum else torch.ops.sclkern.dropout_add_layer_norm
+    out, *others = op(
         *rows,
         weight.contiguous(),
         bias.contiguous(),
@@ -74,7 +83,8 @@ def dropout_add_layer_norm(
         float(dropout_p),
         float(eps),
     )
-    return out.reshape(x.shape)
+    out = out.reshape(x.shape)
+    return (out, others[0].reshape(x.shape)) if return_sum else out
 
 
 def unsupported(x: Tensor) -> str | None:
@@ -157,22 +167,12 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from sclkern.kernels import dropout_add_layer_norm as kernels
 
-    tensors, separate = (grad_out.contiguous(), x, residual, weight, x_bias, seed), _separate(x, residual, seed)
+    tensors, apart = (grad_out.contiguous(), x, residual, weight, x_bias, seed), separate(x.dtype, residual.dtype, seed)
     with torch.cuda.device_of(x):
         grad_x, grad_residual, grad_parameters = kernels.dropout_add_layer_norm_backward(
-            *tensors, mean, rstd, dropout_p, separate
+            *tensors, mean, rstd, dropout_p, apart
         )
-    return _or_nothing(grad_x, x), grad_residual, grad_parameters
-
-
-def _or_nothing(grad_x: Tensor | None, x: Tensor) -> Tensor:
-    # An op returns tensors: one without rows stands for "the gradient of residual".
-    return x.new_empty((0, x.shape[1])) if grad_x is None else grad_x
-
-
-def _separate(x: Tensor, residual: Tensor, seed: Tensor | None) -> bool:
-    """Whether the gradient of x is not that of residual, which is then written once for both."""
-    return seed is not None or x.dtype != residual.dtype
+    return or_nothing(grad_x, x), grad_residual, grad_parameters
 
 
 _op = torch.library.custom_op("sclkern::dropout_add_layer_norm", _forward, mutates_args=(), device_types="cuda")
@@ -181,21 +181,11 @@ _op_backward = torch.library.custom_op(
 )
 
 
-def _eager_sum(x, residual, x_bias, seed, dropout_p) -> tuple[Tensor, Tensor | None]:
-    """The sum in float32 and the factor of dropout, None without."""
-    x = x.float() if x_bias is None else x.float() + x_bias.float()
-    if seed is None:
-        return residual.float() + x, None
-    keep = reference.feature_dropout_keep(*x.shape, dropout_p, seed)
-    scale = reference.feature_dropout_scale(dropout_p)
-    return residual.float() + torch.where(keep, x * scale, 0.0), keep * scale
-
-
 @_op.register_kernel("cpu")
 def _(x, residual, weight, bias, x_bias, seed, dropout_p, eps):
     if interpreted():
         return _forward(x, residual, weight, bias, x_bias, seed, dropout_p, eps)
-    total, _ = _eager_sum(x, residual, x_bias, seed, dropout_p)
+    total, _ = eager_sum(x, residual, x_bias, seed, dropout_p)
     variance, mean = torch.var_mean(total, 1, correction=0)
     rstd = torch.rsqrt(variance + eps)
     out = (total - mean[:, None]) * rstd[:, None] * weight.float() + bias.float()
@@ -206,7 +196,7 @@ def _(x, residual, weight, bias, x_bias, seed, dropout_p, eps):
 def _(grad_out, x, residual, weight, x_bias, seed, mean, rstd, dropout_p):
     if interpreted():
         return _backward(grad_out, x, residual, weight, x_bias, seed, mean, rstd, dropout_p)
-    total, factor = _eager_sum(x, residual, x_bias, seed, dropout_p)
+    total, factor = eager_sum(x, residual, x_bias, seed, dropout_p)
     normal = (total - mean[:, None]) * rstd[:, None]
     grad_out = grad_out.float()
     grad_normal = grad_out * weight.float()
@@ -214,8 +204,8 @@ def _(grad_out, x, residual, weight, x_bias, seed, mean, rstd, dropout_p):
     grad_total = (grad_normal - grad_normal.mean(1, keepdim=True) - normal * along) * rstd[:, None]
     grad_x = grad_total if factor is None else grad_total * factor
     sums = [(grad_out * normal).sum(0), grad_out.sum(0)] + ([] if x_bias is None else [grad_x.sum(0)])
-    separate = _separate(x, residual, seed)
-    return _or_nothing(grad_x.to(x.dtype) if separate else None, x), grad_total.to(residual.dtype), torch.stack(sums)
+    apart = separate(x.dtype, residual.dtype, seed)
+    return or_nothing(grad_x.to(x.dtype) if apart else None, x), grad_total.to(residual.dtype), torch.stack(sums)
 
 
 @_op.register_fake
@@ -227,10 +217,10 @@ def _(x, residual, weight, bias, x_bias, seed, dropout_p, eps):
 
 @_op_backward.register_fake
 def _(grad_out, x, residual, weight, x_bias, seed, mean, rstd, dropout_p):
-    grad_x = x.new_empty(x.shape) if _separate(x, residual, seed) else None
+    grad_x = x.new_empty(x.shape) if separate(x.dtype, residual.dtype, seed) else None
     sums = 2 if x_bias is None else 3
     grad_parameters = x.new_empty((sums, x.shape[1]), dtype=torch.float32)
-    return _or_nothing(grad_x, x), residual.new_empty(residual.shape), grad_parameters
+    return or_nothing(grad_x, x), residual.new_empty(residual.shape), grad_parameters
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -248,7 +238,7 @@ def _gradient(ctx, grad_out: Tensor, _mean: None, _rstd: None):
     grad_x, grad_residual, grad_parameters = torch.ops.sclkern.dropout_add_layer_norm_backward(
         grad_out, x, residual, weight, x_bias, seed, mean, rstd, ctx.dropout_p
     )
-    if not _separate(x, residual, seed):
+    if not separate(x.dtype, residual.dtype, seed):
         grad_x = grad_residual
     grad_weight, grad_bias = grad_parameters[0].to(weight.dtype), grad_parameters[1].to(ctx.bias_dtype)
     grad_x_bias = None if x_bias is None else grad_parameters[2].to(x_bias.dtype)

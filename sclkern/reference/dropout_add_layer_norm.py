@@ -46,7 +46,8 @@ def dropout_add_layer_norm(
     dropout_p: float = 0.0,
     eps: float = 1e-5,
     seed: int | Tensor | None = None,
-) -> Tensor:
+    return_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm of residual + dropout(x + x_bias) over the last dimension.
 
     Args:
@@ -54,10 +55,13 @@ def dropout_add_layer_norm(
         dropout_p: probability of dropping an element; the mask is that of ``feature_dropout_keep``, whose rows are
             all leading dimensions as one. With 0 no random number is drawn.
         seed: int or int64 tensor of one element; None is torch's own dropout.
+        return_sum: return also what is normalised.
 
     Returns:
-        (..., D) in the wider dtype of x and residual.
+        (..., D) in the wider dtype of x and residual. With ``return_sum`` that in the dtype of x, and the sum
+        (..., D) in the wider dtype.
     """
+    dtype = x.dtype
     if x_bias is not None:
         x = x + x_bias.to(x.dtype)
     if dropout_p > 0 and seed is None:
@@ -69,4 +73,4 @@ def dropout_add_layer_norm(
     total = residual + x
     out = F.layer_norm(total, x.shape[-1:], weight.to(total.dtype), bias.to(total.dtype), eps)
     # Autocast widens a layer norm; the op's dtype is that of its tensors.
-    return out.to(total.dtype)
+    return (out.to(dtype), total) if return_sum else out.to(total.dtype)

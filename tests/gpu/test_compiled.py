@@ -72,6 +72,22 @@ def test_a_module_with_float32_parameters_under_autocast(name, dtype):
         torch.testing.assert_close(ours, truth, rtol=0, atol=0.05 * scale)
 
 
+def test_inductor_compiles_a_norm_with_its_sum():
+    x, residual = (torch.randn(40, 24, device="cuda", requires_grad=True) for _ in range(2))
+    weight, bias = torch.randn(24, device="cuda"), torch.randn(24, device="cuda")
+
+    def block(x, residual):
+        out, total = ops.dropout_add_layer_norm(2 * x, residual, weight, bias, return_sum=True)
+        return (out + total).relu()
+
+    def call(function):
+        out = function(x, residual)
+        return out, *torch.autograd.grad(out.sum(), (x, residual))
+
+    for a, b in zip(call(torch.compile(block, fullgraph=True)), call(block), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @several_devices
 @pytest.mark.parametrize("name", CASES)
 def test_an_op_runs_on_the_device_of_its_tensors(name):

@@ -131,6 +131,21 @@ def test_dropout_add_layer_norm():
     assert ((out[-1000:].float() - expected).abs() > 0.05).float().mean() < 0.01
 
 
+def test_dropout_add_layer_norm_with_its_sum():
+    x, residual = (large(2_900_000, 768, requires_grad=True) for _ in range(2))
+    weight, bias = torch.ones(768, **BF16), torch.zeros(768, **BF16)
+    assert x.numel() > LIMIT
+
+    def call(x, residual):
+        out, total = ops.dropout_add_layer_norm(x, residual, weight, bias, return_sum=True, backend="triton")
+        return out, total, *torch.autograd.grad((out, total), (x, residual), (total.detach(), out.detach()))
+
+    found = [t.detach()[-5:].clone() for t in call(x, residual)]
+    ends = [t.detach()[-5:].clone().requires_grad_() for t in (x, residual)]
+    for a, b in zip(found, call(*ends), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(("rows", "width", "vocabulary"), [(45_000, 64, 50265), (2_900_000, 768, 40)])
 def test_linear_cross_entropy(rows, width, vocabulary):
     assert max(rows * vocabulary, rows * width) > LIMIT

@@ -19,12 +19,13 @@ KERNEL = {"cross_attention": {"absorb": "keys"}}
 def count_of_differing(name, arguments, repetitions, **options):
     """In how many of so many backward passes any bit of any gradient differs from the first; counted on the device."""
     out = getattr(ops, name)(**arguments, backend="triton", **options)
+    outputs = out if isinstance(out, tuple) else (out,)
     leaves = [t for t in arguments.values() if isinstance(t, torch.Tensor) and t.requires_grad]
-    weight = torch.randn(out.shape, device="cuda").to(out.dtype)
-    first = torch.autograd.grad(out, leaves, weight, retain_graph=True)
+    weights = [torch.randn(t.shape, device="cuda").to(t.dtype) for t in outputs]
+    first = torch.autograd.grad(outputs, leaves, weights, retain_graph=True)
     differing = torch.zeros((), dtype=torch.int64, device="cuda")
     for _ in range(repetitions):
-        again = torch.autograd.grad(out, leaves, weight, retain_graph=True)
+        again = torch.autograd.grad(outputs, leaves, weights, retain_graph=True)
         # Not equal to itself either: NaN counts as a difference.
         differing += torch.stack([(a != b).any() for a, b in zip(first, again, strict=True)]).any()
     return differing.item()

@@ -2,6 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+
+from sclkern import ops
+from sclkern.dispatch import Choice
+from sclkern.models.layouts import Padded
 
 
 def clip(rows=2, frames=3, dtype=torch.float64):
@@ -103,6 +108,59 @@ def test_training_mode_drops_nothing(make_model):
     evaluated = model.vision(frames).tokens
     model.train()
     assert torch.equal(model.vision(frames).tokens, evaluated)
+
+
+def step_by_step(vision, x, layout):
+    """CLIP's pre-norm blocks: every sum, and every norm, apart."""
+
+    def norm(module, y):
+        return F.layer_norm(y, (64,), module.weight, module.bias)
+
+    for block in vision.blocks:
+        x = x + block.attention(norm(block.attention_norm, x), layout)
+        x = x + block.mlp(norm(block.mlp_norm, x))
+    return norm(vision.norm_post, x)
+
+
+def tokens_and_gradients(encode, vision, x, grad):
+    out = encode(x, Padded())
+    return out.detach(), *torch.autograd.grad(
+        out, [x, *vision.blocks.parameters(), *vision.norm_post.parameters()], grad
+    )
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float64, False), (torch.float32, False), (torch.float32, True)])
+def test_a_sum_with_its_norm_has_the_bits_of_both_apart(make_model, dtype, autocast, checkpointed):
+    vision = make_model(dtype=dtype, vision_layers=3).vision
+    vision.checkpoint_blocks = checkpointed
+    x, grad = torch.randn(2, 17, 64, dtype=dtype, requires_grad=True), torch.randn(2, 17, 64, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours = tokens_and_gradients(vision.encode, vision, x, grad)
+        theirs = tokens_and_gradients(lambda *inputs: step_by_step(vision, *inputs), vision, x, grad)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_op_behind_the_kernel_takes_every_sum_with_its_norm(make_model, monkeypatch, checkpointed):
+    vision = make_model(dtype=torch.float32, vision_layers=3).vision
+    vision.checkpoint_blocks = checkpointed
+    x, grad = torch.randn(2, 17, 64, requires_grad=True), torch.randn(2, 17, 64)
+    expected = tokens_and_gradients(vision.encode, vision, x, grad)
+    called, op = [], ops.dropout_add_layer_norm
+
+    def recorded(*tensors, return_sum, **options):
+        called.append(return_sum)
+        return op(*tensors, return_sum=return_sum, **options)
+
+    monkeypatch.setattr(ops, "dropout_add_layer_norm", recorded)
+    monkeypatch.setitem(op.__globals__, "choose", lambda *_, **__: Choice("triton", "for the test"))
+    found = tokens_and_gradients(vision.encode, vision, x, grad)
+    # The first norm has nothing to add, and nobody else reads the last sum. Checkpointed blocks end with a sum of their
+    # own, and run twice.
+    assert called == ([True] * 6 if checkpointed else [True] * 5 + [False])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])

@@ -17,7 +17,7 @@ LENGTHS = (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)
 SHAPES = [(q, LENGTHS[(5 * i + 9) % 13], 32) for i, q in enumerate(LENGTHS)] + [(13, 13, 64), (65, 33, 64)]
 SHAPES += [(13, 325, 64), (325, 13, 64), (17, 20, 128), (1, 1, 64)]
 # In half precision, where few rows on one side turn the products around (see ``GROUP_ROWS``).
-HALF_SHAPES = [(13, 325, 64), (325, 13, 64), (50, 50, 64), (20, 70, 32), (65, 65, 64), (13, 17, 128)]
+HALF_SHAPES = [(13, 325, 64), (325, 13, 64), (50, 50, 64), (20, 70, 32), (65, 65, 64), (13, 17, 128), (90, 97, 64)]
 # Before memory is poisoned (conftest), which touches all of it.
 EMPTY = torch.empty
 NAMES = ("out", "grad_query", "grad_key", "grad_value")

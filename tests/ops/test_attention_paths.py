@@ -100,6 +100,29 @@ def test_tiles_fit_the_lengths():
     assert {kernels.tile(length, 64) for length in range(2000)} == {16, 32, 64}
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_the_backward_has_few_configurations_each_of_one_group_of_warps_where_that_fits():
+    from sclkern.kernels import attention_backward as kernels
+
+    def plan(queries, keys, head=64, dtype=torch.bfloat16):
+        launches = kernels.backward_plan(queries, keys, head, dtype, kernels.LARGEST_BACKWARD)
+        names = ("BLOCK_QUERIES", "BLOCK_KEYS", "num_warps")
+        return [
+            (kernel.fn.__name__.split("_")[2], *map(configuration.get, names)) for kernel, *_, configuration in launches
+        ]
+
+    assert plan(325, 325) == [("query", 64, 32, 4), ("key", 32, 64, 4)]
+    assert plan(325, 325, head=128) == [("query", 64, 32, 4), ("key", 32, 64, 8)]
+    assert plan(325, 325, dtype=torch.float32) == [("query", 32, 32, 8), ("key", 32, 32, 8)]
+    assert plan(65, 65) == [("query", 32, 32, 4), ("key", 32, 32, 4)]
+    assert plan(18, 325) == [("query", 32, 64, 4)] and plan(40, 325) == [("query", 64, 64, 8)]
+    assert plan(325, 13) == [("key", 64, 16, 4)] and plan(325, 18) == [("key", 64, 32, 8)]
+    assert plan(18, 18) == [("key", 32, 32, 8)] and plan(13, 13) == [("key", 16, 16, 2)]
+    # Each is compiled once more, with and without dropout: lengths themselves are no part of it.
+    lengths = (*range(1, 140), 197, 325, 577, 2**15)
+    assert len({launch for queries in lengths for keys in lengths for launch in plan(queries, keys)}) <= 20
+
+
 Q = torch.zeros(2, 3, 1, 32)
 
 
