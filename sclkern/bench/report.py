@@ -85,7 +85,9 @@ def op_rows(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
     def place(key: tuple) -> tuple:
         op, size, dtype, part = key
         known = sizes.index((op, size)) if (op, size) in sizes else len(sizes)
-        return (known, dtype, PASSES.index(part))
+        # A size of a GPU may be one of a CPU too: those of an op stay together, and numbers in their order.
+        first = next((i for i, (other, _) in enumerate(sizes) if other == op), len(sizes))
+        return (first, int(size) if size.isdigit() else known, dtype, PASSES.index(part))
 
     return {key: found[key] for key in sorted(found, key=place)}
 
