@@ -140,8 +140,8 @@ def _step(rows: list[dict]):
             va="center",
             fontsize=8,
         )
-    axis.margins(x=0.22)
-    axis.set_xlim(left=0)
+    # Room for what is written beside the longest.
+    axis.set_xlim(0, 1.3 * max(row["median_seconds"] / row["rows"] for row in steps))
     axis.invert_yaxis()
     axis.set(xlabel="seconds of a pair, forward and backward")
     axis.legend(fontsize=7, ncols=len(GROUPS), loc="lower center", bbox_to_anchor=(0.5, 1.0))
@@ -160,5 +160,8 @@ def _loss_memory(rows: list[dict]):
     for name, records in lines.items():
         axis.plot([r["values"]["N"] for r in records], [r["peak_bytes"] / 1e6 for r in records], marker="o", label=name)
     axis.set(xscale="log", yscale="log", xlabel="N", ylabel="MB beside the inputs")
+    rows_of = sorted({row["values"]["N"] for row in found})
+    axis.set_xticks(rows_of, list(map(str, rows_of)))
+    axis.set_xticks([], minor=True)
     axis.legend(fontsize=7)
     return figure
