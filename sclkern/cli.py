@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -31,10 +32,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += left
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        return options.command(options)
+        status = options.command(options)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"sclkern {options.name}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # who reads, such as head, has enough; Python must not complain of it at its end either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:  # a full disk or a lost file system shows wherever something is written
         place = f"{error.filename}: " if error.filename else ""
         print(f"sclkern {options.name}: error: {place}{error.strerror or error}", file=sys.stderr)

@@ -1,6 +1,9 @@
 """The command line as a user meets it: what it leaves behind, and one line for each mistake."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib.image
@@ -317,3 +320,10 @@ def test_a_plan_is_shown_and_printed_as_json(capsys):
     assert described["flops"] == sum(part["flops"] + part["backward"] for part in described["parts"])
     assert main(["plan", "--caption-tokens", "51", *config]) == 2
     assert "caption_tokens: got 51, expected 3 to max_text_len 50" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    command = [sys.executable, "-m", "sclkern.cli", "plan"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 128 + signal.SIGPIPE

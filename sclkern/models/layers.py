@@ -16,7 +16,7 @@ from sclkern import ops
 from sclkern.models.config import HEAD_WIDTH
 from sclkern.models.layouts import Layout, Packed, Rows, attend, by_part, from_parts, recorded
 from sclkern.nn import DropoutAddLayerNorm, LinearGELU
-from sclkern.ops.cross_attention import WORTHWHILE, relative_costs
+from sclkern.ops.cross_attention import plan
 
 ACTIVATIONS = {"quick_gelu": "quick", "gelu": "none"}
 
@@ -52,7 +52,7 @@ class Attention(nn.Module):
             Like x.
         """
         width = x.shape[-1]
-        if context is not None and probabilities is None and self._absorbs(layout, context_layout, width):
+        if context is not None and probabilities is None and self._absorbs(x, layout, context_layout):
             return self._cross(x, layout, context, context_layout)
         if context is None:
             query, key, value = self.in_proj(x).chunk(3, -1)
@@ -69,12 +69,23 @@ class Attention(nn.Module):
             out = recorded(query, key, value, context_layout, probabilities, dropout_p=dropout_p)
         return self.out_proj(out.flatten(-2))
 
-    def _absorbs(self, layout: Layout, context_layout: Layout, width: int) -> bool:
-        """Whether the short side of a cross-attention, padded, takes in projections of the long one."""
+    def _absorbs(self, x: Tensor, layout: Layout, context_layout: Layout) -> bool:
+        """Whether the short side of a cross-attention, padded, takes in projections of the long one; else all parts are
+        one packed call."""
         if self.absorb == "never" or self.backend == "sdpa" or not isinstance(layout, Packed):
             return False
-        lengths = layout.max_seqlen, context_layout.max_seqlen
-        return min(relative_costs(*lengths, width, width // HEAD_WIDTH, lengths[1]).values()) <= WORTHWHILE
+        width = x.shape[-1]
+        # Of the shapes that the op would see; it asks for nothing else.
+        longest = (x.new_empty((0, each.max_seqlen, width)) for each in (layout, context_layout))
+        form, _, _ = plan(
+            *longest,
+            num_heads=width // HEAD_WIDTH,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=HEAD_WIDTH**-0.5,
+            absorb=self.absorb,
+            backend=self.backend,
+        )
+        return form != "never"
 
     def _cross(self, x: Tensor, layout: Packed, context: Tensor, context_layout: Packed) -> Tensor:
         """The whole sub-layer, a call for each part of equal length."""

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sclkern.models.layers import Attention
-from sclkern.models.layouts import Padded
+from sclkern.models.layouts import Packed, Padded
 
 BACKENDS = ["auto", "sdpa", "eager"]
 
@@ -103,3 +103,18 @@ def test_backends_have_equal_outputs_and_gradients(make_model):
     for other in results[1:]:
         for ours, theirs in zip(other, results[0], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(325, 13), (13, 325)])
+def test_one_packed_call_where_the_op_would_absorb_nothing(queries, keys, training, kernels, monkeypatch):
+    """Few queries absorb by matrix products alone: with dropout on a GPU not at all."""
+    if kernels:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")  # nothing is launched
+    module = Attention(768, dropout=0.1).train(training)
+    asking, answering = (Packed(torch.tensor([0, length], dtype=torch.int32), length) for length in (queries, keys))
+    expected = keys < queries or not (training and kernels)
+    assert module._absorbs(torch.empty(1, 768), asking, answering) == expected
+    module.absorb = "never"
+    assert not module._absorbs(torch.empty(1, 768), asking, answering)
