@@ -1,4 +1,4 @@
-"""The command line: ``sclkern pretrain | parity | convert | bench | profile | doctor``."""
+"""The command line: ``sclkern pretrain | plan | parity | convert | bench | profile | doctor``."""
 
 from __future__ import annotations
 

@@ -29,3 +29,17 @@ def run_in_interpreter(file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+def assert_as_exact(ours: dict, eager: dict, truth: dict) -> None:
+    """Tensors by name: ours at most 1.5 times as far from the truth in float64 as eager's, and rounding."""
+    for name, exact in truth.items():
+        a, b = ours[name], eager[name]
+        assert a.dtype == b.dtype and a.shape == b.shape
+        if not exact.numel():
+            continue
+        error, allowed = ((v.double() - exact).abs().max().item() for v in (a, b))
+        # A unit in the last place of the largest value: half is what rounding the exact result costs, half is what the
+        # largest of a few hundred equally distributed float32 errors differs by from one order of summing to another.
+        rounding = torch.finfo(a.dtype).eps * exact.abs().max().item()
+        assert error <= 1.5 * allowed + rounding, (name, error, allowed, rounding)

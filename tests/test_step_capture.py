@@ -113,6 +113,22 @@ def test_gradients_that_others_left_are_added_to():
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-5, atol=1e-5, msg=name)
 
 
+def test_other_settings_of_the_model_are_recorded_anew():
+    model, batch = make(), batch_of(*WIDTHS[0], 1) | {"names": ["a", "b", "c", "d"]}
+    captured = Emulated(model)
+    captured(batch, 1)
+    captured(batch, 2)
+    assert captured.captured == 1
+    model.step = StepConfig(absorb="never", pack=False)
+    found = captured(batch, 1)
+    assert captured.captured == 2
+    model.objectives = ObjectiveConfig(recipe="scl", itc_weight=0.0)
+    assert captured(batch, 1).total < found.total
+    model.set_backend("eager")
+    captured(batch, 1)
+    assert captured.captured == 4
+
+
 def test_losses_are_not_overwritten_by_the_next_replay():
     captured = Emulated(make())
     first = captured(batch_of(*WIDTHS[0], 1), 1)

@@ -132,7 +132,7 @@ def _tiles(
     own and of rows that are not valid."""
     groups, length, _ = features[0].shape
     step = max(1, min(1024, TILE // max(length, 1)))
-    inverse = 1 / temperature.item()
+    inverse = temperature.reciprocal().item()
     for group in range(groups):
         x, y = (_normalised(features[side], valid, group, rnorm[side]) for side in (first, 1 - first))
         for start in range(window.start, window.stop, step):
@@ -146,7 +146,7 @@ def _tiles(
 
 
 def _plain(temperature: Tensor) -> bool:
-    return 1 / temperature.item() <= _PLAIN_EXPONENTIALS
+    return temperature.item() * _PLAIN_EXPONENTIALS >= 1
 
 
 def _normalised(features: Tensor, valid: Tensor | None, group: int, rnorm: Tensor, rows=slice(None)) -> Tensor:

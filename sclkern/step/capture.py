@@ -72,9 +72,13 @@ class CapturedStep:
         Raises:
             ValueError: as ``run_step``.
         """
-        check_step(self.model, batch)
+        model = self.model
+        check_step(model, batch)
+        # What else a loader tells of a batch, such as names, no step reads.
+        batch = {name: value for name, value in batch.items() if isinstance(value, (Tensor, int))}
         shapes = {k: (v.shape, v.dtype) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        key = (self.model.training, *sorted(shapes.items()))
+        # What was recorded with other settings of the model must not be replayed.
+        key = (model.training, model.step, model.objectives, model.backend, *sorted(shapes.items()))
         if key not in self._recorded:
             self._recorded[key] = self._record(batch)
         inputs, replay, outputs = self._recorded[key]
@@ -85,6 +89,7 @@ class CapturedStep:
 
     def _record(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Callable[[], None], dict[str, Any]]:
         """The tensors to fill, what runs the step on them, and the tensors it writes."""
+        self._check(self.model)
         inputs = {k: v.to(self.device, copy=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
         parameters = dict(self.model.named_parameters())
         held = {name: parameter.grad for name, parameter in parameters.items()}

@@ -95,6 +95,7 @@ X = torch.zeros(4, 3)
         ({"complete": X[:3]}, ValueError, r"complete: got shape \(3, 3\), expected that of recovered, \(4, 3\)"),
         ({"complete": X.to("meta")}, ValueError, r"complete: got device meta, expected that of recovered"),
         ({"temperature": 0.0}, ValueError, r"temperature: got 0\.0, expected a positive number"),
+        ({"temperature": torch.tensor(-0.5)}, ValueError, r"temperature: got -0\.5, expected a positive number"),
         ({"temperature": torch.ones(1)}, ValueError, r"temperature: got shape \(1,\), expected a 0-d tensor"),
         ({"temperature": torch.tensor(1)}, TypeError, r"temperature: got torch\.int64"),
         ({"valid": torch.ones(4)}, TypeError, r"valid: got torch\.float32, expected torch\.bool"),

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from op_testing import BACKENDS, DEVICE, DTYPES, needs_kernels, run_in_interpreter
+from op_testing import BACKENDS, DEVICE, DTYPES, assert_as_exact, needs_kernels, run_in_interpreter
 from sclkern import reference
 from sclkern.dispatch import interpreted
 from sclkern.ops.dropout_add_layer_norm import dropout_add_layer_norm
@@ -46,15 +46,7 @@ def assert_as_exact_as_eager(tensors, grads, **options):
     truth = run(reference.dropout_add_layer_norm, tensors, grads, torch.float64, **options)
     eager = run(reference.dropout_add_layer_norm, tensors, grads, **options)
     ours = run(kernel, tensors, grads, **options)
-    for name, exact in truth.items():
-        a, b = ours[name], eager[name]
-        assert a.dtype == b.dtype and a.shape == b.shape
-        if not exact.numel():
-            continue
-        error, allowed = ((v.double() - exact).abs().max().item() for v in (a, b))
-        # A unit in the last place of the largest value, as for the form without the sum.
-        rounding = torch.finfo(a.dtype).eps * exact.abs().max().item()
-        assert error <= 1.5 * allowed + rounding, (name, error, allowed, rounding)
+    assert_as_exact(ours, eager, truth)
 
 
 @needs_kernels
