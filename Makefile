@@ -27,8 +27,8 @@ test: $(VENV)/.installed
 # ops run interpreted, and models are fused.
 test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(abspath $(OLDEST)) $(RUN)/python -m pytest -k "compiles_for or obeys or in_the_interpreter" \
-		tests/test_static.py tests/ops
-	PYTHONPATH=$(abspath $(OLDEST)) $(RUN)/python -m pytest tests/fuse
+		tests/tools/static/test_static.py tests/ops
+	PYTHONPATH=$(abspath $(OLDEST)) $(RUN)/python -m pytest tests/integrations/fuse
 
 $(OLDEST)/.installed: $(VENV)/.installed
 	$(RUN)/python -m pip install --quiet --no-deps --upgrade $(PIP_ARGS) --target $(OLDEST) "triton==3.6.0" "numpy<2.4" \

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sclkern.bench.workload import WORKLOAD, Size
+from sclkern.tools.bench.workload import WORKLOAD, Size
 
 # The packed images of the step's vision encoder, which the benchmarks of packed captions do not have.
 STEP_SIZES = {

@@ -12,7 +12,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import pytest
 import torch
 
-from sclkern.bench import records, roofline
+from sclkern.tools.bench import records, roofline
 
 
 def pytest_addoption(parser):
@@ -50,13 +50,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def record(request):
-    """record(case, **values): append to ``results/<device>/<date>-<commit>.jsonl`` (see ``sclkern.bench.records``)."""
+    """record(case, **values): append to ``results/<device>/<date>-<commit>.jsonl``, by ``tools.bench.records``."""
     return functools.partial(records.append, results=request.config.getoption("results"))
 
 
 @pytest.fixture(scope="session")
 def machine(record) -> dict:
-    """The machine's own rates (``sclkern.bench.roofline.measure``), measured once a session and recorded."""
+    """The machine's own rates (``sclkern.tools.bench.roofline.measure``), measured once a session and recorded."""
     rates = roofline.measure()
     record("roofline", **rates)
     return rates

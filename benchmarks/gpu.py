@@ -30,8 +30,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu_plugin import LOG
-from sclkern.bench import records
-from sclkern.bench.records import device_name
+from sclkern.tools.bench import records
+from sclkern.tools.bench.records import device_name
 
 ROOT = Path(__file__).parent.parent
 SHOWN = 12  # failing test functions of a stage
@@ -85,11 +85,11 @@ def stages() -> list[Stage]:
         Stage("tests/whole", "tests", [*whole, "tests/gpu/test_compiled.py"], 6, workers=6, environment=one_compiler),
         Stage("tests/kernels", "tests", kernels, 6, workers=8),
         Stage("tests/large", "tests", [large], 3, workers=1),
-        Stage("step", "step", ["--benchmark-only", "benchmarks/test_step.py"], 4),
-        Stage("models", "models", ["--benchmark-only", "benchmarks/test_models.py"], 1, most=120),
+        Stage("step", "step", ["--benchmark-only", "benchmarks/cases/test_step.py"], 4),
+        Stage("models", "models", ["--benchmark-only", "benchmarks/cases/test_models.py"], 1, most=120),
     ]
     for importance, weight in ((1, 4), (2, 2), (3, 1)):
-        arguments = ["--benchmark-only", "--importance", str(importance), "benchmarks/test_ops.py"]
+        arguments = ["--benchmark-only", "--importance", str(importance), "benchmarks/cases/test_ops.py"]
         found.append(Stage(f"ops/{importance}", "ops", arguments, weight))
     for tool in ("memcheck", "initcheck"):
         prefix = ["compute-sanitizer", "--tool", tool, "--print-limit", "20", "--error-exitcode", "1"]

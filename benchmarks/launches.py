@@ -21,8 +21,8 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.candidates import Candidate
 from registry import ENTRIES
-from sclkern.bench.workload import HEAD, HEADS
-from sclkern.static import TARGETS, parsed_again
+from sclkern.tools.bench.workload import HEAD, HEADS
+from sclkern.tools.static.compilation import TARGETS, parsed_again
 
 # What is replaced: "module.name" of sclkern.kernels, and the new object from the present one.
 Changes = dict[str, Callable[[Any], Any]]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from registry import ENTRIES, Case, call
 from sclkern import reference
-from sclkern.bench.workload import WORKLOAD, Size
+from sclkern.tools.bench.workload import WORKLOAD, Size
 from ways import UnableError, Way
 
 GPU = torch.cuda.is_available()

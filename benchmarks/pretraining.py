@@ -32,10 +32,10 @@ from typing import Any
 
 from benchmarks.trainings import CONFIG, ROOT, decoding_processes, run_apart, stand_in_tokenizer
 from sclkern import SCLConfig
-from sclkern.bench import records
 from sclkern.data import demo_root
 from sclkern.errors import UserError
 from sclkern.step import StepConfig
+from sclkern.tools.bench import records
 from sclkern.training.config import PretrainConfig, load_config
 
 WAYS: dict[str, dict[str, Any]] = {

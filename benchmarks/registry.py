@@ -1,7 +1,7 @@
 """Every op of ``sclkern.ops`` with its inputs at the workload's sizes and the ways of computing it that are compared.
 
-Sizes, bytes and operations are those of ``sclkern.bench.workload``, which ``sclkern bench roofline`` reads too. An op
-gets its entry here by a function of its name that makes its inputs.
+Sizes, bytes and operations are those of ``sclkern.tools.bench.workload``, which ``sclkern bench roofline`` reads too.
+An op gets its entry here by a function of its name that makes its inputs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import peers
 from sclkern import ops, reference
-from sclkern.bench.workload import (
+from sclkern.tools.bench.workload import (
     HEAD,
     HEADS,
     PASSES,

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sclkern.bench import records
+from sclkern.tools.bench import records
 from sclkern.training.logs import read_metrics
 
 ROOT = Path(__file__).parent.parent

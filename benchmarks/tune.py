@@ -30,9 +30,9 @@ import torch
 import measuring
 from benchmarks.candidates import Candidate, groups
 from registry import ENTRIES, Case
-from sclkern.bench import records, roofline
-from sclkern.bench.workload import WORKLOAD, Rates, floor
 from sclkern.errors import UserError
+from sclkern.tools.bench import records, roofline
+from sclkern.tools.bench.workload import WORKLOAD, Rates, floor
 
 PLAN = FOLDER / "candidates.json"
 MOST_REGISTERS, MOST_SHARED = 240, 227 * 1024
@@ -64,7 +64,7 @@ def examined(chosen: Sequence[Sequence[Candidate]]) -> list[dict]:
     """A row of each candidate: the launches that it changes, of the present ones all that any changes; "dropped" says
     why it is not to be measured."""
     from benchmarks import launches
-    from sclkern.static import resources
+    from sclkern.tools.static.compilation import resources
 
     caught: list[tuple[Candidate, list]] = []
     for group in chosen:

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from sclkern import nn as nn
     from sclkern import ops as ops
     from sclkern.errors import UserError as UserError
-    from sclkern.fusing import FuseReport as FuseReport
-    from sclkern.fusing import fuse as fuse
-    from sclkern.huggingface import register_attention as register_attention
+    from sclkern.integrations.fuse import FuseReport as FuseReport
+    from sclkern.integrations.fuse import fuse as fuse
+    from sclkern.integrations.huggingface import register_attention as register_attention
     from sclkern.models import SCLConfig as SCLConfig
     from sclkern.models import SCLModel as SCLModel
     from sclkern.objectives import ObjectiveConfig as ObjectiveConfig
@@ -26,9 +26,9 @@ _EXPORTS = {
     "SCLLosses": "sclkern.step",
     "ObjectiveConfig": "sclkern.objectives",
     "UserError": "sclkern.errors",
-    "FuseReport": "sclkern.fusing",
-    "fuse": "sclkern.fusing",
-    "register_attention": "sclkern.huggingface",
+    "FuseReport": "sclkern.integrations.fuse",
+    "fuse": "sclkern.integrations.fuse",
+    "register_attention": "sclkern.integrations.huggingface",
 }
 _SUBPACKAGES = ("nn", "ops")
 __all__ = [*_EXPORTS, "__version__"]

@@ -207,7 +207,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _parity(options: argparse.Namespace) -> int:
-    from sclkern.parity import format_table, run_parity
+    from sclkern.tools.parity import format_table, run_parity
     from sclkern.training.setup import resolve_device
 
     rows = run_parity(options.file, str(resolve_device(options.device)))
@@ -235,7 +235,8 @@ def _bench_static(options: argparse.Namespace) -> int:
         raise UserError("Triton is not installed, and compiles the kernels")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UserError("TRITON_INTERPRET: got 1, an interpreted kernel cannot be compiled")
-    from sclkern import static, static_budget
+    from sclkern.tools.static import budget as static_budget
+    from sclkern.tools.static import compilation as static
 
     for name in options.target:
         if name not in static.TARGETS:
@@ -261,7 +262,7 @@ def _bench_static(options: argparse.Namespace) -> int:
 
 def _profile(options: argparse.Namespace) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in pre-training, which this is a part of
-    from sclkern.training import profile
+    from sclkern.tools.profile import run as profile
     from sclkern.training.config import load_config
 
     overrides = [*(() if options.config else profile.DEFAULTS), *options.overrides]
@@ -286,14 +287,14 @@ def _profile(options: argparse.Namespace) -> int:
 
 
 def _bench_report(options: argparse.Namespace) -> int:
-    from sclkern.bench import records, report
+    from sclkern.tools.bench import records, report
 
     rows = records.read(options.files or [records.RESULTS])
     text = report.report(rows)
     if options.update:
         report.update(Path(options.update), rows)
     if options.output:
-        from sclkern.bench.plots import write_plots
+        from sclkern.tools.bench.plots import write_plots
 
         folder = Path(options.output)
         files = write_plots(rows, folder)
@@ -305,7 +306,7 @@ def _bench_report(options: argparse.Namespace) -> int:
 
 
 def _bench_roofline(options: argparse.Namespace) -> int:
-    from sclkern.bench import records, roofline
+    from sclkern.tools.bench import records, roofline
 
     if options.output is None and not records.RESULTS.is_dir():
         raise UserError("--output: none given, and this is no source tree with benchmarks/results")
@@ -318,7 +319,7 @@ def _bench_roofline(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from sclkern.doctor import examine, format_report
+    from sclkern.tools.doctor import examine, format_report
 
     found = examine()
     print(json.dumps(found, indent=1) if options.json else format_report(found))

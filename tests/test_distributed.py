@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 import sclkern
-from sclkern.dispatch import TRITON_INSTALLED, interpreted
 from sclkern.distributed import gather
 from sclkern.objectives import losses as L
 from sclkern.ops import completion_loss
+from sclkern.ops.dispatch import TRITON_INSTALLED, interpreted
 from sclkern.reference import completion_loss as definition
 
 ROWS, FRAMES, TOKENS, WIDTH = 4, 2, 3, 5

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sclkern import ops
-from sclkern.dispatch import BACKENDS
 from sclkern.ops.completion_loss import DIRECTIONS, GATHERS, REDUCTIONS
+from sclkern.ops.dispatch import BACKENDS
 
 
 class CompletionLoss(nn.Module):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sclkern import ops
-from sclkern.dispatch import BACKENDS
+from sclkern.ops.dispatch import BACKENDS
 from sclkern.ops.linear_cross_entropy import REDUCTIONS
 
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sclkern import ops
-from sclkern.dispatch import choose
 from sclkern.ops.bias_gelu import KINDS
+from sclkern.ops.dispatch import choose
 
 
 class LinearGELU(nn.Linear):

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sclkern import ops
-from sclkern.dispatch import BACKENDS, choose
 from sclkern.ops.attention import autocast, unsupported
 from sclkern.ops.cross_attention import plan
+from sclkern.ops.dispatch import BACKENDS, choose
 
 
 class MultiheadAttention(nn.MultiheadAttention):

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sclkern import ops
-from sclkern.dispatch import BACKENDS
 from sclkern.nn.linear_gelu import linear_gelu
 from sclkern.nn.multihead_attention import MultiheadAttention
+from sclkern.ops.dispatch import BACKENDS
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sclkern.dispatch import choose
 from sclkern.ops.attention import attention
 from sclkern.ops.attention import unsupported as _attention_unsupported
 from sclkern.ops.bias_gelu import bias_gelu
 from sclkern.ops.completion_loss import completion_loss
 from sclkern.ops.cross_attention import cross_attention
 from sclkern.ops.cross_attention import explain as _explain_cross_attention
+from sclkern.ops.dispatch import choose
 from sclkern.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from sclkern.ops.dropout_add_layer_norm import unsupported as _layer_norm_unsupported
 from sclkern.ops.embed_patches import embed_patches

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.dispatch import KERNEL_DTYPES, asked, choose, interpreted
+from sclkern.ops.dispatch import KERNEL_DTYPES, asked, choose, interpreted
 from sclkern.random import seed_tensor
 
 HEAD_DIMS = (32, 64, 128)

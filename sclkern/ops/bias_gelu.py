@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.dispatch import choose, interpreted
+from sclkern.ops.dispatch import choose, interpreted
 
 KINDS = ("none", "tanh", "quick")
 
@@ -23,7 +23,7 @@ def bias_gelu(
         bias: (D,) floating, of any dtype.
         approximate: "none" is the exact GELU by erf, "tanh" its approximation (Hendrycks & Gimpel, arXiv 1606.08415),
             "quick" is x * sigmoid(1.702 x), CLIP's.
-        backend: "auto", "triton" or "eager" (see ``sclkern.dispatch.choose``).
+        backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.choose``).
 
     Returns:
         (..., D) in the dtype of x.

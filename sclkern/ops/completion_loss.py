@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.dispatch import BACKENDS, asked, choose, interpreted
 from sclkern.distributed import compare, stack, world_size
 from sclkern.distributed import gather as gather_rows
 from sclkern.ops import completion_loss_tiled as tiled
+from sclkern.ops.dispatch import BACKENDS, asked, choose, interpreted
 
 DIRECTIONS = ("both", "recovered_to_complete")
 REDUCTIONS = ("mean", "sum", "none")
@@ -60,7 +60,7 @@ def completion_loss(
         gather: gradient of the features of this rank: "exact" is W times that of the loss of all rows, so that DDP's
             mean over ranks is one big batch's; "reference" leaves the W out, 1/W of that after DDP, as the published
             code does. That of the temperature is whole on every rank in both. None contrasts within the process.
-        backend: "auto", "triton" or "eager" (see ``sclkern.dispatch.choose``).
+        backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.choose``).
 
     Returns:
         Scalar, or with "none" (N,) or (G, N), both directions added and N the rows of all ranks, rank by rank;

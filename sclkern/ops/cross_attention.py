@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sclkern.dispatch import Choice, asked, choose, interpreted
 from sclkern.ops.attention import attention, autocast
 from sclkern.ops.attention import check as check_attention
 from sclkern.ops.attention import unsupported as attention_unsupported
+from sclkern.ops.dispatch import Choice, asked, choose, interpreted
 from sclkern.random import seed_tensor
 from sclkern.reference.cross_attention import absorb_into_keys, absorbed_attention, absorbed_probabilities, dropped
 from sclkern.reference.cross_attention import cross_attention as reference
@@ -65,8 +65,8 @@ def cross_attention(
         seed: of the dropout mask (``reference.attention_dropout_mask``): int, or int64 tensor of one element on the
             device of x. None draws one from torch's generator. Every form and backend drops the same probabilities.
         absorb: "auto", or the form by name: "never" is the definition, "keys", "queries".
-        backend: "auto", "triton" or "eager" (see ``sclkern.dispatch.choose``); "triton" by name takes only forms that
-            have a kernel.
+        backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.choose``); "triton" by name takes only forms
+            that have a kernel.
 
     Returns:
         (B, Lq, W) in the dtype of x.

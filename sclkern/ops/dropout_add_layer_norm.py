@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.dispatch import choose, interpreted
+from sclkern.ops.dispatch import choose, interpreted
 from sclkern.ops.dropout_add_layer_norm_sum import eager_sum, or_nothing, separate
 from sclkern.random import seed_tensor
 
@@ -48,7 +48,7 @@ def dropout_add_layer_norm(
             with another. None draws one from torch's generator of that device (on the eager path it is torch's own
             dropout). It must not be changed in place between forward and backward.
         return_sum: return the sum too, which the backward then reads in place of x and residual.
-        backend: "auto", "triton" or "eager" (see ``sclkern.dispatch.choose``).
+        backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.choose``).
 
     Returns:
         (..., D) in the wider dtype of x and residual. With ``return_sum`` a pair of (..., D): the norm in the dtype

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.dispatch import interpreted
+from sclkern.ops.dispatch import interpreted
 
 
 def separate(x_dtype: torch.dtype, residual_dtype: torch.dtype, seed: Tensor | None) -> bool:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.dispatch import KERNEL_DTYPES, choose, interpreted, may_read
 from sclkern.ops import embed_patches_eager
+from sclkern.ops.dispatch import KERNEL_DTYPES, choose, interpreted, may_read
 
 # The kernels hold whole rows in registers; see sclkern.kernels.embed_patches.
 MAX_COLUMNS, MAX_ELEMENTS = 4096, 8192
@@ -49,7 +49,7 @@ def embed_patches(
         replace: (B, P) bool, patches whose embedding is ``mask_token`` (D,), in every frame (``select_tokens``).
         norm_weight, norm_bias: (D,), of a LayerNorm over each token (CLIP's ``ln_pre``); None for no normalisation.
         eps: added to the variance.
-        backend: "auto", "triton" or "eager" (see ``sclkern.dispatch.choose``).
+        backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.choose``).
 
     Returns:
         (B, F * (1 + K), D), frame by frame, in the widest dtype of the token's addends; normalised under autocast,

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.dispatch import KERNEL_DTYPES, asked, choose, interpreted
 from sclkern.ops.attention import attention, unsupported
+from sclkern.ops.dispatch import KERNEL_DTYPES, asked, choose, interpreted
 
 
 def frame_attention(
@@ -33,7 +33,7 @@ def frame_attention(
         key, value: of the shape and dtype of query.
         num_frames: F.
         softmax_scale: default 1 / sqrt(D). The kernel takes scales above 0.
-        backend: "auto", "triton" or "eager" (see ``sclkern.dispatch.choose``). "eager" is the definition,
+        backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.choose``). "eager" is the definition,
             ``reference.frame_attention``; where "auto" finds no kernel on a CPU it takes torch's own fused attention,
             once for the patches and once for the CLS.
 

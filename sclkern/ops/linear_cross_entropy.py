@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.dispatch import KERNEL_DTYPES, asked, choose, interpreted, may_read
+from sclkern.ops.dispatch import KERNEL_DTYPES, asked, choose, interpreted, may_read
 
 REDUCTIONS = ("mean", "sum", "none")
 # Logits in memory at once. On a GPU 134 MB in bfloat16, less than the weight's own float32 gradient at V = 50265 and
@@ -49,7 +49,7 @@ def linear_cross_entropy(
         ignore_index: label of the rows that take no part, whatever they hold.
         reduction: "mean" over the other rows, "sum", or "none".
         return_hits: return also how many of the other rows have their label as arg max (of equals, the first).
-        backend: "auto", "triton" or "eager" (see ``sclkern.dispatch.choose``).
+        backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.choose``).
 
     Returns:
         Scalar, or (...) with "none"; float32, or float64 for float64. 0 with zero gradient when every row is ignored.

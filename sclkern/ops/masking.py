@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sclkern import reference as definition
-from sclkern.dispatch import choose, interpreted, may_read
+from sclkern.ops.dispatch import choose, interpreted, may_read
 from sclkern.random import seed_tensor
 from sclkern.reference import MaskedText
 from sclkern.reference.masking import kept_patches
@@ -37,7 +37,7 @@ def select_patches(
         batch: B, 0 or more.
         seed: int, or int64 tensor of one element on ``device``, which is never read back: a captured CUDA graph can be
             replayed with another.
-        backend: "auto", "triton" or "eager" (see ``sclkern.dispatch.choose``).
+        backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.choose``).
 
     Returns:
         (B, K) int64 on ``device``, ascending, K = int(P * keep_ratio) and at least 1: what ``embed_patches`` takes as
@@ -95,7 +95,7 @@ def mask_text(
         ratio: in [0, 1], of the words.
         mask_id: in [0, vocab_size). vocab_size: below 2**31.
         seed: int, or int64 tensor of one element on the device of ids, never read back.
-        backend: "auto", "triton" or "eager" (see ``sclkern.dispatch.choose``).
+        backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.choose``).
 
     Returns:
         ``ids`` (B, L) int64 that the model reads and ``selected`` (B, L) bool, the positions to predict or complete.

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.dispatch import choose, interpreted, may_read
 from sclkern.ops.attention import (
     autocast,
     check_numbers,
@@ -20,6 +19,7 @@ from sclkern.ops.attention import (
     torch_attention,
     unsupported,
 )
+from sclkern.ops.dispatch import choose, interpreted, may_read
 from sclkern.random import seed_tensor
 from sclkern.reference.attention import pack_sequences, pad_sequences
 

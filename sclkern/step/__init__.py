@@ -1,7 +1,7 @@
 """The training step: which masks are drawn, which views are fused, which loss reads what, and how it is executed."""
 
-from sclkern.step.capture import CapturedStep, check_capture
 from sclkern.step.config import StepConfig
+from sclkern.step.cuda_graph import CapturedStep, check_capture
 from sclkern.step.masks import StepMasks, draw_masks
 from sclkern.step.plan import Plan, make_plan
 from sclkern.step.run import SCLLosses, check_objectives, check_step, run_step

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sclkern.dispatch import may_read
 from sclkern.errors import UserError
 from sclkern.objectives import losses as L
+from sclkern.ops.dispatch import may_read
 from sclkern.profiling import phase
 from sclkern.step.execute import Fused, encode, fuse
 from sclkern.step.masks import StepMasks

@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from sclkern.errors import UserError
+from sclkern.io import write_atomically
 from sclkern.training.config import PretrainConfig, resume_difference
-from sclkern.weights.files import write_atomically
 
 FORMAT = 1
 

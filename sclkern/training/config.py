@@ -120,7 +120,7 @@ class RunConfig:
         precision: "float32", or "bfloat16" by autocast with float32 weights.
         device: "auto" takes a GPU when there is one. backend: see ``SCLModel.set_backend``.
         cuda_graphs: record forward and backward once for each shape of batch and replay them, on a GPU
-            (``sclkern.step.capture``).
+            (``sclkern.step.cuda_graph``).
         log_every, save_every, val_every: in steps; 0 = at the end alone (validation and saving).
     """
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sclkern.weights.files import write_atomically
+from sclkern.io import write_atomically
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

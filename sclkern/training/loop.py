@@ -23,6 +23,7 @@ from sclkern.data.loader import BadPictures, PairDataset, PairLoader
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import build_transform
 from sclkern.errors import UserError
+from sclkern.evaluation.retrieval import RetrievalResult, evaluate_retrieval
 from sclkern.models import SCLModel
 from sclkern.profiling import phase
 from sclkern.random import mix_seed
@@ -31,7 +32,6 @@ from sclkern.training.checkpoint import open_directory, save_checkpoint
 from sclkern.training.config import PretrainConfig
 from sclkern.training.logs import RunLog
 from sclkern.training.optim import build_optimizer, schedule_factor, set_learning_rate
-from sclkern.training.retrieval import RetrievalResult, evaluate_retrieval
 from sclkern.training.setup import check_tokenizer, initial_model, resolve_device
 from sclkern.training.throughput import Throughput
 from sclkern.weights import save_pretrained

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from sclkern.data.transforms import decode_image, denormalize
+from sclkern.evaluation.retrieval import RECALL_AT, RetrievalResult
+from sclkern.io import write_atomically
 from sclkern.training.logs import read_metrics
-from sclkern.training.retrieval import RECALL_AT, RetrievalResult
-from sclkern.weights.files import write_atomically
 
 if TYPE_CHECKING:
     from sclkern.training.loop import Pretraining

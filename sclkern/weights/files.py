@@ -1,19 +1,16 @@
-"""Reading checkpoints without running what is in them, and writing files whole or not at all."""
+"""Reading checkpoints without executing code from them."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -156,46 +153,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: got a JSON {type(content).__name__}, expected an object")
     return content
-
-
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Call ``write`` on a temporary file beside ``path``, bring it to the disk and rename it to ``path``.
-
-    Readers see the old file or the new one, also after a crash. Directories are made as needed. When anything fails
-    the temporary file is removed and the old file is as it was.
-
-    Raises:
-        UserError: the operating system refused: disk full, read-only, no permission.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        _sync(temporary)
-        temporary.replace(path)
-        if os.name == "posix":  # Windows cannot open a directory
-            _sync(path.parent)
-    # torch's and safetensors' writers hide the operating system's error in their own.
-    except (OSError, RuntimeError, SafetensorError) as error:
-        chain = [error, error.__cause__, error.__context__]
-        system = next((e for e in chain if isinstance(e, OSError)), None)
-        reason = system.strerror if system is not None and system.strerror else _one_line(error)
-        raise UserError(
-            f"{path}: cannot be written ({reason}); an earlier file of this name is kept; free space or mend the "
-            "permissions, or choose another directory"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # the directory itself cannot be used, and the first error says so
-            temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _one_line(error: BaseException) -> str:

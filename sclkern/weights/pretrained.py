@@ -9,10 +9,11 @@ from typing import Any
 from safetensors.torch import save_file
 
 from sclkern.errors import UserError
+from sclkern.io import write_atomically
 from sclkern.models import SCLConfig, SCLModel
 from sclkern.objectives import ObjectiveConfig
 from sclkern.weights.encoders import Encoder, local_path, read_text_encoder, read_vision_encoder
-from sclkern.weights.files import read_json, read_tensors, write_atomically
+from sclkern.weights.files import read_json, read_tensors
 from sclkern.weights.loading import LoadReport, changed, fill, part_changes, part_of
 from sclkern.weights.names import gather
 

@@ -13,7 +13,7 @@ pytestmark = [
 def test_a_profile_has_the_time_of_its_kernels(tmp_path, graphs):
     # The configuration of a run needs more than the model does.
     pytest.importorskip("pydantic")
-    from sclkern.training import profile
+    from sclkern.tools.profile import run as profile
     from sclkern.training.config import load_config
 
     options = ["run.device=cuda", "run.batch_size=8", f"run.cuda_graphs={graphs}"]

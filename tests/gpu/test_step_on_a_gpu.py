@@ -7,8 +7,8 @@ import pytest
 import torch
 from gpu_model import make
 
-from sclkern.parity import run_parity
 from sclkern.step import StepConfig, draw_masks, run_step
+from sclkern.tools.parity import run_parity
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from sclkern import ops
-from sclkern.dispatch import Choice
 from sclkern.models.layouts import Padded
+from sclkern.ops.dispatch import Choice
 
 
 def clip(rows=2, frames=3, dtype=torch.float64):

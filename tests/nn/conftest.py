@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from op_testing import DEVICE, KERNELS_RUN
-from sclkern.dispatch import interpreted
+from sclkern.ops.dispatch import interpreted
 
 # Backend and dtype of the module under test; torch's always computes in float64. The process that interprets kernels
 # need not repeat the eager path.

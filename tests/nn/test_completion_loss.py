@@ -8,7 +8,7 @@ import torch
 
 from op_testing import DEVICE
 from sclkern import nn, reference
-from sclkern.dispatch import interpreted
+from sclkern.ops.dispatch import interpreted
 
 
 def features(dtype=torch.float64, shape=(6, 8)):

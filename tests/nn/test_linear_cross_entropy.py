@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from op_testing import DEVICE
 from sclkern import nn
-from sclkern.dispatch import interpreted
+from sclkern.ops.dispatch import interpreted
 
 
 class Plain(torch.nn.Linear):

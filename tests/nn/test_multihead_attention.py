@@ -7,7 +7,7 @@ import torch
 
 from op_testing import DEVICE, needs_kernels
 from sclkern import nn
-from sclkern.dispatch import interpreted
+from sclkern.ops.dispatch import interpreted
 
 FORMS = {
     "self": (7, None, False),

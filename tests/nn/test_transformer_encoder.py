@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from op_testing import DEVICE, needs_kernels
 from sclkern import nn, ops
-from sclkern.dispatch import interpreted
+from sclkern.ops.dispatch import interpreted
 
 LAYERS = {
     "post-norm, gelu": {"activation": "gelu", "batch_first": True},

@@ -8,8 +8,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from op_testing import DEVICE
-from sclkern.dispatch import interpreted
 from sclkern.ops import attention, explain
+from sclkern.ops.dispatch import interpreted
 
 
 def inputs(queries, keys, head=32, dtype=torch.float32, batch=2, heads=2):

@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from op_testing import DEVICE, KERNELS_RUN
 from sclkern import reference
-from sclkern.dispatch import TRITON_INSTALLED, interpreted
 from sclkern.ops import completion_loss_tiled
 from sclkern.ops.completion_loss import completion_loss
+from sclkern.ops.dispatch import TRITON_INSTALLED, interpreted
 
 
 def features(shape):

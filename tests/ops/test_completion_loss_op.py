@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from op_testing import DEVICE, DTYPES, KERNELS_RUN, needs_kernels, run_in_interpreter
 from sclkern import reference
-from sclkern.dispatch import interpreted
 from sclkern.ops import completion_loss_tiled
 from sclkern.ops.completion_loss import completion_loss
+from sclkern.ops.dispatch import interpreted
 
 NAMES = ("loss", "recovered", "complete", "temperature")
 

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from op_testing import BACKENDS, DEVICE, DTYPES, needs_kernels, run_in_interpreter
 from sclkern import reference
-from sclkern.dispatch import interpreted
 from sclkern.ops import cross_attention, explain
 from sclkern.ops.cross_attention import plan, relative_costs
+from sclkern.ops.dispatch import interpreted
 from sclkern.reference.cross_attention import absorb_into_keys
 from sclkern.reference.cross_attention import absorbed_attention as reference_core
 

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from op_testing import BACKENDS, DEVICE, DTYPES, assert_as_exact, needs_kernels, run_in_interpreter
 from sclkern import reference
-from sclkern.dispatch import interpreted
+from sclkern.ops.dispatch import interpreted
 from sclkern.ops.dropout_add_layer_norm import dropout_add_layer_norm
 
 SHAPES = [(1, 1), (3, 17), (9, 257), (3, 768), (5, 7, 40), (0, 8), (7, 0)]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from op_testing import BACKENDS, DEVICE, DTYPES, needs_kernels, run_in_interpreter
 from sclkern import ops, reference
-from sclkern.dispatch import interpreted, may_read
+from sclkern.ops.dispatch import interpreted, may_read
 
 NAMES = ("images", "weight", "position", "cls", "temporal", "keep", "replace", "mask_token", "norm_weight", "norm_bias")
 LEARNED = tuple(name for name in NAMES if name not in ("images", "keep", "replace"))

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from op_testing import DEVICE, run_in_interpreter
 from sclkern import ops
-from sclkern.dispatch import Choice, asked, interpreted
-from sclkern.dispatch import choose as usual_choice
+from sclkern.ops.dispatch import Choice, asked, interpreted
+from sclkern.ops.dispatch import choose as usual_choice
 
 LENGTH = 6
 HALF = torch.float16 if interpreted() else torch.bfloat16

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sclkern import ops
-from sclkern.dispatch import TRITON_INSTALLED, interpreted
+from sclkern.ops.dispatch import TRITON_INSTALLED, interpreted
 
 
 @pytest.mark.skipif(interpreted(), reason="the interpreter takes CPU tensors")

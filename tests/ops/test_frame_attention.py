@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from op_testing import BACKENDS, DEVICE, DTYPES, needs_kernels, run_in_interpreter
 from sclkern import reference
-from sclkern.dispatch import TRITON_INSTALLED, interpreted
 from sclkern.ops import attention, explain, frame_attention
+from sclkern.ops.dispatch import TRITON_INSTALLED, interpreted
 
 # F, 1 + P, D: around the tiles of float32 (32) and float16 (64), without patches, with one, and with many frames.
 SHAPES = [

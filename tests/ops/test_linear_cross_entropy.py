@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from op_testing import DEVICE, DTYPES, run_in_interpreter
 from sclkern import reference
-from sclkern.dispatch import TRITON_INSTALLED, interpreted
+from sclkern.ops.dispatch import TRITON_INSTALLED, interpreted
 from sclkern.ops.linear_cross_entropy import linear_cross_entropy
 
 MODULE = sys.modules["sclkern.ops.linear_cross_entropy"]

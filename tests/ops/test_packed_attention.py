@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.profiler import ProfilerActivity, profile
 
 from op_testing import BACKENDS, DEVICE, DTYPES, needs_kernels, run_in_interpreter
-from sclkern.dispatch import interpreted
 from sclkern.ops import attention, packed_attention
+from sclkern.ops.dispatch import interpreted
 from sclkern.reference.attention import pad_sequences
 
 # Before memory is poisoned (conftest), which touches all of it.

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sclkern.errors import UserError
-from sclkern.weights.files import read_json, read_tensors, write_atomically
+from sclkern.io import write_atomically
+from sclkern.weights.files import read_json, read_tensors
 
 TENSORS = {"a.weight": torch.arange(2000.0).reshape(40, 50), "a.bias": torch.arange(7), "extra": torch.ones(3).half()}
 
@@ -261,7 +262,7 @@ import resource, signal, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from sclkern.errors import UserError
-from sclkern.weights.files import write_atomically
+from sclkern.io import write_atomically
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 tensors = {"a": torch.ones(100000)}

@@ -1,0 +1,175 @@
+"""The figures of every kernel compiled ahead of time, the rules they obey and the budget they are held to.
+
+The budget is recorded for one minor version of Triton, the one that an installation gets: another version's code has
+other figures, which would need a file of their own and an environment to renew it. With another version the rules
+alone are checked: everything compiles, nothing spills, tensor cores do every 16-bit product, addresses have 64 bits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from sclkern.tools.static.addresses import wrapping_addresses
+from sclkern.tools.static.compilation import REQUIRED_TARGETS, Resources, compile_entry, entry_name, resources
+
+TRITON = ".".join(triton.__version__.split(".")[:2])
+BUDGET = Path(__file__).parents[3] / "benchmarks" / "static_budget.json"
+# From here on the next version of the assembler may spill.
+MOST_REGISTERS = 240
+# Registers are given out in units of eight.
+REGISTER_SLACK = 8
+WIDTH_SLACK = 0.9
+# What the budget keeps of an entry, beside its hand-written "reason".
+KEPT = ("registers", "shared", "hgmma", "hmma", "warps", "instructions")
+
+
+@dataclass
+class Row:
+    """One entry: its resources on sm_90 (None if it does not compile), the operand types of its ``tl.dot``, offsets in
+    32 bits that can wrap, and the error of each target it does not compile for."""
+
+    name: str
+    used: Resources | None = None
+    dots: list[str] = field(default_factory=list)
+    wrapping: list[str] = field(default_factory=list)
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+def measure(entries: list[dict[str, Any]], targets: Iterable[str] = REQUIRED_TARGETS) -> list[Row]:
+    """Compile the entries for the targets, sm_90 among them, on all cores: Triton compiles outside Python's lock."""
+    names = [entry_name(entry) for entry in entries]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name}: two entries of this name, expected one")
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        jobs = [[(target, pool.submit(_compile, entry, target)) for target in targets] for entry in entries]
+        rows = []
+        for name, of_targets in zip(names, jobs, strict=True):
+            row = Row(name)
+            for target, job in of_targets:
+                if error := job.exception():
+                    row.errors[target] = (str(error).strip() or type(error).__name__).splitlines()[-1]
+                elif target == "sm_90":
+                    row.used, row.dots, row.wrapping = job.result()
+            rows.append(row)
+    return rows
+
+
+def _compile(entry: dict[str, Any], target: str) -> tuple[Resources, list[str], list[str]] | None:
+    compiled = compile_entry(entry, target)
+    return inspect(compiled) if target == "sm_90" else None
+
+
+def inspect(compiled: Any) -> tuple[Resources, list[str], list[str]]:
+    """Of a kernel compiled for sm_90: resources, operand types of ``tl.dot``, offsets in 32 bits that can wrap."""
+    code = compiled.asm["ttir"]
+    dots = set(re.findall(r"= tt\.dot .* : tensor<\d+x\d+x(\w+)>", code))
+    return resources(compiled), sorted(dots), wrapping_addresses(code)
+
+
+def load_width(loads: dict[int, int]) -> float:
+    """Mean bytes a thread of a load from global memory."""
+    return round(sum(width * count for width, count in loads.items()) / max(1, sum(loads.values())), 2)
+
+
+def broken_rules(row: Row, reason: str | None = None) -> list[str]:
+    """What holds for every kernel and not for this one; a ``reason`` excuses products without wgmma."""
+    problems = [f"{target}: does not compile: {error}" for target, error in row.errors.items()]
+    if row.used is None:
+        return problems
+    used = row.used
+    if used.stack or used.spills:
+        problems.append(f"spills: {used.spills} bytes moved, stack {used.stack} bytes, expected none")
+    if {"bf16", "f16"} & set(row.dots) and (used.hmma or not used.hgmma) and not reason:
+        problems.append(f"HMMA {used.hmma}, HGMMA {used.hgmma}: expected HGMMA alone, or a reason in the budget")
+    if row.dots == ["f32"] and (used.hmma or used.hgmma):
+        problems.append(f"HMMA {used.hmma}, HGMMA {used.hgmma}: float32 products lose bits there, expected FFMA")
+    problems += [f"offset in 32 bits can wrap: {line}" for line in row.wrapping]
+    return problems
+
+
+def worse(used: Resources, budget: dict[str, Any]) -> list[str]:
+    """Each figure that is worse than the budget's, or too near the end of the registers whatever the budget says."""
+    problems = []
+    if used.registers > MOST_REGISTERS:
+        problems.append(f"registers: {used.registers}, expected at most {MOST_REGISTERS}")
+    if used.registers > budget["registers"] + REGISTER_SLACK:
+        problems.append(f"registers: {used.registers}, budget {budget['registers']} + {REGISTER_SLACK}")
+    if used.warps < budget["warps"]:
+        problems.append(f"warps that fit a multiprocessor: {used.warps}, budget {budget['warps']}")
+    if used.hgmma < budget["hgmma"]:
+        problems.append(f"HGMMA: {used.hgmma}, budget {budget['hgmma']}")
+    if used.hmma > budget["hmma"]:
+        problems.append(f"HMMA: {used.hmma}, budget {budget['hmma']}")
+    width = load_width(used.loads)
+    if width < WIDTH_SLACK * budget["load_width"]:
+        problems.append(f"bytes of a global load: {width}, budget {budget['load_width']}")
+    return problems
+
+
+def check(rows: list[Row], budget: dict[str, Any]) -> list[str]:
+    """One line for each figure that breaks a rule or got worse, and for each entry on one side only."""
+    kernels, names = budget["kernels"], {row.name for row in rows}
+    problems = []
+    for row in rows:
+        own = kernels.get(row.name)
+        found = broken_rules(row, own and own.get("reason"))
+        if own is None:
+            found.append("not in the budget")
+        elif row.used is not None and budget["triton"] == TRITON:
+            found += worse(row.used, own)
+        problems += [f"{row.name}: {problem}" for problem in found]
+    return problems + [f"{name}: in the budget, but no such kernel" for name in kernels if name not in names]
+
+
+def read_budget(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.exists() else {"triton": TRITON, "kernels": {}}
+
+
+def updated(rows: list[Row], budget: dict[str, Any]) -> dict[str, Any]:
+    """The budget with the figures of these rows, and the reasons that it had."""
+    kernels = {}
+    for row in rows:
+        if row.used is None:
+            continue
+        figures = asdict(row.used)
+        kernels[row.name] = {name: figures[name] for name in KEPT} | {"load_width": load_width(row.used.loads)}
+        if reason := budget["kernels"].get(row.name, {}).get("reason"):
+            kernels[row.name]["reason"] = reason
+    return {"triton": TRITON, "kernels": kernels}
+
+
+def write_budget(file: Path, budget: dict[str, Any], rows: list[Row]) -> None:
+    """Write the budget as JSON, and beside it the table of its rows as Markdown."""
+    file.write_text(json.dumps(budget, indent=1) + "\n")
+    file.with_suffix(".md").write_text(
+        "# Machine code of the kernels for sm_90\n\n"
+        f"Written by `sclkern bench static --update`, with Triton {budget['triton']}. Shared memory in bytes, loads as "
+        "count x bytes,\nwarps as what fits a multiprocessor. Counts are not time.\n\n" + format_table(rows) + "\n"
+    )
+
+
+def format_table(rows: list[Row]) -> str:
+    """A Markdown table; loads as count x bytes."""
+    lines = [
+        "| kernel | registers | spills | shared | HGMMA | HMMA | FFMA | global loads | warps / SM | instructions |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row.used is None:
+            lines.append(f"| `{row.name}` | does not compile |")
+            continue
+        used = row.used
+        loads = ", ".join(f"{count} x {width}" for width, count in sorted(used.loads.items(), reverse=True))
+        figures = (used.registers, used.spills, used.shared, used.hgmma, used.hmma, used.ffma, loads, used.warps)
+        lines.append(f"| `{row.name}` | {' | '.join(map(str, figures))} | {used.instructions} |")
+    return "\n".join(lines)

@@ -1,0 +1,90 @@
+import io
+import random
+
+import pytest
+import torch
+from PIL import Image
+
+from sclkern import SCLConfig, SCLModel
+from sclkern.data.arrow import PairTable, write_pairs
+from sclkern.data.tokenizer import CaptionTokenizer
+from sclkern.data.transforms import build_transform
+from sclkern.evaluation.retrieval import chance_recalls, evaluate_retrieval, recalls
+
+
+def test_recall_counts_the_first_right_answer():
+    scores = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [3.0, 2.0, 1.0]]).repeat(1, 4)
+    scores -= torch.arange(12) // 3  # column order 0 1 2 | 0 1 2 ...: the first three lead
+    relevant = torch.zeros(4, 12, dtype=torch.bool)
+    relevant[0, 0] = relevant[1, 1] = relevant[2, 2] = relevant[3, 11] = True
+    assert recalls(scores, relevant) == {"r1": 0.5, "r5": 0.75, "r10": 0.75}
+
+
+def test_chance_is_the_recall_of_random_orders():
+    draw = random.Random(0)
+    relevant = torch.zeros(3, 30, dtype=torch.bool)
+    for row, count in enumerate((1, 2, 7)):
+        relevant[row, draw.sample(range(30), count)] = True
+    trials = [recalls(torch.rand(3, 30, generator=torch.Generator().manual_seed(i)), relevant) for i in range(3000)]
+    for key, value in chance_recalls(relevant).items():
+        # Three rows of 3,000 trials: a standard error below 0.006.
+        assert sum(t[key] for t in trials) / len(trials) == pytest.approx(value, abs=0.025), key
+
+
+@pytest.fixture
+def table(tmp_path):
+    captions = [["a cat"], ["a dog", "an animal"], ["a cat"], ["an animal"], ["a red car"], ["a tree"]]
+    rows = []
+    for i, caption in enumerate(captions):
+        stream = io.BytesIO()
+        Image.effect_noise((40, 40), 90).convert("RGB").rotate(i).save(stream, "PNG")
+        rows.append({"image": stream.getvalue(), "caption": caption, "image_id": str(i), "split": "test"})
+    write_pairs(tmp_path / "t.arrow", rows)
+    return PairTable(tmp_path, ["t"])
+
+
+def evaluate(table, rerank, **options):
+    torch.manual_seed(0)
+    config = SCLConfig.preset("tiny").replace(vocab_size=2048, mask_id=2047)
+    model = SCLModel(config).train()
+    tokenizer = CaptionTokenizer.from_pretrained("demo")
+    result = evaluate_retrieval(model, table, tokenizer, build_transform("clip_test", 32), rerank=rerank, **options)
+    assert model.training
+    return result
+
+
+def test_distinct_captions_are_the_candidates(table):
+    result = evaluate(table, rerank=0)
+    assert (result.images, result.captions) == (6, 5)
+    assert "itm_image_to_text_r1" not in result.recalls
+    # Five captions, one or two of them right: everything is found in the first five.
+    assert result.recalls["itc_image_to_text_r5"] == 1.0
+    assert result.recalls["chance_text_to_image_r1"] == pytest.approx((2 + 1 + 2 + 1 + 1) / 6 / 5)
+
+
+def test_batching_changes_nothing(table):
+    whole, pieces = evaluate(table, rerank=3, batch_size=64), evaluate(table, rerank=3, batch_size=2)
+    assert whole == pieces
+
+
+def test_reranking_all_candidates_is_ranking_by_matching(table):
+    result = evaluate(table, rerank=6)
+    # With every caption a candidate, R@5 of five captions must be 1 whatever the order.
+    assert result.recalls["itm_image_to_text_r5"] == 1.0
+
+
+def test_a_perfect_model_scores_one(table, monkeypatch):
+    torch.manual_seed(0)
+    model = SCLModel(SCLConfig.preset("tiny").replace(vocab_size=2048, mask_id=2047))
+    of_pair = [table.caption(pair) for pair in range(table.num_pairs)]
+    distinct = sorted(set(of_pair), key=lambda caption: int(table.pair_group[of_pair.index(caption)]))
+    text = torch.eye(len(distinct))
+    image = torch.zeros(table.num_images, len(distinct))
+    for pair, caption in enumerate(of_pair):
+        image[table.pair_image[pair], distinct.index(caption)] = 1
+    monkeypatch.setattr(model, "project", lambda *_: (text, image))
+    tokenizer = CaptionTokenizer.from_pretrained("demo")
+    result = evaluate_retrieval(model, table, tokenizer, build_transform("clip_test", 32), rerank=0)
+    assert result.recalls["itc_image_to_text_r1"] == 1.0
+    # A picture with one caption is nearer to it than a picture with two: both are right for "an animal".
+    assert result.recalls["itc_text_to_image_r1"] == 1.0

@@ -1,0 +1,208 @@
+"""Every kernel compiles for every target without a GPU, obeys the rules on the H200's and stays within its budget."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from sclkern.ops.dispatch import interpreted
+
+if interpreted():
+    pytest.skip("an interpreted kernel cannot be compiled", allow_module_level=True)
+
+import triton
+from static_probes import (
+    index_in_32_bits,
+    rows_in_32_bits,
+    rows_in_64_bits,
+    tiny_product,
+    too_much_at_once,
+    widened_too_late,
+    width_in_32_bits,
+)
+
+from sclkern.cli import main
+from sclkern.tools.static import compilation as static
+from sclkern.tools.static.addresses import wrapping_addresses
+from sclkern.tools.static.budget import BUDGET, Row, broken_rules, check, inspect, measure, read_budget, worse
+from sclkern.tools.static.compilation import compile_entry, entry_name, resident_blocks
+
+ENTRIES = {entry_name(entry): entry for entry in static.kernels()}
+
+
+@pytest.fixture(scope="module")
+def rows(request):
+    """By name, the entries that the selected tests ask for, compiled together."""
+    calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    names = dict.fromkeys(params["name"] for params in calls if params.get("name") in ENTRIES)
+    return {row.name: row for row in measure([ENTRIES[name] for name in names])}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_compiles_for_every_target(rows, name):
+    assert rows[name].errors == {}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_obeys_the_rules_and_its_budget(rows, name):
+    budget = read_budget(BUDGET)
+    own = budget["kernels"].get(name)
+    problems = broken_rules(rows[name], own and own.get("reason"))
+    if own and triton.__version__.startswith(f"{budget['triton']}."):
+        problems += worse(rows[name].used, own)
+    assert problems == []
+
+
+def test_every_kernel_has_a_name_and_a_budget_of_its_own():
+    assert len(ENTRIES) == len(static.kernels())
+    kernels = read_budget(BUDGET)["kernels"]
+    assert set(ENTRIES) == set(kernels), "`sclkern bench static --update` writes the budget"
+
+
+def probe(kernel, block=64, warps=4):
+    return {
+        "kernel": kernel,
+        "signature": {"x_ptr": "*bf16", "out_ptr": "*bf16", "index_ptr": "*i32"},
+        "constants": {"BLOCK": block},
+        "num_warps": warps,
+    }
+
+
+@pytest.mark.parametrize(
+    ("kernel", "wrong"),
+    [(rows_in_64_bits, 0), (rows_in_32_bits, 1), (width_in_32_bits, 1), (widened_too_late, 1), (index_in_32_bits, 1)],
+    ids=lambda value: getattr(getattr(value, "fn", None), "__name__", None),
+)
+def test_offsets_in_32_bits_are_found(kernel, wrong):
+    assert len(wrapping_addresses(compile_entry(probe(kernel), "sm_90").asm["ttir"])) == wrong
+
+
+def broken(entry):
+    return broken_rules(Row("probe", *inspect(compile_entry(entry, "sm_90"))))
+
+
+def test_a_product_without_wgmma_needs_a_reason():
+    assert broken(probe(tiny_product)) == []
+    (problem,) = broken(probe(tiny_product, block=16, warps=1))
+    assert problem.startswith("HMMA 2, HGMMA 0: expected HGMMA alone")
+    row = Row("probe", *inspect(compile_entry(probe(tiny_product, block=16, warps=1), "sm_90")))
+    assert broken_rules(row, reason="16 rows are fewer than wgmma takes") == []
+
+
+def test_spills_and_registers_are_told():
+    used, *rest = inspect(compile_entry(probe(too_much_at_once, block=8192, warps=1), "sm_90"))
+    (spills,) = broken_rules(Row("probe", used, *rest))
+    assert spills.startswith("spills: ") and "spills: 0" not in spills
+    assert worse(used, dataclasses.asdict(used) | {"load_width": 2.0}) == ["registers: 255, expected at most 240"]
+
+
+def test_a_kernel_that_does_not_compile_is_told_and_stops_nothing():
+    wrong = probe(tiny_product) | {"signature": {"x_ptr": "*bf16", "out_ptr": "i32"}}
+    first, second = measure([wrong, probe(rows_in_64_bits)], ["sm_90", "gfx942"])
+    assert set(first.errors) == {"sm_90", "gfx942"} and first.used is None
+    assert second.errors == {} and second.used.registers > 0
+
+
+@pytest.mark.parametrize(
+    ("warps", "registers", "shared", "blocks"),
+    # From NVIDIA's occupancy tables for 9.0.
+    [(4, 32, 0, 16), (1, 16, 0, 32), (4, 168, 0, 3), (8, 255, 0, 1), (4, 64, 100 * 1024, 2), (4, 64, 227 * 1024, 1)],
+)
+def test_what_fits_a_multiprocessor(warps, registers, shared, blocks):
+    assert resident_blocks(warps, registers, shared) == blocks
+
+
+@pytest.fixture
+def one_kernel(monkeypatch, tmp_path):
+    """The budget file of a package with a single kernel."""
+    monkeypatch.setattr(static, "kernels", lambda: [probe(tiny_product)])
+    file = tmp_path / "budget.json"
+    assert main(["bench", "static", "--update", "--budget", str(file)]) == 0
+    return file
+
+
+def bench(file, capsys, *options):
+    capsys.readouterr()
+    status = main(["bench", "static", "--budget", str(file), *options])
+    return status, capsys.readouterr().out
+
+
+def test_the_command_prints_a_table_or_json(one_kernel, capsys):
+    status, out = bench(one_kernel, capsys, "--check", "--target", "gfx950", "--target", "sm_120")
+    assert status == 0 and "| `tiny_product[bf16,BLOCK=64,warps=4]` |" in out and "FAILED" not in out
+    status, out = bench(one_kernel, capsys, "--json")
+    (row,) = json.loads(out)["kernels"]
+    assert status == 0 and row["used"]["hgmma"] > 0 and row["dots"] == ["bf16"] and row["errors"] == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"registers": 8}, "registers: "),
+        ({"hgmma": 99}, "HGMMA: "),
+        ({"warps": 64, "shared": 0}, "warps that fit a multiprocessor: "),
+        ({"load_width": 20.0}, "bytes of a global load: "),
+    ],
+    ids=str,
+)
+def test_a_kernel_worse_than_its_budget_fails_the_check(one_kernel, capsys, changes, told):
+    budget = json.loads(one_kernel.read_text())
+    (name,) = budget["kernels"]
+    budget["kernels"][name].update(changes)
+    one_kernel.write_text(json.dumps(budget))
+    status, out = bench(one_kernel, capsys, "--check")
+    (line,) = [line for line in out.splitlines() if line.startswith("FAILED")]
+    assert status == 1 and line.startswith(f"FAILED {name}: {told}")
+
+
+def test_unknown_and_vanished_kernels_fail_the_check(one_kernel, capsys):
+    budget = json.loads(one_kernel.read_text())
+    budget["kernels"] = {"gone": budget["kernels"].popitem()[1]}
+    one_kernel.write_text(json.dumps(budget))
+    status, out = bench(one_kernel, capsys, "--check")
+    assert status == 1 and "gone: in the budget, but no such kernel" in out and "]: not in the budget" in out
+
+
+def test_the_committed_table_is_that_of_the_budget():
+    lines = BUDGET.with_suffix(".md").read_text().splitlines()
+    rows = [line.split("`", 2)[1:] for line in lines if line.startswith("| `")]
+    table = {name: [int(figure) for figure in figures.split("|")[1:6]] for name, figures in rows}
+    kept = ("registers", "shared", "hgmma", "hmma")
+    budget = {name: [entry[k] for k in kept] for name, entry in read_budget(BUDGET)["kernels"].items()}
+    # Spills, which must be none, are not in the budget.
+    assert table == {name: [registers, 0, *others] for name, (registers, *others) in budget.items()}
+
+
+def test_an_update_keeps_the_reasons(one_kernel, capsys):
+    budget = json.loads(one_kernel.read_text())
+    (entry,) = budget["kernels"].values()
+    entry |= {"reason": "because", "registers": 1}
+    one_kernel.write_text(json.dumps(budget))
+    assert bench(one_kernel, capsys, "--update")[0] == 0
+    (entry,) = json.loads(one_kernel.read_text())["kernels"].values()
+    assert entry["reason"] == "because" and entry["registers"] > 1
+    assert f"] | {entry['registers']} |" in one_kernel.with_suffix(".md").read_text().replace("`", "")
+
+
+def test_another_version_of_triton_is_held_to_the_rules_alone():
+    used = inspect(compile_entry(probe(tiny_product), "sm_90"))[0]
+    figures = dataclasses.asdict(used) | {"load_width": 99.0}
+    budget = {"triton": "0.0", "kernels": {"probe": figures}}
+    assert check([Row("probe", used)], budget) == []
+    spilled = Row("probe", dataclasses.replace(used, stack=8, spills=16))
+    assert check([spilled], copy.deepcopy(budget)) == ["probe: spills: 16 bytes moved, stack 8 bytes, expected none"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--target", "sm_70"], "--target: got 'sm_70'"),
+        (["--check", "--budget", "none.json"], "none.json does not exist"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(options, told, capsys):
+    assert main(["bench", "static", *options]) == 2
+    assert told in capsys.readouterr().err
