@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     # Namespace packages, because kernels/ has no __init__.py (see CONTRIBUTING.md).
     packages=find_namespace_packages(include=["sclkern", "sclkern.*"]),
     package_data={"sclkern": ["py.typed"], "sclkern.data.demo": ["*", "tokenizer/*"]},
@@ -39,5 +39,20 @@ setup(
         "nvtx",
     ],
     # kernels: Hugging Face's, to prove that our folder of that name does not get in its way.
-    extras_require={"test": ["pytest", "pytest-benchmark", "hypothesis", "kernels", "ruff"], "docs": ["pdoc"]},
+    extras_require={
+        "test": [
+            "pytest",
+            "pytest-benchmark",
+            "hypothesis",
+            "kernels",
+            "ruff",
+            "pytest-xdist",
+            "mypy",
+            "pydoclint",
+            "codespell",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
+        "docs": ["pdoc"],
+    },
 )
