@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sclkern import ops
@@ -19,18 +21,19 @@ class CompletionLoss(nn.Module):
     Without ``learnable`` the ``state_dict`` is empty; with it, it holds the parameter ``temperature``, a scalar.
 
     Args:
-        temperature: what divides the cosines; 0.03 is the published value. With ``learnable`` where it starts.
-        learnable: the loss sees the parameter clamped to ``temperature_range``, but the gradient is that of the free
-            one: else a temperature that once left the range could never come back.
+        temperature: divisor of the cosines, its initial value with ``learnable``; the published value is 0.03.
+        learnable: make the temperature a parameter. The loss sees it clamped to ``temperature_range``; its gradient
+            is that of the unclamped value, so that a temperature that has left the range can return.
         temperature_range: (low, high), 0 < low <= high.
         directions: "both", or "recovered_to_complete".
         reduction: "mean", "sum" or "none".
-        eps: smallest norm of a feature.
-        group, gather: whose features are negatives too, and the scale of their gradient, as in the op.
+        eps: smallest norm of a feature vector.
+        group: process group whose ranks contribute negatives, as in the op.
+        gather: how features and gradients cross the ranks, as in the op.
         backend: "auto", "triton" or "eager".
 
     Raises:
-        ValueError: an option out of range or unknown.
+        ValueError: an option is out of range or unknown.
     """
 
     def __init__(
@@ -39,11 +42,11 @@ class CompletionLoss(nn.Module):
         *,
         learnable: bool = False,
         temperature_range: tuple[float, float] = (0.01, 0.5),
-        directions: str = "both",
-        reduction: str = "mean",
+        directions: Literal["both", "recovered_to_complete"] = "both",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         eps: float = 1e-8,
-        group=None,
-        gather: str | None = "exact",
+        group: dist.ProcessGroup | None = None,
+        gather: Literal["exact", "reference"] | None = "exact",
         backend: str = "auto",
     ) -> None:
         low, high = temperature_range
@@ -54,12 +57,13 @@ class CompletionLoss(nn.Module):
             raise ValueError(f"temperature: got {temperature}, expected {expected}")
         if not eps > 0:
             raise ValueError(f"eps: got {eps}, expected a positive number")
-        for name, option, known in (
+        options: tuple[tuple[str, str | None, tuple[str | None, ...]], ...] = (
             ("directions", directions, DIRECTIONS),
             ("reduction", reduction, REDUCTIONS),
             ("gather", gather, GATHERS),
             ("backend", backend, BACKENDS),
-        ):
+        )
+        for name, option, known in options:
             if option not in known:
                 raise ValueError(f"{name}: got {option!r}, expected one of {', '.join(map(str, known))}")
         super().__init__()
@@ -69,10 +73,12 @@ class CompletionLoss(nn.Module):
         self.group, self.gather, self.backend = group, gather, backend
 
     def forward(self, recovered: Tensor, complete: Tensor, valid: Tensor | None = None) -> Tensor:
-        """
+        """Contrast row i of ``recovered`` with row i of ``complete`` against the other rows.
+
         Args:
-            recovered, complete: (N, D), or (G, N, D) for G separate contrasts.
-            valid: (N,) or (G, N) bool; the other rows take no part.
+            recovered: (N, D), or (G, N, D) for G separate contrasts.
+            complete: like recovered.
+            valid: (N,) or (G, N) bool; invalid rows are left out.
 
         Returns:
             Scalar, or the losses of all rows with ``reduction="none"``.
@@ -91,13 +97,13 @@ class CompletionLoss(nn.Module):
         )
 
     def clamped_temperature(self) -> float | Tensor:
-        """What the loss divides by."""
+        """The divisor of the cosines: a float, or a scalar tensor when it is learnable."""
         if not isinstance(self.temperature, Tensor):
             return self.temperature
         return self.temperature + (self.temperature.clamp(*self.temperature_range) - self.temperature).detach()
 
-    def __deepcopy__(self, memo: dict) -> CompletionLoss:
-        # torch cannot copy a process group; the copy has the same.
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompletionLoss:
+        # torch cannot copy a process group, so the copy shares it.
         memo[id(self.group)] = self.group
         copied = memo[id(self)] = self.__new__(type(self))
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))

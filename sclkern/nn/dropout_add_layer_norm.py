@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from torch import Tensor, nn
 
 from sclkern import ops
@@ -14,12 +16,23 @@ class DropoutAddLayerNorm(nn.LayerNorm):
 
     Args:
         normalized_shape: D, the last dimension.
-        dropout: probability of dropping an element of x in training.
+        dropout: dropout probability of x in training.
+        eps: added to the variance.
         backend: "auto", "triton" or "eager".
+        **options: ``device`` and ``dtype``, as in torch.
+
+    Raises:
+        ValueError: ``dropout`` is not in [0, 1], or ``options`` leave out weight or bias.
     """
 
     def __init__(
-        self, normalized_shape: int, *, dropout: float = 0.0, eps: float = 1e-5, backend: str = "auto", **options
+        self,
+        normalized_shape: int,
+        *,
+        dropout: float = 0.0,
+        eps: float = 1e-5,
+        backend: str = "auto",
+        **options: Any,
     ) -> None:
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout: got {dropout}, expected 0 to 1")
@@ -28,9 +41,18 @@ class DropoutAddLayerNorm(nn.LayerNorm):
             raise ValueError("normalized_shape: expected one dimension, with weight and bias")
         self.dropout, self.backend = dropout, backend
 
-    def forward(self, x: Tensor, residual: Tensor, x_bias: Tensor | None = None) -> Tensor:
-        """x, residual: (..., D); x_bias: (D,), the bias of the projection that made x. Returns (..., D)."""
-        return ops.dropout_add_layer_norm(
+    def forward(self, x: Tensor, residual: Tensor, x_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Normalize ``residual + dropout(x + x_bias)``.
+
+        Args:
+            x: (..., D), the output of the branch.
+            residual: like x.
+            x_bias: (D,), the bias of the projection that computed x.
+
+        Returns:
+            (..., D).
+        """
+        out = ops.dropout_add_layer_norm(
             x,
             residual,
             self.weight,
@@ -40,6 +62,7 @@ class DropoutAddLayerNorm(nn.LayerNorm):
             eps=self.eps,
             backend=self.backend,
         )
+        return cast(Tensor, out)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, dropout={self.dropout}"

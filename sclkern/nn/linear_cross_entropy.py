@@ -1,6 +1,8 @@
-"""``LinearCrossEntropy``: a linear layer over a vocabulary with the loss that follows it."""
+"""``LinearCrossEntropy``: a linear layer over a vocabulary and the cross-entropy of its logits."""
 
 from __future__ import annotations
+
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,16 +13,19 @@ from sclkern.ops.linear_cross_entropy import REDUCTIONS
 
 
 class LinearCrossEntropy(nn.Linear):
-    """``torch.nn.Linear`` to V classes whose forward is the cross-entropy of its logits, never all in memory.
+    """``torch.nn.Linear`` to V classes whose forward is the cross-entropy of its logits, which are never all in memory.
 
     The ``state_dict`` is that of ``torch.nn.Linear``. ``weight`` may be tied to an embedding:
     ``head.weight = embedding.weight``.
 
     Args:
-        in_features: D. out_features: V.
-        ignore_index: label of the rows that take no part.
+        in_features: D, channels of the hidden states.
+        out_features: V, size of the vocabulary.
+        bias: whether the logits have a bias.
+        ignore_index: label of rows that are left out of the loss.
         reduction: "mean", "sum" or "none".
         backend: "auto", "triton" or "eager".
+        **options: ``device`` and ``dtype``, as in torch.
 
     Raises:
         ValueError: unknown ``reduction`` or ``backend``.
@@ -33,9 +38,9 @@ class LinearCrossEntropy(nn.Linear):
         bias: bool = True,
         *,
         ignore_index: int = -100,
-        reduction: str = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         backend: str = "auto",
-        **options,
+        **options: Any,
     ) -> None:
         for name, option, known in (("reduction", reduction, REDUCTIONS), ("backend", backend, BACKENDS)):
             if option not in known:
@@ -43,17 +48,26 @@ class LinearCrossEntropy(nn.Linear):
         super().__init__(in_features, out_features, bias, **options)
         self.ignore_index, self.reduction, self.backend = ignore_index, reduction, backend
 
-    def forward(self, hidden: Tensor, labels: Tensor, *, return_hits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        *,
+        return_hits: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Compute the loss of ``hidden`` for ``labels``.
+
         Args:
-            hidden: (..., D). labels: (...) int64, 0 to V - 1 or ``ignore_index``.
-            return_hits: return also how many of the other rows have their label as arg max.
+            hidden: (..., D).
+            labels: (...) int64, 0 to V - 1 or ``ignore_index``.
+            return_hits: also return the number of rows, ignored ones left out, whose label is the arg max.
 
         Returns:
             The loss, a scalar, or (...) with ``reduction="none"``; with ``return_hits`` also an int64 scalar.
 
         Raises:
-            As ``sclkern.ops.linear_cross_entropy``.
+            TypeError: as in ``sclkern.ops.linear_cross_entropy``.
+            ValueError: as in ``sclkern.ops.linear_cross_entropy``.
         """
         return ops.linear_cross_entropy(
             hidden,
@@ -67,7 +81,7 @@ class LinearCrossEntropy(nn.Linear):
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) to (..., V)."""
+        """The linear layer alone: (..., D) to (..., V)."""
         return F.linear(hidden, self.weight, self.bias)
 
     def extra_repr(self) -> str:

@@ -1,6 +1,8 @@
-"""``LinearGELU``: a linear layer with the GELU that follows it."""
+"""``LinearGELU``: a linear layer followed by a GELU."""
 
 from __future__ import annotations
+
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +19,24 @@ class LinearGELU(nn.Linear):
     The ``state_dict`` is that of ``torch.nn.Linear``.
 
     Args:
+        in_features: channels of the input.
+        out_features: channels of the output.
         approximate: "none", "tanh" or "quick" (see ``sclkern.ops.bias_gelu``).
         backend: "auto", "triton" or "eager".
+        **options: ``bias``, ``device`` and ``dtype``, as in torch.
+
+    Raises:
+        ValueError: unknown ``approximate``.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, approximate: str = "none", backend: str = "auto", **options
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        approximate: Literal["none", "tanh", "quick"] = "none",
+        backend: str = "auto",
+        **options: Any,
     ) -> None:
         if approximate not in KINDS:
             raise ValueError(f"approximate: got {approximate!r}, expected one of {', '.join(KINDS)}")
@@ -37,11 +51,28 @@ class LinearGELU(nn.Linear):
         return f"{super().extra_repr()}, approximate={self.approximate!r}"
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, backend: str) -> Tensor:
-    """GELU of ``x @ weight.T + bias``. x: (..., I). weight: (O, I). bias: (O,) or None. Returns (..., O)."""
+def linear_gelu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    approximate: Literal["none", "tanh", "quick"],
+    backend: str,
+) -> Tensor:
+    """GELU of ``x @ weight.T + bias``.
+
+    Args:
+        x: (..., I).
+        weight: (O, I).
+        bias: (O,) or None.
+        approximate: "none", "tanh" or "quick".
+        backend: "auto", "triton" or "eager".
+
+    Returns:
+        (..., O).
+    """
     if bias is not None and choose(x, weight, backend=backend).backend == "triton":
         return ops.bias_gelu(F.linear(x, weight), bias, approximate=approximate, backend=backend)
-    # Here the product adds the bias for nothing.
+    # Without a kernel the matrix product adds the bias at no cost.
     hidden = F.linear(x, weight, bias)
     if approximate == "quick":
         return hidden * torch.sigmoid(1.702 * hidden)

@@ -1,8 +1,9 @@
-"""``MultiheadAttention``: torch's, on the fused attention wherever that says the same."""
+"""``MultiheadAttention``: torch's module, on the fused attention wherever that computes the same."""
 
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,25 +16,38 @@ from sclkern.ops.dispatch import BACKENDS, choose
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """``torch.nn.MultiheadAttention`` that keeps no scores and no probabilities; its ``state_dict`` is torch's.
+    """``torch.nn.MultiheadAttention`` that stores no scores and no probabilities; its ``state_dict`` is torch's.
 
-    Self-attention and attention to separate keys and values go through ``sclkern.ops.attention``; cross-attention (key
-    and value one tensor, with biases) through ``sclkern.ops.cross_attention``, which multiplies less where one side is
-    short. Whatever these cannot do is left to torch's own forward, and ``explain`` says so: attention maps (torch's
-    default, so pass ``need_weights=False``), an attention mask, a causal hint, a padding mask to be added,
-    ``add_bias_kv``, ``add_zero_attn``, nested tensors.
+    Self-attention and attention to separate keys and values use ``sclkern.ops.attention``; cross-attention (key and
+    value are one tensor, with biases) uses ``sclkern.ops.cross_attention``, which multiplies less where one side is
+    short. Torch's own forward computes the rest, and ``explain`` says so: attention maps (torch's default, so pass
+    ``need_weights=False``), an attention mask, a causal hint, an additive padding mask, ``add_bias_kv``,
+    ``add_zero_attn``, nested tensors.
 
-    Where torch differs: a query whose keys are all padding gets ``out_proj.bias`` (the projection of zeros) and gives
-    no gradient to query, key and value; torch gives NaN. From one seed of torch's generator other probabilities may be
-    dropped than torch drops; the kernels round ``dropout`` to a multiple of 1 / 65536.
+    Differences from torch: a query whose keys are all padding gets ``out_proj.bias`` (the projection of zeros) and has
+    zero gradients, where torch gives NaN. The same seed of torch's generator may drop other probabilities, and the
+    kernels round ``dropout`` to a multiple of 1 / 65536.
 
     Args:
-        embed_dim, num_heads, options: as in torch (``dropout``, ``bias``, ``add_bias_kv``, ``add_zero_attn``, ``kdim``,
-            ``vdim``, ``batch_first``, ``device``, ``dtype``, in this order).
-        backend: "auto", "triton" or "eager", of the fused ops; torch's forward heeds none.
+        embed_dim: E, channels of queries and outputs.
+        num_heads: H, which divides E.
+        *args: as in torch: ``dropout``, ``bias``, ``add_bias_kv``, ``add_zero_attn``, ``kdim``, ``vdim``,
+            ``batch_first``, ``device``, ``dtype``, in this order.
+        backend: "auto", "triton" or "eager", of the fused ops; torch's forward ignores it.
+        **options: the same arguments by name.
+
+    Raises:
+        ValueError: unknown backend.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, *args, backend: str = "auto", **options) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *args: Any,
+        backend: str = "auto",
+        **options: Any,
+    ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
         super().__init__(embed_dim, num_heads, *args, **options)
@@ -50,40 +64,37 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """
+        """Attention of ``query`` to ``key`` and ``value``, between their projections and the output projection.
+
         Args:
             query: (Lq, B, E), with ``batch_first`` (B, Lq, E), or (Lq, E); E is ``embed_dim``.
-            key, value: (Lk, B, kdim) and (Lk, B, vdim), or as query lies.
-            key_padding_mask: (B, Lk), or (Lk,) beside (Lk, E); bool, True = ignore, or floating, to be added.
-            need_weights, attn_mask, average_attn_weights, is_causal: as in torch, and left to torch.
+            key: (Lk, B, kdim), with ``batch_first`` (B, Lk, kdim), or (Lk, kdim).
+            value: like key, with vdim channels.
+            key_padding_mask: (B, Lk), or (Lk,) for unbatched keys; bool, True = ignore, or floating, which torch adds
+                to the scores.
+            need_weights: return attention maps, computed by torch.
+            attn_mask: as in torch, computed by torch.
+            average_attn_weights: as in torch, for the attention maps.
+            is_causal: as in torch, computed by torch.
 
         Returns:
             Output like query, and None or, with ``need_weights``, torch's attention maps.
 
         Raises:
-            TypeError: the padding mask is neither bool nor floating. ValueError: wrong shape, or "triton" asked for by
-                name where it cannot run. Where torch computes, its own errors.
+            TypeError: the padding mask is neither bool nor floating.
+            ValueError: wrong shape, or ``backend="triton"`` where no kernel can run. Torch's forward raises its own.
         """
-        if self._left_to_torch(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal) is not None:
+        if self._needs_torch(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal) is not None:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         self._check(query, key, value, key_padding_mask)
-        mask = None if key_padding_mask is None else ~key_padding_mask
-        options = {
-            "key_padding_mask": mask if mask is None or query.ndim == 3 else mask[None],
-            "dropout_p": self.dropout if self.training else 0.0,
-            "backend": self.backend,
-        }
-        if self._is_cross(query, key, value):
-            out = ops.cross_attention(
-                self._by_sample(query), self._by_sample(key), *self._parameters_of_all(), num_heads=self.num_heads,
-                **options,
-            )  # fmt: skip
-            # torch's result is contiguous in its own order.
-            return self._as_given(out, query).contiguous(), None
-        heads = (self._by_sample(t).unflatten(-1, (self.num_heads, -1)) for t in self._project(query, key, value))
-        out = self._as_given(ops.attention(*heads, **options).flatten(-2), query)
+        op, tensors, options = self._op_call(query, key, value, key_padding_mask)
+        if op == "cross_attention":
+            # torch's result is contiguous in its own layout.
+            return self._from_batch_first(ops.cross_attention(*tensors, **options), query).contiguous(), None
+        out = cast(Tensor, ops.attention(*tensors, **options))
+        out = self._from_batch_first(out.flatten(-2), query)
         return F.linear(out, self.out_proj.weight, self.out_proj.bias), None
 
     def explain(
@@ -97,24 +108,33 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> str:
-        """What ``forward`` does with the same arguments: "triton: ...", "eager: ..." or "torch: ...", and why."""
-        reason = self._left_to_torch(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
+        """Explain which implementation ``forward`` uses for the same arguments.
+
+        Args:
+            query: as in ``forward``.
+            key: as in ``forward``.
+            value: as in ``forward``.
+            key_padding_mask: as in ``forward``.
+            need_weights: as in ``forward``.
+            attn_mask: as in ``forward``.
+            average_attn_weights: as in ``forward``.
+            is_causal: as in ``forward``.
+
+        Returns:
+            "triton: ...", "eager: ..." or "torch: ...", with the reasons.
+        """
+        reason = self._needs_torch(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
         if reason is not None:
             return f"torch: {reason}"
         self._check(query, key, value, key_padding_mask)
-        scale = 1 / math.sqrt(self.head_dim)
-        if self._is_cross(query, key, value):
-            tensors = (self._by_sample(query), self._by_sample(key), *self._parameters_of_all())
-            form, choice, _ = plan(
-                *map(autocast, tensors),
-                num_heads=self.num_heads,
-                dropout_p=self.dropout if self.training else 0.0,
-                scale=scale,
-                backend=self.backend,
-            )
-            return str(choice) if form == "never" else f"{choice}; projections absorbed into the {form}"
-        heads = [autocast(t).new_empty((0, 0, self.num_heads, self.head_dim)) for t in (query, key, value)]
-        return str(choose(*heads, backend=self.backend, unsupported=unsupported(heads[0], scale)))
+        with torch.no_grad():
+            op, tensors, options = self._op_call(query, key, value, key_padding_mask)
+        tensors, scale = tuple(map(autocast, tensors)), 1 / math.sqrt(self.head_dim)
+        if op == "attention":
+            return str(choose(*tensors, backend=self.backend, unsupported=unsupported(tensors[0], scale)))
+        del options["key_padding_mask"]
+        form, choice, _ = plan(*tensors, scale=scale, **options)
+        return str(choice) if form == "never" else f"{choice}; projections absorbed into the {form}"
 
     def extra_repr(self) -> str:
         return (
@@ -122,7 +142,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             f"batch_first={self.batch_first}, backend={self.backend!r}"
         )
 
-    def _left_to_torch(
+    def _needs_torch(
         self,
         query: Tensor,
         key: Tensor,
@@ -134,13 +154,13 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> str | None:
         """Why torch computes this, or None."""
         if need_weights:
-            return "attention maps are asked for"
+            return "need_weights requests attention maps"
         if attn_mask is not None:
-            return "an attention mask is given"
+            return "attn_mask is given"
         if is_causal:
-            return "a causal mask is asked for"
+            return "is_causal requests a causal mask"
         if key_padding_mask is not None and key_padding_mask.is_floating_point():
-            return "the padding mask is floating, to be added to the scores"
+            return "key_padding_mask is floating and is added to the scores"
         if self.bias_k is not None:
             return "add_bias_kv adds a key and a value"
         if self.add_zero_attn:
@@ -171,21 +191,38 @@ class MultiheadAttention(nn.MultiheadAttention):
                 raise TypeError(
                     f"key_padding_mask: got {key_padding_mask.dtype}, expected torch.bool, True = ignore, or floating"
                 )
-            expected = (keys,) if query.ndim == 2 else (query.shape[1 - length_dim], keys)
-            if tuple(key_padding_mask.shape) != expected:
+            mask_shape = (keys,) if query.ndim == 2 else (query.shape[1 - length_dim], keys)
+            if tuple(key_padding_mask.shape) != mask_shape:
                 shape = tuple(key_padding_mask.shape)
-                raise ValueError(f"key_padding_mask: got shape {shape}, expected {expected}")
+                raise ValueError(f"key_padding_mask: got shape {shape}, expected {mask_shape}")
 
-    def _is_cross(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Whether ``ops.cross_attention`` is this: its context is key and value, its weights are stacked."""
-        return key is value and key is not query and self._qkv_same_embed_dim and self.in_proj_bias is not None
-
-    def _parameters_of_all(self) -> tuple[Tensor, ...]:
-        return self.in_proj_weight, self.in_proj_bias, self.out_proj.weight, self.out_proj.bias
+    def _op_call(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+    ) -> tuple[str, tuple[Tensor, ...], dict[str, Any]]:
+        """The op that computes this, and its arguments: ``cross_attention`` needs one context and stacked weights."""
+        mask = None if key_padding_mask is None else ~key_padding_mask
+        options: dict[str, Any] = {
+            "key_padding_mask": mask if mask is None or query.ndim == 3 else mask[None],
+            "dropout_p": self.dropout if self.training else 0.0,
+            "backend": self.backend,
+        }
+        if key is value and key is not query and self._qkv_same_embed_dim and self.in_proj_bias is not None:
+            weights = (self.in_proj_weight, self.in_proj_bias, self.out_proj.weight, self.out_proj.bias)
+            tensors = (self._to_batch_first(query), self._to_batch_first(key), *weights)
+            return "cross_attention", tensors, {"num_heads": self.num_heads, **options}
+        projected = self._project(query, key, value)
+        heads = tuple(self._to_batch_first(x).unflatten(-1, (self.num_heads, -1)) for x in projected)
+        return "attention", heads, options
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """(..., E) each. As in torch, one product serves what is one tensor, and hooks of ``out_proj`` do not run."""
+        """Query, key and value, (..., E). As in torch, one product serves one tensor, and hooks of ``out_proj`` do not
+        run."""
         width, bias = self.embed_dim, self.in_proj_bias
+        weights: tuple[Tensor, ...]
         if self._qkv_same_embed_dim:
             if query is key and key is value:
                 return F.linear(query, self.in_proj_weight, bias).chunk(3, -1)
@@ -193,16 +230,16 @@ class MultiheadAttention(nn.MultiheadAttention):
         else:
             weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
         biases = (None, None, None) if bias is None else bias.split(width)
-        return tuple(F.linear(*tensors) for tensors in zip((query, key, value), weights, biases, strict=True))
+        return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
 
-    def _by_sample(self, x: Tensor) -> Tensor:
-        """(B, L, ...)."""
+    def _to_batch_first(self, x: Tensor) -> Tensor:
+        """(B, L, ...); B is 1 for an unbatched tensor."""
         if x.ndim == 2:
             return x[None]
         return x if self.batch_first else x.transpose(0, 1)
 
-    def _as_given(self, x: Tensor, query: Tensor) -> Tensor:
-        """The inverse of ``_by_sample``, for a tensor that lies as ``query`` does."""
+    def _from_batch_first(self, x: Tensor, query: Tensor) -> Tensor:
+        """The inverse of ``_to_batch_first``, in the layout of ``query``."""
         if query.ndim == 2:
             return x[0]
         return x if self.batch_first else x.transpose(0, 1)

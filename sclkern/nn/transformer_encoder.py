@@ -1,6 +1,8 @@
-"""``TransformerEncoderLayer`` and ``TransformerEncoder``: torch's, on the fused ops."""
+"""``TransformerEncoderLayer`` and ``TransformerEncoder``: torch's modules, on the fused ops."""
 
 from __future__ import annotations
+
+from typing import Any, Literal, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,44 +13,58 @@ from sclkern.nn.linear_gelu import linear_gelu
 from sclkern.nn.multihead_attention import MultiheadAttention
 from sclkern.ops.dispatch import BACKENDS
 
+_Module = TypeVar("_Module", bound=nn.Module)
+
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     """``torch.nn.TransformerEncoderLayer``, post-norm or ``norm_first``; its ``state_dict`` is torch's.
 
-    Attention is ``MultiheadAttention`` of this package, a GELU is fused with the bias before it, and after a post-norm
-    branch dropout, residual and LayerNorm are one kernel. A linear layer or norm that carries hooks, or was replaced by
-    another module, is called as such. A layer made after the same ``torch.manual_seed`` has torch's weights.
+    Attention is this package's ``MultiheadAttention``; a GELU is fused with the bias before it; after a post-norm
+    branch dropout, residual and LayerNorm are one kernel. A linear layer, dropout or norm that carries hooks or was
+    replaced by another module is called as it is. After the same ``torch.manual_seed`` the weights are torch's.
 
-    The attention under ``src_mask``, ``is_causal`` or a floating padding mask is torch's, and nested tensors are left
-    to torch's forward. Otherwise its inference kernel, which takes a tanh GELU for the exact one and a floating padding
-    mask for a bool one, is not used. Queries without a valid key and dropout are as in ``MultiheadAttention``.
-    ``torch.nn.TransformerEncoder`` makes padding masks floating, ``TransformerEncoder`` of this package does not.
+    Attention with ``src_mask``, ``is_causal`` or a floating padding mask is torch's; nested tensors use its forward.
+    Torch's inference kernel is not used: it computes the tanh GELU as the exact one and reads a floating padding mask
+    as bool. Queries without a valid key and dropout are as in ``MultiheadAttention``. ``torch.nn.TransformerEncoder``
+    makes padding masks floating, this package's ``TransformerEncoder`` does not.
 
     Args:
-        d_model, nhead, options: as in torch (``dim_feedforward``, ``dropout``, ``activation``, ``layer_norm_eps``,
-            ``batch_first``, ``norm_first``, ``bias``, ``device``, ``dtype``, in this order).
+        d_model: D, channels.
+        nhead: number of heads.
+        *args: as in torch: ``dim_feedforward``, ``dropout``, ``activation``, ``layer_norm_eps``, ``batch_first``,
+            ``norm_first``, ``bias``, ``device``, ``dtype``, in this order.
         backend: "auto", "triton" or "eager"; it can be set later.
+        **options: the same arguments by name.
+
+    Attributes:
+        self_attn: the attention.
+
+    Raises:
+        ValueError: unknown backend.
     """
 
-    def __init__(self, d_model: int, nhead: int, *args, backend: str = "auto", **options) -> None:
+    self_attn: MultiheadAttention
+
+    def __init__(self, d_model: int, nhead: int, *args: Any, backend: str = "auto", **options: Any) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
         super().__init__(d_model, nhead, *args, **options)
-        # On "meta" no random number is drawn; the parameters are those that torch has made.
-        made = self.self_attn
+        # Modules on "meta" draw no random numbers; the parameters are those torch initialized.
+        initialized = self.self_attn
         self.self_attn = MultiheadAttention(
             d_model,
             nhead,
-            dropout=made.dropout,
-            bias=made.in_proj_bias is not None,
-            batch_first=made.batch_first,
+            dropout=initialized.dropout,
+            bias=initialized.in_proj_bias is not None,
+            batch_first=initialized.batch_first,
             device="meta",
             backend=backend,
         )
-        self.self_attn.load_state_dict(made.state_dict(keep_vars=True), assign=True)
+        self.self_attn.load_state_dict(initialized.state_dict(keep_vars=True), assign=True)
 
     @property
     def backend(self) -> str:
+        """Backend of the fused ops."""
         return self.self_attn.backend
 
     @backend.setter
@@ -62,17 +78,21 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """
+        """Run the layer.
+
         Args:
             src: (L, B, D), with ``batch_first`` (B, L, D), or (L, D).
-            src_mask, is_causal: as in torch.
-            src_key_padding_mask: (B, L), or (L,) beside (L, D); bool, True = ignore, or floating, to be added.
+            src_mask: as in torch.
+            src_key_padding_mask: (B, L), or (L,) for an unbatched src; bool, True = ignore, or floating, which torch
+                adds to the scores.
+            is_causal: as in torch.
 
         Returns:
             Like src.
 
         Raises:
-            As ``MultiheadAttention``.
+            TypeError: as in ``MultiheadAttention``.
+            ValueError: as in ``MultiheadAttention``.
         """
         if src.is_nested:
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
@@ -97,29 +117,33 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         return self.linear2(self.dropout(hidden))
 
     def _add_norm(self, update: Tensor, residual: Tensor, dropout: nn.Module, norm: nn.Module) -> Tensor:
-        if not (_is_plain(norm, nn.LayerNorm) and _is_plain(dropout, nn.Dropout)) or norm.bias is None:
-            return norm(residual + dropout(update))
-        return ops.dropout_add_layer_norm(
-            update,
-            residual,
-            norm.weight,
-            norm.bias,
-            dropout_p=dropout.p if dropout.training else 0.0,
-            eps=norm.eps,
-            backend=self.backend,
-        )
+        if _is_plain(norm, nn.LayerNorm) and _is_plain(dropout, nn.Dropout) and norm.bias is not None:
+            out = ops.dropout_add_layer_norm(
+                update,
+                residual,
+                norm.weight,
+                norm.bias,
+                dropout_p=dropout.p if dropout.training else 0.0,
+                eps=norm.eps,
+                backend=self.backend,
+            )
+            return cast(Tensor, out)
+        return norm(residual + dropout(update))
 
 
 class TransformerEncoder(nn.TransformerEncoder):
-    """``torch.nn.TransformerEncoder`` that hands a bool padding mask to its layers as it is; same ``state_dict``.
+    """``torch.nn.TransformerEncoder`` that passes a bool padding mask to its layers unchanged; same ``state_dict``.
 
-    Torch's adds 0 or -inf instead, which the fused attention cannot do. Padded rows of the output are undefined here,
-    where torch's inference kernel gives zeros. With ``mask``, ``is_causal``, a floating padding mask or a nested tensor
-    it is torch's own forward.
+    Torch's encoder turns it into an additive mask of 0 and -inf, which the fused attention does not support. Padded
+    rows of the output are undefined here; torch's inference kernel writes zeros. With ``mask``, ``is_causal``, a
+    floating padding mask or a nested tensor this is torch's own forward.
 
     Args:
-        encoder_layer: a ``TransformerEncoderLayer``; it is copied. num_layers, norm: as in torch.
-        enable_nested_tensor, mask_check: of torch's own forward; the first is off, because it costs the fused ops.
+        encoder_layer: a ``TransformerEncoderLayer``, which is copied.
+        num_layers: number of layers.
+        norm: as in torch.
+        enable_nested_tensor: as in torch, for its own forward; off by default, because it bypasses the fused ops.
+        mask_check: as in torch, for its own forward.
     """
 
     def __init__(
@@ -139,7 +163,17 @@ class TransformerEncoder(nn.TransformerEncoder):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
     ) -> Tensor:
-        """Shapes as in ``TransformerEncoderLayer``."""
+        """Run the layers and the norm.
+
+        Args:
+            src: as in ``TransformerEncoderLayer``.
+            mask: as in torch.
+            src_key_padding_mask: as in ``TransformerEncoderLayer``.
+            is_causal: as in torch.
+
+        Returns:
+            Like src.
+        """
         floating = src_key_padding_mask is not None and src_key_padding_mask.dtype != torch.bool
         if mask is not None or is_causal or floating or src.is_nested:
             return super().forward(src, mask, src_key_padding_mask, is_causal)
@@ -148,13 +182,13 @@ class TransformerEncoder(nn.TransformerEncoder):
         return src if self.norm is None else self.norm(src)
 
 
-def _gelu(activation) -> str | None:
-    """The kind of ``ops.bias_gelu`` that ``activation`` is, or None."""
+def _gelu(activation: Any) -> Literal["none", "tanh"] | None:
+    """The ``approximate`` of ``ops.bias_gelu`` that computes ``activation``, or None."""
     if activation is F.gelu:
         return "none"
-    return activation.approximate if _is_plain(activation, nn.GELU) else None
+    return cast(Literal["none", "tanh"], activation.approximate) if _is_plain(activation, nn.GELU) else None
 
 
-def _is_plain(module, kind: type) -> bool:
-    """Whether calling the module does nothing beside what its class does, so that an op may stand for the call."""
+def _is_plain(module: Any, kind: type[_Module]) -> TypeGuard[_Module]:
+    """Whether calling ``module`` only does what ``kind`` does, so that an op may replace the call."""
     return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)

@@ -75,19 +75,19 @@ def test_heads_without_a_kernel_are_eager(assert_same):
 @pytest.mark.parametrize(
     ("options", "call", "reason"),
     [
-        ({}, {}, "attention maps are asked for"),
-        ({}, {"average_attn_weights": False}, "attention maps are asked for"),
+        ({}, {}, "need_weights requests attention maps"),
+        ({}, {"average_attn_weights": False}, "need_weights requests attention maps"),
         (
             {},
             {"need_weights": False, "attn_mask": torch.ones(7, 7).triu(1).bool()},
-            "an attention mask is given",
+            "attn_mask is given",
         ),
         (
             {},
             {"need_weights": False, "is_causal": True, "attn_mask": torch.ones(7, 7).triu(1).bool()},
-            "an attention mask is given",
+            "attn_mask is given",
         ),
-        ({}, {"need_weights": False, "key_padding_mask": torch.randn(2, 7).double()}, "the padding mask is floating"),
+        ({}, {"need_weights": False, "key_padding_mask": torch.randn(2, 7).double()}, "key_padding_mask is floating"),
         ({"add_bias_kv": True}, {"need_weights": False}, "add_bias_kv"),
         ({"add_zero_attn": True}, {"need_weights": False}, "add_zero_attn"),
     ],
@@ -107,7 +107,8 @@ def test_what_the_op_cannot_do_is_left_to_torch(options, call, reason, training,
 def test_a_causal_hint_without_a_mask_gets_torchs_own_error():
     ours, _ = pair(batch_first=True)
     query = tensors("self")[0].float()
-    assert ours.explain(query, query, query, need_weights=False, is_causal=True) == "torch: a causal mask is asked for"
+    explained = ours.explain(query, query, query, need_weights=False, is_causal=True)
+    assert explained == "torch: is_causal requests a causal mask"
     with pytest.raises(RuntimeError, match="Need attn_mask"):
         ours(query, query, query, need_weights=False, is_causal=True)
 
