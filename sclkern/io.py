@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from sclkern.errors import UserError
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Call ``write`` on a temporary file beside ``path``, bring it to the disk and rename it to ``path``.
 
     Readers see the old file or the new one, also after a crash. Directories are made as needed. When anything fails

@@ -1,4 +1,4 @@
-"""Training checkpoints: written whole or not at all, read back without running anything of the file's."""
+"""Training checkpoints: written whole or not at all, and read without executing code from the file."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ import yaml
 
 from sclkern.errors import UserError
 from sclkern.io import write_atomically
-from sclkern.training.config import PretrainConfig, resume_difference
+from sclkern.training.config import PretrainConfig, build_config, resume_difference
 
 FORMAT = 1
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` (tensors and plain values) to ``path``; the old file stays intact until the new one is whole.
+    """Write a checkpoint; the old file stays intact until the new one is whole.
+
+    Args:
+        path: file to write.
+        state: tensors and plain values.
 
     Raises:
         UserError: the directory cannot be written or the disk is full.
@@ -33,6 +37,12 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of ``save_checkpoint`` onto the CPU.
+
+    Args:
+        path: file to read.
+
+    Returns:
+        The state that was written.
 
     Raises:
         UserError: missing, cut short, or not a checkpoint of this project.
@@ -52,13 +62,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def open_directory(config: PretrainConfig, *, resume: bool) -> dict[str, Any] | None:
-    """Make the run's folder ready for writing, with its resolved configuration in it.
+    """Prepare the run's folder for writing and save the resolved configuration in it.
+
+    Args:
+        config: configuration of the run that starts.
+        resume: whether a run that is already there goes on.
 
     Returns:
-        The latest checkpoint of the run that is there already, None for a new run.
+        The latest checkpoint of the run that is there; None for a new run.
 
     Raises:
-        UserError: it cannot be written; it holds a run and ``resume`` is False; or a run of another configuration.
+        UserError: the folder cannot be written, holds a run and ``resume`` is False, or holds a run of another
+            configuration.
     """
     directory = Path(config.run.output_dir)
     checkpoints = directory / "checkpoints"
@@ -74,8 +89,11 @@ def open_directory(config: PretrainConfig, *, resume: bool) -> dict[str, Any] | 
     for left_over in checkpoints.glob(".*.tmp"):  # of a process killed while it wrote
         left_over.unlink(missing_ok=True)
     saved = load_checkpoint(latest) if latest.exists() else None
-    if saved and (difference := resume_difference(saved["config"], config.to_dict())):
-        raise UserError(f"{latest}: {difference}; resume with the same configuration, or start in another folder")
+    if saved:
+        # Keys that came later have their defaults in a run that was saved without them.
+        before = build_config(saved["config"]).to_dict()
+        if difference := resume_difference(before, config.to_dict()):
+            raise UserError(f"{latest}: {difference}; resume with the same configuration, or start in another folder")
     resolved = yaml.safe_dump(config.to_dict(), sort_keys=False)
     write_atomically(directory / "config.yaml", lambda path: path.write_text(resolved))
     return saved

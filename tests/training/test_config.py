@@ -3,7 +3,7 @@ import yaml
 
 from sclkern.errors import UserError
 from sclkern.models import SCLConfig
-from sclkern.training.config import build_config, load_config, resume_difference
+from sclkern.training.config import build_config, config_keys, load_config, resume_difference
 
 
 def write(tmp_path, values):
@@ -54,7 +54,7 @@ def test_overrides_win_over_the_file_and_the_preset(tmp_path):
         ({}, ["run.max_steps"], r"override 'run\.max_steps': expected section\.key=value"),
     ],
 )
-def test_mistakes_are_told_in_one_line(tmp_path, values, overrides, message):
+def test_mistakes_are_reported_in_one_line(tmp_path, values, overrides, message):
     with pytest.raises(UserError, match=message) as raised:
         load_config(write(tmp_path, values), overrides)
     assert "\n" not in str(raised.value)
@@ -70,3 +70,17 @@ def test_resuming_may_change_how_often_but_not_what():
     assert resume_difference(saved, build_config({"run": {"log_every": 3, "device": "cpu"}}).to_dict()) is None
     changed = build_config({"optimizer": {"weight_decay": 0.1}}).to_dict()
     assert resume_difference(saved, changed) == "optimizer.weight_decay was 0.01 and is now 0.1"
+
+
+def test_every_key_is_described_with_its_default():
+    keys = {key.name: key for key in config_keys()}
+    assert keys["run.batch_size"].default == 64 and keys["optimizer.betas"].default == [0.9, 0.98]
+    assert keys["data.root"].meaning == 'folder of the data; "demo" is the embedded one.'
+    # An entry that goes on in a second line is one line here.
+    assert keys["optimizer.no_decay"].meaning.endswith(
+        "decays the temperature and the LayerNorms of CLIP and the projections."
+    )
+    values = build_config({}).to_dict()
+    assert {
+        f"{section}.{key}": value for section, of_section in values.items() for key, value in of_section.items()
+    } == {key.name: key.default for key in keys.values()}

@@ -1,0 +1,177 @@
+"""Sections of a pre-training configuration; the model's, objectives' and step's stand beside what they configure.
+
+Each field's line under ``Attributes`` is also what ``sclkern configs --keys`` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sclkern.errors import UserError
+
+
+def _check(section: object, holds: Callable[[Any], bool], expected: str, *names: str) -> None:
+    """Raise a ``UserError`` that names the first of these fields, None excepted, for which ``holds`` is false."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not holds(value):
+            raise UserError(f"{name}: got {value}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """Source of the initial weights; when every source is None, they are random.
+
+    Attributes:
+        pretrained: directory written by ``save_pretrained``.
+        reference: published SCL or METER checkpoint.
+        text: RoBERTa weights (needs ``vision``); fusion layers and heads start random.
+        vision: CLIP weights (needs ``text``).
+        strict: whether missing or unexpected tensors raise an error that lists them.
+    """
+
+    pretrained: str | None = None
+    reference: str | None = None
+    text: str | None = None
+    vision: str | None = None
+    strict: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.text is None) != (self.vision is None):
+            raise UserError(f"text, vision: got {self.text!r} and {self.vision!r}, expected both or neither")
+        if sum(source is not None for source in (self.pretrained, self.reference, self.text)) > 1:
+            raise UserError("pretrained, reference, text + vision: expected one source of weights at most")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Training and held-out data.
+
+    Attributes:
+        root: folder of the data; "demo" is the embedded one.
+        format: data format, a name of ``sclkern.data.SOURCES`` or ``module:Class``; "auto" looks at ``root``.
+        train_tables: names of the files to train on, without their suffix.
+        val_tables: names of the held-out files, without their suffix.
+        train_split: split of the training files to read; null reads every row.
+        val_split: split of the held-out files to read; null reads every row.
+        tokenizer: tokenizer directory or name on the Hugging Face hub; "demo" is the shipped one.
+        transform: image transform for training: clip, clip_randaug or clip_test.
+        val_transform: image transform for validation and retrieval.
+        num_workers: processes that decode images; 0 decodes in the training process.
+    """
+
+    root: str = "demo"
+    format: str = "auto"
+    train_tables: tuple[str, ...] = ("pairs",)
+    val_tables: tuple[str, ...] = ("pairs",)
+    train_split: str | None = "train"
+    val_split: str | None = "val"
+    tokenizer: str = "demo"
+    transform: str = "clip"
+    val_transform: str = "clip_test"
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self, lambda value: value >= 0, "0 or more", "num_workers")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with the published parameter groups and schedule (``set_schedule`` in scl_utils.py).
+
+    Attributes:
+        learning_rate: peak learning rate of the encoders.
+        weight_decay: decoupled weight decay of AdamW.
+        betas: decay rates of AdamW's two moments.
+        eps: term added to AdamW's denominator.
+        warmup: share of the steps over which the rates rise linearly from 0.
+        end_factor: factor of the peak rates at the last step.
+        decay_power: exponent of the polynomial decay after the warm-up.
+        fusion_factor: factor of the rate of the modality transforms, fusion layers and poolers.
+        head_factor: factor of the rate of the ITM, MLM, VQA and NLVR2 heads.
+        no_decay: parameters without weight decay: "norms_and_biases" also exempts the temperature; "reference" decays
+            the temperature and the LayerNorms of CLIP and the projections.
+        max_grad_norm: limit that the global gradient norm is clipped to; null does not clip.
+    """
+
+    learning_rate: float = 2e-5
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    warmup: float = 0.1
+    end_factor: float = 0.0
+    decay_power: float = 1.0
+    fusion_factor: float = 5.0
+    head_factor: float = 5.0
+    no_decay: Literal["norms_and_biases", "reference"] = "norms_and_biases"
+    max_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(self, lambda value: value > 0, "a positive number", "learning_rate", "eps", "max_grad_norm")
+        _check(self, lambda value: value >= 0, "0 or more", "weight_decay", "end_factor", "decay_power")
+        _check(self, lambda value: value >= 0, "0 or more", "fusion_factor", "head_factor")
+        _check(self, lambda value: 0 <= value < 1, "a share of the steps, 0 <= warmup < 1", "warmup")
+        _check(self, lambda value: all(0 <= beta < 1 for beta in value), "two numbers of [0, 1)", "betas")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Length, batch, device, precision and output of a run.
+
+    Attributes:
+        output_dir: folder the run writes.
+        max_steps: optimiser steps of the whole schedule.
+        stop_at: step after which the run saves and stops, with the schedule unchanged; null runs to max_steps.
+        batch_size: pairs that one process takes in one forward pass.
+        accumulation: forward passes accumulated for one optimiser step.
+        seed: seed of initial weights, order and augmentation of the data, masks and dropout.
+        precision: "float32", or "bfloat16" for autocast with float32 weights.
+        device: "cpu", "cuda" or "cuda:N"; "auto" takes a GPU if there is one.
+        backend: "triton", "sdpa" or "eager" for every op; "auto" lets each op choose.
+        cuda_graphs: whether forward and backward are recorded once for each batch shape and replayed (GPU only).
+        log_every: steps between logged steps.
+        save_every: steps between checkpoints; 0 saves at the end only.
+        val_every: steps between validations; 0 validates at the end only.
+    """
+
+    output_dir: str = "runs/pretrain"
+    max_steps: int = 1000
+    stop_at: int | None = None
+    batch_size: int = 64
+    accumulation: int = 1
+    seed: int = 0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"
+    backend: Literal["auto", "triton", "sdpa", "eager"] = "auto"
+    cuda_graphs: bool = False
+    log_every: int = 10
+    save_every: int = 500
+    val_every: int = 0
+
+    def __post_init__(self) -> None:
+        counts = ("max_steps", "stop_at", "batch_size", "accumulation", "log_every")
+        _check(self, lambda value: value >= 1, "1 or more", *counts)
+        _check(self, lambda value: value >= 0, "0 or more", "seed", "save_every", "val_every")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Retrieval during validation and the plots of the report.
+
+    Attributes:
+        batch_size: images or captions encoded at a time.
+        rerank: candidates of ITC that ITM re-ranks, in each direction; 0 does not re-rank.
+        train_images: training images that the final report retrieves from; 0 leaves the training set out.
+        attention_images: held-out images in attention.png; 0 writes no such file.
+    """
+
+    batch_size: int = 64
+    rerank: int = 16
+    train_images: int = 1000
+    attention_images: int = 6
+
+    def __post_init__(self) -> None:
+        _check(self, lambda value: value >= 1, "1 or more", "batch_size")
+        _check(self, lambda value: value >= 0, "0 or more", "rerank", "train_images", "attention_images")
