@@ -17,6 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from sclkern.tools.specs import SPECS
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -27,21 +29,7 @@ TARGETS = {
 }
 # What every kernel must compile for; the others on request.
 REQUIRED_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-MODULES = (
-    "attention",
-    "attention_backward",
-    "bias_gelu",
-    "dropout_add_layer_norm",
-    "dropout_add_layer_norm_sum",
-    "completion_loss",
-    "completion_loss_backward",
-    "cross_attention",
-    "embed_patches",
-    "embed_patches_backward",
-    "frame_attention",
-    "linear_cross_entropy",
-    "masking",
-)
+MODULES = tuple(dict.fromkeys(module for spec in SPECS.values() for module in spec.kernels))
 
 
 @dataclass(frozen=True)

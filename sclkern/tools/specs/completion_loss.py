@@ -1,0 +1,65 @@
+"""The contrastive loss of recovered against complete features."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sclkern.tools.specs._spec import AccuracyShape, Backward, Configs, Cost, Inputs, OpSpec, Values, kernels, normal
+from sclkern.tools.specs._workload import WIDTH, row_sizes
+
+
+def _inputs(v: Values, dtype: torch.dtype, device: str) -> Inputs:
+    groups = (v["G"],) if "G" in v else ()
+    complete = normal(*groups, v["N"], WIDTH, device=device)
+    # By default as close to its own complete feature as after some training.
+    recovered = complete + normal(*groups, v["N"], WIDTH, device=device, scale=v.get("noise", 2.0))
+    temperature = torch.tensor(v["temperature"], device=device) if "temperature" in v else 0.05
+    return {"recovered": recovered.to(dtype), "complete": complete.to(dtype), "temperature": temperature}
+
+
+def _small_inputs(length: int, device: str) -> Inputs:
+    features = {name: normal(length, 16, device=device) for name in ("recovered", "complete")}
+    return features | {"temperature": torch.tensor(0.5, device=device)}
+
+
+def _cost(v: Values, element_size: int) -> Cost:
+    """N x N similarities forward, one product of their gradient back: the complete side is detached."""
+    tensor, statistics = v["N"] * WIDTH * element_size, 2 * v["N"] * 4
+    flops = 2 * v["N"] ** 2 * WIDTH
+    return Cost(2 * tensor + statistics, flops, 3 * tensor + statistics, flops)
+
+
+def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None, configs: Configs) -> Backward:
+    x, y = inputs["recovered"][None], inputs["complete"][None]
+    temperature, rows = torch.empty((), device=x.device), x.shape[1]
+    forward = kernels("completion_loss").completion_loss_forward
+    losses, positive, lse, _, rnorm = forward(x, y, temperature, None, True, False, 1e-8, 0, rows)
+
+    def backward() -> None:
+        launchers = kernels("completion_loss_backward")
+        weight = launchers.completion_loss_anchors(losses, None, positive, lse)
+        launchers.completion_loss_gradient(x, y, temperature, None, *weight, *lse, *rnorm, 1e-8, 0, rows)
+
+    return backward
+
+
+def _shape(name: str, **values: int) -> AccuracyShape:
+    """Positives at a cosine of about 0.9, as those of a trained model; logits up to 1 / temperature."""
+    values = {**values, "noise": 0.5, "temperature": 0.03}
+    return AccuracyShape(name, values, float32=("temperature",), magnitude=34.0)
+
+
+SPEC = OpSpec(
+    name="completion_loss",
+    kernels=("completion_loss", "completion_loss_backward"),
+    inputs=_inputs,
+    small_inputs=_small_inputs,
+    cost=_cost,
+    launch=_launch,
+    sizes=row_sizes((4096, 16384, 65536), 4096),
+    cpu_sizes=row_sizes((512, 1024, 4096), 1024),
+    accuracy=(_shape("128", N=128), _shape("4096", N=4096), _shape("of 4 frames", G=4, N=64)),
+    detached=("complete",),
+    float32=("temperature",),
+)

@@ -1,0 +1,41 @@
+"""The draw of the patches that an image keeps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sclkern.tools.specs._spec import Configs, Cost, Inputs, OpSpec, Size, Values, kernels, seed_tensor
+from sclkern.tools.specs._workload import PATCHES
+
+
+def _inputs(v: Values, dtype: torch.dtype, device: str) -> Inputs:
+    options = {"num_patches": PATCHES, "keep_ratio": v["K"] / PATCHES, "batch": v["B"]}
+    return options | {"seed": seed_tensor(device), "device": torch.device(device)}
+
+
+def _small_inputs(length: int, device: str) -> Inputs:
+    return {"num_patches": 9, "keep_ratio": 0.5, "batch": length, "seed": seed_tensor(device), "device": device}
+
+
+def _cost(v: Values, element_size: int) -> Cost:
+    return Cost(8 * v["B"] * v["K"], 0)
+
+
+def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None, configs: Configs) -> None:
+    count = int(inputs["num_patches"] * inputs["keep_ratio"])
+    kernels("masking").select_patches(inputs["seed"], inputs["num_patches"], count, inputs["batch"])
+
+
+_SIZE = Size("64", {"B": 64, "K": 64, "L": 18}, 3)
+SPEC = OpSpec(
+    name="select_patches",
+    kernels=("masking",),
+    inputs=_inputs,
+    small_inputs=_small_inputs,
+    cost=_cost,
+    launch=_launch,
+    sizes=(_SIZE,),
+    cpu_sizes=(_SIZE,),
+    differentiable=False,
+)
