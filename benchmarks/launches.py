@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks.candidates import Candidate
 from registry import ENTRIES
 from sclkern.tools.bench.workload import HEAD, HEADS
-from sclkern.tools.static.compilation import TARGETS, parsed_again
+from sclkern.tools.static.compilation import TARGETS
 
 # What is replaced: "module.name" of sclkern.kernels, and the new object from the present one.
 Changes = dict[str, Callable[[Any], Any]]
@@ -222,7 +222,7 @@ def target(name: str = "sm_90") -> Iterator[None]:
 
 def compiled(launch: Launch) -> Any:
     """The kernel of a launch, for Triton's present target."""
-    return parsed_again(lambda: launch.kernel.warmup(grid=launch.grid, **launch.arguments))
+    return launch.kernel.warmup(grid=launch.grid, **launch.arguments)
 
 
 # By op: runs the forward on inputs of the registry, and returns what runs the backward.

@@ -18,6 +18,8 @@ from sclkern.kernels.completion_loss_tiles import EXCLUDED, HALF, SINGLE, dots, 
 NORM = {"BLOCK_ROWS": 8, "BLOCK_WIDTH": 128}
 MERGE = {"BLOCK_ROWS": 32, "BLOCK_SPLITS": 32}
 ROW_WARPS = 4
+# Float32 statistics take 16 warps: on 8, Triton 3.8 limits a thread to 128 registers, and 28 bytes spill.
+SINGLE_STATISTICS = SINGLE | {"num_warps": 16}
 # Columns are split until there are two programs for each of an H200's 132 multiprocessors; a constant, so that the
 # order of the sums does not depend on the machine.
 PROGRAMS = 264
@@ -263,7 +265,7 @@ def completion_loss_forward(
 
     # Where the window is everything, the tiles of one direction are those of the other.
     shared = both and rows == length
-    tiles = SINGLE if recovered.dtype == torch.float32 else HALF
+    tiles = SINGLE_STATISTICS if recovered.dtype == torch.float32 else HALF
     blocks, column_blocks = triton.cdiv(rows, tiles["BLOCK_X"]), triton.cdiv(length, tiles["BLOCK_Y"])
     strip = min(blocks, max(1, COLUMN_SUMS // (groups * length))) if shared else blocks
     split_blocks = triton.cdiv(column_blocks, min(column_blocks, triton.cdiv(PROGRAMS, strip * groups)))
@@ -315,5 +317,5 @@ AHEAD_OF_TIME = [
     entry(completion_loss_merge_kernel, "bf16", num_warps=ROW_WARPS, lse_ptr=None, **MERGE),
     entry(completion_loss_statistics_kernel, "bf16", **HALF),
     entry(completion_loss_statistics_kernel, "bf16", **_ROWS_ALONE, **HALF),
-    entry(completion_loss_statistics_kernel, "fp32", **SINGLE),
+    entry(completion_loss_statistics_kernel, "fp32", **SINGLE_STATISTICS),
 ]

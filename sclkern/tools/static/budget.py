@@ -8,10 +8,8 @@ alone are checked: everything compiles, nothing spills, tensor cores do every 16
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import triton
 
 from sclkern.tools.static.addresses import wrapping_addresses
 from sclkern.tools.static.compilation import REQUIRED_TARGETS, Resources, compile_entry, entry_name, resources
+from sclkern.tools.static.workers import Failed, pool, portable, restored, submit
 
 TRITON = ".".join(triton.__version__.split(".")[:2])
 BUDGET = Path(__file__).parents[3] / "benchmarks" / "static_budget.json"
@@ -45,27 +44,30 @@ class Row:
 
 
 def measure(entries: list[dict[str, Any]], targets: Iterable[str] = REQUIRED_TARGETS) -> list[Row]:
-    """Compile the entries for the targets, sm_90 among them, on all cores: Triton compiles outside Python's lock."""
+    """Compile the entries for the targets, sm_90 among them, on all cores."""
     names = [entry_name(entry) for entry in entries]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{name}: two entries of this name, expected one")
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        jobs = [[(target, pool.submit(_compile, entry, target)) for target in targets] for entry in entries]
+    with pool() as workers:
+        jobs = [
+            [(target, submit(workers, _compile, portable(entry), target)) for target in targets] for entry in entries
+        ]
         rows = []
         for name, of_targets in zip(names, jobs, strict=True):
             row = Row(name)
             for target, job in of_targets:
-                if error := job.exception():
-                    row.errors[target] = (str(error).strip() or type(error).__name__).splitlines()[-1]
+                result = job.result()
+                if isinstance(result, Failed):
+                    row.errors[target] = result.error
                 elif target == "sm_90":
-                    row.used, row.dots, row.wrapping = job.result()
+                    row.used, row.dots, row.wrapping = result
             rows.append(row)
     return rows
 
 
 def _compile(entry: dict[str, Any], target: str) -> tuple[Resources, list[str], list[str]] | None:
-    compiled = compile_entry(entry, target)
+    compiled = compile_entry(restored(entry), target)
     return inspect(compiled) if target == "sm_90" else None
 
 

@@ -8,7 +8,6 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,16 +90,7 @@ def compile_entry(entry: dict[str, Any], target: str) -> Any:
         attrs=aligned,
     )
     options = {"num_warps": entry["num_warps"], "enable_fp_fusion": True}
-    return parsed_again(lambda: triton.compile(source, target=TARGETS[target], options=options))
-
-
-def parsed_again(compile: Callable[[], Any]) -> Any:
-    """What ``compile`` returns. In Python 3.11 threads that parse at the same time share a count of depth, and one of
-    them may fail for it (gh-106905): it is asked again."""
-    try:
-        return compile()
-    except SystemError:
-        return compile()
+    return triton.compile(source, target=TARGETS[target], options=options)
 
 
 def resources(compiled: Any) -> Resources:

@@ -103,6 +103,9 @@ def test_a_kernel_that_does_not_compile_is_told_and_stops_nothing():
     wrong = probe(tiny_product) | {"signature": {"x_ptr": "*bf16", "out_ptr": "i32"}}
     first, second = measure([wrong, probe(rows_in_64_bits)], ["sm_90", "gfx942"])
     assert set(first.errors) == {"sm_90", "gfx942"} and first.used is None
+    # The whole error: the place in the source, and what is wrong there.
+    assert all("def tiny_product" in error and "CompilationError" in error for error in first.errors.values())
+    assert all("caused by: AttributeError" in error for error in first.errors.values())
     assert second.errors == {} and second.used.registers > 0
 
 
