@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from whole_shapes import WHOLE, cast, run
+
+from op_testing import SHAPES, cast, evaluate, inputs_at
 
 pytestmark = [
     pytest.mark.gpu,
@@ -11,28 +12,30 @@ pytestmark = [
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def assert_as_exact_as_eager(whole, dtype):
-    """Root mean square and largest error are at most 1.5 times those of eager ops in the same dtype, and rounding: half
-    a unit in the last place, and a float32's of the largest number on the way; for the largest error two units in half
-    precision and eight in float32, where other orders of summing meet."""
-    arguments = cast(whole.op, whole.arguments(), dtype, whole.precise)
-    exact = cast(whole.op, arguments, torch.float64)
-    form = {"absorb": "never"} if whole.op == "cross_attention" else {}
-    truth = run(whole.op, exact, backend="eager", **form)
-    eager = run(whole.op, arguments, backend="eager", **form)
-    ours = run(whole.op, arguments, backend="triton", **whole.kernel)
+def assert_as_exact_as_eager(op, shape, dtype):
+    """Root mean square and largest error are at most 1.5 times those of eager ops in the same dtype, plus rounding.
+
+    Rounding is half a unit in the last place and a float32 unit of the largest intermediate value. The largest error
+    gets two units in half precision and eight in float32, where sums in different orders meet.
+    """
+    arguments = cast(op, inputs_at(op, shape), dtype, shape.float32)
+    exact = cast(op, arguments, torch.float64)
+    form = {"absorb": "never"} if op == "cross_attention" else {}
+    truth = evaluate(op, exact, backend="eager", **form)
+    eager = evaluate(op, arguments, backend="eager", **form)
+    ours = evaluate(op, arguments, backend="triton", **shape.kernel_options)
     failures = []
-    for part, expected in truth.items():
-        a, b = ours[part], eager[part]
-        assert a.dtype == b.dtype and a.shape == b.shape, part
+    for result, expected in truth.items():
+        a, b = ours[result], eager[result]
+        assert a.dtype == b.dtype and a.shape == b.shape, result
         eps, mean, largest = torch.finfo(a.dtype).eps, *sizes(expected)
-        on_the_way = torch.finfo(torch.float32).eps * whole.largest
+        intermediate = torch.finfo(torch.float32).eps * shape.magnitude
         (mean_error, largest_error), (mean_allowed, largest_allowed) = (sizes(x - expected) for x in (a, b))
-        if not mean_error <= 1.5 * mean_allowed + eps / 2 * mean + on_the_way * max(mean, part == "out"):
-            failures.append((part, "root mean square", mean_error, mean_allowed, mean))
-        rounding = eps * (8 if a.dtype == torch.float32 else 2) * largest + on_the_way * max(largest, part == "out")
+        if not mean_error <= 1.5 * mean_allowed + eps / 2 * mean + intermediate * max(mean, result == "out"):
+            failures.append((result, "root mean square", mean_error, mean_allowed, mean))
+        rounding = eps * (8 if a.dtype == torch.float32 else 2) * largest + intermediate * max(largest, result == "out")
         if not largest_error <= 1.5 * largest_allowed + rounding:
-            failures.append((part, "largest", largest_error, largest_allowed, largest))
+            failures.append((result, "largest", largest_error, largest_allowed, largest))
     assert not failures, failures
 
 
@@ -42,21 +45,21 @@ def sizes(x):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", SHAPES)
 def test_error_is_at_most_that_of_eager(name, dtype):
     torch.manual_seed(0)
-    assert_as_exact_as_eager(WHOLE[name], dtype)
+    assert_as_exact_as_eager(*SHAPES[name], dtype)
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", SHAPES)
 def test_nothing_depends_on_what_memory_held(name, poisoned_memory):
     assert torch.empty(1000, device="cuda").isnan().all() and torch.empty(2**24, device="cuda").isnan().all()
     torch.manual_seed(0)
-    whole = WHOLE[name]
-    arguments = cast(whole.op, whole.arguments(), torch.bfloat16, whole.precise)
-    found = run(whole.op, arguments, backend="triton", **whole.kernel)
+    op, shape = SHAPES[name]
+    arguments = cast(op, inputs_at(op, shape), torch.bfloat16, shape.float32)
+    first = evaluate(op, arguments, backend="triton", **shape.kernel_options)
     torch.cuda.empty_cache()
-    again = run(whole.op, arguments, backend="triton", **whole.kernel)
-    for part, value in found.items():
-        assert value.isfinite().all(), part
-        assert torch.equal(value, again[part]), part
+    second = evaluate(op, arguments, backend="triton", **shape.kernel_options)
+    for result, value in first.items():
+        assert value.isfinite().all(), result
+        assert torch.equal(value, second[result]), result

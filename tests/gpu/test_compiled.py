@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from op_cases import CASES
-from whole_shapes import cast
 
+from op_testing import cast, small_inputs
 from sclkern import nn, ops
+from sclkern.tools.specs import SPECS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -14,9 +14,9 @@ pytestmark = [
 several_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SPECS)
 def test_inductor_compiles_an_op_whole(name):
-    arguments = cast(name, CASES[name].arguments(40), torch.bfloat16, ("temperature",))
+    arguments = cast(name, small_inputs(name, 40), torch.bfloat16, ("temperature",))
     leaves = [t for t in arguments.values() if isinstance(t, torch.Tensor) and t.requires_grad]
 
     def call(function):
@@ -89,9 +89,9 @@ def test_inductor_compiles_a_norm_with_its_sum():
 
 
 @several_devices
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SPECS)
 def test_an_op_runs_on_the_device_of_its_tensors(name):
-    arguments = cast(name, CASES[name].arguments(20), torch.float32)
+    arguments = cast(name, small_inputs(name, 20), torch.float32)
     moved = {
         key: value.detach().to("cuda:1").requires_grad_(value.requires_grad)
         if isinstance(value, torch.Tensor)

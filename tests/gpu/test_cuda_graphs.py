@@ -3,11 +3,11 @@
 import pytest
 import torch
 from gpu_model import make
-from op_cases import CASES
-from whole_shapes import WHOLE, cast
 
+from op_testing import SHAPES, cast, inputs_at, small_inputs
 from sclkern import ops
 from sclkern.step import draw_masks, run_step
+from sclkern.tools.specs import SPECS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,9 +34,11 @@ def assert_a_replay_follows(name, arguments, renewed, **options):
 
     def call():
         out = getattr(ops, name)(**arguments, backend="triton", **options)
+        outputs = list(out) if isinstance(out, tuple) else [out]
         if not leaves:
-            return list(out) if isinstance(out, tuple) else [out]
-        return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+            return outputs
+        gradients = torch.autograd.grad(outputs, leaves, [torch.ones_like(t) for t in outputs])
+        return [*(t.detach() for t in outputs), *gradients]
 
     graph, found = capture(call)
     graph.replay()
@@ -54,23 +56,23 @@ def assert_a_replay_follows(name, arguments, renewed, **options):
     assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SPECS)
 def test_a_replay_of_an_op_follows_its_inputs(name):
-    dropout = {"dropout_p": 0.3, "seed": torch.tensor([7], device="cuda")} if CASES[name].dropout else {}
+    dropout = {"dropout_p": 0.3, "seed": torch.tensor([7], device="cuda")} if SPECS[name].dropout else {}
     options = {"absorb": "keys"} if name == "cross_attention" else {}
-    arguments, renewed = (cast(name, CASES[name].arguments(40) | dropout, torch.bfloat16) for _ in range(2))
+    arguments, renewed = (cast(name, small_inputs(name, 40) | dropout, torch.bfloat16) for _ in range(2))
     assert_a_replay_follows(name, arguments, renewed, **options)
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", SHAPES)
 def test_a_replay_at_whole_shapes_follows_its_inputs(name):
-    whole = WHOLE[name]
+    op, shape = SHAPES[name]
     torch.manual_seed(0)
-    arguments, renewed = (cast(whole.op, whole.arguments(), torch.bfloat16, whole.precise) for _ in range(2))
-    if whole.op == "packed_attention":
+    arguments, renewed = (cast(op, inputs_at(op, shape), torch.bfloat16, shape.float32) for _ in range(2))
+    if op == "packed_attention":
         # Other lengths would be other shapes of the packed tensors.
         renewed = {key: torch.randn_like(arguments[key]) for key in ("query", "key", "value")} | {"seed": None}
-    assert_a_replay_follows(whole.op, arguments, renewed, **whole.kernel)
+    assert_a_replay_follows(op, arguments, renewed, **shape.kernel_options)
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])

@@ -5,8 +5,8 @@ The masking ops are left out: what they write is a few hundred numbers for each 
 
 import pytest
 import torch
-from whole_shapes import SEED
 
+from op_testing import SEED
 from sclkern import ops, reference
 
 pytestmark = [

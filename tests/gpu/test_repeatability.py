@@ -2,17 +2,15 @@
 
 import pytest
 import torch
-from op_cases import CASES
-from whole_shapes import SEED, WHOLE, cast, run
 
+from op_testing import DIFFERENTIABLE, SEED, SHAPES, cast, evaluate, inputs_at, small_inputs
 from sclkern import ops, reference
+from sclkern.tools.specs import SPECS
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
-DRAWS = ("mask_text", "select_patches", "select_tokens")
-DIFFERENTIABLE = [name for name in CASES if name not in DRAWS]
 KERNEL = {"cross_attention": {"absorb": "keys"}}
 
 
@@ -35,28 +33,28 @@ def count_of_differing(name, arguments, repetitions, **options):
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_a_thousand_backward_passes_give_the_same_bits(name, dtype):
     torch.manual_seed(0)
-    dropout = {"dropout_p": 0.1, "seed": torch.tensor([SEED], device="cuda")} if CASES[name].dropout else {}
+    dropout = {"dropout_p": 0.1, "seed": torch.tensor([SEED], device="cuda")} if SPECS[name].dropout else {}
     # Long enough for several programs to meet in whatever is summed over rows.
-    arguments = cast(name, CASES[name].arguments(517), dtype, ("temperature",)) | dropout
+    arguments = cast(name, small_inputs(name, 517), dtype, ("temperature",)) | dropout
     assert count_of_differing(name, arguments, 1000, **KERNEL.get(name, {})) == 0
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", SHAPES)
 def test_a_hundred_backward_passes_at_whole_shapes_give_the_same_bits(name):
     torch.manual_seed(0)
-    whole = WHOLE[name]
-    arguments = cast(whole.op, whole.arguments(), torch.bfloat16, whole.precise)
-    assert count_of_differing(whole.op, arguments, 100, **whole.kernel) == 0
+    op, shape = SHAPES[name]
+    arguments = cast(op, inputs_at(op, shape), torch.bfloat16, shape.float32)
+    assert count_of_differing(op, arguments, 100, **shape.kernel_options) == 0
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_forward_and_backward_are_those_of_a_cpu(name):
     """With dropout: another mask would be another result."""
     torch.manual_seed(0)
-    dropout = {"dropout_p": 0.3} if CASES[name].dropout else {}
-    arguments = CASES[name].arguments(65) | dropout | ({"seed": torch.tensor([SEED], device="cuda")} if dropout else {})
+    dropout = {"dropout_p": 0.3} if SPECS[name].dropout else {}
+    arguments = small_inputs(name, 65) | dropout | ({"seed": torch.tensor([SEED], device="cuda")} if dropout else {})
     on_cpu = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
-    ours = run(name, cast(name, arguments, torch.float32), backend="triton", **KERNEL.get(name, {}))
+    ours = evaluate(name, cast(name, arguments, torch.float32), backend="triton", **KERNEL.get(name, {}))
     weight = torch.randn(ours["out"].shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda").cpu()
     leaves = cast(name, on_cpu, torch.float64)
     out = getattr(ops, name)(**leaves, backend="eager")

@@ -1,4 +1,4 @@
-"""What holds for every op, over the table in op_cases.py.
+"""What holds for every op, over the table sclkern.tools.specs.SPECS.
 
 Where no kernel runs, the op itself is taken all the same: its CPU kernel is an eager computation, but everything
 around it (registration, fake, autograd, checks) is what a GPU meets.
@@ -10,24 +10,19 @@ import sys
 
 import pytest
 import torch
-from op_cases import CASES
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from op_testing import DEVICE, run_in_interpreter
+from op_testing import DEVICE, DIFFERENTIABLE, run_in_interpreter, small_inputs
 from sclkern import ops
 from sclkern.ops.dispatch import Choice, asked, interpreted
 from sclkern.ops.dispatch import choose as usual_choice
+from sclkern.tools.specs import SPECS
 
 LENGTH = 6
 HALF = torch.float16 if interpreted() else torch.bfloat16
-DIFFERENTIABLE = [
-    name
-    for name, case in CASES.items()
-    if any(isinstance(t, torch.Tensor) and t.is_floating_point() for t in case.arguments(LENGTH).values())
-]
-every_op = pytest.mark.parametrize("name", CASES)
+every_op = pytest.mark.parametrize("name", SPECS)
 every_differentiable_op = pytest.mark.parametrize("name", DIFFERENTIABLE)
 # They compute each op many times, and what they show does not depend on who computes it.
 not_interpreted = pytest.mark.skipif(interpreted(), reason="takes minutes in the interpreter")
@@ -49,10 +44,10 @@ def the_op(monkeypatch):
 def build(name, length=LENGTH, **changes):
     """Arguments of the op; floating tensors are leaves."""
     torch.manual_seed(length)
-    arguments = CASES[name].arguments(length)
+    arguments = small_inputs(name, length)
     for key, value in arguments.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
-            value.requires_grad_(key not in CASES[name].frozen)
+            value.requires_grad_(key not in SPECS[name].frozen)
     return arguments | changes
 
 
@@ -79,7 +74,7 @@ def assert_same(ours, theirs, **tolerance):
 
 def test_every_public_function_is_in_the_table():
     public = {name for name in ops.__all__ if callable(getattr(ops, name))} - {"explain"}
-    assert public == set(ops.OPS) == set(CASES)
+    assert public == set(ops.OPS) == set(SPECS)
     for name, value in vars(ops).items():
         assert name.startswith("_") or not inspect.isfunction(value) or name in {*public, "explain", "choose"}, name
 
@@ -170,11 +165,11 @@ def test_registration(name):
 
 @every_differentiable_op
 def test_autocast_with_float32_parameters(name):
-    truth_arguments, case = build(name), CASES[name]
+    truth_arguments = build(name)
     truth = getattr(ops, name)(**truth_arguments)
     arguments = {
         key: value.detach().to(HALF).requires_grad_(value.requires_grad)
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and key not in case.parameters
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and key not in SPECS[name].float32
         else value
         for key, value in truth_arguments.items()
     }
@@ -192,7 +187,7 @@ def test_autocast_with_float32_parameters(name):
 @every_differentiable_op
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_repeats_the_same_dropout(name, reentrant):
-    arguments = build(name, **({"dropout_p": 0.4, "seed": None} if CASES[name].dropout else {}))
+    arguments = build(name, **({"dropout_p": 0.4, "seed": None} if SPECS[name].dropout else {}))
 
     def call(*values):
         # Times 1: the recomputation starts inside, as behind the layers of a model.

@@ -24,6 +24,9 @@ def captions(batch: int, longest: int | None = None) -> list[int]:
     Args:
         batch: number of captions.
         longest: tokens of the first caption and most of any other; default: the captions as they are.
+
+    Returns:
+        ``batch`` lengths.
     """
     lengths = [CAPTIONS[i % len(CAPTIONS)] for i in range(batch)]
     return lengths if longest is None else [longest, *(min(length, longest) for length in lengths[1:])]
@@ -48,6 +51,9 @@ def attention_cost(queries: int, keys: int, flops: float, element_size: int) -> 
         keys: key tokens of the whole batch.
         flops: FLOPs of the forward.
         element_size: bytes of an element.
+
+    Returns:
+        Bytes and FLOPs of the forward and of the backward.
     """
     tensors, lse = 2 * (queries + keys) * WIDTH * element_size, queries * HEADS * 4
     return Cost(tensors + lse, flops, 2 * tensors + 2 * lse, ATTENTION_BACKWARD * flops)
@@ -66,7 +72,10 @@ def attention_sizes(batch: int, dropout_p: float, *names: str) -> tuple[Size, ..
     Args:
         batch: number of sequences.
         dropout_p: dropout probability.
-        names: the sizes to return; all without names.
+        *names: the sizes to return; all without names.
+
+    Returns:
+        The sizes, most important first.
     """
     sides = {
         "325": (325, 325, "", 1),

@@ -46,8 +46,8 @@ def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None, configs: Conf
 
 def _shape(name: str, **values: int) -> AccuracyShape:
     """Positives at a cosine of about 0.9, as those of a trained model; logits up to 1 / temperature."""
-    values = {**values, "noise": 0.5, "temperature": 0.03}
-    return AccuracyShape(name, values, float32=("temperature",), magnitude=34.0)
+    trained = {"noise": 0.5, "temperature": 0.03}
+    return AccuracyShape(name, {**values, **trained}, float32=("temperature",), magnitude=34.0)
 
 
 SPEC = OpSpec(

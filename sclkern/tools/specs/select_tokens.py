@@ -11,7 +11,7 @@ from sclkern.tools.specs._workload import PATCHES
 
 def _inputs(v: Values, dtype: torch.dtype, device: str) -> Inputs:
     options = {"num_patches": PATCHES, "ratio": 0.5, "batch": v["B"]}
-    return options | {"seed": seed_tensor(device), "device": torch.device(device)}
+    return options | {"seed": seed_tensor(device), "device": device}
 
 
 def _small_inputs(length: int, device: str) -> Inputs:
