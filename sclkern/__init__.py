@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from sclkern.integrations.fuse import FuseReport as FuseReport
     from sclkern.integrations.fuse import fuse as fuse
     from sclkern.integrations.huggingface import register_attention as register_attention
+    from sclkern.model import SCLModel as SCLModel
     from sclkern.models import SCLConfig as SCLConfig
-    from sclkern.models import SCLModel as SCLModel
     from sclkern.objectives import ObjectiveConfig as ObjectiveConfig
     from sclkern.step import SCLLosses as SCLLosses
 
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 
 # Resolved on first use, so that `import sclkern` costs milliseconds and loads no torch.
 _EXPORTS = {
-    "SCLModel": "sclkern.models",
+    "SCLModel": "sclkern.model",
     "SCLConfig": "sclkern.models",
     "SCLLosses": "sclkern.step",
     "ObjectiveConfig": "sclkern.objectives",

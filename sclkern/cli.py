@@ -222,9 +222,9 @@ def _parity(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from sclkern.weights import from_reference
+    from sclkern.model import SCLModel
 
-    model = from_reference(options.source, strict=not options.allow_mismatch, image_size=options.image_size)
+    model = SCLModel.from_reference(options.source, strict=not options.allow_mismatch, image_size=options.image_size)
     model.save_pretrained(options.output)
     print(f"{options.output}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     return 0

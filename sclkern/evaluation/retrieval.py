@@ -17,7 +17,7 @@ from sclkern.data.arrow import PairTable
 from sclkern.data.loader import BadPictures
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import decode_image
-from sclkern.models import SCLModel, VisionFeatures
+from sclkern.models import SCLNetwork, VisionFeatures
 
 RECALL_AT = (1, 5, 10)
 
@@ -61,7 +61,7 @@ def chance_recalls(relevant: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate_retrieval(
-    model: SCLModel,
+    model: SCLNetwork,
     table: PairTable,
     tokenizer: CaptionTokenizer,
     transform,
@@ -105,7 +105,8 @@ def evaluate_retrieval(
     images = [model.encode_image(batch.to(device)) for batch in pixels.split(batch_size)]
     text, mask = torch.cat(texts), mask.to(device)
     image = VisionFeatures(torch.cat([x.tokens for x in images]), images[0].num_frames)
-    text_feature, image_feature = (torch.nn.functional.normalize(x.float(), dim=-1) for x in model.project(text, image))
+    projected = model.project(text[:, 0], image.cls)
+    text_feature, image_feature = (torch.nn.functional.normalize(x.float(), dim=-1) for x in projected)
     similarity = image_feature @ text_feature.T
     relevant = relevant.to(device)
 
@@ -128,7 +129,7 @@ def evaluate_retrieval(
 
 
 def _match(
-    model: SCLModel,
+    model: SCLNetwork,
     image: VisionFeatures,
     text: Tensor,
     mask: Tensor,
@@ -140,8 +141,8 @@ def _match(
     """Logit of "belongs together" over "does not" for pairs of rows: (pairs,) float32."""
     logits = []
     for i, t in zip(images.split(batch_size), texts.split(batch_size), strict=True):
-        fused = model.fuse(text[t], mask[t], image.with_tokens(image.tokens[i]))
-        logits.append(model.itm_head(model.pool(fused)).float())
+        fused = model.run_fusion(text[t], mask[t], image.with_tokens(image.tokens[i]))
+        logits.append(model.itm_head(model.pool(*fused.cls)).float())
     logit = torch.cat(logits)
     return logit[:, 1] - logit[:, 0]
 

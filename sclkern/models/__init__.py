@@ -1,7 +1,7 @@
-"""The model: encoders, fusion, heads."""
+"""The network: encoders, fusion encoder, heads."""
 
 from sclkern.models.config import SCLConfig
-from sclkern.models.scl import FusedFeatures, SCLModel
+from sclkern.models.network import FusedFeatures, SCLNetwork
 from sclkern.models.vision import VisionFeatures
 
-__all__ = ["FusedFeatures", "SCLConfig", "SCLModel", "VisionFeatures"]
+__all__ = ["FusedFeatures", "SCLConfig", "SCLNetwork", "VisionFeatures"]

@@ -20,7 +20,7 @@ from sclkern.step.masks import draw_masks
 from sclkern.step.run import SCLLosses, check_step, run_step
 
 if TYPE_CHECKING:
-    from sclkern.models.scl import SCLModel
+    from sclkern.model import SCLModel
 
 # Runs before a graph is recorded: kernels compile and libraries allocate in the first.
 WARMUP = 2

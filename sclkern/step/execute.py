@@ -15,14 +15,13 @@ from torch import Tensor
 
 from sclkern.models.fusion import Reads, Section
 from sclkern.models.layouts import Packed, Padded, Rows
+from sclkern.models.network import IMAGE_TYPE, TEXT_TYPE
 from sclkern.profiling import phase
 from sclkern.step.masks import StepMasks, negative_images, selected_positions
 from sclkern.step.plan import Plan, View
 
 if TYPE_CHECKING:
-    from sclkern.models.scl import SCLModel
-
-TEXT_TYPE, IMAGE_TYPE = 0, 1
+    from sclkern.model import SCLModel
 
 
 def pack(mask: Tensor, total: int) -> tuple[Tensor, Packed]:

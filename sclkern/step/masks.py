@@ -14,7 +14,7 @@ from sclkern.random import STREAM_ITM, below, random_words, smallest
 from sclkern.reference import MaskedText
 
 if TYPE_CHECKING:
-    from sclkern.models.scl import SCLModel
+    from sclkern.model import SCLModel
 
 
 @dataclass

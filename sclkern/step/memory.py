@@ -30,7 +30,7 @@ def kept_bytes(
         caption_tokens: of every caption. padded_tokens: what it is padded to.
         rows: of the batch, which the similarities of the losses grow with.
     """
-    from sclkern.models.scl import SCLModel
+    from sclkern.model import SCLModel
 
     kept: dict[int, tuple[int, Tensor]] = {}
     with FakeTensorMode(), torch.device("cuda"):

@@ -18,8 +18,8 @@ from sclkern.step.masks import StepMasks
 from sclkern.step.plan import make_plan
 
 if TYPE_CHECKING:
+    from sclkern.model import SCLModel
     from sclkern.models.config import SCLConfig
-    from sclkern.models.scl import SCLModel
     from sclkern.objectives.config import ObjectiveConfig
 
 
@@ -61,7 +61,7 @@ def run_step(model: SCLModel, batch: Mapping[str, Tensor], masks: StepMasks) -> 
     text = encoded.texts[plan.encoding_of("itc", "complete", "text")]
     image = encoded.images[plan.encoding_of("itc", "complete", "image")]
     frame_cls = image[:, :: image.shape[1] // encoded.num_frames]
-    contrast = model.text_projection(text[:, 0]), model.image_projection(frame_cls.mean(1))
+    contrast = model.project(text[:, 0], frame_cls)
     similarity = None
     if objectives.itm_negatives == "hard":
         unit = [torch.nn.functional.normalize(x.detach().float(), dim=-1) for x in contrast]
@@ -87,8 +87,7 @@ def run_step(model: SCLModel, batch: Mapping[str, Tensor], masks: StepMasks) -> 
 
 
 def _matching(model: SCLModel, fused: Fused, masks: StepMasks, out: SCLLosses) -> None:
-    pooled = model.text_pooler(fused.text["itm"]["cls"]), model.image_pooler(fused.image["itm"]["cls"])
-    logits = model.itm_head(torch.cat(pooled, dim=-1))
+    logits = model.itm_head(model.pool(fused.text["itm"]["cls"][:, 0], fused.image["itm"]["cls"]))
     out.itm = L.image_text_matching(logits, masks.itm_labels)
     out.metrics["itm_accuracy"] = (logits.detach().argmax(-1) == masks.itm_labels).float().mean()
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from sclkern.errors import UserError
-from sclkern.models import SCLModel
-from sclkern.models.scl import FusedFeatures
+from sclkern.model import SCLModel
+from sclkern.models import FusedFeatures
 from sclkern.objectives import ObjectiveConfig
 from sclkern.objectives import losses as L
 from sclkern.reference import MaskedText
 from sclkern.step import StepMasks, run_step
-from sclkern.weights import from_reference, split_to_reference
+from sclkern.weights import split_to_reference
 from sclkern.weights.files import read_json, read_tensors
 
 VALUE_TOLERANCE = 1e-4  # times max(1, largest recorded magnitude)
@@ -106,7 +106,7 @@ def compute(weights: Mapping[str, Tensor], given: Mapping[str, Tensor], device: 
     Raises:
         KeyError: an input that the case needs is not given.
     """
-    model = from_reference(weights, max_text_len=given["text_ids"].shape[1]).eval().to(device)
+    model = SCLModel.from_reference(weights, max_text_len=given["text_ids"].shape[1]).eval().to(device)
     given = {name: tensor.to(device) for name, tensor in given.items()}
     if "patch_token_mask" in given:
         given["patch_token_mask"] = given["patch_token_mask"].bool()
@@ -133,14 +133,14 @@ def _views(
     mask = given["text_mask"].bool()
     whole_text, whole_image = model.encode_text(given["text_ids"], mask), model.encode_image(image)
     views = {
-        "complete": model.fuse(whole_text, mask, whole_image),
-        "masked_image": model.fuse(whole_text, mask, model.encode_image(image, keep=given["keep_ids"])),
-        "masked_text": model.fuse(model.encode_text(given["text_ids_scl"], mask), mask, whole_image),
+        "complete": model.run_fusion(whole_text, mask, whole_image),
+        "masked_image": model.run_fusion(whole_text, mask, model.encode_image(image, keep=given["keep_ids"])),
+        "masked_text": model.run_fusion(model.encode_text(given["text_ids_scl"], mask), mask, whole_image),
     }
     if "patch_token_mask" in given:
         replaced = model.encode_image(image, replace=given["patch_token_mask"])
-        views["token_masked"] = model.fuse(whole_text, mask, replaced)
-    text_proj, image_proj = model.project(whole_text, whole_image)
+        views["token_masked"] = model.run_fusion(whole_text, mask, replaced)
+    text_proj, image_proj = model.project(whole_text[:, 0], whole_image.cls)
     unimodal = {
         "vision.tokens": model.vision(image).tokens,
         "unimodal.text_cls": whole_text[:, 0],
@@ -160,7 +160,7 @@ def _named_outputs(
         out[f"out.{name}.text_cls"] = view.text_cls
         out[f"out.{name}.image_feats"] = view.image.tokens
         out[f"out.{name}.image_cls"] = view.image.cls
-        out[f"out.{name}.cls_feats"] = model.pool(view)
+        out[f"out.{name}.cls_feats"] = model.pool(*view.cls)
     return out
 
 
@@ -193,10 +193,10 @@ def _image_case(model: SCLModel, given: Mapping[str, Tensor]) -> dict[str, Tenso
     own = given["itm_labels"].bool()
     text = model.encode_text(given["text_ids"], mask)
     matching = model.encode_image(torch.where(own[:, None, None, None], image, given["false_image"]))
-    out["out.itm_logits"] = model.itm_head(model.pool(model.fuse(text, mask, matching)))
-    mlm = model.fuse(model.encode_text(given["text_ids_mlm"], mask), mask, model.encode_image(image))
+    out["out.itm_logits"] = model.itm_head(model.pool(*model.run_fusion(text, mask, matching).cls))
+    mlm = model.run_fusion(model.encode_text(given["text_ids_mlm"], mask), mask, model.encode_image(image))
     out["out.mlm_logits_at_labels"] = model.mlm_head(mlm.text[given["text_labels_mlm"].ne(-100)])
-    pooled = model.pool(views["complete"])
+    pooled = model.pool(*views["complete"].cls)
     weight = model.objectives.itc_weight
     out |= {
         "loss.itm_loss": losses.itm,
@@ -217,8 +217,8 @@ def _image_case(model: SCLModel, given: Mapping[str, Tensor]) -> dict[str, Tenso
         if "vqa_targets" in given:
             out["loss.vqa_loss"] = L.visual_question_answering(out["out.vqa_logits"], given["vqa_targets"])
     if "nlvr2" in model.config.heads:
-        second = model.fuse(text, mask, model.encode_image(given["false_image"]), image_type=2)
-        logits = model.nlvr2_head(torch.cat([pooled, model.pool(second)], dim=-1))
+        second = model.run_fusion(text, mask, model.encode_image(given["false_image"]), image_type=2)
+        logits = model.nlvr2_head(torch.cat([pooled, model.pool(*second.cls)], dim=-1))
         out["out.nlvr2_logits"] = logits
         out["loss.nlvr2_loss"] = L.visual_reasoning(logits, torch.arange(len(logits), device=logits.device) % 2)
     return out
@@ -228,7 +228,7 @@ def _video_case(model: SCLModel, given: Mapping[str, Tensor]) -> dict[str, Tenso
     views, unimodal = _views(model, given, given["video"])
     out = _named_outputs(model, views, unimodal)
     mask = given["text_mask"].bool()
-    mlm = model.fuse(model.encode_text(given["text_ids_mlm"], mask), mask, model.encode_image(given["video"]))
+    mlm = model.run_fusion(model.encode_text(given["text_ids_mlm"], mask), mask, model.encode_image(given["video"]))
     masked_image, masked_text = views["masked_image"], views["masked_text"]
     options = {"temperature": model.objectives.temperature, "directions": "both"}
     vision = [masked_image.image.cls, masked_text.image.cls]

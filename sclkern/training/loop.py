@@ -24,7 +24,7 @@ from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import build_transform
 from sclkern.errors import UserError
 from sclkern.evaluation.retrieval import RetrievalResult, evaluate_retrieval
-from sclkern.models import SCLModel
+from sclkern.model import SCLModel
 from sclkern.profiling import phase
 from sclkern.random import mix_seed
 from sclkern.step import CapturedStep, SCLLosses, check_capture, check_objectives
@@ -34,7 +34,6 @@ from sclkern.training.logs import RunLog
 from sclkern.training.optim import build_optimizer, schedule_factor, set_learning_rate
 from sclkern.training.setup import check_tokenizer, initial_model, resolve_device
 from sclkern.training.throughput import Throughput
-from sclkern.weights import save_pretrained
 
 log = logging.getLogger("sclkern.training")
 
@@ -310,7 +309,7 @@ class Pretraining:
     def export(self) -> Path:
         """Write the model and its tokenizer to ``model/`` for ``SCLModel.from_pretrained``."""
         path = self.directory / "model"
-        save_pretrained(self.model, path)
+        self.model.save_pretrained(path)
         try:
             self.tokenizer.save_pretrained(path)
         except Exception as error:  # the tokenizers library raises a bare Exception for a full disk

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sclkern.models import SCLModel
+from sclkern.models import SCLNetwork
 from sclkern.training.config import OptimizerConfig
 from sclkern.weights.names import reference_names
 
@@ -15,7 +15,7 @@ _HEADS = ("vqa_classifier", "nlvr2_classifier", "mlm_score", "itm_score")
 _REFERENCE_NO_DECAY = ("bias", "LayerNorm.weight", "norm.weight")
 
 
-def parameter_groups(model: SCLModel, config: OptimizerConfig) -> list[dict]:
+def parameter_groups(model: SCLNetwork, config: OptimizerConfig) -> list[dict]:
     """At most six groups: body, heads and fusion, each with and without weight decay.
 
     Each is a dict for ``torch.optim`` with ``base_lr``, the peak rate of the group, and ``name``.
@@ -51,7 +51,7 @@ def parameter_groups(model: SCLModel, config: OptimizerConfig) -> list[dict]:
     ]
 
 
-def build_optimizer(model: SCLModel, config: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(model: SCLNetwork, config: OptimizerConfig) -> torch.optim.AdamW:
     """Fused AdamW where the parameters' device has it, which the CPU does too."""
     return torch.optim.AdamW(parameter_groups(model, config), betas=config.betas, eps=config.eps, fused=True)
 

@@ -6,9 +6,8 @@ import torch
 
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.errors import UserError
-from sclkern.models import SCLModel
+from sclkern.model import SCLModel
 from sclkern.training.config import PretrainConfig
-from sclkern.weights import from_pretrained, from_reference
 
 
 def resolve_device(name: str) -> torch.device:
@@ -48,6 +47,6 @@ def initial_model(config: PretrainConfig) -> SCLModel:
         return SCLModel(config.model, config.objectives)
     common = {"config": config.model, "strict": weights.strict, "objectives": config.objectives}
     if weights.reference is not None:
-        return from_reference(weights.reference, **common)
+        return SCLModel.from_reference(weights.reference, **common)
     source = weights.pretrained if weights.pretrained is not None else (weights.text, weights.vision)
-    return from_pretrained(source, **common)
+    return SCLModel.from_pretrained(source, **common)

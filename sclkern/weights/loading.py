@@ -1,4 +1,4 @@
-"""Filling a model with tensors under our names, and the report of what was done."""
+"""Filling a network with tensors under our names, and the report of what was done."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import logging
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from sclkern.errors import UserError
-from sclkern.models import SCLConfig, SCLModel
+from sclkern.models import SCLConfig, SCLNetwork
+
+NetworkT = TypeVar("NetworkT", bound=SCLNetwork)
 
 logger = logging.getLogger("sclkern.weights")
 
@@ -92,7 +94,7 @@ def changed(config: SCLConfig, changes: Mapping[str, Any]) -> SCLConfig:
 
 
 def fill(
-    model: SCLModel,
+    model: NetworkT,
     found: Mapping[str, Tensor],
     *,
     names: Mapping[str, tuple[str, ...]],
@@ -100,7 +102,7 @@ def fill(
     report: LoadReport,
     where: str,
     strict: bool,
-) -> SCLModel:
+) -> NetworkT:
     """Load tensors into ``model`` after fitting its tables to its config; keeps the report as ``model.load_report``.
 
     Args:

@@ -135,7 +135,7 @@ def clip_names(kind: str, layers: int, theirs: str) -> dict[str, tuple[str, ...]
 
 
 def reference_names(config: SCLConfig) -> dict[str, tuple[str, ...]]:
-    """Every parameter of ``SCLModel(config)`` -> its names in a published checkpoint."""
+    """Every parameter of ``SCLNetwork(config)`` -> its names in a published checkpoint."""
     names = roberta_names(config.text_layers, "text_transformer.")
     names |= clip_names("openai", config.vision_layers, "vision_transformer.visual.")
     if config.max_frames:
@@ -164,7 +164,7 @@ def reference_names(config: SCLConfig) -> dict[str, tuple[str, ...]]:
 def split_to_reference(config: SCLConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under our names (weights or gradients) to the published names and shapes, as views.
 
-    Stacked projections are taken apart. Names of ``tensors`` that ``SCLModel(config)`` has not are left out.
+    Stacked projections are taken apart. Names of ``tensors`` that ``SCLNetwork(config)`` has not are left out.
     """
     out: dict[str, Tensor] = {}
     for ours, theirs in reference_names(config).items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,16 @@ from safetensors.torch import save_file
 
 from sclkern.errors import UserError
 from sclkern.io import write_atomically
-from sclkern.models import SCLConfig, SCLModel
-from sclkern.objectives import ObjectiveConfig
+from sclkern.models import SCLConfig, SCLNetwork
 from sclkern.weights.encoders import Encoder, local_path, read_text_encoder, read_vision_encoder
 from sclkern.weights.files import read_json, read_tensors
-from sclkern.weights.loading import LoadReport, changed, fill, part_changes, part_of
+from sclkern.weights.loading import LoadReport, NetworkT, changed, fill, part_changes, part_of
 from sclkern.weights.names import gather
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def save_pretrained(model: SCLModel, path: str | Path) -> None:
+def save_pretrained(model: SCLNetwork, path: str | Path) -> None:
     """Write ``config.json`` and ``model.safetensors`` into the directory ``path``, each whole or not at all.
 
     Raises:
@@ -33,13 +32,13 @@ def save_pretrained(model: SCLModel, path: str | Path) -> None:
 
 
 def from_pretrained(
+    build: Callable[[SCLConfig], NetworkT],
     source: str | Path | tuple[str | Path, str | Path],
     *,
     strict: bool = True,
     config: SCLConfig | None = None,
-    objectives: ObjectiveConfig | None = None,
     **changes: Any,
-) -> SCLModel:
+) -> NetworkT:
     """A model in float32 on the CPU, in training mode, with a ``LoadReport`` as ``model.load_report``.
 
     From a directory of ``save_pretrained``: that model. ``config`` or ``changes`` (fields of ``SCLConfig``; None means
@@ -55,24 +54,24 @@ def from_pretrained(
         strict: whether a missing or unexpected tensor is an error; else it is in the report.
 
     Raises:
-        UserError: a source cannot be read or downloaded, has an architecture that ``SCLModel`` cannot run or that is
+        UserError: a source cannot be read or downloaded, has an architecture that ``SCLNetwork`` cannot run or that is
             not the config's, or, with ``strict``, lacks tensors or has unknown ones.
     """
     if isinstance(source, tuple | list):
         if len(source) != 2:
             raise UserError(f"source: got {len(source)} sources, expected a directory or a pair (text, vision)")
         text, vision = read_text_encoder(source[0]), read_vision_encoder(source[1])
-        return _from_encoders(text, vision, strict, config, objectives, changes)
-    return _from_directory(local_path(source), strict, config, objectives, changes)
+        return _from_encoders(build, text, vision, strict, config, changes)
+    return _from_directory(build, local_path(source), strict, config, changes)
 
 
 def _from_directory(
+    build: Callable[[SCLConfig], NetworkT],
     path: Path,
     strict: bool,
     config: SCLConfig | None,
-    objectives: ObjectiveConfig | None,
     changes: Mapping[str, Any],
-) -> SCLModel:
+) -> NetworkT:
     if path.is_file():
         raise UserError(
             f"{path}: is a file, expected a directory of save_pretrained (from_reference takes a published checkpoint)"
@@ -80,7 +79,7 @@ def _from_directory(
     stored = _stored_config(path / CONFIG)
     target = changed(config or stored, changes)
     tensors = read_tensors(path)
-    model = SCLModel(target, objectives)
+    model = build(target)
     fresh_parts, dropped_parts = part_changes(stored, target)
     parameters = model.state_dict().keys()
     surplus = sorted(tensors.keys() - parameters)
@@ -114,13 +113,13 @@ def _stored_config(file: Path) -> SCLConfig:
 
 
 def _from_encoders(
+    build: Callable[[SCLConfig], NetworkT],
     text: Encoder,
     vision: Encoder,
     strict: bool,
     config: SCLConfig | None,
-    objectives: ObjectiveConfig | None,
     changes: Mapping[str, Any],
-) -> SCLModel:
+) -> NetworkT:
     for key in ("width", "mlp_ratio"):
         if text.sizes[key] != vision.sizes[key]:
             raise UserError(
@@ -145,7 +144,7 @@ def _from_encoders(
                 f"the blocks of {encoder.where}"
             )
 
-    model = SCLModel(config, objectives)
+    model = build(config)
     parameters = model.state_dict().keys()
     found, names, unexpected, ignored, dropped = {}, {}, [], [], []
     for encoder, stream, keep in (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from sclkern.errors import UserError
-from sclkern.models import SCLConfig, SCLModel
-from sclkern.objectives import ObjectiveConfig
+from sclkern.models import SCLConfig, SCLNetwork
 from sclkern.weights.files import read_tensors
-from sclkern.weights.loading import LoadReport, changed, fill, part_changes, part_of
+from sclkern.weights.loading import LoadReport, NetworkT, changed, fill, part_changes, part_of
 from sclkern.weights.names import (
     DEAD,
     gather,
@@ -25,13 +24,13 @@ from sclkern.weights.names import (
 
 
 def from_reference(
+    build: Callable[[SCLConfig], NetworkT],
     source: str | Path | Mapping[str, Tensor],
     *,
     strict: bool = True,
     config: SCLConfig | None = None,
-    objectives: ObjectiveConfig | None = None,
     **changes: Any,
-) -> SCLModel:
+) -> NetworkT:
     """A model with the weights of a published SCL or METER checkpoint, in float32 on the CPU, in training mode.
 
     Sizes come from the tensors unless ``config`` gives them. ``changes`` are fields of ``SCLConfig``; None means as it
@@ -63,7 +62,7 @@ def from_reference(
     theirs = base.replace(**optional_parts(tensors))
     found, names, unused = gather(reference_names(theirs) | reference_names(target), tensors, where)
 
-    model = SCLModel(target, objectives)
+    model = build(target)
     fresh_parts, dropped_parts = part_changes(theirs, target)
     parameters = model.state_dict().keys()
     surplus = {name: part_of(name) in dropped_parts for name in found if name not in parameters}
@@ -84,13 +83,7 @@ def from_reference(
     )
 
 
-def load_reference(source: str | Path | Mapping[str, Tensor], **options: Any) -> tuple[SCLModel, LoadReport]:
-    """``from_reference`` with its report."""
-    model = from_reference(source, **options)
-    return model, model.load_report
-
-
-def to_reference(model: SCLModel) -> dict[str, Tensor]:
+def to_reference(model: SCLNetwork) -> dict[str, Tensor]:
     """The weights under the published names and shapes, copied: ``from_reference`` gives the same model again.
 
     Raises:

@@ -55,9 +55,9 @@ def restated(model, batch, masks):
     rows = len(ids)
 
     def fused(text_ids=ids, pixels=image, **masking):
-        return model.fuse(model.encode_text(text_ids, mask), mask, model.encode_image(pixels, **masking))
+        return model.run_fusion(model.encode_text(text_ids, mask), mask, model.encode_image(pixels, **masking))
 
-    text, picture = model.project(model.encode_text(ids, mask), model.encode_image(image))
+    text, picture = model.project(model.encode_text(ids, mask)[:, 0], model.encode_image(image).cls)
     itc = contrast(picture, text, model.temperature)
 
     pixels = image.clone()
@@ -65,7 +65,7 @@ def restated(model, batch, masks):
         if not masks.itm_labels[i]:
             other = (i + 1 + (int(masks.itm_keys[i]) * (rows - 1) >> 32)) % rows
             pixels[i] = batch["false_image"][i] if needs_false_image(options) else image[other]
-    itm = F.cross_entropy(model.itm_head(model.pool(fused(pixels=pixels))), masks.itm_labels)
+    itm = F.cross_entropy(model.itm_head(model.pool(*fused(pixels=pixels).cls)), masks.itm_labels)
 
     predicted = model.mlm_head(fused(masks.mlm.ids).text)
     mlm = F.cross_entropy(predicted[masks.mlm.selected], ids[masks.mlm.selected])

@@ -11,8 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sclkern.models import SCLModel
-from sclkern.weights import from_pretrained
+from sclkern.model import SCLModel
 
 LAYERS, SIZE = 3, 32
 
@@ -57,7 +56,7 @@ def test_roberta(tmp_path: Path, sources: Path, cls: type, binary: bool, roberta
     if binary:
         torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
         (tmp_path / "model.safetensors").unlink()
-    model = from_pretrained((tmp_path, sources / "vision")).eval()
+    model = SCLModel.from_pretrained((tmp_path, sources / "vision")).eval()
     ids = torch.randint(3, 98, (4, 12))
     lengths = torch.tensor([12, 3, 7, 1])
     mask = torch.arange(12) < lengths[:, None]
@@ -88,7 +87,7 @@ def check_vision(model: SCLModel, theirs: nn.Module, blocks: int) -> None:
 def test_hugging_face_clip(tmp_path: Path, sources: Path, cls: str, activation: str, blocks: int | None, clip) -> None:
     theirs = clip(getattr(transformers, cls), hidden_act=activation)
     theirs.save_pretrained(tmp_path)
-    model = from_pretrained((sources / "text", tmp_path), vision_layers=blocks)
+    model = SCLModel.from_pretrained((sources / "text", tmp_path), vision_layers=blocks)
     assert model.config.vision_activation == activation and model.config.image_size == SIZE
     check_vision(model, theirs, blocks or LAYERS - 1)
     report = model.load_report
@@ -104,7 +103,7 @@ def test_older_hugging_face_names(tmp_path: Path, sources: Path, clip) -> None:
     older = {"vision_model." + key: tensor for key, tensor in vision_state(theirs).items()}
     older["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
     save_file(older, tmp_path / "model.safetensors")
-    check_vision(from_pretrained((sources / "text", tmp_path)), theirs, LAYERS - 1)
+    check_vision(SCLModel.from_pretrained((sources / "text", tmp_path)), theirs, LAYERS - 1)
 
 
 @pytest.mark.parametrize("scripted", [True, False])
@@ -115,7 +114,7 @@ def test_openai_clip(tmp_path: Path, sources: Path, scripted: bool, clip, save_t
             parameter.copy_(parameter.half())
     tensors = openai_tensors({key: tensor.half() for key, tensor in vision_state(theirs).items()})
     (save_torchscript if scripted else torch.save)(tensors, tmp_path / "ViT.pt")
-    model = from_pretrained((sources / "text", tmp_path / "ViT.pt"))
+    model = SCLModel.from_pretrained((sources / "text", tmp_path / "ViT.pt"))
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     check_vision(model, theirs, LAYERS - 1)
     assert {"visual.proj", "logit_scale", "ln_final.weight", "input_resolution"} <= set(model.load_report.ignored)
@@ -132,11 +131,11 @@ def test_timm(
     where = tmp_path / "timm" if source == "directory" else "timm:some_vit"
     images = torch.randn(2, 3, SIZE, SIZE)
     with torch.no_grad():
-        model = from_pretrained((sources / "text", where), vision_layers=LAYERS)
+        model = SCLModel.from_pretrained((sources / "text", where), vision_layers=LAYERS)
         expected = theirs.forward_features(images)
         torch.testing.assert_close(model.vision(images).tokens, expected, atol=1e-5, rtol=1e-5)
         assert set(model.load_report.ignored) >= {"head.weight", "head.bias"}
-        model = from_pretrained((sources / "text", where))
+        model = SCLModel.from_pretrained((sources / "text", where))
         del theirs.blocks[-1]
         expected = theirs.forward_features(images)
         torch.testing.assert_close(model.vision(images).tokens, expected, atol=1e-5, rtol=1e-5)

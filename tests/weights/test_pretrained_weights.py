@@ -13,11 +13,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from sclkern.errors import UserError
-from sclkern.models import SCLConfig, SCLModel
-from sclkern.weights import from_pretrained, save_pretrained
+from sclkern.model import SCLModel
+from sclkern.models import SCLConfig
+from sclkern.weights import save_pretrained
 from sclkern.weights.loading import resize_positions
 
 LAYERS = 3
+from_pretrained = SCLModel.from_pretrained
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def test_a_pair_gives_a_model_that_trains(sources: Path) -> None:
     with torch.no_grad():
         text = model.encode_text(torch.tensor([[0, 5, 2]]), torch.ones(1, 3, dtype=torch.bool))
         image = model.encode_image(torch.randn(1, 4, 3, 64, 64))
-        assert model.pool(model.fuse(text, torch.ones(1, 3), image)).isfinite().all()
+        assert model.pool(*model.run_fusion(text, torch.ones(1, 3), image).cls).isfinite().all()
 
 
 def test_a_pair_with_a_config(sources: Path) -> None:

@@ -15,19 +15,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sclkern.errors import UserError
-from sclkern.models import SCLConfig, SCLModel
-from sclkern.weights import from_reference, load_reference, split_to_reference, to_reference
+from sclkern.model import SCLModel
+from sclkern.models import SCLConfig
+from sclkern.weights import LoadReport, split_to_reference, to_reference
 from sclkern.weights.loading import part_of, resize_positions
 from sclkern.weights.names import HEAD_MODULES, reference_names
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VISUAL = "vision_transformer.visual."
+from_reference = SCLModel.from_reference
 METER_LACKS = ("cl_temp", "vision_proj.", "language_proj.", VISUAL + "visual_mask_token", VISUAL + "temporal_embed")
 
 
 def golden(case: str, group: str = "w.") -> dict[str, Tensor]:
     tensors = load_file(GOLDEN / f"{case}.safetensors")
     return {key[len(group) :]: tensor for key, tensor in tensors.items() if key.startswith(group)}
+
+
+def load_reference(weights: Mapping[str, Tensor], **options) -> tuple[SCLModel, LoadReport]:
+    model = from_reference(weights, **options)
+    return model, model.load_report
 
 
 @pytest.fixture(params=["image", "video"])

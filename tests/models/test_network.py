@@ -12,7 +12,7 @@ PICTURES = [pytest.param(None, id="images"), pytest.param(3, id="clips")]
 
 def fused(model, batch, **options):
     text = model.encode_text(batch["text_ids"], batch["text_mask"])
-    return model.fuse(text, batch["text_mask"], model.encode_image(batch["image"]), **options)
+    return model.run_fusion(text, batch["text_mask"], model.encode_image(batch["image"]), **options)
 
 
 def build(make_model, make_batch, frames=None, **options):
@@ -38,7 +38,8 @@ def test_training_mode_drops_in_the_text_encoder_and_both_fusion_streams(make_mo
     def once():
         if stream == "encode_text":
             return model.encode_text(batch["text_ids"], mask)
-        return model.fuse(text, mask, image).text if stream == "text" else model.fuse(text, mask, image).image.tokens
+        out = model.run_fusion(text, mask, image)
+        return out.text if stream == "text" else out.image.tokens
 
     assert not torch.equal(once(), once())
 
@@ -63,7 +64,7 @@ def test_dropout_stands_where_the_published_model_has_it(make_model, make_batch,
     shapes.clear()
     image = model.encode_image(batch["image"])
     assert shapes == []
-    model.fuse(text, mask, image)
+    model.run_fusion(text, mask, image)
     picture = (4, 17, 64)
     text_layer = [maps, states, (4, 1, 12, 17), states, states]
     image_layer = [(4, 1, 17, 17), picture, (4, 1, 17, 12), picture, picture]
@@ -93,7 +94,7 @@ def test_fusion_probabilities_have_their_shapes_sum_to_one_and_skip_padding(make
 def test_gradients_reach_the_probabilities(make_model, make_batch, frames):
     model, batch = build(make_model, make_batch, frames)
     out = fused(model, batch, return_attention=True)
-    score = model.itm_head(model.pool(out))[:, 1].sum()
+    score = model.itm_head(model.pool(*out.cls))[:, 1].sum()
     for index, maps in enumerate(out.attentions):
         for name, probabilities in maps._asdict().items():
             (gradient,) = torch.autograd.grad(score, probabilities, retain_graph=True)
@@ -188,7 +189,7 @@ def test_pooling_is_text_first_then_the_mean_of_the_frames(make_model, make_batc
     out = fused(model, batch)
     text, image = model.text_pooler.dense, model.image_pooler.dense
     expected = torch.cat([text(out.text[:, 0]).tanh(), image(out.image.cls.sum(1) / 3).tanh()], dim=-1)
-    torch.testing.assert_close(model.pool(out), expected)
+    torch.testing.assert_close(model.pool(*out.cls), expected)
 
 
 def test_the_image_type_chooses_the_row_of_the_modality_table(make_model, make_batch):

@@ -1,10 +1,8 @@
-"""SCLModel: the encoders, the fusion and the heads, with the training step behind ``forward``."""
+"""SCLNetwork: the encoders, the fusion encoder and the heads."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +15,8 @@ from sclkern.models.layouts import MODEL_BACKENDS, Padded
 from sclkern.models.text import TextEncoder
 from sclkern.models.vision import VisionEncoder, VisionFeatures
 from sclkern.nn import DropoutAddLayerNorm, LinearGELU
-from sclkern.objectives import ObjectiveConfig
-from sclkern.profiling import phase
-from sclkern.step.config import StepConfig
 
+# Rows of the modality table.
 TEXT_TYPE, IMAGE_TYPE = 0, 1
 
 
@@ -38,23 +34,27 @@ class FusedFeatures(NamedTuple):
 
     @property
     def text_cls(self) -> Tensor:
+        """(B, D)."""
         return self.text[:, 0]
 
+    @property
+    def cls(self) -> tuple[Tensor, Tensor]:
+        """What ``SCLNetwork.pool`` takes: text (B, D) and image (B, F, D)."""
+        return self.text_cls, self.image.cls
 
-class SCLModel(nn.Module):
-    """Vision-language model of SCL (arXiv 2211.13437; architecture as in the released scl_module.py).
 
-    >>> model = SCLModel(SCLConfig.preset("tiny"))
-    >>> losses = model({"image": images, "text_ids": ids, "text_mask": mask}, seed=0)
-    >>> losses.total.backward()
+class SCLNetwork(nn.Module):
+    """Encoders, fusion encoder and heads of SCL (arXiv 2211.13437; architecture as in the released scl_module.py).
+
+    It computes features and knows nothing of objectives, steps and files; ``sclkern.SCLModel`` adds those.
+
+    Args:
+        config: the sizes, and which heads exist.
     """
 
-    def __init__(
-        self, config: SCLConfig, objectives: ObjectiveConfig | None = None, step: StepConfig | None = None
-    ) -> None:
+    def __init__(self, config: SCLConfig) -> None:
         super().__init__()
         self.config = config
-        self.objectives = objectives or ObjectiveConfig()
         self.backend = "auto"
         width = config.width
         self.text = TextEncoder(config)
@@ -79,22 +79,7 @@ class SCLModel(nn.Module):
             self.nlvr2_head = MLP(4 * width, 2 * width, 2)
         if "rank" in config.heads:
             self.rank_head = nn.Linear(2 * width, 1)
-        self.step = step or StepConfig()
         self._initialise()
-
-    @property
-    def step(self) -> StepConfig:
-        """How a step is executed."""
-        return self._step
-
-    @step.setter
-    def step(self, step: StepConfig) -> None:
-        self._step = step
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.absorb = step.absorb
-            elif isinstance(module, (TextEncoder, VisionEncoder, FusionEncoder)):
-                module.checkpoint_blocks = step.checkpoint_blocks
 
     def _initialise(self) -> None:
         """BERT's normal distribution everywhere, Xavier in the vision encoder (reference: both ``init_weights``)."""
@@ -110,29 +95,7 @@ class SCLModel(nn.Module):
                 if module.padding_idx is not None:
                     nn.init.zeros_(module.weight[module.padding_idx])
 
-    # -- weights -----------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path | tuple[str, str], **options) -> SCLModel:
-        """Load a directory of ``save_pretrained``, or a (text, vision) pair; see `sclkern.weights.from_pretrained`."""
-        from sclkern.weights import from_pretrained
-
-        return from_pretrained(path, **options)
-
-    @classmethod
-    def from_reference(cls, source: str | Path | Mapping[str, Tensor], *, strict: bool = True, **options) -> SCLModel:
-        """Load weights under the names of SCL's or METER's code; see ``sclkern.weights.from_reference``."""
-        from sclkern.weights import from_reference
-
-        return from_reference(source, strict=strict, **options)
-
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors`` into the directory ``path``, each whole or not at all."""
-        from sclkern.weights import save_pretrained
-
-        save_pretrained(self, path)
-
-    def set_backend(self, backend: str) -> SCLModel:
+    def set_backend(self, backend: str) -> Self:
         """Choose what every op of the model runs on.
 
         Args:
@@ -184,7 +147,7 @@ class SCLModel(nn.Module):
         features = self.vision(images, keep=keep, replace=replace, probabilities=attentions)
         return features.with_tokens(self.image_transform(features.tokens))
 
-    def fuse(
+    def run_fusion(
         self,
         text: Tensor,
         text_mask: Tensor,
@@ -210,40 +173,26 @@ class SCLModel(nn.Module):
         )
         return FusedFeatures(fused_text, image.with_tokens(fused_image), attentions)
 
-    def pool(self, fused: FusedFeatures) -> Tensor:
-        """(B, 2 D): pooled text CLS, then pooled image CLS (the mean over frames)."""
-        return torch.cat([self.text_pooler(fused.text[:, :1]), self.image_pooler(fused.image.cls)], dim=-1)
-
-    def project(self, text: Tensor, image: VisionFeatures) -> tuple[Tensor, Tensor]:
-        """Projected unimodal CLS features (text, image), each (B, projection_dim), not normalised."""
-        return self.text_projection(text[:, 0]), self.image_projection(image.cls.mean(1))
-
-    def contrast_temperature(self) -> Tensor:
-        """Temperature of the image-text contrast, clamped unless the objectives say "reference"."""
-        if self.objectives.itc_temperature == "reference":
-            return self.temperature
-        low, high = self.objectives.itc_temperature_range
-        # The clamped value in the forward pass, but the gradient of the free one: else a temperature that once left
-        # the range could never come back.
-        return self.temperature + (self.temperature.clamp(low, high) - self.temperature).detach()
-
-    def forward(self, batch: Mapping[str, Tensor], *, seed: int | Tensor | None = None):
-        """One training step's losses; every mask is drawn on the batch's device from ``seed``.
+    def pool(self, text_cls: Tensor, image_cls: Tensor) -> Tensor:
+        """What the heads of a fused pair read: the pooled CLS features of both streams.
 
         Args:
-            batch: ``image`` (B, 3, S, S) or (B, F, 3, S, S) float; ``text_ids`` (B, L) int64; ``text_mask`` (B, L)
-                bool or 0/1; ``false_image`` like ``image`` when ``itm_negatives`` is "dataset"; ``text_tokens``, an
-                int, where the number of tokens in ``text_mask`` is known to be no larger: texts are packed into as many
-                (without it into all B * L places).
-            seed: int or int64 tensor; None draws one from torch's generator.
+            text_cls: (B, D) fused.
+            image_cls: (B, F, D) fused, one CLS a frame.
 
         Returns:
-            ``sclkern.step.SCLLosses``.
+            (B, 2 D): text, then image.
         """
-        from sclkern.step import draw_masks, run_step
+        return torch.cat([self.text_pooler(text_cls[:, None]), self.image_pooler(image_cls)], dim=-1)
 
-        if seed is None:
-            seed = int(torch.randint(2**62, ()))
-        with phase("draw masks"):
-            masks = draw_masks(self, batch, seed)
-        return run_step(self, batch, masks)
+    def project(self, text_cls: Tensor, image_cls: Tensor) -> tuple[Tensor, Tensor]:
+        """What the image-text contrast compares: the projected CLS features of both encoders, not normalised.
+
+        Args:
+            text_cls: (B, D) unimodal.
+            image_cls: (B, F, D) unimodal, one CLS a frame.
+
+        Returns:
+            Text and image, (B, projection_dim) each.
+        """
+        return self.text_projection(text_cls), self.image_projection(image_cls.mean(1))

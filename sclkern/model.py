@@ -1,0 +1,149 @@
+"""SCLModel: a network with its objectives and its training step, loaded from files and saved to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from sclkern import weights
+from sclkern.models.config import SCLConfig
+from sclkern.models.fusion import FusionEncoder
+from sclkern.models.layers import Attention
+from sclkern.models.network import SCLNetwork
+from sclkern.models.text import TextEncoder
+from sclkern.models.vision import VisionEncoder
+from sclkern.objectives import ObjectiveConfig
+from sclkern.profiling import phase
+from sclkern.step import SCLLosses, StepConfig, draw_masks, run_step
+
+
+class SCLModel(SCLNetwork):
+    """Vision-language model of SCL: ``forward`` returns the losses of one training step.
+
+    >>> model = SCLModel(SCLConfig.preset("tiny"))
+    >>> losses = model({"image": images, "text_ids": ids, "text_mask": mask}, seed=0)
+    >>> losses.total.backward()
+
+    Args:
+        config: the sizes, and which heads exist.
+        objectives: which losses are computed and how; None takes the defaults of ``ObjectiveConfig``.
+        step: how a step is executed; None takes the defaults of ``StepConfig``.
+    """
+
+    load_report: weights.LoadReport
+
+    def __init__(
+        self, config: SCLConfig, objectives: ObjectiveConfig | None = None, step: StepConfig | None = None
+    ) -> None:
+        super().__init__(config)
+        self.objectives = objectives or ObjectiveConfig()
+        self.step = step or StepConfig()
+
+    @property
+    def step(self) -> StepConfig:
+        """How a step is executed; may be replaced at any time."""
+        return self._step
+
+    @step.setter
+    def step(self, step: StepConfig) -> None:
+        self._step = step
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.absorb = step.absorb
+            elif isinstance(module, (TextEncoder, VisionEncoder, FusionEncoder)):
+                module.checkpoint_blocks = step.checkpoint_blocks
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path | tuple[str | Path, str | Path],
+        *,
+        objectives: ObjectiveConfig | None = None,
+        step: StepConfig | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load a directory of ``save_pretrained``, or build on a pair of encoders.
+
+        Args:
+            path: the directory, or a pair (text, vision); see ``sclkern.weights.from_pretrained``.
+            objectives: as in ``SCLModel``.
+            step: as in ``SCLModel``.
+            **options: ``strict``, ``config`` and changes of ``SCLConfig``; see ``sclkern.weights.from_pretrained``.
+
+        Returns:
+            The model, in float32 on the CPU, in training mode, with a ``LoadReport`` as ``load_report``.
+
+        Raises:
+            UserError: the source cannot be read, is of another architecture, or (``strict``) lacks tensors or has
+                unexpected ones.
+        """
+        return weights.from_pretrained(lambda config: cls(config, objectives, step), path, **options)
+
+    @classmethod
+    def from_reference(
+        cls,
+        source: str | Path | Mapping[str, Tensor],
+        *,
+        objectives: ObjectiveConfig | None = None,
+        step: StepConfig | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load weights under the names of SCL's or METER's published code.
+
+        Args:
+            source: a checkpoint, or its tensors by name; see ``sclkern.weights.from_reference``.
+            objectives: as in ``SCLModel``.
+            step: as in ``SCLModel``.
+            **options: ``strict``, ``config`` and changes of ``SCLConfig``; see ``sclkern.weights.from_reference``.
+
+        Returns:
+            The model, in float32 on the CPU, in training mode, with a ``LoadReport`` as ``load_report``.
+
+        Raises:
+            UserError: the source cannot be read, is no such checkpoint, or (``strict``) lacks tensors or has
+                unexpected ones.
+        """
+        return weights.from_reference(lambda config: cls(config, objectives, step), source, **options)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into a directory, each whole or not at all.
+
+        Args:
+            path: the directory; made where it does not exist.
+
+        Raises:
+            UserError: the operating system refused.
+        """
+        weights.save_pretrained(self, path)
+
+    def contrast_temperature(self) -> Tensor:
+        """Temperature of the image-text contrast, clamped unless the objectives say "reference"."""
+        if self.objectives.itc_temperature == "reference":
+            return self.temperature
+        low, high = self.objectives.itc_temperature_range
+        # The clamped value in the forward pass, but the gradient of the free one: else a temperature that once left
+        # the range could never come back.
+        return self.temperature + (self.temperature.clamp(low, high) - self.temperature).detach()
+
+    def forward(self, batch: Mapping[str, Any], *, seed: int | Tensor | None = None) -> SCLLosses:
+        """Compute one training step's losses; every mask is drawn on the batch's device.
+
+        Args:
+            batch: ``image`` (B, 3, S, S) or (B, F, 3, S, S) float; ``text_ids`` (B, L) int64; ``text_mask`` (B, L)
+                bool or 0/1; ``false_image``, like ``image``, when ``itm_negatives`` is "dataset"; optionally
+                ``text_tokens``, an int at least the number of tokens in ``text_mask``: the texts are packed into that
+                many tokens (without it into all B * L).
+            seed: int or int64 tensor, the key of every mask; None draws one from torch's generator.
+
+        Returns:
+            The losses, with their graph.
+        """
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        with phase("draw masks"):
+            masks = draw_masks(self, batch, seed)
+        return run_step(self, batch, masks)
