@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.ops.dispatch import choose, interpreted
+from sclkern.ops import _checks
+from sclkern.ops._registration import kernels, public_op, register
+from sclkern.ops.dispatch import Choice, logged, select_backend
 
 KINDS = ("none", "tanh", "quick")
 
 
+@public_op
 def bias_gelu(
     x: Tensor, bias: Tensor, *, approximate: Literal["none", "tanh", "quick"] = "none", backend: str = "auto"
 ) -> Tensor:
@@ -23,7 +25,7 @@ def bias_gelu(
         bias: (D,) floating, of any dtype.
         approximate: "none" is the exact GELU by erf, "tanh" its approximation (Hendrycks & Gimpel, arXiv 1606.08415),
             "quick" is x * sigmoid(1.702 x), CLIP's.
-        backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.choose``).
+        backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.select_backend``).
 
     Returns:
         (..., D) in the dtype of x.
@@ -32,86 +34,49 @@ def bias_gelu(
         TypeError: x or bias is not floating. ValueError: wrong shape or device, unknown ``approximate`` or backend.
     """
     check(x, bias, approximate)
-    if choose(x, bias, backend=backend).backend == "eager":
+    if logged("bias_gelu", plan(x, bias, approximate=approximate, backend=backend)).path == "eager":
         return reference.bias_gelu(x, bias, approximate=approximate)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
-    return torch.ops.sclkern.bias_gelu(rows, bias.contiguous(), approximate).reshape(x.shape)
+    out: Tensor = _op(rows, bias.contiguous(), approximate)
+    return out.reshape(x.shape)
+
+
+def plan(x: Tensor, bias: Tensor | None, *, approximate: str = "none", backend: str = "auto") -> Choice:
+    """The path of these arguments; see ``sclkern.ops.explain``."""
+    return select_backend(x, bias, backend=backend)
 
 
 def check(x: Tensor, bias: Tensor, approximate: str) -> None:
-    for name, tensor in (("x", x), ("bias", bias)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: got {tensor.dtype}, expected a floating dtype")
-    if x.ndim < 1 or bias.shape != x.shape[-1:]:
-        raise ValueError(
-            f"bias: got shape {tuple(bias.shape)}, expected (D,) for x of shape (..., D) = {tuple(x.shape)}"
-        )
-    if x.device != bias.device:
-        raise ValueError(f"bias: got device {bias.device}, expected that of x, {x.device}")
-    if approximate not in KINDS:
-        raise ValueError(f"approximate: got {approximate!r}, expected one of {', '.join(KINDS)}")
+    """Raise for arguments that no path takes."""
+    _checks.floating(x=x, bias=bias)
+    _checks.rank("(..., D)", range(1, 65), x=x)
+    _checks.shape("(D,)", x.shape[-1:], bias=bias)
+    _checks.same_device("x", x, bias=bias)
+    _checks.choice("approximate", approximate, KINDS)
 
 
 def _forward(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
-    from sclkern.kernels import bias_gelu as kernels  # here, because Triton is optional
-
-    # Triton launches on the current device, which may not be the tensor's.
-    with torch.cuda.device_of(x):
-        return kernels.bias_gelu_forward(x, bias, kernels.KINDS[approximate])
+    return kernels.bias_gelu.bias_gelu_forward(x, bias, kernels.bias_gelu.KINDS[approximate])
 
 
 def _backward(grad_out: Tensor, x: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
-    from sclkern.kernels import bias_gelu as kernels
-
-    with torch.cuda.device_of(x):
-        return kernels.bias_gelu_backward(grad_out.contiguous(), x, bias, kernels.KINDS[approximate])
+    kind = kernels.bias_gelu.KINDS[approximate]
+    return kernels.bias_gelu.bias_gelu_backward(grad_out.contiguous(), x, bias, kind)
 
 
-_op = torch.library.custom_op("sclkern::bias_gelu", _forward, mutates_args=(), device_types="cuda")
-_op_backward = torch.library.custom_op("sclkern::bias_gelu_backward", _backward, mutates_args=(), device_types="cuda")
-
-
-@_op.register_kernel("cpu")
-def _(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
-    return _forward(x, bias, approximate) if interpreted() else reference.bias_gelu(x, bias, approximate=approximate)
-
-
-@_op_backward.register_kernel("cpu")
-def _(grad_out: Tensor, x: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
-    if interpreted():
-        return _backward(grad_out, x, bias, approximate)
-    total = x + bias.to(x.dtype)
-    if approximate == "quick":
-        gate = torch.sigmoid(1.702 * total)
-        grad_x = grad_out * (gate + 1.702 * total * gate * torch.sigmoid(-1.702 * total))
-    else:
-        grad_x = torch.ops.aten.gelu_backward(grad_out, total, approximate=approximate)
-    return grad_x, grad_x.sum(0, dtype=torch.float32).to(bias.dtype)
-
-
-@_op.register_fake
-def _(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
+def _fake(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@_op_backward.register_fake
-def _(grad_out: Tensor, x: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), torch.empty_like(bias)
+def _fake_backward(grad_out: Tensor, x: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), bias.new_empty(bias.shape)
 
 
-def _setup(ctx, inputs, output) -> None:
-    x, bias, ctx.approximate = inputs
-    ctx.save_for_backward(x, bias)
-
-
-def _gradient(ctx, grad_out: Tensor):
-    x, bias = ctx.saved_tensors
-    return (*torch.ops.sclkern.bias_gelu_backward(grad_out, x, bias, ctx.approximate), None)
-
-
-def _no_second_derivative(ctx, *gradients):
-    raise RuntimeError('bias_gelu: the kernel has no second derivative; backend="eager" has')
-
-
-_op.register_autograd(_gradient, setup_context=_setup)
-_op_backward.register_autograd(_no_second_derivative)
+_op = register(
+    "bias_gelu",
+    _forward,
+    fake=_fake,
+    backward=_backward,
+    fake_backward=_fake_backward,
+    gradients=("x", "bias"),
+)

@@ -1,29 +1,58 @@
-"""Which backend an op takes, and why. Nothing is chosen silently: ``sclkern.ops.explain`` tells the same reason."""
+"""Which path an op takes, and why. ``sclkern.ops.explain`` gives the same answer as the op itself acts on.
+
+``SCLKERN_BACKEND`` ("triton" or "eager") stands for "auto" where an op is not given a backend by name.
+``SCLKERN_LOG=dispatch``, set before sclkern is imported, logs every distinct choice once to stderr (logger
+"sclkern.dispatch"); code that torch.compile has compiled no longer chooses and logs nothing.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "triton", "eager")
-# Asked once: torch.compile does not trace the question.
+# A constant, because torch.compile cannot trace the look-up.
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LOG_CHOICES = "dispatch" in os.environ.get("SCLKERN_LOG", "").split(",")
+
+_logger = logging.getLogger("sclkern.dispatch")
+_logged: set[tuple[str, Choice]] = set()
+if LOG_CHOICES:
+    _handler = logging.StreamHandler()
+    _handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    _logger.addHandler(_handler)
+    _logger.setLevel(logging.INFO)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """``backend`` is "triton" or "eager"."""
+class Choice(NamedTuple):
+    """The path that a call takes, and why.
 
-    backend: str
-    reason: str
+    Attributes:
+        path: "triton" is the kernel, "eager" the definition in ``sclkern.reference``; other names are faster forms of
+            either, such as "sdpa" or "tiled". The name of a path that runs our kernels begins with "triton".
+        reasons: why this path, and every reason against the others.
+    """
+
+    path: str
+    reasons: tuple[str, ...]
+
+    @property
+    def backend(self) -> str:
+        """ "triton" if the path runs our kernels, otherwise "eager"."""
+        return "triton" if self.path.startswith("triton") else "eager"
+
+    def via(self, path: str, reason: str) -> Choice:
+        """The same choice, carried out by ``path`` for one more reason."""
+        return Choice(path, (*self.reasons, reason))
 
     def __str__(self) -> str:
-        return f"{self.backend}: {self.reason}"
+        return f"{self.backend}: {'; '.join(self.reasons)}"
 
 
 def interpreted() -> bool:
@@ -31,29 +60,50 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def asked(backend: str) -> str:
-    """What was asked for: ``backend``, or what ``SCLKERN_BACKEND`` says where that is "auto"."""
+def resolve_backend(backend: str) -> str:
+    """``backend``, or the value of ``SCLKERN_BACKEND`` where it is "auto" and the variable is set."""
     return os.environ.get("SCLKERN_BACKEND", backend) if backend == "auto" else backend
 
 
 def may_read(tensor: Tensor) -> bool:
-    """Whether the values of an argument may be read to check them: on a CPU always, on a GPU, where that waits for the
-    device, under ``SCLKERN_DEBUG=1``; never while torch.compile traces."""
+    """Whether the values of an argument may be read to check them.
+
+    On a CPU they are always read; on a GPU, where reading waits for the device, under ``SCLKERN_DEBUG=1``; never while
+    torch.compile traces.
+    """
     if torch.compiler.is_compiling():
         return False
     return tensor.device.type == "cpu" or os.environ.get("SCLKERN_DEBUG") == "1"
 
 
-def choose(*tensors: Tensor, backend: str = "auto", unsupported: str | None = None) -> Choice:
-    """Pick the backend for these tensors.
+def autocast(tensor: Tensor) -> Tensor:
+    """``tensor`` in the dtype that autocast gives to the inputs of a matrix product; unchanged outside autocast."""
+    kind = tensor.device.type
+    if tensor.dtype in KERNEL_DTYPES and kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        return tensor.to(torch.get_autocast_dtype(kind))
+    return tensor
+
+
+def select_backend(
+    *tensors: Tensor | None,
+    backend: str = "auto",
+    unsupported: tuple[str, ...] = (),
+    device: torch.device | None = None,
+) -> Choice:
+    """Select the path "triton" or "eager" for these tensors.
 
     Args:
-        tensors: the floating-point inputs of the op.
-        backend: "auto" is ``SCLKERN_BACKEND`` where that is set, and then Triton where it can run.
-        unsupported: what the op's kernel cannot do of what was asked for, or None.
+        *tensors: the floating-point inputs of the op; None stands for an argument that is absent or unknown.
+        backend: "triton" or "eager" by name; "auto" is ``SCLKERN_BACKEND`` where that is set, otherwise Triton where
+            it can run.
+        unsupported: what this call asks for that the op's kernel cannot do, one reason each.
+        device: where the op runs, for an op that takes no floating tensor.
+
+    Returns:
+        The path, with every reason against the kernel where the path is "eager".
 
     Raises:
-        ValueError: unknown backend, or Triton was asked for by name and cannot run.
+        ValueError: unknown backend, no tensor, or Triton was requested by name and cannot run.
     """
     source = "backend"
     if backend == "auto" and "SCLKERN_BACKEND" in os.environ:
@@ -61,26 +111,52 @@ def choose(*tensors: Tensor, backend: str = "auto", unsupported: str | None = No
     if backend not in BACKENDS:
         raise ValueError(f"{source}: got {backend!r}, expected one of {', '.join(BACKENDS)}")
     if backend == "eager":
-        return Choice("eager", f"asked for by {source}")
-    problem = unsupported or _problem(tensors)
-    if problem is None:
-        return Choice("triton", "Triton's interpreter" if interpreted() else f"tensors on {tensors[0].device}")
-    if backend == "triton":
-        raise ValueError(f"{source}='triton': cannot run: {problem}")
-    return Choice("eager", problem)
-
-
-def _problem(tensors: tuple[Tensor, ...]) -> str | None:
-    if not TRITON_INSTALLED:
-        return "Triton is not installed"
-    devices = {t.device for t in tensors}
-    if len(devices) > 1:
-        return f"tensors on different devices {sorted(map(str, devices))}"
+        return Choice("eager", (f"requested by {source}",))
+    devices = [device] if device is not None else []
+    dtypes = []
     for tensor in tensors:
-        if tensor.dtype not in KERNEL_DTYPES:
-            return f"{str(tensor.dtype).removeprefix('torch.')} has no kernel"
-        if interpreted() and tensor.dtype == torch.bfloat16:
-            return "Triton's interpreter computes bfloat16 wrongly"
-    if not interpreted() and next(iter(devices)).type != "cuda":
-        return f"tensors on {next(iter(devices))}, kernels need a GPU"
-    return None
+        if tensor is not None:
+            if tensor.device not in devices:
+                devices.append(tensor.device)
+            if tensor.dtype not in dtypes:
+                dtypes.append(tensor.dtype)
+    if not devices:
+        raise ValueError("tensors: got none, expected an input of the op")
+    problems = (*unsupported, *_problems(devices, dtypes))
+    if not problems:
+        return Choice("triton", ("Triton's interpreter" if interpreted() else f"tensors on {devices[0]}",))
+    if backend == "triton":
+        raise ValueError(f"{source}='triton': cannot run: {'; '.join(problems)}")
+    return Choice("eager", problems)
+
+
+def _problems(devices: list[torch.device], dtypes: list[torch.dtype]) -> tuple[str, ...]:
+    problems = []
+    if not TRITON_INSTALLED:
+        problems.append("Triton is not installed")
+    if len(devices) > 1:
+        problems.append(f"tensors on different devices {sorted(map(str, devices))}")
+    for dtype in dtypes:
+        if dtype not in KERNEL_DTYPES:
+            problems.append(f"{str(dtype).removeprefix('torch.')} has no kernel")
+        elif dtype == torch.bfloat16 and interpreted():
+            problems.append("Triton's interpreter computes bfloat16 wrongly")
+    if devices[0].type != "cuda" and TRITON_INSTALLED and not interpreted():
+        problems.append(f"tensors on {devices[0]}, kernels need a GPU")
+    return tuple(problems)
+
+
+def logged(op: str, choice: Choice) -> Choice:
+    """``choice``, logged the first time that ``op`` makes it under ``SCLKERN_LOG=dispatch``."""
+    if LOG_CHOICES and not torch.compiler.is_compiling() and (op, choice) not in _logged:
+        _logged.add((op, choice))
+        _logger.info("%s takes path %r: %s", op, choice.path, "; ".join(choice.reasons))
+    return choice
+
+
+# Until every op is converted.
+def choose(*tensors: Tensor, backend: str = "auto", unsupported: str | None = None) -> Choice:
+    return select_backend(*tensors, backend=backend, unsupported=() if unsupported is None else (unsupported,))
+
+
+asked = resolve_backend

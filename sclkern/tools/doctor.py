@@ -143,6 +143,6 @@ def _is_network(file_system: str) -> bool:
 
 def _backend(op: str, dtype: torch.dtype, device: str) -> str:
     try:
-        return ops.explain(op, torch.zeros(EXAMPLE, dtype=dtype, device=device))
+        return str(ops.explain(op, torch.zeros(EXAMPLE, dtype=dtype, device=device)))
     except ValueError as error:  # the environment asks for what cannot run
         return f"error: {error}"

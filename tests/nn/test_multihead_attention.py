@@ -132,7 +132,7 @@ def test_explains_the_kernel():
     query, key = query.float(), key.float()
     assert module.explain(query, query, query, need_weights=False).startswith("triton: ")
     assert module.explain(query, key, key, mask, need_weights=False).startswith("triton: ")
-    assert "asked for by backend" in nn.MultiheadAttention(64, 2, batch_first=True, backend="eager").to(DEVICE).explain(
+    assert "requested by backend" in nn.MultiheadAttention(64, 2, batch_first=True, backend="eager").to(DEVICE).explain(
         query, key, key, need_weights=False
     )
 

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+import cpu_kernels
 from op_testing import KERNELS_RUN
+
+cpu_kernels.install()
 
 
 @pytest.fixture(autouse=True)

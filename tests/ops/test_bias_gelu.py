@@ -113,7 +113,7 @@ def test_eager_has_double_backward(kind):
 @pytest.mark.parametrize(
     ("x", "bias", "options", "error", "message"),
     [
-        (torch.zeros(2, 3), torch.zeros(4), {}, ValueError, r"bias: got shape \(4,\), expected \(D,\).*\(2, 3\)"),
+        (torch.zeros(2, 3), torch.zeros(4), {}, ValueError, r"bias: got shape \(4,\), expected \(D,\) = \(3,\)"),
         (torch.zeros(2, 3), torch.zeros(1, 3), {}, ValueError, r"bias: got shape \(1, 3\)"),
         (
             torch.zeros(2, 3, dtype=torch.int64),

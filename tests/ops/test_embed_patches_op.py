@@ -300,13 +300,15 @@ def test_values_on_a_device_are_read_in_debugging_alone(monkeypatch):
 def test_what_the_kernels_cannot_take_is_told():
     tensors = inputs()
     images = tensors["images"].requires_grad_()
-    assert ops.explain("embed_patches", images) == "eager: images require a gradient, which the kernels do not compute"
+    assert "images require a gradient, which the kernels do not compute" in str(ops.explain("embed_patches", images))
     ops.embed_patches(**tensors).sum().backward()
     assert images.grad is not None
     with pytest.raises(ValueError, match=r"backend='triton': cannot run: images require a gradient"):
         ops.embed_patches(**tensors, backend="triton")
     wide = torch.zeros(4097, 3, 2, 2, device=DEVICE)
-    assert "rows of 4097 columns, the kernel holds at most 4096" in ops.explain("embed_patches", images.detach(), wide)
+    assert "rows of 4097 columns, the kernel holds at most 4096" in str(
+        ops.explain("embed_patches", images.detach(), wide)
+    )
 
 
 @pytest.mark.parametrize(

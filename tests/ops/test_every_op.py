@@ -1,7 +1,7 @@
 """What holds for every op, over the table sclkern.tools.specs.SPECS.
 
-Where no kernel runs, the op itself is taken all the same: its CPU kernel is an eager computation, but everything
-around it (registration, fake, autograd, checks) is what a GPU meets.
+Where no kernel runs, the op itself is taken all the same: ``cpu_kernels`` computes it by its definition, but everything
+around it (registration, fake functions, autograd, checks) is what runs on a GPU.
 """
 
 import contextlib
@@ -14,10 +14,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from op_testing import DEVICE, DIFFERENTIABLE, run_in_interpreter, small_inputs
+from op_testing import DEVICE, DIFFERENTIABLE, KERNELS_RUN, run_in_interpreter, small_inputs
 from sclkern import ops
-from sclkern.ops.dispatch import Choice, asked, interpreted
-from sclkern.ops.dispatch import choose as usual_choice
+from sclkern.ops import dispatch
+from sclkern.ops.dispatch import interpreted
 from sclkern.tools.specs import SPECS
 
 LENGTH = 6
@@ -28,17 +28,11 @@ every_differentiable_op = pytest.mark.parametrize("name", DIFFERENTIABLE)
 not_interpreted = pytest.mark.skipif(interpreted(), reason="takes minutes in the interpreter")
 
 
-def always_the_op(*tensors, backend="auto", unsupported=None):
-    if asked(backend) in ("auto", "triton") and unsupported is None:
-        return Choice("triton", "for the test")
-    return usual_choice(*tensors, backend=backend, unsupported=unsupported)
-
-
 @pytest.fixture(autouse=True)
-def the_op(monkeypatch):
-    for name, module in list(sys.modules.items()):
-        if name.startswith("sclkern.ops") and hasattr(module, "choose"):
-            monkeypatch.setattr(module, "choose", always_the_op)
+def kernels_run(monkeypatch):
+    """Every op believes in a GPU; on a CPU its definition computes (``cpu_kernels``)."""
+    if not KERNELS_RUN:
+        monkeypatch.setattr(dispatch, "_problems", lambda devices, dtypes: ())
 
 
 def build(name, length=LENGTH, **changes):
@@ -76,7 +70,7 @@ def test_every_public_function_is_in_the_table():
     public = {name for name in ops.__all__ if callable(getattr(ops, name))} - {"explain"}
     assert public == set(ops.OPS) == set(SPECS)
     for name, value in vars(ops).items():
-        assert name.startswith("_") or not inspect.isfunction(value) or name in {*public, "explain", "choose"}, name
+        assert name.startswith("_") or not inspect.isfunction(value) or name in {*public, "explain"}, name
 
 
 @every_op
@@ -97,9 +91,9 @@ def test_an_unknown_backend_is_told(name):
 
 @every_op
 def test_explain_answers(name):
-    tensors = [t for t in build(name).values() if isinstance(t, torch.Tensor)]
-    backend, reason = ops.explain(name, *tensors).split(": ", 1)
-    assert backend == "triton" and reason
+    if "public_op" in vars(sys.modules[getattr(ops, name).__module__]):
+        choice = ops.explain(name, **build(name))
+        assert choice.backend == "triton" and choice.reasons
 
 
 @not_interpreted
