@@ -1,3 +1,5 @@
+import os
+import re
 from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
@@ -8,18 +10,45 @@ VERSION = next(
     if line.startswith("__version__")
 )
 
+
+def long_description(readme: str, url: str) -> str:
+    """README for a package index, which has none of the files that relative links and pictures lead to.
+
+    Args:
+        readme: Markdown with links relative to the root of the source tree.
+        url: where that tree can be read, without a slash at the end, such as https://HOST/OWNER/sclkern/raw/v0.1.0;
+            empty if it is not public.
+
+    Returns:
+        Markdown whose relative links are absolute, or, without a ``url``, text that names the file. (A package index
+        removes pictures that are embedded as data: URIs.)
+    """
+
+    def absolute(match: re.Match[str]) -> str:
+        picture, text, target = match.groups()
+        if url:
+            return f"{picture}[{text}]({url}/{target})"
+        return f"*{text}: {target} of the source tree.*" if picture else text
+
+    return re.sub(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)\s]+)\)", absolute, readme)
+
+
 setup(
     name="sclkern",
     version=VERSION,
     description="Vision-language pre-training with Semantic Completion Learning: fused kernels, model and script",
-    long_description=Path("README.md").read_text(),
+    long_description=long_description(Path("README.md").read_text(), os.environ.get("SCLKERN_SOURCE_URL", "")),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
-    # Namespace packages, because kernels/ has no __init__.py (see CONTRIBUTING.md).
+    # Namespace packages, because kernels/ and configs/ have no __init__.py (see CONTRIBUTING.md).
     packages=find_namespace_packages(include=["sclkern", "sclkern.*"]),
-    package_data={"sclkern": ["py.typed"], "sclkern.data.demo": ["*", "tokenizer/*"]},
+    package_data={
+        "sclkern": ["py.typed"],
+        "sclkern.configs": ["*.yaml"],
+        "sclkern.data.demo": ["*", "tokenizer/*"],
+    },
     entry_points={"console_scripts": ["sclkern = sclkern.cli:main"]},
     install_requires=[
         "torch>=2.11",

@@ -6,7 +6,7 @@ import functools
 import os
 from pathlib import Path
 
-# Before torch is imported, for the reason given in sclkern/cli.py.
+# Before torch is imported, for the reason given in sclkern/cli/__init__.py.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import pytest

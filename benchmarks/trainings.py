@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported, for the reason given in sclkern/cli.py.
+# Before torch is imported, for the reason given in sclkern/cli/__init__.py.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch

@@ -1,4 +1,4 @@
-"""``python -m sclkern.pretrain``: the pre-training script, the same as ``sclkern pretrain``."""
+"""``python -m sclkern.pretrain``, the same as ``sclkern pretrain``: what torchrun starts."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-# Before torch is imported, for the reason given in sclkern/cli.py.
+# Before torch is imported, for the reason given in sclkern/cli/__init__.py.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import hypothesis

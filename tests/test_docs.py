@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sclkern.cli import _parser
-from sclkern.training.config import load_config
+from sclkern.cli import parse
+from sclkern.cli.config_files import load
 
 ROOT = Path(__file__).parent.parent
 PAGES = {page.name: page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))}
@@ -37,12 +37,9 @@ def test_every_example_runs(code, capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_understood(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    options, left = _parser().parse_known_args(shlex.split(command)[1:])
+    options = parse(shlex.split(command)[1:])
     if "overrides" in options:
-        # What argparse leaves over are overrides after an option.
-        load_config(options.config, [*options.overrides, *left])
-    else:
-        assert left == []
+        load(options.config, options.overrides)
 
 
 def source_texts() -> list[str]:

@@ -1,11 +1,15 @@
 """What is installed, what is imported, and what must never be."""
 
+import re
+import runpy
 import subprocess
 import sys
 import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
+import setuptools
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,14 +50,24 @@ def test_only_sclkern_is_installed(wheel):
         "reference/__init__.py",
         "data/demo/pairs.arrow",
         "data/demo/tokenizer/tokenizer.json",
-        "cli.py",
+        "cli/parser.py",
+        "configs/pretrain_base.yaml",
+        "kernels/attention.py",
     ):
         assert f"sclkern/{needed}" in names, needed
     assert any(name.endswith("NOTICE") for name in names) and any(name.endswith("LICENSE") for name in names)
 
 
-def test_the_installed_package_works_away_from_the_tree(wheel, tmp_path):
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory):
+    """A folder with nothing but the installed wheel."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), str(wheel)]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+def test_the_installed_package_works_away_from_the_tree(site, tmp_path):
     code = """
 import sclkern
 from sclkern.data.arrow import PairTable
@@ -61,7 +75,43 @@ from sclkern.data.tokenizer import CaptionTokenizer
 assert "site" in sclkern.__file__
 print(PairTable("demo", ["pairs"]).num_images, CaptionTokenizer.from_pretrained("demo").vocab_size)
 """
-    assert run(code, cwd=tmp_path, path=tmp_path / "site") == "1258 2048"
+    assert run(code, cwd=tmp_path, path=site) == "1258 2048"
+
+
+def test_installed_configurations_are_found_by_name(site, tmp_path):
+    code = """
+from sclkern.cli import main
+assert main(["plan", "--config", "pretrain_base", "--json"]) == 0
+assert main(["plan", "--config", "unknown"]) == 2
+main(["configs"])
+"""
+    names = {file.stem for file in (ROOT / "configs").glob("*.yaml")}
+    lines = run(code, cwd=tmp_path, path=site).splitlines()
+    assert lines[0] == "{" and names == {line.split()[0] for line in lines[lines.index("}") + 1 :]}
+
+
+LINK = re.compile(r"\]\((?!https?:|#)[^)]*\)")
+
+
+def test_the_description_of_the_wheel_has_no_link_into_the_tree(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (file,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    text = message_from_bytes(archive.read(file)).get_payload()
+    assert "Attention of" in text and "docs/attention.png of the source tree" in text
+    assert LINK.findall((ROOT / "README.md").read_text()) and not LINK.findall(text)
+
+
+def test_pictures_of_the_description_show_where_the_source_is_public(monkeypatch):
+    described = {}
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(setuptools, "setup", described.update)
+    monkeypatch.setenv("SCLKERN_SOURCE_URL", "https://example.org/sclkern/raw/v1")
+    runpy.run_path("setup.py")
+    text = described["long_description"]
+    assert "](https://example.org/sclkern/raw/v1/docs/attention.png)" in text and not LINK.findall(text)
+    assert "(https://arxiv.org/abs/2211.13437)" in text
+    pictures = re.findall(r"!\[[^\]]*\]\(https://example.org/sclkern/raw/v1/([^)]*)\)", text)
+    assert len(pictures) >= 3 and all((ROOT / picture).is_file() for picture in pictures)
 
 
 def test_import_is_light():

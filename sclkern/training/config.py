@@ -15,7 +15,7 @@ import pydantic
 import yaml
 
 from sclkern.errors import UserError
-from sclkern.models.config import SCLConfig
+from sclkern.models.config import PRESETS, SCLConfig
 from sclkern.objectives.config import ObjectiveConfig
 from sclkern.step.config import StepConfig
 from sclkern.training.sections import DataConfig, EvaluationConfig, OptimizerConfig, RunConfig, WeightsConfig
@@ -174,6 +174,10 @@ def config_keys() -> list[ConfigKey]:
     keys = []
     for section, kind in get_type_hints(PretrainConfig).items():
         defaults, meanings = _plain(dataclasses.asdict(kind())), _attributes(kind)
+        if section == "model":
+            names = ", ".join(PRESETS)
+            meaning = f"name of a size ({names}), whose values the other keys of this section override."
+            keys.append(ConfigKey("model.preset", None, meaning))
         keys += [ConfigKey(f"{section}.{name}", value, meanings.get(name, "")) for name, value in defaults.items()]
     return keys
 

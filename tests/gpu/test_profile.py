@@ -13,11 +13,11 @@ pytestmark = [
 def test_a_profile_has_the_time_of_its_kernels(tmp_path, graphs):
     # The configuration of a run needs more than the model does.
     pytest.importorskip("pydantic")
+    from sclkern.cli.config_files import load
     from sclkern.tools.profile import run as profile
-    from sclkern.training.config import load_config
 
     options = ["run.device=cuda", "run.batch_size=8", f"run.cuda_graphs={graphs}"]
-    config = load_config(None, [*profile.DEFAULTS, *options])
+    config = load("demo", options)
     found = profile.record_steps(config, steps=2, warmup=2, output=tmp_path)
     seconds = {row["phase"]: row["device_seconds"] for row in found["phases"]}
     if graphs == "true":

@@ -30,8 +30,6 @@ from sclkern.training.logs import RunLog
 from sclkern.training.loop import Pretraining
 from sclkern.training.setup import resolve_device
 
-# Model and step of configs/demo.yaml, which only the source tree has; its data are the default ones.
-DEFAULTS = ("model.preset=demo", "model.dropout=0.0", "optimizer.max_grad_norm=5.0")
 TOOLS = {"nsys": "NVIDIA Nsight Systems", "ncu": "NVIDIA Nsight Compute"}
 NO_PERMISSION = "ERR_NVGPUCTRPERM"
 

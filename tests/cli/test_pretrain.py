@@ -1,10 +1,6 @@
-"""The command line as a user meets it: what it leaves behind, and one line for each mistake."""
+"""``sclkern pretrain`` as a user meets it: what a run leaves behind, and one line for each mistake."""
 
 import json
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -15,8 +11,6 @@ from sclkern import SCLConfig, SCLModel
 from sclkern.cli import main
 from sclkern.data.arrow import write_pairs
 from tiny_run import overrides, picture, rows
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -112,24 +106,6 @@ def test_other_recipes_and_precisions_train(tmp_path, options):
 def test_overrides_may_stand_on_both_sides_of_an_option(finished, capsys):
     before, after = overrides(finished, run__val_every=3)[:5], overrides(finished, run__val_every=3)[5:]
     assert main(["pretrain", *before, "--resume", *after]) == 0
-
-
-@pytest.mark.parametrize("args", [["pretrain", "--resum3"], ["parity", "a", "b"], ["pretraining"], []])
-def test_wrong_usage_exits_with_two(args, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(args)
-    assert stop.value.code == 2 and "usage: sclkern" in capsys.readouterr().err
-
-
-def test_convert_then_load(tmp_path, capsys):
-    from sclkern.weights import to_reference
-
-    model = SCLModel(SCLConfig.preset("tiny").replace(mlp_ratio=4))
-    torch.save({"state_dict": to_reference(model)}, tmp_path / "published.ckpt")
-    assert main(["convert", str(tmp_path / "published.ckpt"), str(tmp_path / "out"), "--image-size", "48"]) == 0
-    loaded = SCLModel.from_pretrained(tmp_path / "out")
-    assert loaded.config.image_size == 48
-    assert torch.equal(loaded.text.word.weight, model.text.word.weight)
 
 
 @pytest.fixture
@@ -308,22 +284,3 @@ def test_a_report_without_metrics(finished, tmp_path):
 
 def test_a_started_run(fails, finished):
     fails("already holds a run; add --resume", run__output_dir=finished)
-
-
-def test_a_plan_is_shown_and_printed_as_json(capsys):
-    config = ["--config", str(ROOT / "configs" / "pretrain_base.yaml"), "objectives.itm_negatives=dataset"]
-    assert main(["plan", *config]) == 0
-    assert "masked_text" in capsys.readouterr().out
-    assert main(["plan", "--json", "--caption-tokens", "13", *config]) == 0
-    described = json.loads(capsys.readouterr().out)
-    assert 0.4 < described["flops_ratio"] <= 0.46
-    assert described["flops"] == sum(part["flops"] + part["backward"] for part in described["parts"])
-    assert main(["plan", "--caption-tokens", "51", *config]) == 2
-    assert "caption_tokens: got 51, expected 3 to max_text_len 50" in capsys.readouterr().err
-
-
-def test_a_reader_that_has_enough_is_no_error():
-    command = [sys.executable, "-m", "sclkern.cli", "plan"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
-        process.stdout.close()
-        assert process.stderr.read() == b"" and process.wait() == 128 + signal.SIGPIPE

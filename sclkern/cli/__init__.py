@@ -1,0 +1,84 @@
+"""The command line. ``parser`` states every command and option; ``sclkern.cli.<command>`` runs one.
+
+Nothing heavier than argparse is imported before a command is chosen, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from sclkern.cli.parser import build_parser
+from sclkern.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the command and its options; None = those of the process.
+
+    Returns:
+        The exit status: 0 on success, 1 when a check failed, 2 for a mistake of the user (explained in one line on
+        stderr), 130 when interrupted, 141 when the reader of stdout closed the pipe.
+    """
+    options = parse(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        if options.trains:
+            # Must be set before torch is loaded. By default, OpenMP threads that wait for each other spin for so long
+            # that a step takes ten times as long once another process, such as a data worker, needs a core.
+            os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        status: int = _load(options.module).run(options)
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        return _fail(options.name, str(error))
+    except BrokenPipeError:
+        # The reader, such as head, has read enough. Python would complain again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:  # a full disk or a lost file system can show at any write
+        place = f"{error.filename}: " if error.filename else ""
+        return _fail(options.name, f"{place}{error.strerror or error}")
+    except KeyboardInterrupt:
+        print(f"sclkern {options.name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line. Overrides (``section.key=value``) may stand before, between and after options.
+
+    Args:
+        arguments: the command and its options; None = those of the process.
+
+    Returns:
+        The options, with ``module`` (the module to run), ``name`` (of the command) and ``trains``.
+    """
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse accepts positional arguments in one place only: overrides that follow an option are in ``rest``.
+    if rest and (not hasattr(options, "overrides") or any(item.startswith("-") for item in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
+
+
+def _load(module: str):
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("sclkern"):
+            raise
+        raise UserError(f"needs the package {error.name!r}, which is not installed") from error
+
+
+def _fail(command: str, message: str) -> int:
+    print(f"sclkern {command}: error: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,183 @@
+"""Every command and option of ``sclkern``. Imports nothing of a command, so that ``--help`` loads no torch.
+
+A command is one function here, and the module ``sclkern.cli.<command>`` with ``run(options) -> exit status``.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from sclkern import __version__
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the whole command line."""
+    parser = argparse.ArgumentParser(prog="sclkern", description="Vision-language pre-training with SCL.")
+    parser.add_argument("--version", action="version", version=f"sclkern {__version__}")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+    for add in (_pretrain, _plan, _configs, _convert, _parity, _bench, _profile, _doctor):
+        add(commands)
+    return parser
+
+
+def _pretrain(commands) -> None:
+    command = _add(
+        commands,
+        "pretrain",
+        help="pre-train a model",
+        description="Pre-train from a YAML configuration; without one, every key has its default.",
+    )
+    command.set_defaults(trains=True)
+    _config(command)
+    command.add_argument(
+        "--resume", action="store_true", help="continue the run in run.output_dir, or start it if there is none"
+    )
+
+
+def _plan(commands) -> None:
+    command = _add(
+        commands,
+        "plan",
+        help="show what a training step computes",
+        description="Show the views of a step, the outputs that losses use, and the arithmetic compared with separate "
+        "padded passes.",
+    )
+    _config(command)
+    command.add_argument(
+        "--caption-tokens", type=int, default=13, help="tokens of every caption, <s> and </s> included (default: 13)"
+    )
+    command.add_argument("--frames", type=int, default=1, help="frames of every clip (default: 1, an image)")
+    _json(command)
+
+
+def _configs(commands) -> None:
+    command = _add(
+        commands,
+        "configs",
+        help="list the shipped configurations and every key",
+        description="List the configurations that --config takes by name; with NAME, print one; with --keys, print "
+        "every key with its default and its meaning.",
+    )
+    command.add_argument("config", nargs="?", metavar="NAME", help="print this configuration")
+    command.add_argument("--keys", action="store_true", help="print every key with its default and its meaning")
+
+
+def _convert(commands) -> None:
+    command = _add(
+        commands,
+        "convert",
+        help="convert a published SCL or METER checkpoint",
+        description="Read a published checkpoint and write config.json and model.safetensors for from_pretrained.",
+    )
+    command.add_argument("source", help="checkpoint file under the published names")
+    command.add_argument("output", help="folder to write")
+    command.add_argument("--image-size", type=int, help="resize the position table to this resolution in pixels")
+    command.add_argument(
+        "--allow-mismatch", action="store_true", help="accept missing and unexpected tensors, and list them"
+    )
+
+
+def _parity(commands) -> None:
+    command = _add(
+        commands,
+        "parity",
+        help="compare the model with recorded numbers of the published code",
+        description="Run the model on a golden file and compare every output, loss and gradient; exit 1 if any is off.",
+    )
+    command.add_argument("file", help="golden .safetensors file; gradient norms come from the .json beside it")
+    command.add_argument("--device", default="cpu", help="where to compute, such as cuda (default: cpu)")
+    _json(command)
+
+
+def _bench(commands) -> None:
+    bench = commands.add_parser("bench", help="measure the kernels", description="Measure the kernels.")
+    benches = bench.add_subparsers(dest="bench", required=True, metavar="BENCHMARK")
+
+    static = _add(
+        benches,
+        "static",
+        module="bench.static",
+        help="compile every kernel ahead of time and read its machine code",
+        description="Compile every kernel for sm_80, sm_90, sm_100 and gfx942, without a GPU, and print what the code "
+        "for sm_90 uses.",
+    )
+    static.add_argument("--check", action="store_true", help="compare with the budget; exit 1 if anything got worse")
+    static.add_argument("--update", action="store_true", help="write the budget anew and keep its reasons")
+    static.add_argument("--json", action="store_true", help="print every figure as JSON")
+    static.add_argument(
+        "--target", action="append", default=[], metavar="NAME", help="compile for sm_120 or gfx950 too; repeatable"
+    )
+    static.add_argument("--budget", metavar="FILE", help="default: benchmarks/static_budget.json of the source tree")
+
+    report = _add(
+        benches,
+        "report",
+        module="bench.report",
+        help="turn benchmark records into tables and plots",
+        description="Print the newest record of every case as Markdown tables; with --output also write report.md and "
+        "plots.",
+    )
+    report.add_argument("files", nargs="*", metavar="FILE", help="records or folders; default: benchmarks/results")
+    report.add_argument("--output", metavar="DIR", help="folder for report.md and PNG plots")
+    report.add_argument("--update", metavar="FILE", help="write the tables between the markers of a document")
+
+    roofline = _add(
+        benches,
+        "roofline",
+        module="bench.roofline",
+        help="measure copy bandwidth and matrix rate of this machine",
+        description="Measure and record bytes per second of a copy and operations per second of matrix products; "
+        "without a GPU, also print the planned lower bound of every op on an H200.",
+    )
+    roofline.add_argument("--output", metavar="DIR", help="folder of records; default: benchmarks/results")
+
+
+def _profile(commands) -> None:
+    command = _add(
+        commands,
+        "profile",
+        help="show where the time of a training step goes",
+        description="Take a few steps of pre-training and record them with torch.profiler: a trace, a table by phase "
+        "and a plot. Prints the command lines that record the same steps with nsys and ncu.",
+    )
+    command.set_defaults(trains=True)
+    _config(command, default="demo")
+    command.add_argument("--steps", type=int, default=5, help="steps to record (default: 5)")
+    command.add_argument("--warmup", type=int, default=3, help="steps to take before (default: 3)")
+    command.add_argument("--output", default="runs/profile", metavar="DIR", help="folder to write (runs/profile)")
+    command.add_argument(
+        "--phase", default="backward", help="phase whose kernels ncu records, such as 'fusion layer 0' (backward)"
+    )
+    tool = command.add_mutually_exclusive_group()
+    tool.add_argument("--nsys", action="store_true", help="record with nsys instead, on a GPU")
+    tool.add_argument("--ncu", action="store_true", help="record one step's kernels of --phase with ncu, on a GPU")
+    tool.add_argument("--mark-only", action="store_true", help="mark the steps for a profiler that is attached")
+
+
+def _doctor(commands) -> None:
+    command = _add(
+        commands,
+        "doctor",
+        help="show what this machine has and which backend each op takes",
+        description="Show versions, devices and environment, and for each op which backend it takes here and why.",
+    )
+    _json(command)
+
+
+def _add(commands, name: str, *, module: str | None = None, help: str, description: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=help, description=description)
+    command.set_defaults(module=f"sclkern.cli.{module or name}", trains=False)
+    return command
+
+
+def _config(command: argparse.ArgumentParser, default: str | None = None) -> None:
+    described = "a YAML file, or the name of a shipped configuration (sclkern configs lists them)"
+    described += f"; default: {default}" if default else ""
+    command.add_argument("--config", metavar="FILE|NAME", default=default, help=described)
+    command.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="override the configuration: run.batch_size=16"
+    )
+
+
+def _json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print the same as JSON")
