@@ -70,10 +70,10 @@ def site(wheel, tmp_path_factory):
 def test_the_installed_package_works_away_from_the_tree(site, tmp_path):
     code = """
 import sclkern
-from sclkern.data.arrow import PairTable
+from sclkern.data import open_pairs
 from sclkern.data.tokenizer import CaptionTokenizer
 assert "site" in sclkern.__file__
-print(PairTable("demo", ["pairs"]).num_images, CaptionTokenizer.from_pretrained("demo").vocab_size)
+print(open_pairs("demo", ["pairs"]).num_images, CaptionTokenizer.from_pretrained("demo").vocab_size)
 """
     assert run(code, cwd=tmp_path, path=site) == "1258 2048"
 

@@ -7,8 +7,9 @@ import statistics
 import pytest
 import torch
 
-from sclkern.data.arrow import PairTable
-from sclkern.data.loader import PairDataset, PairLoader
+from sclkern.data import open_pairs
+from sclkern.data.dataset import PairDataset
+from sclkern.data.loader import PairLoader
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import build_transform
 
@@ -18,7 +19,7 @@ SIZE, BATCH, BATCHES = 288, 16, 4
 @pytest.mark.importance(2)
 @pytest.mark.parametrize("transform", ["clip", "clip_randaug"])
 def test_loading(benchmark, record, transform):
-    table = PairTable("demo", ["pairs"])
+    table = open_pairs("demo", ["pairs"])
     options = {"max_text_len": 50, "min_size": 16, "seed": 0}
     dataset = PairDataset(table, CaptionTokenizer.from_pretrained("demo"), build_transform(transform, SIZE), **options)
     loader = PairLoader(dataset, batch_size=BATCH, shuffle=True, seed=0)

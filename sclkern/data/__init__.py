@@ -1,15 +1,16 @@
-"""Image-caption data: arrow tables, the caption tokenizer, image transforms and batches."""
+"""Image-caption data: sources of pairs, the caption tokenizer, image transforms and batches."""
 
-from __future__ import annotations
+from sclkern.data import sources
+from sclkern.data.roots import demo_root, resolve_root
+from sclkern.data.source import SOURCES, PairSource, index_captions, open_pairs, register_source
 
-from pathlib import Path
-
-
-def demo_root() -> Path:
-    """Folder of the embedded data: ``pairs.arrow`` and ``tokenizer/`` (see its README.md)."""
-    return Path(__file__).parent / "demo"
-
-
-def resolve_root(root: str | Path) -> Path:
-    """``root`` as a path; the string ``"demo"`` is the embedded folder (``"./demo"`` is one of your own)."""
-    return demo_root() if root == "demo" else Path(root)
+__all__ = [
+    "SOURCES",
+    "PairSource",
+    "demo_root",
+    "index_captions",
+    "open_pairs",
+    "register_source",
+    "resolve_root",
+    "sources",
+]

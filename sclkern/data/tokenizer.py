@@ -9,18 +9,15 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from sclkern.data import demo_root
-from sclkern.data.arrow import PairTable
+from sclkern.data.roots import demo_root
+from sclkern.data.source import open_pairs
 from sclkern.errors import UserError
 from sclkern.weights.encoders import HUB_NAME
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 _SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 
@@ -30,28 +27,42 @@ class CaptionTokenizer:
 
     A caption is data: text in it that spells a special token, such as ``<mask>``, is tokenized as text.
 
+    Args:
+        tokenizer: A fast tokenizer that puts bos and eos around a caption.
+
     Attributes:
+        tokenizer: The tokenizer it was made from.
         vocab_size: Number of ids, added tokens included.
-        pad_id, bos_id, eos_id, mask_id: Ids of the special tokens.
+        pad_id: Id of the padding token.
+        bos_id: Id of the token before a caption.
+        eos_id: Id of the token after a caption.
+        mask_id: Id of the mask token.
 
     Raises:
         UserError: ``tokenizer`` lacks a mask, pad, bos or eos token, has no backend of the ``tokenizers``
             library, or does not put bos and eos around a caption.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer: PreTrainedTokenizerFast
+    vocab_size: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+    mask_id: int
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         name = tokenizer.name_or_path or "the tokenizer"
         missing = [kind for kind in ("mask", "pad", "bos", "eos") if getattr(tokenizer, f"{kind}_token_id") is None]
         if missing:
             raise UserError(f"{name}: no {', '.join(missing)} token, expected mask, pad, bos and eos; add the missing")
-        if not tokenizer.is_fast:
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise UserError(f"{name}: no tokenizer.json, expected one; convert it to a fast tokenizer")
         self.tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
-        self.pad_id: int = tokenizer.pad_token_id
-        self.bos_id: int = tokenizer.bos_token_id
-        self.eos_id: int = tokenizer.eos_token_id
-        self.mask_id: int = tokenizer.mask_token_id
+        self.pad_id = tokenizer.pad_token_id
+        self.bos_id = tokenizer.bos_token_id
+        self.eos_id = tokenizer.eos_token_id
+        self.mask_id = tokenizer.mask_token_id
         ids = self._backend().encode("a").ids
         if len(ids) < 3 or ids[0] != self.bos_id or ids[-1] != self.eos_id:
             raise UserError(
@@ -61,8 +72,14 @@ class CaptionTokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> CaptionTokenizer:
-        """Load a tokenizer directory; ``"demo"`` is the shipped one, and another name is looked for on the Hugging Face
-        hub, unless it is a ``Path`` or reads like one.
+        """Load a tokenizer.
+
+        Args:
+            path: A tokenizer directory, or ``"demo"`` for the shipped one. A string that is no directory and does not
+                look like a path is looked for on the Hugging Face hub.
+
+        Returns:
+            The tokenizer.
 
         Raises:
             UserError: The directory is missing or holds no tokenizer that transformers can load.
@@ -70,8 +87,6 @@ class CaptionTokenizer:
         local = demo_root() / "tokenizer" if path == "demo" else Path(path).expanduser()
         if not local.is_dir() and (isinstance(path, Path) or not HUB_NAME.fullmatch(path)):
             raise UserError(f"{local}: no such directory, expected a Hugging Face tokenizer; 'demo' is the shipped one")
-        from transformers import AutoTokenizer
-
         try:
             if not local.is_dir():
                 return cls(AutoTokenizer.from_pretrained(path))
@@ -82,7 +97,7 @@ class CaptionTokenizer:
             reason = str(error).strip().partition("\n")[0]
             if not local.is_dir():
                 raise UserError(
-                    f"{path}: not a local directory, and not to be had from the Hugging Face hub ({reason}); a local "
+                    f"{path}: not a local directory, and the Hugging Face hub gives no tokenizer ({reason}); a local "
                     "tokenizer directory works without a network"
                 ) from error
             raise UserError(
@@ -94,11 +109,11 @@ class CaptionTokenizer:
     def __call__(
         self, captions: Sequence[str], max_length: int, pad_to: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask of a batch of B captions, padded on the right.
+        """Tokenize a batch of B captions, padded on the right.
 
         Args:
             captions: B texts.
-            max_length: Longest row, ``<s>`` and ``</s>`` included; what is over is cut before ``</s>``.
+            max_length: Longest row, ``<s>`` and ``</s>`` included; a longer caption is cut before ``</s>``.
             pad_to: L, at least ``max_length``; by default the longest row of the batch.
 
         Returns:
@@ -113,13 +128,13 @@ class CaptionTokenizer:
         if pad_to is not None and pad_to < max_length:
             raise ValueError(f"pad_to is {pad_to}, expected max_length ({max_length}) or more")
         backend = self._backend()
-        rows = []
+        rows: list[list[int]] = []
         # One by one: encode_batch starts threads, which a forked worker must not inherit.
         for caption in captions:
-            ids = backend.encode(caption).ids
-            if len(ids) < 3:
+            row = backend.encode(caption).ids
+            if len(row) < 3:
                 raise UserError(f"caption {caption!r} gives no token, expected text; remove it from the data")
-            rows.append(ids if len(ids) <= max_length else ids[: max_length - 1] + ids[-1:])
+            rows.append(row if len(row) <= max_length else row[: max_length - 1] + row[-1:])
         width = pad_to if pad_to is not None else max(map(len, rows), default=0)
         ids = torch.full((len(rows), width), self.pad_id)
         mask = torch.zeros((len(rows), width), dtype=torch.bool)
@@ -133,7 +148,7 @@ class CaptionTokenizer:
         return self._backend().decode([int(token) for token in ids], skip_special_tokens=True)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the directory that :meth:`from_pretrained` loads."""
+        """Write the directory that ``from_pretrained`` loads."""
         self._backend()
         self.tokenizer.save_pretrained(str(path))
 
@@ -150,7 +165,12 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, path: str | Path) 
     """Train a byte-level BPE tokenizer and write it to the directory ``path``.
 
     The special tokens are RoBERTa's: ``<s>`` 0, ``<pad>`` 1, ``</s>`` 2, ``<unk>`` 3, and ``<mask>`` the last
-    id. There are ``vocab_size`` ids, or fewer if the captions give fewer merges.
+    id.
+
+    Args:
+        captions: Texts to train on.
+        vocab_size: Number of ids; there are fewer if the captions give fewer merges.
+        path: Directory to write.
 
     Raises:
         UserError: ``vocab_size`` has no room for the 256 bytes and the 5 special tokens.
@@ -186,15 +206,15 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, path: str | Path) 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train a tokenizer from the command line."""
     parser = argparse.ArgumentParser(prog="python -m sclkern.data.tokenizer", description=main.__doc__)
-    parser.add_argument("root", help="folder of the arrow files, or 'demo'")
-    parser.add_argument("table", help="file name without .arrow")
+    parser.add_argument("root", help="folder of the data, or 'demo'")
+    parser.add_argument("table", help="name of the file to train on, without its suffix")
     parser.add_argument("out", help="directory to write")
     parser.add_argument("--vocab-size", type=int, required=True)
     parser.add_argument("--split", default="train", help="rows to train on (default: train)")
     options = parser.parse_args(arguments)
     try:
-        table = PairTable(options.root, [options.table], options.split)
-        captions = (table.caption(pair) for pair in range(table.num_pairs))
+        source = open_pairs(options.root, [options.table], options.split)
+        captions = (source.caption(pair) for pair in range(source.num_pairs))
         train_tokenizer(captions, options.vocab_size, options.out)
     except UserError as error:
         parser.error(str(error))

@@ -1,14 +1,8 @@
-"""Pictures: decoding, and the image transforms of the reference by name."""
+"""The published image transforms, by name."""
 
 from __future__ import annotations
 
-import io
-import re
-import warnings
-
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from sclkern.errors import UserError
@@ -37,19 +31,25 @@ _GEOMETRY = {"clip": _clip, "clip_randaug": _clip_randaug, "clip_test": _clip_te
 
 
 def build_transform(name: str, size: int) -> v2.Compose:
-    """A transform from a PIL picture (mode RGB) to a float32 tensor (3, ``size``, ``size``).
+    """Build the transform from a PIL image (mode RGB) to a float32 tensor (3, ``size``, ``size``).
 
-    Every one ends with the normalisation by CLIP's mean and standard deviation.
+    Every transform ends with the normalisation by CLIP's mean and standard deviation, and draws from torch's default
+    generator.
 
     - ``"clip"``: random crop of 80 to 100 % of the area, resized (bicubic), and a horizontal flip.
     - ``"clip_randaug"``: RandAugment, 2 operations of magnitude 9, then a crop of 90 to 100 %; no flip.
-    - ``"clip_test"``: resized to the square, the aspect ratio not kept, as the reference does.
+    - ``"clip_test"``: resized to the square without keeping the aspect ratio, as in the published code.
 
-    RandAugment is torchvision's. Like the reference's it draws from 14 operations, but it has Identity where
-    the reference has SolarizeAdd, and its strengths are others: at magnitude 9, for example, Posterize keeps
-    7 bits (the reference's 1) and a translation is 14 % of the side (the reference's 30 pixels).
+    RandAugment is torchvision's. Like the published one it draws from 14 operations, but it has Identity instead of
+    SolarizeAdd, and its strengths differ: at magnitude 9, for example, Posterize keeps 7 bits (published: 1) and a
+    translation is 14 % of the side (published: 30 pixels).
 
-    Random draws come from torch's default generator.
+    Args:
+        name: One of the three names.
+        size: Side of the output in pixels.
+
+    Returns:
+        The transform.
 
     Raises:
         UserError: ``name`` is none of the three, or ``size`` is not positive.
@@ -67,27 +67,3 @@ def denormalize(images: torch.Tensor) -> torch.Tensor:
     mean = images.new_tensor(CLIP_MEAN).view(3, 1, 1)
     std = images.new_tensor(CLIP_STD).view(3, 1, 1)
     return (images * std + mean).clamp(0, 1)
-
-
-def decode_image(data: bytes | memoryview) -> Image.Image:
-    """Decode a picture file to mode RGB.
-
-    The EXIF orientation is applied, transparency is laid on white, of an animation the first frame is taken.
-
-    Raises:
-        ValueError: The file is broken, of an unknown format, or over Pillow's limit of pixels.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        elif image.mode.startswith("I;16"):
-            # convert() would clip 16-bit grey at 255, that is, to white.
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB")
-    except Exception as error:  # Pillow's plug-ins raise errors of every kind on broken files
-        reason = re.sub(r" <_io\.BytesIO object at \w+>", "", str(error))
-        raise ValueError(f"the picture cannot be decoded: {reason}") from error

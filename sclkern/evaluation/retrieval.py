@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sclkern.data.arrow import PairTable
-from sclkern.data.loader import BadPictures
+from sclkern.data import PairSource
 from sclkern.data.tokenizer import CaptionTokenizer
-from sclkern.data.transforms import decode_image
+from sclkern.data.undecodable import UndecodableImages
 from sclkern.models import SCLNetwork, VisionFeatures
 
 RECALL_AT = (1, 5, 10)
@@ -62,14 +61,14 @@ def chance_recalls(relevant: Tensor) -> dict[str, float]:
 @torch.no_grad()
 def evaluate_retrieval(
     model: SCLNetwork,
-    table: PairTable,
+    table: PairSource,
     tokenizer: CaptionTokenizer,
     transform,
     *,
     batch_size: int = 64,
     rerank: int = 16,
     max_images: int | None = None,
-    bad_pictures: BadPictures | None = None,
+    bad_pictures: UndecodableImages | None = None,
 ) -> RetrievalResult:
     """Recall in both directions over the pictures of a table.
 
@@ -87,7 +86,7 @@ def evaluate_retrieval(
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    bad_pictures = bad_pictures if bad_pictures is not None else BadPictures(table.num_images)
+    bad_pictures = bad_pictures if bad_pictures is not None else UndecodableImages(table.num_images)
     pixels, kept = _decode(table, transform, max_images, bad_pictures)
     of_image = np.full(table.num_images, -1)
     of_image[kept] = np.arange(len(kept))
@@ -148,13 +147,13 @@ def _match(
 
 
 def _decode(
-    table: PairTable, transform, max_images: int | None, bad_pictures: BadPictures
+    table: PairSource, transform, max_images: int | None, bad_pictures: UndecodableImages
 ) -> tuple[Tensor, np.ndarray]:
     pixels, kept = [], []
     count = min(table.num_images, max_images or table.num_images)
     for index in np.linspace(0, table.num_images - 1, count).round().astype(int).tolist():
         try:
-            pixels.append(transform(decode_image(table.image_bytes(index))))
+            pixels.append(transform(table.image(index)))
         except ValueError:
             bad_pictures.add([table.image_name(index)])
             continue

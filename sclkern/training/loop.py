@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sclkern.data.arrow import PairTable
+from sclkern.data import PairSource, open_pairs
 from sclkern.data.buckets import Buckets
-from sclkern.data.loader import BadPictures, PairDataset, PairLoader
+from sclkern.data.dataset import PairDataset
+from sclkern.data.loader import PairLoader
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import build_transform
+from sclkern.data.undecodable import UndecodableImages
 from sclkern.errors import UserError
 from sclkern.evaluation.retrieval import RetrievalResult, evaluate_retrieval
 from sclkern.model import SCLModel
@@ -61,8 +63,12 @@ class Pretraining:
             check_capture(self.device, config.step)
         check_objectives(config.model, config.objectives)
         saved = open_directory(config, resume=resume)
-        self.train_table = PairTable(config.data.root, config.data.train_tables, config.data.train_split)
-        self.val_table = PairTable(config.data.root, config.data.val_tables, config.data.val_split)
+        self.train_table = open_pairs(
+            config.data.root, config.data.train_tables, config.data.train_split, format=config.data.format
+        )
+        self.val_table = open_pairs(
+            config.data.root, config.data.val_tables, config.data.val_split, format=config.data.format
+        )
         self.tokenizer = CaptionTokenizer.from_pretrained(config.data.tokenizer)
         check_tokenizer(config, self.tokenizer)
         self.val_transform = build_transform(config.data.val_transform, config.model.image_size)
@@ -74,8 +80,8 @@ class Pretraining:
         model.step = config.step
         self.model = model.set_backend(config.run.backend).to(self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.bad_pictures = BadPictures(self.train_table.num_images)
-        self.bad_val_pictures = BadPictures(self.val_table.num_images)
+        self.bad_pictures = UndecodableImages(self.train_table.num_images)
+        self.bad_val_pictures = UndecodableImages(self.val_table.num_images)
         self.step, self.best = 0, float("-inf")
         if saved:
             rates = [group["base_lr"] for group in self.optimizer.param_groups]
@@ -97,7 +103,7 @@ class Pretraining:
 
     # -- set up --------------------------------------------------------------------------------------------------------
 
-    def _loader(self, table: PairTable, transform: str, *, shuffle: bool) -> PairLoader:
+    def _loader(self, table: PairSource, transform: str, *, shuffle: bool) -> PairLoader:
         config = self.config
         dataset = PairDataset(
             table,
@@ -129,7 +135,7 @@ class Pretraining:
             else None,
         )
 
-    def _lengths(self, table: PairTable) -> list[int]:
+    def _lengths(self, table: PairSource) -> list[int]:
         """Tokens of a thousand captions of a table."""
         sample = range(0, table.num_pairs, max(1, table.num_pairs // 1000))
         _, mask = self.tokenizer([table.caption(pair) for pair in sample], self.config.model.max_text_len)
@@ -277,7 +283,7 @@ class Pretraining:
             self.best = result.sum
             self.save("best")
 
-    def retrieval(self, table: PairTable, max_images: int | None = None) -> RetrievalResult:
+    def retrieval(self, table: PairSource, max_images: int | None = None) -> RetrievalResult:
         """Zero-shot retrieval over a table with the settings of ``config.evaluation``."""
         evaluation = self.config.evaluation
         return evaluate_retrieval(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sclkern.data.transforms import decode_image, denormalize
+from sclkern.data.transforms import denormalize
 from sclkern.evaluation.retrieval import RECALL_AT, RetrievalResult
 from sclkern.io import write_atomically
 from sclkern.training.logs import read_metrics
@@ -83,7 +83,7 @@ def plot_attention(run: Pretraining, path: Path, count: int, words_shown: int = 
     for row, pair in enumerate(chosen):
         caption = table.caption(pair)
         ids, mask = run.tokenizer([caption], model.config.max_text_len)
-        image = decode_image(table.image_bytes(int(table.pair_image[pair])))
+        image = table.image(int(table.pair_image[pair]))
         pixels = run.val_transform(image)[None].to(run.device)
         features = model.encode_image(pixels)
         text = model.encode_text(ids.to(run.device), mask.to(run.device))

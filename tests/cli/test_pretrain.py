@@ -9,8 +9,8 @@ import yaml
 
 from sclkern import SCLConfig, SCLModel
 from sclkern.cli import main
-from sclkern.data.arrow import write_pairs
-from tiny_run import overrides, picture, rows
+from sclkern.data.sources.arrow import write_pairs
+from tiny_run import image_file, overrides, rows
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_caption_without_tokens(fails, tmp_path, caption):
 def test_more_than_one_percent_undecodable(fails, tmp_path):
     pairs = rows()
     pairs[5]["image"] = b"no picture"
-    fails("1 of 40 pictures cannot be decoded", "mine.arrow row 5", "1 %", **data(tmp_path, pairs, run__max_steps=20))
+    fails("1 of 40 images cannot be decoded", "mine.arrow row 5", "1 %", **data(tmp_path, pairs, run__max_steps=20))
 
 
 def test_a_few_undecodable_are_counted_and_named(tmp_path, caplog):
@@ -189,7 +189,7 @@ def test_a_few_undecodable_are_counted_and_named(tmp_path, caplog):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_picture_smaller_than_a_patch(fails, tmp_path, workers):
     pairs = rows(16)
-    pairs[2]["image"] = picture(size=(40, 9))
+    pairs[2]["image"] = image_file(size=(40, 9))
     fails("mine.arrow row 2", "40 x 9", "patch", **data(tmp_path, pairs, data__num_workers=workers))
 
 
@@ -252,7 +252,7 @@ def test_a_recipe_the_model_cannot_train(fails):
 def test_undecodable_held_out_pictures_stop_the_run_and_keep_the_weights(fails, tmp_path):
     pairs = rows()
     write_pairs(tmp_path / "bad.arrow", [{**pairs[0], "image": b"no picture"}, *pairs[1:]])
-    fails("1 of 40 pictures cannot be decoded", "bad.arrow row 0", **data(tmp_path, pairs, data__val_tables="[bad]"))
+    fails("1 of 40 images cannot be decoded", "bad.arrow row 0", **data(tmp_path, pairs, data__val_tables="[bad]"))
     assert (tmp_path / "run" / "checkpoints" / "latest.pt").exists()
 
 

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sclkern.data.arrow import PairTable
+from sclkern.data import open_pairs
 from sclkern.data.buckets import TOKEN_STEP, Buckets
-from sclkern.data.loader import PairDataset, PairLoader
+from sclkern.data.dataset import PairDataset
+from sclkern.data.loader import PairLoader
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import build_transform
 
@@ -40,7 +41,7 @@ def test_captions_of_usual_length_waste_little():
 
 
 def test_a_loader_rounds_its_batches_up():
-    table = PairTable("demo", ["pairs"])
+    table = open_pairs("demo", ["pairs"])
     tokenizer = CaptionTokenizer.from_pretrained("demo")
     dataset = PairDataset(table, tokenizer, build_transform("clip_test", 32), max_text_len=32, min_size=8, seed=0)
     buckets = Buckets(widths=(16, 24, 32), tokens=(128, 512))

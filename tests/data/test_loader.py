@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import multiprocessing
 import pickle
 from collections.abc import Callable
@@ -15,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sclkern.data.arrow import PairTable, write_pairs
-from sclkern.data.loader import BadPictures, Batch, PairDataset, PairLoader
+from sclkern.data import open_pairs
+from sclkern.data.dataset import PairDataset
+from sclkern.data.loader import Batch, PairLoader
+from sclkern.data.sources.arrow import write_pairs
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import build_transform, denormalize
 from sclkern.errors import UserError
@@ -24,8 +25,8 @@ from sclkern.errors import UserError
 TOKENIZER = CaptionTokenizer.from_pretrained("demo")
 
 
-def picture(number: int, size: tuple[int, int] = (20, 20)) -> bytes:
-    """A picture of one colour that tells its number."""
+def colour(number: int, size: tuple[int, int] = (20, 20)) -> bytes:
+    """An image of one colour, which gives its number."""
     buffer = io.BytesIO()
     Image.new("RGB", size, (number, 255 - number, 7)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -40,7 +41,7 @@ Make = Callable[..., PairDataset]
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """A dataset of 30 pictures with two captions each: pairs 2 i and 2 i + 1 belong to picture i."""
+    """A dataset of 30 images with two captions each: pairs 2 i and 2 i + 1 belong to image i."""
 
     def build(
         images: int = 30,
@@ -50,15 +51,15 @@ def make(tmp_path: Path) -> Make:
     ) -> PairDataset:
         rows = [
             {
-                "image": (replaced or {}).get(i, picture(i)),
+                "image": (replaced or {}).get(i, colour(i)),
                 "caption": [f"number {i}", f"the number {i}, a colour"],
             }
             for i in range(images)
         ]
         write_pairs(tmp_path / "t.arrow", rows, batch_rows=7)
-        table = PairTable(tmp_path, ["t"])
+        source = open_pairs(tmp_path, ["t"])
         defaults = {"max_text_len": 20, "min_size": 8, "seed": 3}
-        return PairDataset(table, TOKENIZER, build_transform(transform, 8), **{**defaults, **options})
+        return PairDataset(source, TOKENIZER, build_transform(transform, 8), **{**defaults, **options})
 
     return build
 
@@ -73,8 +74,8 @@ def assert_equal(first: list[Batch], second: list[Batch]) -> None:
 
 def demo_dataset(**options: Any) -> PairDataset:
     defaults = {"max_text_len": 50, "min_size": 16, "seed": 0, "false_image": True}
-    table = PairTable("demo", ["pairs"], "val")
-    return PairDataset(table, TOKENIZER, build_transform("clip_randaug", 32), **{**defaults, **options})
+    source = open_pairs("demo", ["pairs"], "val")
+    return PairDataset(source, TOKENIZER, build_transform("clip_randaug", 32), **{**defaults, **options})
 
 
 def test_batch_layout(make: Make) -> None:
@@ -88,10 +89,10 @@ def test_batch_layout(make: Make) -> None:
         assert batch["image"].dtype == batch["false_image"].dtype == torch.float32
         assert batch["text_ids"].dtype == batch["pair"].dtype == torch.int64
         assert batch["pair"].shape == (8,) and batch["undecodable"] == []
-        captions = [dataset.table.caption(pair) for pair in batch["pair"].tolist()]
+        captions = [dataset.source.caption(pair) for pair in batch["pair"].tolist()]
         ids, mask = TOKENIZER(captions, 20)
         assert torch.equal(batch["text_ids"], ids) and torch.equal(batch["text_mask"], mask)
-        assert number_of(batch["image"]) == dataset.table.pair_image[batch["pair"]].tolist()
+        assert number_of(batch["image"]) == dataset.source.pair_image[batch["pair"]].tolist()
 
 
 def test_fixed_length(make: Make) -> None:
@@ -223,7 +224,7 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(make: Make) -> None
 
 
 @pytest.mark.parametrize("images", [2, 5])
-def test_false_image_is_another_picture(make: Make, images: int) -> None:
+def test_the_negative_is_another_image(make: Make, images: int) -> None:
     dataset = make(images=images, false_image=True)
     drawn = set()
     for epoch in range(40):
@@ -235,13 +236,13 @@ def test_false_image_is_another_picture(make: Make, images: int) -> None:
     assert len(drawn) == images * (images - 1)
 
 
-def test_false_image_of_one_picture(make: Make) -> None:
-    with pytest.raises(UserError, match="the table has 1 picture"):
+def test_one_image_has_no_negative(make: Make) -> None:
+    with pytest.raises(UserError, match="the data have 1 image"):
         make(images=1, false_image=True)
 
 
-def test_undecodable_pictures_are_skipped_and_named(make: Make) -> None:
-    dataset = make(replaced={4: b"", 5: picture(5)[:40], 29: b"<html>"})
+def test_undecodable_images_are_skipped_and_named(make: Make) -> None:
+    dataset = make(replaced={4: b"", 5: colour(5)[:40], 29: b"<html>"})
     for pair in (8, 9, 10, 11):
         sample = dataset[(0, pair)]
         assert sample["pair"] == 12 and sample["caption"] == "number 6" and number_of(sample["image"][None]) == [6]
@@ -277,9 +278,9 @@ def one_line(loader: PairLoader) -> str:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_errors_of_workers_stay_one_line(make: Make, num_workers: int) -> None:
     options: dict[str, Any] = {"batch_size": 8, "shuffle": False, "seed": 0, "num_workers": num_workers}
-    small = make(replaced={9: picture(9, (20, 7))})
+    small = make(replaced={9: colour(9, (20, 7))})
     assert one_line(PairLoader(small, **options)) == (
-        "t.arrow row 9: the picture is 20 x 7 pixels, smaller than a patch (8); remove or enlarge it"
+        "t.arrow row 9: the image is 20 x 7 pixels, smaller than a patch (8); remove or enlarge it"
     )
     assert "max_length is 2" in one_line(PairLoader(make(max_text_len=2), **options))
 
@@ -288,7 +289,7 @@ def test_errors_of_workers_stay_one_line(make: Make, num_workers: int) -> None:
 def test_nothing_can_be_decoded(make: Make, images: int, counted: int) -> None:
     dataset = make(images=images, replaced=dict.fromkeys(range(images), b"a\nb"))
     message = one_line(PairLoader(dataset, batch_size=1, shuffle=False, seed=0))
-    assert message.startswith(f"{counted} pictures in a row cannot be decoded, the first is t.arrow row 0 (")
+    assert message.startswith(f"{counted} images in a row cannot be decoded, the first is t.arrow row 0 (")
 
 
 def test_batch_larger_than_the_data(make: Make) -> None:
@@ -310,23 +311,3 @@ def test_start_past_the_end(make: Make, start: int) -> None:
 def test_wrong_arguments(make: Make, wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="expected batch_size >= 1 and 0 <= rank < world_size"):
         PairLoader(make(), **{"batch_size": 8, "shuffle": True, "seed": 0, **wrong})
-
-
-def test_one_percent_of_bad_pictures(caplog: pytest.LogCaptureFixture) -> None:
-    bad = BadPictures(1000)
-    with caplog.at_level(logging.WARNING, "sclkern.data"):
-        for _ in range(3):
-            bad.add(["t.arrow row 0", "t.arrow row 0"])
-        bad.add(f"t.arrow row {row}" for row in range(10))
-    assert len(bad) == 10
-    assert [record.getMessage().rsplit(" ", 1)[1] for record in caplog.records] == [str(row) for row in range(10)]
-
-    again = BadPictures(1000)
-    again.load_state_dict(bad.state_dict())
-    for counter in (bad, again):
-        counter.add(["t.arrow row 3"])
-        with pytest.raises(UserError) as caught:
-            counter.add(["t.arrow row 11"])
-        assert str(caught.value).startswith("11 of 1000 pictures cannot be decoded, expected 1 % at most; the first")
-        assert "is t.arrow row 0;" in str(caught.value) and "\n" not in str(caught.value)
-    assert bad.state_dict() == again.state_dict()

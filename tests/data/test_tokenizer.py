@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from sclkern.data import demo_root
-from sclkern.data.arrow import PairTable
+from sclkern.data import demo_root, open_pairs
 from sclkern.data.tokenizer import CaptionTokenizer, main, train_tokenizer
 from sclkern.errors import UserError
 
@@ -170,7 +169,7 @@ def test_training_again_gives_the_shipped_one(tmp_path: Path) -> None:
 
 
 def test_training_sees_the_train_split_only(tmp_path: Path) -> None:
-    table = PairTable("demo", ["pairs"])
+    table = open_pairs("demo", ["pairs"])
     train_tokenizer((table.caption(pair) for pair in range(table.num_pairs)), 2048, tmp_path)
     shipped = Tokenizer.from_file(str(demo_root() / "tokenizer" / "tokenizer.json")).get_vocab()
     assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab() != shipped

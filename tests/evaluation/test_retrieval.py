@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from sclkern import SCLConfig, SCLModel
-from sclkern.data.arrow import PairTable, write_pairs
+from sclkern.data import open_pairs
+from sclkern.data.sources.arrow import write_pairs
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import build_transform
 from sclkern.evaluation.retrieval import chance_recalls, evaluate_retrieval, recalls
@@ -40,7 +41,7 @@ def table(tmp_path):
         Image.effect_noise((40, 40), 90).convert("RGB").rotate(i).save(stream, "PNG")
         rows.append({"image": stream.getvalue(), "caption": caption, "image_id": str(i), "split": "test"})
     write_pairs(tmp_path / "t.arrow", rows)
-    return PairTable(tmp_path, ["t"])
+    return open_pairs(tmp_path, ["t"])
 
 
 def evaluate(table, rerank, **options):

@@ -1,4 +1,4 @@
-"""A pre-training run of a second, and pictures for tables of one's own."""
+"""A pre-training run of a second, and images for tables of pairs."""
 
 import io
 
@@ -27,7 +27,7 @@ def overrides(output, **changes):
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def picture(color=(200, 30, 30), size=(40, 40)):
+def image_file(color=(200, 30, 30), size=(40, 40)):
     stream = io.BytesIO()
     Image.new("RGB", size, color).save(stream, "PNG")
     return stream.getvalue()
@@ -36,8 +36,8 @@ def picture(color=(200, 30, 30), size=(40, 40)):
 def rows(count=40, split="train"):
     return [
         {
-            "image": picture((7 * i % 256, 40, 3 * i % 256)),
-            "caption": [f"picture number {i}"],
+            "image": image_file((7 * i % 256, 40, 3 * i % 256)),
+            "caption": [f"image number {i}"],
             "image_id": str(i),
             "split": split,
         }

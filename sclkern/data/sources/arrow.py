@@ -1,4 +1,4 @@
-"""(Picture, caption) pairs in the arrow layout of ViLT and METER, memory-mapped."""
+"""(image, caption) pairs in the arrow layout of ViLT and METER, memory-mapped."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from PIL import Image
 
-from sclkern.data import resolve_root
+from sclkern.data.images import decode_image
+from sclkern.data.source import register_source
 from sclkern.errors import UserError
 
 _COLUMNS = {
@@ -22,34 +24,34 @@ _COLUMNS = {
     "image_id": pa.string(),
     "split": pa.string(),
 }
-_REWRITE = "write it again with sclkern.data.arrow.write_pairs"
+_REWRITE = "write it again with sclkern.data.sources.arrow.write_pairs"
 
 
-class PairTable:
-    """Pairs of one picture and one of its captions, over one or more memory-mapped arrow files.
+@register_source("arrow", pattern="{table}.arrow")
+class ArrowPairs:
+    """Pairs of one image and one of its captions, over one or more memory-mapped arrow files.
 
-    A file is a pyarrow IPC *file* with the columns ``image`` (binary: an encoded picture), ``caption``
-    (list of string), optionally ``image_id`` (string or integer) and ``split`` (string). Pictures and
-    captions stay in the mapped files, so processes share their pages; only index arrays are held. (A file
-    written with compression has to be decompressed into memory: write it without.)
+    A file is a pyarrow IPC *file* with the columns ``image`` (binary: an encoded image), ``caption`` (list of string),
+    optionally ``image_id`` (string or integer) and ``split`` (string). Images and captions stay in the mapped files, so
+    processes share their pages; only index arrays are held. (A compressed file must be decompressed into memory: write
+    it without compression.)
 
-    Equal captions of one picture count once, at the place of the first.
+    Equal captions of one image count once, at the place of the first.
 
     Args:
-        root: Folder of the files; ``"demo"`` is the embedded one.
+        root: Folder of the files.
         tables: File names without ``.arrow``, in order.
-        split: Value of the ``split`` column to keep; ``None`` keeps every row.
+        split: Value of the ``split`` column to keep; None keeps every row.
 
     Attributes:
-        num_images: Number of pictures.
-        num_pairs: Number of (picture, caption) pairs.
-        pair_image: (num_pairs,) int64, picture index in ``[0, num_images)``, non-decreasing.
-        pair_group: (num_pairs,) int64, id of the caption's text: the same text has the same id in the whole
-            table. Retrieval counts a hit by these groups.
+        num_images: Number of images.
+        num_pairs: Number of (image, caption) pairs.
+        pair_image: (num_pairs,) int64, image index in ``[0, num_images)``, non-decreasing.
+        pair_group: (num_pairs,) int64, id of the caption's text: the same text has the same id in all files.
 
     Raises:
         UserError: A file is missing or unreadable, a column is missing or of another type, the split has no
-            row, a kept row has no picture or no caption, or a caption is null or blank.
+            row, a kept row has no image or no caption, or a caption is null or blank.
     """
 
     num_images: int
@@ -57,21 +59,25 @@ class PairTable:
     pair_image: np.ndarray
     pair_group: np.ndarray
 
-    def __init__(self, root: str | Path, tables: Sequence[str], split: str | None = None) -> None:
+    def __init__(self, root: Path, tables: Sequence[str], split: str | None = None) -> None:
         if not tables:
             raise UserError("no table is named: give the names of one or more .arrow files, without the suffix")
         self.split = split
-        self._paths = [resolve_root(root) / f"{table}.arrow" for table in tables]
+        self._paths = [root / f"{table}.arrow" for table in tables]
         self._open()
         self._index()
 
+    def image(self, image: int) -> Image.Image:
+        """Image ``image``, decoded to mode RGB; raises ``ValueError`` if it cannot be decoded."""
+        return decode_image(self.image_bytes(image))
+
     def image_bytes(self, image: int) -> memoryview:
-        """The encoded picture ``image``, a view of the mapped file."""
+        """Image ``image`` as encoded in the file, a view of the mapped file."""
         batch, row = self._locate(image)
         return memoryview(self._batches[batch].column("image")[row].as_buffer())
 
     def image_name(self, image: int) -> str:
-        """Where picture ``image`` comes from, for messages: ``"pairs.arrow row 17 (noto/1f30e)"``."""
+        """Where image ``image`` comes from, for messages: ``"pairs.arrow row 17 (noto/1f30e)"``."""
         batch, row = self._locate(image)
         name = self._row_name(batch, row)
         if "image_id" in self._batches[batch].schema.names:
@@ -119,7 +125,7 @@ class PairTable:
         for number, (batch, mask) in enumerate(zip(self._batches, wanted, strict=True)):
             captions = batch.column("caption")
             length = pc.list_value_length(captions).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-            self._refuse(number, mask & _nulls(batch.column("image")), "has no picture (image is null)")
+            self._refuse(number, mask & _nulls(batch.column("image")), "has no image (null)")
             self._refuse(number, mask & (length == 0), "has no caption")
             lengths.append(length)
             # 32-bit offsets end at 2 GiB of text, which a large collection passes.
@@ -197,7 +203,7 @@ class PairTable:
 
 
 def write_pairs(path: str | Path, rows: Iterable[dict[str, Any]], *, batch_rows: int = 256) -> None:
-    """Write rows in the layout :class:`PairTable` reads; the file appears whole or not at all.
+    """Write rows in the layout ``ArrowPairs`` reads; the file appears whole or not at all.
 
     Args:
         path: The file to write, ending in ``.arrow``; an older one is replaced.
@@ -238,8 +244,8 @@ def _record_batch(path: Path, start: int, rows: list[dict[str, Any]], schema: pa
     for number, row in enumerate(rows, start):
         if set(row) != set(schema.names):
             raise UserError(f"{path}: row {number} has the keys {sorted(row)}, expected {schema.names} as in row 0")
-        # pyarrow would store a path as if it were a picture, and a text as the list of its letters.
-        for name, expected in (("image", "the bytes of a picture file"), ("caption", "a list of str")):
+        # pyarrow would store a path as if it were an image, and a text as the list of its letters.
+        for name, expected in (("image", "the bytes of an image file"), ("caption", "a list of str")):
             if isinstance(row[name], str):
                 raise UserError(f"{path}: row {number}: {name} is the str {row[name]!r:.60}, expected {expected}")
     try:

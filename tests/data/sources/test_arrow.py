@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sclkern.data import demo_root, resolve_root
-from sclkern.data.arrow import PairTable, write_pairs
+from sclkern.data import demo_root, open_pairs, resolve_root
+from sclkern.data.sources.arrow import ArrowPairs, write_pairs
 from sclkern.errors import UserError
 
 Row = dict[str, Any]
 
 
-def row(caption: Any = ("a cat",), image: bytes | None = b"picture", split: str = "train", name: str = "x") -> Row:
+def row(caption: Any = ("a cat",), image: bytes | None = b"image", split: str = "train", name: str = "x") -> Row:
     return {
         "image": image,
         "caption": None if caption is None else list(caption),
@@ -35,7 +35,7 @@ def write_columns(path: Path, schema: pa.Schema, *batches: list[Row]) -> None:
 
 def error_of(root: Path, *tables: str, split: str | None = None) -> str:
     with pytest.raises(UserError) as caught:
-        PairTable(root, tables or ("t",), split)
+        ArrowPairs(root, tables or ("t",), split)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -62,7 +62,7 @@ def test_agrees_with_plain_python(tmp_path_factory: pytest.TempPathFactory, file
         error_of(root, *tables, split=split)
         return
 
-    table = PairTable(root, tables, split)
+    table = ArrowPairs(root, tables, split)
     texts = [text for _, _, unique in expected for text in unique]
     assert table.num_images == len(expected)
     assert table.num_pairs == len(texts)
@@ -81,7 +81,7 @@ def test_large_types_integer_ids_empty_batches_and_null_lists_elsewhere(tmp_path
         {"image": b"2", "caption": ["b"], "image_id": 8},
     ]
     write_columns(tmp_path / "t.arrow", pa.schema(fields), [], content[:1], [], content[1:], [])
-    table = PairTable(tmp_path, ["t"])
+    table = ArrowPairs(tmp_path, ["t"])
     assert [table.caption(pair) for pair in range(3)] == ["a", "b", "b"]
     assert table.pair_group[1] == table.pair_group[2] != table.pair_group[0]
     assert table.image_name(1) == "t.arrow row 1 (8)"
@@ -91,22 +91,22 @@ def test_large_types_integer_ids_empty_batches_and_null_lists_elsewhere(tmp_path
 def test_faults_of_other_splits_do_not_matter(tmp_path: Path) -> None:
     faulty = [row(None, split="val"), row([" "], split="val"), row(image=None, split="val")]
     write_pairs(tmp_path / "t.arrow", [*faulty, row(["a", "b"]), row(["b"])])
-    table = PairTable(tmp_path, ["t"], "train")
+    table = ArrowPairs(tmp_path, ["t"], "train")
     assert [table.caption(pair) for pair in range(3)] == ["a", "b", "b"]
     assert table.image_name(0) == "t.arrow row 3 (x)"
 
 
 def test_without_optional_columns(tmp_path: Path) -> None:
     write_pairs(tmp_path / "t.arrow", [{"image": b"1", "caption": ["a"]}])
-    assert PairTable(tmp_path, ["t"]).image_name(0) == "t.arrow row 0"
+    assert ArrowPairs(tmp_path, ["t"]).image_name(0) == "t.arrow row 0"
     message = error_of(tmp_path, split="train")
     assert "t.arrow: column 'split' is missing, expected string" in message
 
 
-def test_pictures_are_not_copied(tmp_path: Path) -> None:
+def test_images_are_not_copied(tmp_path: Path) -> None:
     write_pairs(tmp_path / "t.arrow", [row(image=bytes(1 << 20)) for _ in range(8)], batch_rows=3)
     before = pa.total_allocated_bytes()
-    table = PairTable(tmp_path, ["t"])
+    table = ArrowPairs(tmp_path, ["t"])
     views = [table.image_bytes(image) for image in range(8)]
     assert sum(map(len, views)) == 8 << 20
     assert pa.total_allocated_bytes() - before < 1 << 20
@@ -114,7 +114,7 @@ def test_pictures_are_not_copied(tmp_path: Path) -> None:
 
 def test_pickles_without_the_data(tmp_path: Path) -> None:
     write_pairs(tmp_path / "t.arrow", [row([f"caption {i}"], bytes([i]) * 10_000) for i in range(20)], batch_rows=3)
-    table = PairTable(tmp_path, ["t"])
+    table = ArrowPairs(tmp_path, ["t"])
     data = pickle.dumps(table)
     assert len(data) < 10_000
     copy = pickle.loads(data)
@@ -124,7 +124,7 @@ def test_pickles_without_the_data(tmp_path: Path) -> None:
 
 def test_holds_arrays_only(tmp_path: Path) -> None:
     write_pairs(tmp_path / "t.arrow", [row()])
-    state = PairTable(tmp_path, ["t"]).__getstate__()
+    state = ArrowPairs(tmp_path, ["t"]).__getstate__()
     per_pair = [value for value in state.values() if isinstance(value, np.ndarray)]
     assert len(per_pair) == 5
     assert all(array.dtype in (np.int32, np.int64) for array in per_pair)
@@ -139,7 +139,7 @@ def test_missing_file_lists_those_there(tmp_path: Path) -> None:
 
 def test_no_table(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no table is named"):
-        PairTable(tmp_path, [])
+        ArrowPairs(tmp_path, [])
 
 
 @pytest.mark.parametrize("length", [0, 3, 1000, -1])
@@ -205,7 +205,7 @@ def test_no_rows(tmp_path: Path) -> None:
         (row(["fine", "fine", " \t\n\u3000"]), "t.arrow row 4: caption 2 is null or blank"),
         (row([]), "t.arrow row 4: has no caption"),
         (row(None), "t.arrow row 4: has no caption"),
-        (row(image=None), "t.arrow row 4: has no picture"),
+        (row(image=None), "t.arrow row 4: has no image"),
     ],
 )
 @pytest.mark.parametrize("batch_rows", [2, 3, 100])
@@ -226,7 +226,7 @@ def test_write_is_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_pairs(path, fails(), batch_rows=2)
     assert [file.name for file in tmp_path.iterdir()] == ["t.arrow"]
-    assert PairTable(tmp_path, ["t"]).caption(0) == "old"
+    assert ArrowPairs(tmp_path, ["t"]).caption(0) == "old"
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_write_refuses(tmp_path: Path, content: list[Row], found: str) -> None:
 def test_demo() -> None:
     digest = hashlib.sha256((demo_root() / "pairs.arrow").read_bytes()).hexdigest()
     assert digest == "a406314aeb8ea54bc276d015a38618378fbb7fb09b707e025662fbe3b011df94"
-    assert PairTable("demo", ["pairs"]).num_images == 1258
-    sizes = {split: PairTable("demo", ["pairs"], split).num_images for split in ("train", "val", "test")}
+    assert open_pairs("demo", ["pairs"]).num_images == 1258
+    sizes = {split: open_pairs("demo", ["pairs"], split).num_images for split in ("train", "val", "test")}
     assert sizes == {"train": 1015, "val": 124, "test": 119}
     assert resolve_root("./demo") != demo_root() == resolve_root("demo")

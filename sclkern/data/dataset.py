@@ -1,0 +1,123 @@
+"""Samples of a source: an image, decoded and transformed, with a caption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from sclkern.data.source import PairSource
+from sclkern.data.tokenizer import CaptionTokenizer
+from sclkern.errors import UserError
+
+# Only a file that is broken as a whole has so many broken images in a row.
+_MAX_UNDECODABLE_IN_A_ROW = 100
+
+
+class PairDataset(Dataset[dict[str, Any]]):
+    """Decoded and transformed samples; each depends on (``seed``, epoch, pair) alone.
+
+    Indices are tuples (epoch, pair). A sample is a dict with ``image`` (3, S, S) float32, ``caption`` (str),
+    ``pair`` (int), ``undecodable`` (list of image names, see below) and, with ``false_image``, the key ``false_image``
+    (3, S, S) float32: another image of the source, never the same one.
+
+    An image that cannot be decoded is skipped: the next pair of another image takes its place, and the name of the
+    skipped image goes into ``undecodable``.
+
+    Args:
+        source: The pairs.
+        tokenizer: Tokenizes the captions of a batch.
+        transform: Maps a PIL image (RGB) to a float32 tensor (3, S, S); random only through torch's default generator.
+        max_text_len: Longest row of token ids, special tokens included.
+        min_size: Least height and width of an image in pixels: the side of a patch.
+        seed: Seed of all random draws, not negative.
+        false_image: Whether a sample also has a negative image for image-text matching.
+
+    Raises:
+        UserError: Negative images are asked of a source with one image; at access, an image is smaller than
+            ``min_size``, or none of many can be decoded.
+    """
+
+    def __init__(
+        self,
+        source: PairSource,
+        tokenizer: CaptionTokenizer,
+        transform: Callable[[Image.Image], torch.Tensor],
+        *,
+        max_text_len: int,
+        min_size: int,
+        seed: int,
+        false_image: bool = False,
+    ) -> None:
+        if false_image and source.num_images < 2:
+            raise UserError("the data have 1 image, expected 2 or more for negative images; use more data")
+        self.source = source
+        self.tokenizer = tokenizer
+        self.transform = transform
+        self.max_text_len = max_text_len
+        self.min_size = min_size
+        self.seed = seed
+        self.false_image = false_image
+
+    def __getitem__(self, index: tuple[int, int]) -> dict[str, Any]:
+        epoch, pair = index
+        source = self.source
+        undecodable: dict[int, None] = {}
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed: that would also reset the generators of the GPUs, which are not forked.
+            torch.default_generator.manual_seed(data_seed(self.seed, epoch, pair))
+            following = (int(source.pair_image[(pair + step) % source.num_pairs]) for step in range(source.num_pairs))
+            step, decoded = self._first_decodable(following, undecodable)
+            pair = (pair + step) % source.num_pairs
+            sample = {"image": self.transform(decoded), "caption": source.caption(pair), "pair": pair}
+            if self.false_image:
+                image = int(source.pair_image[pair])
+                count = source.num_images - 1
+                drawn = int(torch.randint(count, ()))
+                others = ((image + 1 + (drawn + step) % count) % source.num_images for step in range(count))
+                _, decoded = self._first_decodable(others, undecodable)
+                sample["false_image"] = self.transform(decoded)
+        sample["undecodable"] = [source.image_name(image) for image in undecodable]
+        return sample
+
+    def __getitems__(self, indices: list[tuple[int, int]]) -> list[dict[str, Any]] | UserError:
+        """The samples of a batch. A ``UserError`` is returned, as DataLoader would bury its one line in a traceback."""
+        try:
+            return [self[index] for index in indices]
+        except UserError as error:
+            return error
+
+    def _first_decodable(self, images: Iterable[int], undecodable: dict[int, None]) -> tuple[int, Image.Image]:
+        """Position and content of the first of these images that can be decoded; adds the others to ``undecodable``."""
+        reason = ""
+        for position, image in enumerate(images):
+            if image in undecodable:
+                continue
+            try:
+                decoded = self.source.image(image)
+            except ValueError as error:
+                reason = reason or " ".join(str(error).split())
+                undecodable[image] = None
+                if len(undecodable) >= _MAX_UNDECODABLE_IN_A_ROW:
+                    break
+                continue
+            if min(decoded.size) < self.min_size:
+                raise UserError(
+                    f"{self.source.image_name(image)}: the image is {decoded.width} x {decoded.height} "
+                    f"pixels, smaller than a patch ({self.min_size}); remove or enlarge it"
+                )
+            return position, decoded
+        raise UserError(
+            f"{len(undecodable)} images in a row cannot be decoded, the first is "
+            f"{self.source.image_name(next(iter(undecodable)))} ({reason}), expected JPEG, PNG or another "
+            "format of Pillow; write the data again"
+        )
+
+
+def data_seed(*parts: int) -> int:
+    """A 64-bit seed that depends on all of these non-negative integers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])

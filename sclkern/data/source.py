@@ -1,0 +1,176 @@
+"""Sources of (image, caption) pairs: what training, retrieval and reports read, whatever the format on the disk.
+
+A new format is one file, ``sclkern/data/sources/<name>.py``, with a class that satisfies ``PairSource``::
+
+    @register_source("tsv", pattern="{table}.tsv")
+    class TsvPairs:
+        def __init__(self, root: Path, tables: Sequence[str], split: str | None) -> None: ...
+
+A class outside the package needs no registration: ``data.format=my_package.my_module:MyPairs`` names it.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from sclkern.data.roots import resolve_root
+from sclkern.errors import UserError
+
+
+class PairSource(Protocol):
+    """Images and captions, read in any order.
+
+    Two rules hold for every source. The same files give the same pairs in the same order, because a resumed run counts
+    on it. A source can be pickled, because worker processes receive a copy: leave open files out of its state.
+
+    Attributes:
+        num_images: number of images.
+        num_pairs: number of (image, caption) pairs; an image may have several captions.
+        pair_image: (num_pairs,) int64, image index of each pair in ``[0, num_images)``, non-decreasing.
+        pair_group: (num_pairs,) int64, id of each pair's caption text: equal texts have equal ids. Retrieval counts
+            every image with the same caption text as a right answer.
+    """
+
+    num_images: int
+    num_pairs: int
+    pair_image: np.ndarray
+    pair_group: np.ndarray
+
+    def caption(self, pair: int) -> str:
+        """Caption of a pair: text that is not blank."""
+
+    def image(self, image: int) -> Image.Image:
+        """Decoded image of an image index, mode RGB; raises ``ValueError`` if it cannot be decoded."""
+
+    def image_name(self, image: int) -> str:
+        """Where an image comes from, for messages: ``"pairs.arrow row 17"``. Names are unique."""
+
+
+Reader = Callable[[Path, Sequence[str], str | None], PairSource]
+_R = TypeVar("_R", bound=Callable[..., PairSource])
+
+
+@dataclass(frozen=True)
+class SourceFormat:
+    """A data format that ``open_pairs`` knows.
+
+    Attributes:
+        read: opens a source, called with the folder, the names of the tables and the split.
+        pattern: glob pattern, relative to the folder, of the files of a table.
+    """
+
+    read: Reader
+    pattern: str
+
+
+SOURCES: dict[str, SourceFormat] = {}
+
+
+def register_source(name: str, *, pattern: str) -> Callable[[_R], _R]:
+    """Decorate the class or function that opens a data format.
+
+    Args:
+        name: value of ``data.format``.
+        pattern: glob pattern, relative to the folder, of the files of a table, such as ``"{table}.arrow"``. A folder
+            that has such files is taken to be of this format when ``data.format`` is "auto".
+
+    Returns:
+        The decorator, which returns its argument unchanged.
+
+    Raises:
+        ValueError: another format has this name.
+    """
+
+    def register(read: _R) -> _R:
+        if name in SOURCES:
+            raise ValueError(f"name: got {name!r}, which {SOURCES[name].read} has; choose another name")
+        SOURCES[name] = SourceFormat(read, pattern)
+        return read
+
+    return register
+
+
+def open_pairs(
+    root: str | Path, tables: Sequence[str], split: str | None = None, *, format: str = "auto"
+) -> PairSource:
+    """Open a source of pairs.
+
+    Args:
+        root: folder of the data; ``"demo"`` is the embedded one.
+        tables: names of the files or folders below ``root`` to read, without their suffix, in this order.
+        split: part of the tables to read, such as ``"train"``; None reads all of it.
+        format: a name of ``SOURCES``, or ``"module:Class"`` for a reader outside this package; ``"auto"`` looks for
+            the files of the tables.
+
+    Returns:
+        The source, checked as far as its reader checks it.
+
+    Raises:
+        UserError: the format is unknown, cannot be told or is not the only one there; or the reader refuses the data.
+    """
+    folder = resolve_root(root)
+    if format == "auto":
+        format = _detect(folder, tables)
+    if ":" in format:
+        return _load_reader(format)(folder, tables, split)
+    if format not in SOURCES:
+        known = ", ".join(["auto", *SOURCES])
+        raise UserError(f"data.format: got {format!r}, expected one of {known}, or module:Class")
+    return SOURCES[format].read(folder, tables, split)
+
+
+def index_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Number the pairs of a source whose captions fit into memory.
+
+    Args:
+        captions: captions of each image; equal captions of one image count once.
+
+    Returns:
+        Captions of the pairs, ``pair_image`` and ``pair_group``.
+    """
+    unique = [list(dict.fromkeys(of_image)) for of_image in captions]
+    texts = [text for of_image in unique for text in of_image]
+    groups = {text: group for group, text in enumerate(dict.fromkeys(texts))}
+    pair_image = np.repeat(np.arange(len(unique)), [len(of_image) for of_image in unique])
+    return texts, pair_image, np.array([groups[text] for text in texts], dtype=np.int64)
+
+
+def _detect(root: Path, tables: Sequence[str]) -> str:
+    """The only format whose files of these tables lie in ``root``, else the only one that has any file there."""
+    for names in ([glob.escape(table) for table in tables], ["*"]):
+        fitting = [
+            name
+            for name, known in SOURCES.items()
+            if any(any(root.glob(known.pattern.format(table=table))) for table in names)
+        ]
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            raise UserError(
+                f"{root}: holds data of several formats ({', '.join(fitting)}), expected one; set data.format to the "
+                "one to read"
+            )
+    expected = ", ".join(f"{known.pattern.format(table='*')} ({name})" for name, known in SOURCES.items())
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder, expected one with {expected}; correct data.root")
+    raise UserError(f"{root}: no data of a known format, expected {expected}; correct data.root or set data.format")
+
+
+def _load_reader(path: str) -> Reader:
+    """The class or function that ``"module:name"`` stands for."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"data.format: {path!r} cannot be imported ({error}), expected module:Class; put the module's folder on "
+            "PYTHONPATH, or correct the name"
+        ) from error
