@@ -11,11 +11,7 @@ from torch import Tensor
 
 from sclkern import weights
 from sclkern.models.config import SCLConfig
-from sclkern.models.fusion import FusionEncoder
-from sclkern.models.layers import Attention
 from sclkern.models.network import SCLNetwork
-from sclkern.models.text import TextEncoder
-from sclkern.models.vision import VisionEncoder
 from sclkern.objectives import ObjectiveConfig
 from sclkern.profiling import phase
 from sclkern.step import SCLLosses, StepConfig, draw_masks, run_step
@@ -32,6 +28,9 @@ class SCLModel(SCLNetwork):
         config: the sizes, and which heads exist.
         objectives: which losses are computed and how; None takes the defaults of ``ObjectiveConfig``.
         step: how a step is executed; None takes the defaults of ``StepConfig``.
+
+    Attributes:
+        load_report: what became of the checkpoint's tensors; only after ``from_pretrained`` and ``from_reference``.
     """
 
     load_report: weights.LoadReport
@@ -51,11 +50,8 @@ class SCLModel(SCLNetwork):
     @step.setter
     def step(self, step: StepConfig) -> None:
         self._step = step
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.absorb = step.absorb
-            elif isinstance(module, (TextEncoder, VisionEncoder, FusionEncoder)):
-                module.checkpoint_blocks = step.checkpoint_blocks
+        self.execution.absorb = step.absorb
+        self.execution.checkpoint_blocks = step.checkpoint_blocks
 
     @classmethod
     def from_pretrained(

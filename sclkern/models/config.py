@@ -18,23 +18,36 @@ HEADS = ("itm", "mlm", "itc", "vqa", "nlvr2", "rank")
 
 @dataclass(frozen=True)
 class SCLConfig:
-    """Architecture of SCL (reference: the published config.py, clip_model.py, bert_model.py).
+    """Architecture of SCL (published code: config.py, clip_model.py, bert_model.py).
 
     Attributes:
         width: channels of every stream, a multiple of 64; the number of heads is width / 64.
-        vision_layers: blocks that run. CLIP ViT-B/16 has 12; the reference drops the last, so the base model has 11.
+        vision_layers: blocks of the vision encoder. CLIP ViT-B/16 has 12; the published code drops the last, so the
+            base model has 11.
+        text_layers: blocks of the text encoder.
+        fusion_layers: layers of the fusion encoder, each with a block for either stream.
         image_size: side of the square input in pixels, a multiple of ``patch_size``.
+        patch_size: side of a patch in pixels.
         max_frames: rows of the temporal position table; 0 for a model of images alone.
+        vocab_size: rows of the token embedding, and classes of the MLM head.
         max_text_len: longest caption in tokens, ``<s>`` and ``</s>`` included.
         text_positions: rows of the text position table; RoBERTa's positions start at pad_id + 1.
-        text_types: rows of the text encoder's own token-type table (RoBERTa has one).
+        text_types: rows of the text encoder's token-type table (RoBERTa has one).
         token_types: rows of the modality table: text, image, and the second image of NLVR2.
+        mlp_ratio: hidden channels of a feed-forward / width.
+        dropout: dropout probability of the text encoder and the fusion encoder; the vision encoder has no dropout.
+        vision_activation: activation of the vision encoder: "quick_gelu" (OpenAI's CLIP) or "gelu".
+        projection_dim: channels in which the image-text contrast compares.
         patch_mask_token: whether there is a learned token that replaces patches (recipe "glscl").
         heads: which of ``HEADS`` exist.
         vqa_answers: classes of the VQA head.
+        bos_id: token id of ``<s>``.
+        pad_id: token id of padding.
+        eos_id: token id of ``</s>``.
+        mask_id: token id of ``<mask>``.
         temperature_init: starting temperature of the image-text contrast.
-        init_std: deviation of random weights outside the vision encoder: BERT's 0.02, made for width 768; the demo
-            takes about width ** -0.5 for its narrow model.
+        init_std: standard deviation of random weights outside the vision encoder: BERT's 0.02, made for width 768; the
+            demo takes about width ** -0.5 for its narrow model.
     """
 
     width: int = 768
@@ -98,6 +111,7 @@ class SCLConfig:
 
     @property
     def num_heads(self) -> int:
+        """Attention heads of every block."""
         return self.width // HEAD_WIDTH
 
     @property
@@ -107,9 +121,11 @@ class SCLConfig:
 
     @property
     def num_patches(self) -> int:
+        """Patches of an image."""
         return self.grid**2
 
     def replace(self, **changes: Any) -> SCLConfig:
+        """A copy with some fields changed; an unknown field is a ``UserError`` that names the nearest known one."""
         return self.from_dict({**dataclasses.asdict(self), **changes})
 
     @classmethod
@@ -133,6 +149,7 @@ class SCLConfig:
         return PRESETS[name]
 
     def save(self, path: Path) -> None:
+        """Write every field as JSON to the file ``path``."""
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""The fusion encoder: two streams that read each other (METER, arXiv 2111.02387; bert_model.py's BertCrossLayer)."""
+"""The fusion encoder: two streams with co-attention (METER, arXiv 2111.02387; bert_model.py's BertCrossLayer)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from sclkern.models.config import SCLConfig
+from sclkern.models.execution import Execution
 from sclkern.models.layers import PostNormBlock, run_block
 from sclkern.models.layouts import Layout, Rows
 from sclkern.profiling import phase
@@ -19,7 +20,10 @@ class LayerAttention(NamedTuple):
     """Attention probabilities of one fusion layer, with their graph. Lt text tokens, Li image tokens.
 
     Attributes:
-        text: (B, H, Lt, Lt). text_to_image: (B, H, Lt, Li). image: (B, H, Li, Li). image_to_text: (B, H, Li, Lt).
+        text: (B, H, Lt, Lt).
+        text_to_image: (B, H, Lt, Li).
+        image: (B, H, Li, Li).
+        image_to_text: (B, H, Li, Lt).
     """
 
     text: Tensor
@@ -29,43 +33,59 @@ class LayerAttention(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Neighbouring rows of a batch, [start, stop) of its first dimension, and their layout."""
+    """Neighbouring sequences of a batch.
+
+    Attributes:
+        start: their first index in the first dimension of the tokens.
+        stop: the index after their last.
+        layout: of these tokens alone.
+    """
 
     start: int
     stop: int
     layout: Layout
 
     def take(self, x: Tensor) -> Tensor:
+        """The tokens of the section."""
         return x[self.start : self.stop]
 
 
-class Reads(NamedTuple):
-    """The tokens that somebody reads: the last layer computes no others.
+class OutputSelection(NamedTuple):
+    """The tokens whose output is used: the last layer computes no others.
 
     Attributes:
-        text, image: of the text stream, and of the image tokens in ``image_section``.
-        text_section, image_section: the image tokens that answer to either; the others are not even projected.
+        text: rows of the text stream.
+        image: rows of the image tokens in ``image_section``.
+        text_context: the image tokens that the text stream of the last layer attends to.
+        image_section: the image tokens that the image stream of the last layer projects.
     """
 
     text: Rows
     image: Rows
-    text_section: Section
+    text_context: Section
     image_section: Section
 
 
 class FusionEncoder(nn.Module):
-    """Layers of self-attention, cross-attention and feed-forward; both streams read the previous layer's outputs."""
+    """Layers of self-attention, cross-attention and feed-forward; both streams read the previous layer's outputs.
 
-    def __init__(self, config: SCLConfig) -> None:
+    Args:
+        config: the sizes.
+        execution: how it runs; shared with the network.
+    """
+
+    def __init__(self, config: SCLConfig, execution: Execution | None = None) -> None:
         super().__init__()
+        self.execution = shared = execution or Execution()
 
         def layers() -> nn.ModuleList:
             return nn.ModuleList(
-                PostNormBlock(config.width, config.mlp_ratio, config.dropout, LAYER_NORM_EPS, cross=True)
+                PostNormBlock(
+                    config.width, config.mlp_ratio, config.dropout, LAYER_NORM_EPS, cross=True, execution=shared
+                )
                 for _ in range(config.fusion_layers)
             )
 
-        self.checkpoint_blocks = False
         self.text_layers = layers()
         self.image_layers = layers()
 
@@ -76,39 +96,44 @@ class FusionEncoder(nn.Module):
         image: Tensor,
         image_layout: Layout,
         *,
-        reads: Reads | None = None,
+        outputs: OutputSelection | None = None,
         attentions: list[LayerAttention] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Fuse the two streams.
 
         Args:
-            text, image: tokens in their layouts, (B, L, D) or packed (T, D); both layouts of the same sequences.
-            reads: what is wanted of the last layer; None = all.
+            text: tokens (B, Lt, D) or packed (T, D).
+            text_layout: of text.
+            image: tokens (B, Li, D) or packed (T, D), of the same sequences.
+            image_layout: of image.
+            outputs: the tokens whose output is used; None = all.
+            attentions: receives the probabilities of every layer; only without ``outputs``.
 
         Returns:
-            Both streams, fused: like text and image, or the rows of ``reads``.
+            Both fused streams: like text and image, or the rows of ``outputs``.
         """
-        run = partial(run_block, checkpoint=self.checkpoint_blocks)
+        run = partial(run_block, checkpoint=self.execution.checkpoint_blocks)
         layers = list(zip(self.text_layers, self.image_layers, strict=True))
-        for number, (text_layer, image_layer) in enumerate(layers if reads is None else layers[:-1]):
-            maps = None if attentions is None else []
+        for number, (text_layer, image_layer) in enumerate(layers if outputs is None else layers[:-1]):
+            maps: list[Tensor] | None = None if attentions is None else []
             with phase(f"fusion layer {number}"):
                 text, image = (
                     run(text_layer, text, text_layout, image, image_layout, probabilities=maps),
                     run(image_layer, image, image_layout, text, text_layout, probabilities=maps),
                 )
-            if maps is not None:
+            if attentions is not None and maps is not None:
                 attentions.append(LayerAttention(*maps))
-        if reads is None:
+        if outputs is None:
             return text, image
-        own, context = reads.image_section, reads.text_section
+        context, section = outputs.text_context, outputs.image_section
+        text_out, image_out = outputs.text.take(text), outputs.image.take(section.take(image))
         if not layers:
-            return reads.text.take(text), reads.image.take(own.take(image))
-        # A stream that nobody reads is not computed at all.
-        outputs = [reads.text.take(text), reads.image.take(own.take(image))]
+            return text_out, image_out
+        # A stream without outputs is not computed at all.
         with phase(f"fusion layer {len(layers) - 1}"):
-            if outputs[0].numel():
-                outputs[0] = run(layers[-1][0], text, text_layout, context.take(image), context.layout, rows=reads.text)
-            if outputs[1].numel():
-                outputs[1] = run(layers[-1][1], own.take(image), own.layout, text, text_layout, rows=reads.image)
-        return outputs[0], outputs[1]
+            text_layer, image_layer = layers[-1]
+            if text_out.numel():
+                text_out = run(text_layer, text, text_layout, context.take(image), context.layout, rows=outputs.text)
+            if image_out.numel():
+                image_out = run(image_layer, section.take(image), section.layout, text, text_layout, rows=outputs.image)
+        return text_out, image_out

@@ -1,4 +1,4 @@
-"""Heads on the fused features (reference: heads.py and the classifiers of scl_module.py)."""
+"""Heads on the fused features (published code: heads.py and the classifiers of scl_module.py)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,28 @@ from sclkern.models.fusion import LAYER_NORM_EPS
 
 
 class Pooler(nn.Module):
-    """tanh(W mean_f(cls_f)): (B, F, D), one CLS a frame (or one of the text), to (B, D)."""
+    """Linear and tanh on the mean of the CLS features of all frames.
+
+    Args:
+        width: D.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.dense = nn.Linear(width, width)
 
     def forward(self, cls: Tensor) -> Tensor:
+        """(B, F, D), one CLS a frame or one of the text, to (B, D)."""
         return self.dense(cls.mean(1)).tanh()
 
 
 class MLMHead(nn.Module):
-    """BERT's prediction head with a decoder of its own, not tied to the word embeddings."""
+    """BERT's prediction head; its decoder is not tied to the token embedding.
+
+    Args:
+        width: D.
+        vocab_size: V.
+    """
 
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__()
@@ -29,7 +39,7 @@ class MLMHead(nn.Module):
         self.decoder = nn.Linear(width, vocab_size)
 
     def transform(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., D): what the decoder reads."""
+        """(..., D) to (..., D): the input of the decoder."""
         return self.norm(F.gelu(self.dense(x)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,7 +48,13 @@ class MLMHead(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """Linear, LayerNorm, GELU, linear: the projections of the contrast and the classifiers of VQA and NLVR2."""
+    """Linear, LayerNorm, GELU, linear: the projections of the contrast and the classifiers of VQA and NLVR2.
+
+    Args:
+        width_in: input channels.
+        hidden: channels between the two products.
+        width_out: output channels.
+    """
 
     def __init__(self, width_in: int, hidden: int, width_out: int) -> None:
         super().__init__(nn.Linear(width_in, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, width_out))

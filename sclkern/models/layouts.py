@@ -6,7 +6,7 @@ where a sequence ends.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +14,14 @@ from torch import Tensor
 
 from sclkern import ops, reference
 
-MODEL_BACKENDS = ("auto", "triton", "sdpa", "eager")
-
 
 class Padded(NamedTuple):
-    """(B, L, ...).
+    """Tokens (B, L, ...): a batch of sequences of one length, short ones padded.
 
     Attributes:
-        mask: (B, L) bool, True = a token; None where every place is one.
-        num_frames: above 1, a sample is that many frames of equal length, each with its CLS first, and attention of the
-            tokens among themselves is ``ops.frame_attention``'s.
+        mask: (B, L) bool, True = a token; None if every position holds one.
+        num_frames: if above 1, a sequence consists of that many frames of equal length, each with its CLS first, and
+            its self-attention is ``ops.frame_attention``.
     """
 
     mask: Tensor | None = None
@@ -31,23 +29,27 @@ class Padded(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """(T, ...): the tokens of one sequence after those of another. Tokens after the last sequence fill a bucket.
+    """Tokens (T, ...): sequences concatenated without padding. Tokens after the last sequence fill a bucket.
+
+    Lengths that the host knows are in ``groups``; of other lengths ``mask`` and ``padded_index`` say where the tokens
+    stand in the padded batch.
 
     Attributes:
-        cu_seqlens: (S + 1,) int32, where each sequence starts and the last one ends.
-        max_seqlen: no sequence is longer.
-        parts: (sequences, length) of neighbours of equal length, in order; () where lengths are no host's knowledge.
+        cu_seqlens: (S + 1,) int32, the start of each sequence, then the end of the last.
+        max_seqlen: upper bound of the sequence lengths.
+        groups: (number of sequences, length) of each run of consecutive sequences of equal length; () if the host does
+            not know the lengths.
         num_frames: as in ``Padded``, of every sequence.
-        mask, order: where ``parts`` are unknown: the padded batch's (S, L) bool, and the place in it of each token,
-            (T,) int64, all different.
+        mask: (S, L) bool, the tokens of the padded batch.
+        padded_index: (T,) int64, the position of each token in the flattened padded batch, all different.
     """
 
     cu_seqlens: Tensor
     max_seqlen: int
-    parts: tuple[tuple[int, int], ...] = ()
+    groups: tuple[tuple[int, int], ...] = ()
     num_frames: int = 1
     mask: Tensor | None = None
-    order: Tensor | None = None
+    padded_index: Tensor | None = None
 
 
 Layout = Padded | Packed
@@ -57,84 +59,150 @@ class Rows(NamedTuple):
     """Some tokens of a layout, K of each sequence: the only ones whose output is computed.
 
     Attributes:
-        index: (B, K) int64 places in a sequence of ``Padded``; (R,) int64 tokens of ``Packed``.
+        token_index: (B, K) int64, positions in each sequence of ``Padded``; (R,) int64, tokens of ``Packed``.
         layout: of the tokens taken.
     """
 
-    index: Tensor
+    token_index: Tensor
     layout: Layout
 
     def take(self, x: Tensor) -> Tensor:
         """x (B, L, D) or (T, D) at the rows: (B, K, D) or (R, D)."""
         if isinstance(self.layout, Packed):
-            return x.index_select(0, self.index)
-        return x.gather(1, self.index[..., None].expand(-1, -1, x.shape[-1]))
+            return x.index_select(0, self.token_index)
+        return x.gather(1, self.token_index[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, queries: Layout, keys: Layout, *, dropout_p: float, backend: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_layout: Layout,
+    key_layout: Layout,
+    *,
+    dropout_p: float,
+    backend: str,
 ) -> Tensor:
-    """Attention of the tokens of one layout to those of another.
+    """Attention of the tokens of one layout to those of another, both padded or both packed.
 
     Args:
-        query, key, value: (B, L, H, D) or (T, H, D). queries, keys: their layouts, both padded or both packed.
-        backend: one of ``MODEL_BACKENDS``; "sdpa" is torch's own, for padded tokens.
+        query: (B, Lq, H, D) or (Tq, H, D).
+        key: (B, Lk, H, D) or (Tk, H, D).
+        value: like key.
+        query_layout: of query.
+        key_layout: of key and value; the same object as ``query_layout`` for self-attention.
+        dropout_p: dropout probability.
+        backend: one of ``execution.MODEL_BACKENDS``; "sdpa" is torch's own attention, for padded tokens.
+
+    Returns:
+        Like query.
     """
-    frames = keys.num_frames > 1 and queries is keys
+    framed = key_layout.num_frames > 1 and query_layout is key_layout
     op_backend = "eager" if backend == "sdpa" else backend
-    if isinstance(queries, Packed):
-        if frames:
-            return _framed(query, key, value, keys, op_backend)
-        lengths = queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen
-        return ops.packed_attention(query, key, value, *lengths, dropout_p=dropout_p, backend=op_backend)
-    if frames:
-        return ops.frame_attention(query, key, value, keys.num_frames, backend=op_backend)
+    if isinstance(query_layout, Packed) and isinstance(key_layout, Packed):
+        if framed:
+            return _framed(query, key, value, key_layout, op_backend)
+        return ops.packed_attention(
+            query,
+            key,
+            value,
+            query_layout.cu_seqlens,
+            key_layout.cu_seqlens,
+            query_layout.max_seqlen,
+            key_layout.max_seqlen,
+            dropout_p=dropout_p,
+            backend=op_backend,
+        )
+    if not isinstance(key_layout, Padded):
+        raise TypeError(
+            f"key_layout: got {type(key_layout).__name__} for a query_layout {type(query_layout).__name__}, expected "
+            "both Padded or both Packed"
+        )
+    if framed:
+        return ops.frame_attention(query, key, value, key_layout.num_frames, backend=op_backend)
+    mask = key_layout.mask
     if backend == "sdpa":
-        mask = None if keys.mask is None else keys.mask[:, None, None, :]
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p).transpose(1, 2)
-    return ops.attention(query, key, value, key_padding_mask=keys.mask, dropout_p=dropout_p, backend=backend)
+        attn_mask = None if mask is None else mask[:, None, None, :]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p).transpose(1, 2)
+    return cast(Tensor, ops.attention(query, key, value, key_padding_mask=mask, dropout_p=dropout_p, backend=backend))
 
 
 def _framed(query: Tensor, key: Tensor, value: Tensor, layout: Packed, backend: str) -> Tensor:
-    outputs, start = [], 0
-    for sequences, length in layout.parts:
-        stop = start + sequences * length
-        part = (t[start:stop].unflatten(0, (sequences, length)) for t in (query, key, value))
-        outputs.append(ops.frame_attention(*part, layout.num_frames, backend=backend).flatten(0, 1))
-        start = stop
+    """``ops.frame_attention`` of packed sequences, a call for each group."""
+    sizes = [sequences * length for sequences, length in layout.groups]
+    outputs = []
+    for group, q, k, v in zip(layout.groups, query.split(sizes), key.split(sizes), value.split(sizes), strict=True):
+        padded = ops.frame_attention(
+            q.unflatten(0, group), k.unflatten(0, group), v.unflatten(0, group), layout.num_frames, backend=backend
+        )
+        outputs.append(padded.flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def recorded(
-    query: Tensor, key: Tensor, value: Tensor, keys: Padded, probabilities: list[Tensor], *, dropout_p: float
+def attend_and_record(
+    query: Tensor, key: Tensor, value: Tensor, key_layout: Padded, probabilities: list[Tensor], *, dropout_p: float
 ) -> Tensor:
-    """Attention by the eager definition, its (B, H, Lq, Lk) probabilities appended with their graph, before dropout."""
-    mask = None if keys.mask is None else keys.mask[:, None, None, :]
-    if keys.num_frames > 1:
-        mask = reference.frame_attention_mask(keys.num_frames, key.shape[1] // keys.num_frames, key.device)
-    weights = reference.attention_probabilities(query, key, mask=mask)
-    probabilities.append(weights)
-    return torch.einsum("bhqk,bkhd->bqhd", F.dropout(weights, dropout_p), value)
+    """Attention by the eager definition, which records its probabilities.
 
-
-def by_part(x: Tensor, layout: Packed, others: Packed) -> list[tuple[Tensor, Tensor | None]]:
-    """Packed tokens as padded batches, one for each part of either layout.
+    Args:
+        query: (B, Lq, H, D).
+        key: (B, Lk, H, D).
+        value: like key.
+        key_layout: of key and value.
+        probabilities: receives the (B, H, Lq, Lk) probabilities before dropout, with their graph.
+        dropout_p: dropout probability.
 
     Returns:
-        For each part (sequences, L, D) and the (sequences, L) bool mask of its tokens, None where all are.
+        Like query.
     """
-    if layout.parts:
-        ends = [sequences * length for sequences, length in layout.parts]
-        return [(tokens.unflatten(0, part), None) for tokens, part in zip(x.split(ends), layout.parts, strict=True)]
-    padded = (
-        x.new_zeros((layout.mask.numel(), x.shape[-1])).index_copy(0, layout.order, x).unflatten(0, layout.mask.shape)
-    )
-    sizes = [sequences for sequences, _ in others.parts]
-    return list(zip(padded.split(sizes), layout.mask.split(sizes), strict=True))
+    mask = None if key_layout.mask is None else key_layout.mask[:, None, None, :]
+    if key_layout.num_frames > 1:
+        frame_length = key.shape[1] // key_layout.num_frames
+        mask = reference.frame_attention_mask(key_layout.num_frames, frame_length, key.device)
+    p = reference.attention_probabilities(query, key, mask=mask)
+    probabilities.append(p)
+    return torch.einsum("bhqk,bkhd->bqhd", F.dropout(p, dropout_p), value)
 
 
-def from_parts(parts: list[Tensor], layout: Packed) -> Tensor:
-    """The inverse of ``by_part``: (sequences, L, D) each, to (T, D)."""
-    x = torch.cat([part.flatten(0, 1) for part in parts])
-    return x if layout.parts else x.index_select(0, layout.order)
+def unpack_groups(x: Tensor, layout: Packed, other: Packed) -> list[tuple[Tensor, Tensor | None]]:
+    """Packed tokens as padded batches, one for each group.
+
+    Args:
+        x: (T, D) tokens in ``layout``.
+        layout: of x.
+        other: the layout on the other side of the attention; its groups are used if ``layout`` has none.
+
+    Returns:
+        For each group its tokens (sequences, L, D) and their (sequences, L) bool mask, None if there is no padding.
+
+    Raises:
+        ValueError: the layout has neither groups nor the positions in a padded batch.
+    """
+    if layout.groups:
+        sizes = [sequences * length for sequences, length in layout.groups]
+        return [(tokens.unflatten(0, group), None) for tokens, group in zip(x.split(sizes), layout.groups, strict=True)]
+    mask, padded_index = _padded_batch(layout)
+    flat = x.new_zeros((mask.numel(), x.shape[-1])).index_copy(0, padded_index, x)
+    sizes = [sequences for sequences, _ in other.groups]
+    return list(zip(flat.unflatten(0, mask.shape).split(sizes), mask.split(sizes), strict=True))
+
+
+def repack(batches: list[Tensor], layout: Packed) -> Tensor:
+    """The inverse of ``unpack_groups``.
+
+    Args:
+        batches: (sequences, L, D) for each group.
+        layout: of the result.
+
+    Returns:
+        (T, D).
+    """
+    x = torch.cat([batch.flatten(0, 1) for batch in batches])
+    return x if layout.groups else x.index_select(0, _padded_batch(layout)[1])
+
+
+def _padded_batch(layout: Packed) -> tuple[Tensor, Tensor]:
+    if layout.mask is None or layout.padded_index is None:
+        raise ValueError("layout: has no groups, expected mask and padded_index of the padded batch")
+    return layout.mask, layout.padded_index

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from sclkern.models.config import SCLConfig
+from sclkern.models.execution import MODEL_BACKENDS, Execution
 from sclkern.models.fusion import FusionEncoder, LayerAttention
 from sclkern.models.heads import MLP, MLMHead, Pooler
-from sclkern.models.layers import Attention
-from sclkern.models.layouts import MODEL_BACKENDS, Padded
+from sclkern.models.layouts import Padded
 from sclkern.models.text import TextEncoder
 from sclkern.models.vision import VisionEncoder, VisionFeatures
-from sclkern.nn import DropoutAddLayerNorm, LinearGELU
 
 # Rows of the modality table.
 TEXT_TYPE, IMAGE_TYPE = 0, 1
@@ -24,8 +23,9 @@ class FusedFeatures(NamedTuple):
     """Output of the fusion encoder.
 
     Attributes:
-        text: (B, L, D). image: the image stream, tokens (B, F + F * P, D).
-        attentions: one ``LayerAttention`` a layer when they were asked for, else None.
+        text: (B, L, D).
+        image: the image stream, tokens (B, F + F * P, D).
+        attentions: the probabilities of each layer if ``return_attention`` was set, else None.
     """
 
     text: Tensor
@@ -55,14 +55,14 @@ class SCLNetwork(nn.Module):
     def __init__(self, config: SCLConfig) -> None:
         super().__init__()
         self.config = config
-        self.backend = "auto"
+        self.execution = Execution()
         width = config.width
-        self.text = TextEncoder(config)
-        self.vision = VisionEncoder(config)
+        self.text = TextEncoder(config, self.execution)
+        self.vision = VisionEncoder(config, self.execution)
         self.text_transform = nn.Linear(width, width)
         self.image_transform = nn.Linear(width, width)
         self.modality = nn.Embedding(config.token_types, width)
-        self.fusion = FusionEncoder(config)
+        self.fusion = FusionEncoder(config, self.execution)
         self.text_pooler = Pooler(width)
         self.image_pooler = Pooler(width)
         if "itm" in config.heads:
@@ -82,7 +82,7 @@ class SCLNetwork(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """BERT's normal distribution everywhere, Xavier in the vision encoder (reference: both ``init_weights``)."""
+        """BERT's normal distribution, and Xavier in the vision encoder (published code: both ``init_weights``)."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 if name.startswith("vision."):
@@ -95,21 +95,27 @@ class SCLNetwork(nn.Module):
                 if module.padding_idx is not None:
                     nn.init.zeros_(module.weight[module.padding_idx])
 
+    @property
+    def backend(self) -> str:
+        """The backend of every op other than attention: "auto", "triton" or "eager"."""
+        return self.execution.op_backend
+
     def set_backend(self, backend: str) -> Self:
-        """Choose what every op of the model runs on.
+        """Choose what every op of the network runs on.
 
         Args:
-            backend: "auto" takes the kernels where they can run; "triton" insists on them; "eager" is plain PyTorch
-                (``sclkern.reference``); "sdpa" is plain PyTorch but for torch's own fused attention.
+            backend: "auto" takes the kernels where they can run; "triton" requires them; "eager" is plain PyTorch
+                (``sclkern.reference``); "sdpa" is plain PyTorch with torch's own fused attention.
+
+        Returns:
+            The network itself.
+
+        Raises:
+            ValueError: not one of these names.
         """
         if backend not in MODEL_BACKENDS:
             raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(MODEL_BACKENDS)}")
-        self.backend = "eager" if backend == "sdpa" else backend
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.backend = backend
-            elif isinstance(module, (LinearGELU, DropoutAddLayerNorm, VisionEncoder)):
-                module.backend = self.backend
+        self.execution.backend = backend
         return self
 
     # -- encoders ----------------------------------------------------------------------------------------------------
@@ -118,8 +124,9 @@ class SCLNetwork(nn.Module):
         """Unimodal text features after the modality transform.
 
         Args:
-            ids: (B, L) int64. mask: (B, L) bool, True = a token.
-            attentions: a list that receives the (B, H, L, L) probabilities of each block (eager path).
+            ids: (B, L) int64.
+            mask: (B, L) bool, True = a token.
+            attentions: receives the (B, H, L, L) attention probabilities of each block (eager path).
 
         Returns:
             (B, L, D); rows of padding are undefined.
@@ -143,7 +150,20 @@ class SCLNetwork(nn.Module):
         replace: Tensor | None = None,
         attentions: list[Tensor] | None = None,
     ) -> VisionFeatures:
-        """Unimodal image features after the modality transform; arguments as in ``VisionEncoder.forward``."""
+        """Unimodal image features after the modality transform.
+
+        Args:
+            images: (B, 3, S, S) or (B, F, 3, S, S), float.
+            keep: (B, K) int64, patches that are embedded, the same in every frame; None = all.
+            replace: (B, P) bool, patches that become the mask token, the same in every frame.
+            attentions: receives the attention probabilities of each block; see ``VisionEncoder.forward``.
+
+        Returns:
+            The features.
+
+        Raises:
+            ValueError: as in ``VisionEncoder.forward``.
+        """
         features = self.vision(images, keep=keep, replace=replace, probabilities=attentions)
         return features.with_tokens(self.image_transform(features.tokens))
 
@@ -159,9 +179,14 @@ class SCLNetwork(nn.Module):
         """Run the fusion encoder on unimodal features.
 
         Args:
-            text: (B, L, D) from ``encode_text``. text_mask: (B, L) bool. image: from ``encode_image``.
+            text: (B, L, D) from ``encode_text``.
+            text_mask: (B, L) bool, True = a token.
+            image: from ``encode_image``.
             image_type: row of the modality table: 1, or 2 for the second image of NLVR2.
             return_attention: keep every layer's attention probabilities, with their graph (eager path).
+
+        Returns:
+            The fused features of both streams.
         """
         attentions: list[LayerAttention] | None = [] if return_attention else None
         fused_text, fused_image = self.fusion(

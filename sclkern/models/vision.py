@@ -9,14 +9,17 @@ from torch import Tensor, nn
 
 from sclkern import ops
 from sclkern.models.config import SCLConfig
-from sclkern.models.layers import AddNorm, PreNormBlock, run_block
+from sclkern.models.execution import Execution
+from sclkern.models.layers import PreNormBlock, ResidualNorm, run_block
 from sclkern.models.layouts import Layout, Padded
 
 
 class VisionFeatures(NamedTuple):
-    """Attributes:
-    tokens: (B, F + F * P, D): the CLS tokens of the F frames first, then the patches frame by frame.
-    num_frames: F.
+    """Output of the vision encoder.
+
+    Attributes:
+        tokens: (B, F + F * P, D): the CLS tokens of the F frames first, then the patches frame by frame.
+        num_frames: F.
     """
 
     tokens: Tensor
@@ -33,16 +36,22 @@ class VisionFeatures(NamedTuple):
         return self.tokens[:, self.num_frames :]
 
     def with_tokens(self, tokens: Tensor) -> VisionFeatures:
+        """Other features of the same frames."""
         return VisionFeatures(tokens, self.num_frames)
 
 
 class VisionEncoder(nn.Module):
-    """Images or clips to features (reference: clip_model.py, clip_model_video.py; no output projection)."""
+    """Images or clips to features (published code: clip_model.py, clip_model_video.py; no output projection).
 
-    def __init__(self, config: SCLConfig) -> None:
+    Args:
+        config: the sizes.
+        execution: how it runs; shared with the network.
+    """
+
+    def __init__(self, config: SCLConfig, execution: Execution | None = None) -> None:
         super().__init__()
+        self.execution = shared = execution or Execution()
         scale = config.width**-0.5
-        self.backend, self.checkpoint_blocks = "auto", False
         self.max_frames, self.image_size = config.max_frames, config.image_size
         self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
         self.cls = nn.Parameter(scale * torch.randn(config.width))
@@ -53,9 +62,10 @@ class VisionEncoder(nn.Module):
         self.mask_token = nn.Parameter(torch.randn(config.width)) if config.patch_mask_token else None
         self.norm_pre = nn.LayerNorm(config.width)
         self.blocks = nn.ModuleList(
-            PreNormBlock(config.width, config.mlp_ratio, config.vision_activation) for _ in range(config.vision_layers)
+            PreNormBlock(config.width, config.mlp_ratio, config.vision_activation, shared)
+            for _ in range(config.vision_layers)
         )
-        self.norm_post = AddNorm(config.width)
+        self.norm_post = ResidualNorm(config.width, execution=shared)
 
     def forward(
         self,
@@ -65,11 +75,17 @@ class VisionEncoder(nn.Module):
         replace: Tensor | None = None,
         probabilities: list[Tensor] | None = None,
     ) -> VisionFeatures:
-        """
+        """Encode images or clips.
+
         Args:
             images: (B, 3, S, S) or (B, F, 3, S, S), float.
             keep: (B, K) int64, patches that are embedded, the same in every frame; None = all.
             replace: (B, P) bool, patches that become the mask token, the same in every frame.
+            probabilities: receives the (B, H, L, L) attention probabilities of each block (eager path), L = F * (1 + K)
+                tokens frame by frame with each CLS first.
+
+        Returns:
+            The features.
 
         Raises:
             ValueError: wrong shape, more frames than the temporal table has, or no mask token to replace with.
@@ -82,9 +98,18 @@ class VisionEncoder(nn.Module):
         return VisionFeatures(x, frames)
 
     def embed(self, images: Tensor, *, keep: Tensor | None = None, replace: Tensor | None = None) -> tuple[Tensor, int]:
-        """What the first block reads, (B, F * (1 + K), D) frame by frame with each CLS first, and F.
+        """Embed images or clips as the input of the first block.
 
-        Arguments and errors as in ``forward``.
+        Args:
+            images: as in ``forward``.
+            keep: as in ``forward``.
+            replace: as in ``forward``.
+
+        Returns:
+            The tokens (B, F * (1 + K), D), frame by frame with each CLS first, and F.
+
+        Raises:
+            ValueError: as in ``forward``.
         """
         if images.ndim == 4:
             images = images[:, None]
@@ -113,18 +138,26 @@ class VisionEncoder(nn.Module):
             norm_weight=self.norm_pre.weight,
             norm_bias=self.norm_pre.bias,
             eps=self.norm_pre.eps,
-            backend=self.backend,
+            backend=self.execution.op_backend,
         )
         return x, frames
 
     def encode(self, x: Tensor, layout: Layout, probabilities: list[Tensor] | None = None) -> Tensor:
-        """The blocks and the last norm on tokens in ``layout``: (B, L, D) or packed (T, D), returned alike."""
-        update = None
+        """Run the blocks and the last norm on embedded tokens in any layout.
+
+        Args:
+            x: (B, L, D) or packed (T, D).
+            layout: of x.
+            probabilities: receives the attention probabilities of each block; padded tokens only.
+
+        Returns:
+            Like x.
+        """
+        checkpoint = self.execution.checkpoint_blocks
+        update: Tensor | None = None
         for block in self.blocks:
-            x, update = run_block(
-                block, x, update, layout, checkpoint=self.checkpoint_blocks, probabilities=probabilities
-            )
-            if self.checkpoint_blocks:
-                # One tensor is then kept for a block, not two.
+            x, update = run_block(block, x, update, layout, checkpoint=checkpoint, probabilities=probabilities)
+            if checkpoint and update is not None:
+                # A block then keeps one input tensor, not two.
                 x, update = x + update, None
         return self.norm_post(x, update)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sclkern.models.fusion import Reads, Section
+from sclkern.models.fusion import OutputSelection, Section
 from sclkern.models.layouts import Packed, Padded, Rows
 from sclkern.models.network import IMAGE_TYPE, TEXT_TYPE
 from sclkern.profiling import phase
@@ -34,7 +34,7 @@ def pack(mask: Tensor, total: int) -> tuple[Tensor, Packed]:
     cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     order = (~mask.flatten()).to(torch.uint8).argsort(stable=True)
     order = order[:total]
-    return order, Packed(cu_seqlens, mask.shape[1], mask=mask, order=order)
+    return order, Packed(cu_seqlens, mask.shape[1], mask=mask, padded_index=order)
 
 
 def uniform(parts: tuple[tuple[int, int], ...], num_frames: int, device: torch.device) -> Packed:
@@ -231,8 +231,8 @@ def _fuse_apart(model, plan, texts, images, batch, text_index, image_index):
         text, image = text + model.modality.weight[TEXT_TYPE], image + model.modality.weight[IMAGE_TYPE]
         if plan.step.prune_last_layer:
             whole = Section(0, len(image), image_layout)
-            reads = Reads(*rows, whole, whole)
-            text, image = model.fusion(text, text_layout, image, image_layout, reads=reads)
+            outputs = OutputSelection(*rows, whole, whole)
+            text, image = model.fusion(text, text_layout, image, image_layout, outputs=outputs)
         else:
             text, image = model.fusion(text, text_layout, image, image_layout)
             text, image = rows[0].take(text), rows[1].take(image)
@@ -268,8 +268,8 @@ def _fuse_packed(model, plan, texts, images, batch, text_index, image_index):
     text_rows = tokens(text_index, text_layout.cu_seqlens, len(text))
     if plan.step.prune_last_layer:
         image_rows = tokens(image_index, own.layout.cu_seqlens, own.stop - own.start)
-        reads = Reads(text_rows, image_rows, section("text_reads"), own)
-        text, image = model.fusion(text, text_layout, image, image_layout, reads=reads)
+        outputs = OutputSelection(text_rows, image_rows, section("text_reads"), own)
+        text, image = model.fusion(text, text_layout, image, image_layout, outputs=outputs)
     else:
         text, image = model.fusion(text, text_layout, image, image_layout)
         image_rows = tokens(image_index, image_layout.cu_seqlens, len(image))

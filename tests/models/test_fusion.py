@@ -3,10 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from sclkern.models.layers import Attention
-from sclkern.models.layouts import Packed, Padded
+from sclkern.models.layouts import Padded
 
 BACKENDS = ["auto", "sdpa", "eager"]
 
@@ -20,28 +18,7 @@ def streams(rows=2, text=6, image=9):
     )
 
 
-def attend(module, x, context, mask):
-    """torch's own multi-head attention with the same weights."""
-    twin = nn.MultiheadAttention(x.shape[-1], x.shape[-1] // 64, batch_first=True, dtype=x.dtype)
-    twin.in_proj_weight, twin.in_proj_bias = module.in_proj.weight, module.in_proj.bias
-    twin.out_proj.weight, twin.out_proj.bias = module.out_proj.weight, module.out_proj.bias
-    return twin(x, context, context, key_padding_mask=None if mask is None else ~mask, need_weights=False)[0]
-
-
-@pytest.mark.parametrize("cross", [False, True])
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_attention_equals_torchs_multi_head_attention(backend, padded, cross):
-    module = Attention(128).double()
-    nn.init.normal_(module.in_proj.bias)
-    module.backend = backend
-    x, context = torch.randn(2, 5, 128, dtype=torch.float64), torch.randn(2, 5, 128, dtype=torch.float64)
-    mask = torch.tensor([[True, True, False, False, True], [True] * 5]) if padded else None
-    out = module(x, Padded(), context, Padded(mask)) if cross else module(x, Padded(mask))
-    torch.testing.assert_close(out, attend(module, x, context if cross else x, mask))
-
-
-def layer(block, x, mask, context, context_mask):
+def layer(attend, block, x, mask, context, context_mask):
     """BERT's post-norm layer with cross-attention, step by step."""
 
     def norm(module, y):
@@ -54,13 +31,13 @@ def layer(block, x, mask, context, context_mask):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_both_streams_read_the_previous_layers_outputs(make_model, backend):
+def test_both_streams_read_the_previous_layers_outputs(make_model, torch_attention, backend):
     fusion = make_model().set_backend(backend).fusion
     text, mask, image = streams()
     expected_text, expected_image = text, image
     for text_block, image_block in zip(fusion.text_layers, fusion.image_layers, strict=True):
-        next_text = layer(text_block, expected_text, mask, expected_image, None)
-        next_image = layer(image_block, expected_image, None, expected_text, mask)
+        next_text = layer(torch_attention, text_block, expected_text, mask, expected_image, None)
+        next_image = layer(torch_attention, image_block, expected_image, None, expected_text, mask)
         expected_text, expected_image = next_text, next_image
     fused_text, fused_image = fusion(text, Padded(mask), image, Padded())
     torch.testing.assert_close(fused_text[mask], expected_text[mask], rtol=1e-9, atol=1e-10)
@@ -103,18 +80,3 @@ def test_backends_have_equal_outputs_and_gradients(make_model):
     for other in results[1:]:
         for ours, theirs in zip(other, results[0], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize("kernels", [False, True])
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(("queries", "keys"), [(325, 13), (13, 325)])
-def test_one_packed_call_where_the_op_would_absorb_nothing(queries, keys, training, kernels, monkeypatch):
-    """Few queries absorb by matrix products alone: with dropout on a GPU not at all."""
-    if kernels:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")  # nothing is launched
-    module = Attention(768, dropout=0.1).train(training)
-    asking, answering = (Packed(torch.tensor([0, length], dtype=torch.int32), length) for length in (queries, keys))
-    expected = keys < queries or not (training and kernels)
-    assert module._absorbs(torch.empty(1, 768), asking, answering) == expected
-    module.absorb = "never"
-    assert not module._absorbs(torch.empty(1, 768), asking, answering)

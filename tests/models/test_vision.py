@@ -133,7 +133,7 @@ def tokens_and_gradients(encode, vision, x, grad):
 @pytest.mark.parametrize(("dtype", "autocast"), [(torch.float64, False), (torch.float32, False), (torch.float32, True)])
 def test_a_sum_with_its_norm_has_the_bits_of_both_apart(make_model, dtype, autocast, checkpointed):
     vision = make_model(dtype=dtype, vision_layers=3).vision
-    vision.checkpoint_blocks = checkpointed
+    vision.execution.checkpoint_blocks = checkpointed
     x, grad = torch.randn(2, 17, 64, dtype=dtype, requires_grad=True), torch.randn(2, 17, 64, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         ours = tokens_and_gradients(vision.encode, vision, x, grad)
@@ -145,7 +145,7 @@ def test_a_sum_with_its_norm_has_the_bits_of_both_apart(make_model, dtype, autoc
 def test_the_op_behind_the_kernel_takes_every_sum_with_its_norm(make_model, monkeypatch, checkpointed):
     cpu_kernels.install()
     vision = make_model(dtype=torch.float32, vision_layers=3).vision
-    vision.checkpoint_blocks = checkpointed
+    vision.execution.checkpoint_blocks = checkpointed
     x, grad = torch.randn(2, 17, 64, requires_grad=True), torch.randn(2, 17, 64)
     expected = tokens_and_gradients(vision.encode, vision, x, grad)
     called, op = [], ops.dropout_add_layer_norm
@@ -167,9 +167,9 @@ def test_the_op_behind_the_kernel_takes_every_sum_with_its_norm(make_model, monk
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_the_activation_is_the_chosen_one(make_model, activation):
     model = make_model(vision_activation=activation)
-    layer = model.vision.blocks[0].mlp.fc1
+    mlp = model.vision.blocks[0].mlp
     x = torch.randn(5, 64, dtype=torch.float64)
-    hidden = x @ layer.weight.T + layer.bias
+    hidden = x @ mlp.fc1.weight.T + mlp.fc1.bias
     quick = hidden * torch.sigmoid(1.702 * hidden)
     expected = quick if activation == "quick_gelu" else torch.nn.functional.gelu(hidden)
-    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(mlp(x), mlp.fc2(expected))

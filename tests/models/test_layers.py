@@ -1,0 +1,40 @@
+"""Building blocks: attention, norms, feed-forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sclkern.models.layers import Attention
+from sclkern.models.layouts import Packed, Padded
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "eager"])
+def test_attention_equals_torchs_multi_head_attention(torch_attention, backend, padded, cross):
+    module = Attention(128).double()
+    nn.init.normal_(module.in_proj.bias)
+    module.execution.backend = backend
+    x, context = torch.randn(2, 5, 128, dtype=torch.float64), torch.randn(2, 5, 128, dtype=torch.float64)
+    mask = torch.tensor([[True, True, False, False, True], [True] * 5]) if padded else None
+    out = module(x, Padded(), context, Padded(mask)) if cross else module(x, Padded(mask))
+    torch.testing.assert_close(out, torch_attention(module, x, context if cross else x, mask))
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(325, 13), (13, 325)])
+def test_one_packed_call_where_the_op_would_absorb_nothing(queries, keys, training, kernels, monkeypatch):
+    """Few queries absorb by matrix products alone: with dropout on a GPU not at all."""
+    if kernels:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")  # nothing is launched
+    module = Attention(768, dropout=0.1).train(training)
+    query_layout, key_layout = (
+        Packed(torch.tensor([0, length], dtype=torch.int32), length) for length in (queries, keys)
+    )
+    expected = keys < queries or not (training and kernels)
+    assert module._absorbs(torch.empty(1, 768), query_layout, key_layout) == expected
+    module.execution.absorb = "never"
+    assert not module._absorbs(torch.empty(1, 768), query_layout, key_layout)
