@@ -291,10 +291,11 @@ def _norm(inputs: dict, dropout_p: float, seed: Tensor | None) -> Callable[[], o
     from sclkern.kernels import dropout_add_layer_norm as kernels
 
     x, residual, weight, bias, x_bias = (inputs[n] for n in ("x", "residual", "weight", "bias", "x_bias"))
-    out, *statistics = kernels.dropout_add_layer_norm_forward(x, residual, weight, bias, x_bias, seed, dropout_p, 1e-12)
-    return lambda: kernels.dropout_add_layer_norm_backward(
-        out, x, residual, weight, x_bias, seed, *statistics, dropout_p, True
+    out, total, *statistics = kernels.dropout_add_layer_norm_forward(
+        x, residual, weight, bias, x_bias, seed, dropout_p, 1e-12
     )
+    tensors = out, None, x, residual, total, weight, x_bias, seed, *statistics
+    return lambda: kernels.dropout_add_layer_norm_backward(*tensors, dropout_p, x.dtype, residual.dtype)
 
 
 def _gelu(inputs: dict, dropout_p: float, seed: Tensor | None) -> Callable[[], object]:

@@ -1,11 +1,15 @@
-"""LayerNorm(residual + dropout(x + x_bias)) in one pass, forward and backward.
+"""LayerNorm(residual + dropout(x + x_bias)) in one pass, forward and backward, with or without that sum as an output.
 
 R rows, D columns. Arithmetic in float32, whatever the tensors hold. A program holds whole rows in registers, so that
 the variance is taken of values whose mean is already gone and each tensor is read once.
 
-The sum before the norm is recomputed in the backward from x, residual and the mask, and the mask from the seed. In a
+Without ``total_ptr`` the backward recomputes the sum from x, residual and the mask, and the mask from the seed. In a
 transformer the residual is kept anyway, for the weight gradient of the layer that read it; keeping x then costs what
 keeping the sum would, the forward writes nothing more, and the sum is never rounded to half precision.
+
+With ``total_ptr`` the sum is written: a pre-norm block goes on with it and keeps it anyway, so the backward reads it in
+place of x and residual. The norm is that of the sum as it is stored, rounded where that is half precision, so that the
+backward differentiates what the forward computed.
 """
 
 from __future__ import annotations
@@ -117,6 +121,7 @@ def dropout_add_layer_norm_forward_kernel(
     x_bias_ptr,  # (D,) or None
     seed_ptr,  # int64, or None without dropout
     out_ptr,  # (R, D)
+    total_ptr,  # (R, D), or None where the sum is not returned
     mean_ptr,  # (R,) float32
     rstd_ptr,  # (R,) float32
     rows,
@@ -135,6 +140,10 @@ def dropout_add_layer_norm_forward_kernel(
         x_ptr, residual_ptr, x_bias_ptr, seed_ptr, row, column, rows, columns, threshold, scale,
         BLOCK_ROWS, BLOCK_COLUMNS, STREAM,
     )  # fmt: skip
+    if total_ptr is not None:
+        stored = total.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + row * columns + column, stored, mask=inside)
+        total = stored.to(tl.float32)
     out, mean, rstd = layer_norm(total, inside, weight_ptr, bias_ptr, column, columns, eps)
     tl.store(out_ptr + row * columns + column, out.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(mean_ptr + row, mean, mask=row < rows)
@@ -144,8 +153,10 @@ def dropout_add_layer_norm_forward_kernel(
 @triton.jit
 def dropout_add_layer_norm_backward_kernel(
     grad_out_ptr,  # (R, D)
-    x_ptr,  # (R, D)
-    residual_ptr,  # (R, D)
+    grad_total_ptr,  # (R, D), or None where nothing else reads the sum
+    x_ptr,  # (R, D), or None with total_ptr
+    residual_ptr,  # (R, D), or None with total_ptr
+    total_ptr,  # (R, D), or None where the forward did not write it
     weight_ptr,  # (D,)
     x_bias_ptr,  # (D,) or None
     seed_ptr,  # int64, or None without dropout
@@ -173,19 +184,28 @@ def dropout_add_layer_norm_backward_kernel(
     for start in range(0, ROWS_PER_PROGRAM, BLOCK_ROWS):
         row = program * ROWS_PER_PROGRAM + start + tl.arange(0, BLOCK_ROWS)[:, None]
         inside = (row < rows) & (column < columns)
-        place = row * columns + column
-        total, factor = dropped_sum(
-            x_ptr, residual_ptr, x_bias_ptr, seed_ptr, row, column, rows, columns, threshold, scale,
-            BLOCK_ROWS, BLOCK_COLUMNS, STREAM,
-        )  # fmt: skip
+        element = row * columns + column
+        if total_ptr is None:
+            total, factor = dropped_sum(
+                x_ptr, residual_ptr, x_bias_ptr, seed_ptr, row, column, rows, columns, threshold, scale,
+                BLOCK_ROWS, BLOCK_COLUMNS, STREAM,
+            )  # fmt: skip
+        else:
+            total = tl.load(total_ptr + element, mask=inside, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
-        grad_out = tl.load(grad_out_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        grad_out = tl.load(grad_out_ptr + element, mask=inside, other=0.0).to(tl.float32)
         grad_total, normal = layer_norm_gradient(grad_out, total, weight, mean, rstd, inside, columns)
-        tl.store(grad_residual_ptr + place, grad_total.to(grad_residual_ptr.dtype.element_ty), mask=inside)
-        grad_x = grad_total * factor
+        if grad_total_ptr is not None:
+            grad_total += tl.load(grad_total_ptr + element, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_residual_ptr + element, grad_total.to(grad_residual_ptr.dtype.element_ty), mask=inside)
+        grad_x = grad_total
+        if seed_ptr is not None:
+            if total_ptr is not None:
+                factor = dropout_factor(seed_ptr, row, threshold, scale, BLOCK_ROWS, BLOCK_COLUMNS, STREAM)
+            grad_x *= factor
         if grad_x_ptr is not None:
-            tl.store(grad_x_ptr + place, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+            tl.store(grad_x_ptr + element, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
         grad_weight += grad_out * normal
         grad_bias += grad_out
         if x_bias_ptr is not None:
@@ -215,14 +235,29 @@ def dropout_add_layer_norm_forward(
     seed: Tensor | None,
     dropout_p: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x, residual (R, D) contiguous; seed int64 of one element, or None for no dropout.
+    return_sum: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Launch the forward kernel.
+
+    Args:
+        x: (R, D) contiguous.
+        residual: (R, D) contiguous, of any floating dtype.
+        weight: (D,) contiguous.
+        bias: (D,) contiguous.
+        x_bias: (D,) contiguous, or None.
+        seed: int64 of one element, or None for no dropout.
+        dropout_p: dropout probability.
+        eps: added to the variance.
+        return_sum: whether the sum is written.
 
     Returns:
-        The output (R, D) in the wider dtype of x and residual; mean and 1 / deviation of the rows (R,) float32.
+        The norm (R, D), in the dtype of x with ``return_sum``, otherwise in the wider dtype of x and residual; the sum
+        (R, D) in the wider dtype, or None; mean and 1 / deviation of the rows (R,) float32.
     """
     rows, columns = x.shape
-    out = torch.empty((rows, columns), dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
+    wider = torch.promote_types(x.dtype, residual.dtype)
+    out = torch.empty((rows, columns), dtype=x.dtype if return_sum else wider, device=x.device)
+    total = torch.empty((rows, columns), dtype=wider, device=x.device) if return_sum else None
     mean = torch.empty((rows,), dtype=torch.float32, device=x.device)
     rstd = torch.empty((rows,), dtype=torch.float32, device=x.device)
     if out.numel():
@@ -235,6 +270,7 @@ def dropout_add_layer_norm_forward(
             x_bias_ptr=x_bias,
             seed_ptr=seed,
             out_ptr=out,
+            total_ptr=total,
             mean_ptr=mean,
             rstd_ptr=rstd,
             rows=rows,
@@ -246,35 +282,60 @@ def dropout_add_layer_norm_forward(
             enable_fp_fusion=True,
             **config,
         )
-    return out, mean, rstd
+    return out, total, mean, rstd
 
 
 def dropout_add_layer_norm_backward(
     grad_out: Tensor,
-    x: Tensor,
-    residual: Tensor,
+    grad_total: Tensor | None,
+    x: Tensor | None,
+    residual: Tensor | None,
+    total: Tensor | None,
     weight: Tensor,
     x_bias: Tensor | None,
     seed: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     dropout_p: float,
-    separate: bool,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of x (None unless ``separate``) and residual (R, D), in their dtypes, and of weight, bias and, where
-    there is one, x_bias as the rows of one float32 tensor (2 or 3, D)."""
-    rows, columns = x.shape
+    """Launch the backward kernel.
+
+    Args:
+        grad_out: (R, D) contiguous, gradient of the norm.
+        grad_total: (R, D) contiguous, gradient of the sum, or None.
+        x: as in the forward, or None with ``total``.
+        residual: as in the forward, or None with ``total``.
+        total: the sum that the forward wrote, or None.
+        weight: as in the forward.
+        x_bias: as in the forward.
+        seed: as in the forward.
+        mean: what the forward returned.
+        rstd: what the forward returned.
+        dropout_p: as in the forward.
+        x_dtype: dtype of x.
+        residual_dtype: dtype of residual.
+
+    Returns:
+        The gradients of x and of residual (R, D), in their dtypes; None for that of x where the two are equal, which is
+        without dropout and with one dtype. Then those of weight, bias and, where there is one, x_bias as the rows of
+        one float32 tensor (2 or 3, D).
+    """
+    rows, columns = grad_out.shape
     config = configuration(columns)
-    programs = triton.cdiv(rows, ROWS_PER_PROGRAM)
-    grad_residual = torch.empty((rows, columns), dtype=residual.dtype, device=x.device)
-    grad_x = torch.empty((rows, columns), dtype=x.dtype, device=x.device) if separate else None
-    sums = 2 if x_bias is None else 3
-    partial = torch.empty((programs, sums, columns), dtype=torch.float32, device=x.device)
+    programs, sums = triton.cdiv(rows, ROWS_PER_PROGRAM), 2 if x_bias is None else 3
+    needs_own_grad_x = seed is not None or x_dtype != residual_dtype
+    grad_residual = torch.empty((rows, columns), dtype=residual_dtype, device=grad_out.device)
+    grad_x = torch.empty((rows, columns), dtype=x_dtype, device=grad_out.device) if needs_own_grad_x else None
+    partial = torch.empty((programs, sums, columns), dtype=torch.float32, device=grad_out.device)
     if grad_residual.numel():
         dropout_add_layer_norm_backward_kernel[(programs,)](
             grad_out_ptr=grad_out,
+            grad_total_ptr=grad_total,
             x_ptr=x,
             residual_ptr=residual,
+            total_ptr=total,
             weight_ptr=weight,
             x_bias_ptr=x_bias,
             seed_ptr=seed,
@@ -295,32 +356,45 @@ def dropout_add_layer_norm_backward(
     return grad_x, grad_residual, partial.sum(0)
 
 
-def _entries(columns: int, dropout: bool) -> list[dict]:
+def _entries(columns: int, stream: str | None, absent: tuple[str, ...]) -> list[dict]:
+    """Both kernels for bfloat16 rows, with the sum beside a residual ``stream`` of that type, or without the sum."""
     constants = configuration(columns)
     warps = constants.pop("num_warps")
     constants["STREAM"] = STREAM_FEATURES
-    halves = ("x_ptr", "residual_ptr", "out_ptr", "grad_out_ptr", "grad_x_ptr", "grad_residual_ptr")
+    absent += ("total_ptr", "grad_total_ptr") if stream is None else ()
+    branch = ("x_ptr", "out_ptr", "grad_out_ptr", "grad_x_ptr")
+    streams = ("residual_ptr", "total_ptr", "grad_total_ptr", "grad_residual_ptr")
     singles = ("weight_ptr", "bias_ptr", "x_bias_ptr", "mean_ptr", "rstd_ptr", "partial_ptr")
-    signature = dict.fromkeys(halves, "*bf16") | dict.fromkeys(singles, "*fp32")
-    signature |= {"seed_ptr": "*i64", "scale": "fp32", "eps": "fp32"}
-    forward, backward = dict(constants), constants | {"ROWS_PER_PROGRAM": ROWS_PER_PROGRAM}
-    if not dropout:
-        forward |= {"x_bias_ptr": None, "seed_ptr": None}
-        backward |= {"x_bias_ptr": None, "seed_ptr": None, "grad_x_ptr": None}
+    signature = dict.fromkeys(branch, "*bf16") | dict.fromkeys(streams, f"*{stream or 'bf16'}")
+    signature |= dict.fromkeys(singles, "*fp32") | {"seed_ptr": "*i64", "scale": "fp32", "eps": "fp32"}
+    recomputed = () if stream is None else ("x_ptr", "residual_ptr")
     return [
         {
             "kernel": kernel,
+            "features": "bf16" if stream is None else f"bf16+{stream} sum",
             "signature": signature,
-            "constants": chosen,
+            "constants": constants | more | {name: None for name in names if name in kernel.arg_names},
             "num_warps": warps,
             "divisible": ("columns",),
         }
-        for kernel, chosen in (
-            (dropout_add_layer_norm_forward_kernel, forward),
-            (dropout_add_layer_norm_backward_kernel, backward),
+        for kernel, more, names in (
+            (dropout_add_layer_norm_forward_kernel, {}, absent),
+            (
+                dropout_add_layer_norm_backward_kernel,
+                {"ROWS_PER_PROGRAM": ROWS_PER_PROGRAM},
+                absent + recomputed,
+            ),
         )
     ]
 
 
-# What the static checks compile: the width of the model with everything and with nothing, and the widest row.
-AHEAD_OF_TIME = [*_entries(768, True), *_entries(768, False), *_entries(4096, True)]
+# What the static checks compile. Without the sum: the width of the model with everything and with nothing, and the
+# widest row. With the sum: the vision encoder under autocast; all in bfloat16; and everything.
+AHEAD_OF_TIME = [
+    *_entries(768, None, ()),
+    *_entries(768, None, ("x_bias_ptr", "seed_ptr", "grad_x_ptr")),
+    *_entries(4096, None, ()),
+    *_entries(768, "fp32", ("x_bias_ptr", "seed_ptr")),
+    *_entries(768, "bf16", ("x_bias_ptr", "seed_ptr", "grad_x_ptr")),
+    *_entries(768, "fp32", ()),
+]

@@ -23,9 +23,36 @@ def _bias_gelu(x, bias, approximate):
     return reference.bias_gelu(x, bias, approximate=approximate)
 
 
-# By op, from its inputs (by the names of its schema) to its first outputs, the others being statistics; the backward
-# gets the inputs from the arguments of the op's own backward, so it must do with those.
-DEFINITIONS: dict[str, Callable[..., Any]] = {"bias_gelu": _bias_gelu}
+def _dropout_add_layer_norm(
+    weight, bias, x_bias, seed, dropout_p, x=None, residual=None, total=None, eps=1e-5, return_sum=False, **_
+):
+    options = {"x_bias": x_bias, "dropout_p": dropout_p if seed is not None else 0.0, "seed": seed, "eps": eps}
+    return reference.dropout_add_layer_norm(x, residual, weight, bias, return_sum=return_sum, **options)
+
+
+def _inputs_of_the_sum(arguments):
+    """``arguments`` of the backward with an x of zeros and the residual that makes the sum, where it saved the sum."""
+    total = arguments["total"]
+    arguments = arguments | {"bias": torch.zeros_like(arguments["weight"]), "return_sum": total is not None}
+    if total is None:
+        return arguments
+    values = arguments | {"x": torch.zeros_like(total), "residual": torch.zeros_like(total)}
+    shift = _dropout_add_layer_norm(**values)[1]
+    dtypes = arguments["x_dtype"], arguments["residual_dtype"]
+    return values | {"x": values["x"].to(dtypes[0]), "residual": (total - shift).to(dtypes[1])}
+
+
+# By op, from its inputs (by the names of its schema) to its first outputs; the others are statistics.
+DEFINITIONS: dict[str, Callable[..., Any]] = {
+    "bias_gelu": _bias_gelu,
+    "dropout_add_layer_norm": _dropout_add_layer_norm,
+}
+# Where the backward does not get the inputs of the forward: arguments that lead to the same gradients.
+INPUTS: dict[str, Callable[[dict], dict]] = {"dropout_add_layer_norm": _inputs_of_the_sum}
+# Where the backward does not return the gradients of the inputs one by one.
+RESULTS: dict[str, Callable[[list], list]] = {
+    "dropout_add_layer_norm": lambda gradients: [*gradients[:2], torch.stack([g.float() for g in gradients[2:]])]
+}
 
 
 @functools.cache
@@ -38,7 +65,11 @@ def install() -> None:
         _LIBRARY.impl(name, _forward(op, definition), "CPU")
         if hasattr(torch.ops.sclkern, f"{name}_backward"):
             backward = getattr(torch.ops.sclkern, f"{name}_backward").default
-            _LIBRARY.impl(f"{name}_backward", _backward(op, backward, definition), "CPU")
+            _LIBRARY.impl(
+                f"{name}_backward",
+                _backward(op, backward, definition, INPUTS.get(name, dict), RESULTS.get(name, list)),
+                "CPU",
+            )
 
 
 def _forward(op, definition):
@@ -52,7 +83,7 @@ def _forward(op, definition):
     return forward
 
 
-def _backward(op, backward, definition):
+def _backward(op, backward, definition, prepare, collect):
     def run(*inputs):
         arguments = dict(zip(_names(backward), inputs, strict=True))
         gradients: list[torch.Tensor] = []
@@ -60,16 +91,20 @@ def _backward(op, backward, definition):
         thread = threading.Thread(target=lambda: gradients.extend(differentiate(arguments)))
         thread.start()
         thread.join()
-        results = list(map(_like, gradients, _allocate(backward, inputs)))
+        results = list(map(_like, collect(gradients), _allocate(backward, inputs)))
         return results if "[]" in str(backward._schema.returns[0].type) else tuple(results)
 
     def differentiate(arguments):
-        values = {name: arguments[name] for name in _names(op) if name in arguments}
+        grads = [value for name, value in arguments.items() if name.startswith("grad_")]
+        values = {name: value for name, value in prepare(arguments).items() if name in _names(op)}
         leaves = [name for name, value in values.items() if torch.is_tensor(value) and value.is_floating_point()]
+        leaves.sort(key=_names(op).index)
         values |= {name: values[name].detach().requires_grad_() for name in leaves}
-        out = _tuple(definition(**values))[0]
-        grad = next(value for name, value in arguments.items() if name.startswith("grad_"))
-        return torch.autograd.grad(out, [values[name] for name in leaves], _like(grad, out))
+        outputs = [
+            (out, grad) for out, grad in zip(_tuple(definition(**values)), grads, strict=False) if grad is not None
+        ]
+        grads = [_like(grad, out) for out, grad in outputs]
+        return torch.autograd.grad([out for out, _ in outputs], [values[name] for name in leaves], grads)
 
     return run
 
@@ -89,4 +124,4 @@ def _allocate(op, inputs) -> list[torch.Tensor]:
 
 
 def _like(tensor, other):
-    return torch.empty_like(other).copy_(tensor.reshape(other.shape))
+    return torch.empty_like(other).copy_(tensor.reshape(other.shape)) if other.numel() else other

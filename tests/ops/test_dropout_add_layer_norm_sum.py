@@ -208,13 +208,14 @@ def test_registration(dropout_p, x_bias, read, half):
     if half:
         tensors["x"] = tensors["x"].detach().half().requires_grad_()
     seed = torch.tensor([3], device=DEVICE) if dropout_p else None
-    arguments = (*(tensors.get(name) for name in NAMES), seed, dropout_p, 1e-5)
-    torch.library.opcheck(torch.ops.sclkern.dropout_add_layer_norm_sum, arguments)
-    out, total, mean, rstd = (t.detach() for t in torch.ops.sclkern.dropout_add_layer_norm_sum(*arguments))
+    arguments = (*(tensors.get(name) for name in NAMES), seed, dropout_p, 1e-5, True)
+    torch.library.opcheck(torch.ops.sclkern.dropout_add_layer_norm, arguments)
+    out, total, mean, rstd = (t.detach() for t in torch.ops.sclkern.dropout_add_layer_norm(*arguments))
     gradients = grads["out"].to(out.dtype), grads["sum"] if read else None
-    saved = (*gradients, total, tensors["weight"].detach(), seed, mean, rstd)
-    rest = dropout_p, tensors["residual"].dtype, x_bias
-    torch.library.opcheck(torch.ops.sclkern.dropout_add_layer_norm_sum_backward, (*saved, *rest))
+    parameters = [tensors[name].detach() if name in tensors else None for name in ("weight", "x_bias")]
+    saved = (*gradients, None, None, total, *parameters, seed, mean, rstd)
+    rest = dropout_p, tensors["x"].dtype, tensors["residual"].dtype
+    torch.library.opcheck(torch.ops.sclkern.dropout_add_layer_norm_backward, (*saved, *rest))
 
 
 @pytest.mark.parametrize("readers", READERS, ids=str)
@@ -224,8 +225,8 @@ def test_compiles_whole(dropout_p, dynamic, readers):
     seed = torch.tensor([3], device=DEVICE) if dropout_p else None
 
     def call(x, residual, weight, bias, x_bias, **_):
-        op = torch.ops.sclkern.dropout_add_layer_norm_sum
-        out, total, *_ = op(x * 2, residual, weight, bias, x_bias, seed, dropout_p, 1e-5)
+        op = torch.ops.sclkern.dropout_add_layer_norm
+        out, total, *_ = op(x * 2, residual, weight, bias, x_bias, seed, dropout_p, 1e-5, True)
         return out + 1, total * 2
 
     def truth(x, **others):

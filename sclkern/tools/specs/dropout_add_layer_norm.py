@@ -42,16 +42,15 @@ def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None, configs: Conf
     x, residual, weight, bias, x_bias = (inputs[name] for name in ("x", "residual", "weight", "bias", "x_bias"))
     launchers = kernels("dropout_add_layer_norm")
     forward = launchers.dropout_add_layer_norm_forward
-    out, *statistics = forward(x, residual, weight, bias, x_bias, seed, dropout_p, 1e-12)
-    return lambda: launchers.dropout_add_layer_norm_backward(
-        out, x, residual, weight, x_bias, seed, *statistics, dropout_p, True
-    )
+    out, total, *statistics = forward(x, residual, weight, bias, x_bias, seed, dropout_p, 1e-12)
+    tensors = out, None, x, residual, total, weight, x_bias, seed, *statistics
+    return lambda: launchers.dropout_add_layer_norm_backward(*tensors, dropout_p, x.dtype, residual.dtype)
 
 
 _ROWS = {"T": 64 * 325}
 SPEC = OpSpec(
     name="dropout_add_layer_norm",
-    kernels=("dropout_add_layer_norm", "dropout_add_layer_norm_sum"),
+    kernels=("dropout_add_layer_norm",),
     inputs=_inputs,
     small_inputs=_small_inputs,
     cost=_cost,
