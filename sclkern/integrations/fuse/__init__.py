@@ -1,6 +1,7 @@
-"""Swapping the fused ops into a model somebody else made: ``sclkern.fuse``.
+"""Swapping the fused ops into a model from elsewhere: ``sclkern.fuse``.
 
-Not named after the function: a subpackage ``sclkern.fuse`` would take its place in ``sclkern``.
+The function is re-exported from ``sclkern`` itself, which is why this package stands in ``integrations``: a submodule
+``sclkern.fuse`` would shadow it.
 """
 
 from sclkern.integrations.fuse.report import FuseReport, Left, Replaced, fuse

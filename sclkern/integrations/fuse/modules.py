@@ -1,71 +1,97 @@
-"""What a fused module does: classes that stand before a module's own class, whose forward is what they fall back to."""
+"""Forwards of fused modules: mixins placed before a module's own class, whose forward they fall back to."""
 
 from __future__ import annotations
 
-import copyreg
-import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sclkern import ops
-from sclkern.integrations.huggingface import key_padding, tell, wants_maps
+from sclkern.integrations.huggingface import key_padding, wants_maps, warn_once
 from sclkern.nn.linear_gelu import linear_gelu
-from sclkern.ops.dispatch import choose
+from sclkern.ops.dispatch import select_backend
 
-# Arguments of a forward that change nothing in an attention without a cache.
+# ``approximate`` of ``ops.bias_gelu``.
+GeluKind = Literal["none", "tanh", "quick"]
+# Arguments of a forward that do not change the result of an attention without a cache.
 _HARMLESS = ("cache_position", "num_items_in_batch", "output_hidden_states", "position_ids", "return_dict", "use_cache")
 
 
 @dataclass
-class Maps:
-    """Whether the model was called with ``output_attentions=True``; it stays so until it is called again, because
-    gradient checkpointing computes the forward again in the backward."""
+class MapRequest:
+    """Whether a model was last called with ``output_attentions=True``.
+
+    The value stays until the next call, because gradient checkpointing repeats the forward during the backward.
+
+    Attributes:
+        wanted: whether attention maps are to be returned.
+    """
 
     wanted: bool = False
 
 
-class Fused:
-    """Base of the classes below. ``_sclkern`` on the instance holds what its forward needs to know."""
+class Fused(nn.Module):
+    """Base of the mixins below. ``_sclkern`` on an instance holds the settings that its forward needs."""
 
     _sclkern: Any
     _original: type[nn.Module]
 
     def extra_repr(self) -> str:
-        own = super().extra_repr()
-        return f"{own}, fused" if own else "fused"
+        """The original class's text, and "fused"."""
+        text = super().extra_repr()
+        return f"{text}, fused" if text else "fused"
 
     def __reduce_ex__(self, protocol):
-        # The class is made at run time; its parts can be found by name.
+        # The class is made at run time and cannot be found by its name, but its two bases can.
         state = super().__reduce_ex__(max(protocol, 2))[2:]
-        return (_remake, (self._original, type(self).__mro__[1]), *state)
+        return (_rebuild, (self._original, type(self).__mro__[1]), *state)
 
 
-@functools.cache
+_classes: dict[tuple[type[nn.Module], type[Fused]], type[nn.Module]] = {}
+
+
 def fused_class(original: type[nn.Module], mixin: type[Fused]) -> type[nn.Module]:
-    """``original`` with the forward of ``mixin``, under its own name: Hugging Face saves and looks up names."""
-    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    return type(original.__name__, (mixin, original), {**names, "_original": original})
+    """The subclass of ``original`` with the forward of ``mixin``; one class for each pair.
+
+    Args:
+        original: class of the module that is replaced. The subclass takes its name, which Hugging Face saves and looks
+            up.
+        mixin: one of the classes below.
+
+    Returns:
+        The subclass.
+    """
+    if (original, mixin) not in _classes:
+        names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+        _classes[original, mixin] = type(original.__name__, (mixin, original), {**names, "_original": original})
+    return _classes[original, mixin]
 
 
-def _remake(original: type[nn.Module], mixin: type[Fused]) -> nn.Module:
-    return copyreg.__newobj__(fused_class(original, mixin))
+def _rebuild(original: type[nn.Module], mixin: type[Fused]) -> nn.Module:
+    cls = fused_class(original, mixin)
+    module: nn.Module = cls.__new__(cls)
+    return module
 
 
 class FusedOutput(Fused):
     """{dense, LayerNorm, dropout}: LayerNorm(dropout(dense(x)) + residual), the end of a BERT block."""
 
+    dense: nn.Linear
+    LayerNorm: nn.LayerNorm
+    dropout: nn.Dropout
+
     def forward(self, *args, **options):
+        """Compute the sum and the norm in one kernel."""
         dense, norm, dropout = self.dense, self.LayerNorm, self.dropout
         plain = is_plain(dense, nn.Linear) and is_plain(norm, nn.LayerNorm) and is_plain(dropout, nn.Dropout)
         if not plain or options or len(args) != 2 or not kernels_run(*args, dense.weight):
             return super().forward(*args, **options)
         x, residual = args
         if torch.is_autocast_enabled(x.device.type) and x.device.type == "cuda":
-            # As the LayerNorm of autocast gives.
+            # autocast computes LayerNorm in float32 and returns float32.
             residual = residual.float()
         return ops.dropout_add_layer_norm(
             F.linear(x, dense.weight),
@@ -79,17 +105,26 @@ class FusedOutput(Fused):
 
 
 class Gelu(NamedTuple):
-    """``first`` and ``second`` are names of linear layers, ``second`` None where the module ends with the GELU."""
+    """Settings of ``FusedGelu``.
+
+    Attributes:
+        first: name of the linear layer before the GELU.
+        second: name of the linear layer after it; None where the module ends with the GELU.
+        kind: which GELU, as ``approximate`` of ``ops.bias_gelu``.
+    """
 
     first: str
     second: str | None
-    kind: str
+    kind: GeluKind
 
 
 class FusedGelu(Fused):
     """{dense, intermediate_act_fn} or {fc1, activation_fn, fc2}: a linear layer, its GELU, and the next layer."""
 
+    _sclkern: Gelu
+
     def forward(self, *args, **options):
+        """Compute bias and GELU in one kernel."""
         first = getattr(self, self._sclkern.first)
         if options or len(args) != 1 or not is_plain(first, nn.Linear) or not kernels_run(args[0], first.weight):
             return super().forward(*args, **options)
@@ -97,10 +132,29 @@ class FusedGelu(Fused):
         return hidden if self._sclkern.second is None else getattr(self, self._sclkern.second)(hidden)
 
 
+class Block(NamedTuple):
+    """Settings of ``FusedBlock``.
+
+    Attributes:
+        kind: which GELU, as ``approximate`` of ``ops.bias_gelu``.
+        needs_mask: whether the block's ``attention`` requires a mask argument.
+    """
+
+    kind: GeluKind
+    needs_mask: bool
+
+
 class FusedBlock(Fused):
-    """{attn, ln_1, mlp {c_fc, gelu, c_proj}, ln_2}: CLIP's block as OpenAI writes it, pre-norm, its own attention."""
+    """{attn, ln_1, mlp {c_fc, gelu, c_proj}, ln_2}: CLIP's pre-norm block as OpenAI writes it, its attention kept."""
+
+    _sclkern: Block
+    attention: Any
+    ln_1: nn.Module
+    ln_2: nn.Module
+    mlp: Any
 
     def forward(self, *args, **options):
+        """Compute bias and GELU of the MLP in one kernel."""
         first = self.mlp.c_fc
         plain = is_plain(first, nn.Linear) and not options and 1 <= len(args) <= 2
         if not plain or not kernels_run(args[0], first.weight):
@@ -111,16 +165,14 @@ class FusedBlock(Fused):
         return x + self.mlp.c_proj(hidden)
 
 
-class Block(NamedTuple):
-    """``needs_mask``: whether ``attention`` must be given a mask."""
-
-    kind: str
-    needs_mask: bool
-
-
 class Attention(NamedTuple):
-    """``names``: the arguments of the module's own forward. ``outputs``: how many it returns, maps not asked for; 0 for
-    the output alone. ``heads``: their number."""
+    """Settings of a fused attention.
+
+    Attributes:
+        names: arguments of the module's original forward, in order.
+        outputs: length of the tuple that it returns without attention maps; 0 where it returns one tensor.
+        heads: number of heads.
+    """
 
     names: tuple[str, ...]
     outputs: int
@@ -128,17 +180,22 @@ class Attention(NamedTuple):
 
 
 class _FusedAttention(Fused):
+    _sclkern: Attention
+    dropout: nn.Dropout
+
     def forward(self, *args, **options):
-        given = {**dict(zip(self._sclkern.names, args, strict=False)), **options}
-        hidden, mask = given.pop("hidden_states"), given.pop("attention_mask", None)
-        context, context_mask = given.pop("encoder_hidden_states", None), given.pop("encoder_attention_mask", None)
+        """Attend with ``ops.attention``, or with the original forward where the op cannot compute this call."""
+        arguments = {**dict(zip(self._sclkern.names, args, strict=False)), **options}
+        hidden, mask = arguments.pop("hidden_states"), arguments.pop("attention_mask", None)
+        context = arguments.pop("encoder_hidden_states", None)
+        context_mask = arguments.pop("encoder_attention_mask", None)
         if context is not None:
             mask = context_mask
-        reason = _left(self, given)
+        reason = _unsupported(self, arguments)
         if reason is None:
             padding, reason = key_padding(mask, hidden.shape[0], hidden.shape[1])
         if reason is not None:
-            tell(f"{reason}: left to the forward of {type(self).__name__}")
+            warn_once(f"{reason}: computed by the original forward of {type(self).__name__}")
             return super().forward(*args, **options)
         out = self._attend(hidden, context, padding)
         return (out, *(None,) * (self._sclkern.outputs - 1)) if self._sclkern.outputs else out
@@ -146,33 +203,47 @@ class _FusedAttention(Fused):
     def _attend(self, hidden: Tensor, context: Tensor | None, padding: Tensor | None) -> Tensor:
         raise NotImplementedError
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self._sclkern.heads, -1))
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
+        dropout = self.dropout.p if self.dropout.training else 0.0
+        out: Any = ops.attention(query, key, value, key_padding_mask=padding, dropout_p=dropout)
+        merged: Tensor = out.flatten(-2)
+        return merged
 
 
 class FusedSelfAttention(_FusedAttention):
-    """{query, key, value, dropout}: attention without an output projection, to itself or to a context."""
+    """{query, key, value, dropout}: self- or cross-attention without an output projection."""
+
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
 
     def _attend(self, hidden, context, padding):
         context = hidden if context is None else context
-        tensors = self._heads(self.query(hidden)), self._heads(self.key(context)), self._heads(self.value(context))
-        dropout = self.dropout.p if self.dropout.training else 0.0
-        return ops.attention(*tensors, key_padding_mask=padding, dropout_p=dropout).flatten(-2)
+        heads = (self._sclkern.heads, -1)
+        query = self.query(hidden).unflatten(-1, heads)
+        key, value = self.key(context).unflatten(-1, heads), self.value(context).unflatten(-1, heads)
+        return self._attention(query, key, value, padding)
 
 
 class FusedPackedAttention(_FusedAttention):
-    """{qkv, projection, dropout}: self-attention whose projections are one layer."""
+    """{qkv, projection, dropout}: self-attention whose three projections are one layer."""
+
+    qkv: nn.Linear
+    projection: nn.Linear
 
     def _attend(self, hidden, context, padding):
-        tensors = self.qkv(hidden).unflatten(-1, (3, self._sclkern.heads, -1)).unbind(2)
-        dropout = self.dropout.p if self.dropout.training else 0.0
-        return self.projection(ops.attention(*tensors, key_padding_mask=padding, dropout_p=dropout).flatten(-2))
+        query, key, value = self.qkv(hidden).unflatten(-1, (3, self._sclkern.heads, -1)).unbind(2)
+        return self.projection(self._attention(query, key, value, padding))
 
 
 class FusedContrast(Fused):
-    """CLIP's and BLIP's model with a contrast of images and texts: its loss by ``ops.completion_loss``."""
+    """CLIP's and BLIP's model with an image-text contrastive loss, computed by ``ops.completion_loss``."""
+
+    config: Any
+    logit_scale: Tensor
 
     def forward(self, *args, **options):
+        """Compute the model without its loss, then the loss."""
         as_tuple = options.get("return_dict", getattr(self.config, "return_dict", True)) is False
         if as_tuple or not options.get("return_loss"):
             return super().forward(*args, **options)
@@ -180,28 +251,36 @@ class FusedContrast(Fused):
         loss = ops.completion_loss(
             out.text_embeds, out.image_embeds, temperature=torch.exp(-self.logit_scale), gather=None
         )
-        # Both directions are added there; here it is their mean.
+        # The op adds the two directions; these models average them.
         return type(out)(**{**out, "loss": loss / 2})
 
 
-def _left(module: nn.Module, given: dict) -> str | None:
-    """Why the module's own forward must compute this, or None. given: arguments beside states and masks."""
-    if given.pop("output_attentions", False) or wants_maps(module):
-        return "attention maps are asked for"
+def _unsupported(module: nn.Module, arguments: dict[str, Any]) -> str | None:
+    """The reason why the original forward must compute this call, or None.
+
+    Args:
+        module: the attention.
+        arguments: what it was called with, except hidden states and masks.
+
+    Returns:
+        The reason, such as "head_mask is given".
+    """
+    if arguments.pop("output_attentions", False) or wants_maps(module):
+        return "attention maps are requested"
     if getattr(module, "save_attention", False):
-        return "attention maps are to be kept"
-    for name, argument in given.items():
+        return "attention maps are to be saved"
+    for name, argument in arguments.items():
         if argument is not None and argument is not False and name not in _HARMLESS:
             return f"{name} is given"
     return None
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling ``module`` does what its class ``kind`` does and nothing beside: no other class, no hooks."""
+    """Whether calling ``module`` does exactly what its class ``kind`` does: no subclass, no hooks."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return type(module) is kind and not any(hooks)
 
 
 def kernels_run(*tensors: Tensor) -> bool:
-    """Whether a kernel computes with these; else nothing is gained over the module's own forward."""
-    return choose(*tensors).backend == "triton"
+    """Whether a kernel would run for these tensors; without one, the original forward is as fast."""
+    return select_backend(*tensors).backend == "triton"

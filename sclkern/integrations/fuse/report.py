@@ -1,11 +1,11 @@
-"""``fuse``: replaces what it can in one model, and keeps what is needed to undo it."""
+"""``fuse``: replaces what it can in one model, and records what is needed to undo it."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,16 +13,22 @@ from torch import nn
 
 from sclkern.errors import UserError
 from sclkern.integrations import huggingface
-from sclkern.integrations.fuse.modules import Fused, Maps
+from sclkern.integrations.fuse.modules import Fused, MapRequest
 from sclkern.integrations.fuse.rules import RULES, Swap, dispatches
 
 IMPLEMENTATION = "sclkern"
-# Attention of Hugging Face's that is torch's own, and may be exchanged for ours.
-_EXCHANGEABLE = ("eager", "sdpa")
+# Attention implementations of Hugging Face that use torch, and that ours may replace.
+_REPLACEABLE = ("eager", "sdpa")
 
 
 class Replaced(NamedTuple):
-    """``path`` within the model, the ``module``'s class, and what stands ``by`` for it now."""
+    """A module that was replaced.
+
+    Attributes:
+        path: its path within the model.
+        module: name of its class.
+        by: what computes it now.
+    """
 
     path: str
     module: str
@@ -30,7 +36,13 @@ class Replaced(NamedTuple):
 
 
 class Left(NamedTuple):
-    """``path`` within the model, the ``module``'s class, and ``why`` it is as it was."""
+    """A module that was left as it was.
+
+    Attributes:
+        path: its path within the model.
+        module: name of its class.
+        why: the reason.
+    """
 
     path: str
     module: str
@@ -39,21 +51,27 @@ class Left(NamedTuple):
 
 @dataclass
 class FuseReport:
-    """What ``fuse`` has done; printed, a table. In a ``with`` statement the model is as it was at its end."""
+    """What ``fuse`` did; prints as a table. As a context manager, it restores the model on exit.
+
+    Attributes:
+        replaced: modules that compute with fused ops now.
+        left: modules of a known kind that could not be replaced.
+    """
 
     replaced: list[Replaced] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
-    _undo: list = field(default_factory=list, repr=False)
+    # Steps that restore the model, in the order in which they were made.
+    _undo: list[Callable[[], Any]] = field(default_factory=list, repr=False)
 
     def revert(self) -> None:
-        """Undo everything, on the model that was fused (a copy of it stays fused). A second time it does nothing."""
+        """Restore the model that was fused; copies of it stay fused. A second call does nothing."""
         while self._undo:
             self._undo.pop()()
 
     def __enter__(self) -> FuseReport:
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.revert()
 
     def __str__(self) -> str:
@@ -70,36 +88,40 @@ class FuseReport:
 
 
 def fuse(model: nn.Module, *, only: str | Iterable[str] | None = None, strict: bool = True) -> FuseReport:
-    """Let ``model`` compute with the fused ops, in place: this instance, no class and no other model.
+    """Make ``model`` compute with the fused ops, in place: this instance only, no class and no other model.
 
-    Modules are matched by structure (names and classes of children), and each is tried on a small input: one that
-    computes something else is left. Parameters, ``state_dict``, hooks, modes and optimizers stay as they are; what
-    changes is the class of the modules, to a subclass of their own. The rules:
+    Modules are matched by structure (names and classes of their children), and each is tried on a small input; one that
+    computes something else is left. Parameters, ``state_dict``, hooks, modes and optimizers stay as they are. Only the
+    class of a module changes, to a subclass of its original class. The rules:
 
     - "attention": ``torch.nn.MultiheadAttention``; modules {query, key, value, dropout} (METER's and SCL's
-      ``BertCrossLayer``, BERT, BLIP's text model, ViLT) and {qkv, projection, dropout} (BLIP's vision model); whatever
-      asks Hugging Face's ``AttentionInterface`` (BERT, RoBERTa, BridgeTower, CLIP), by copies of the model's
-      configurations, which say "sclkern".
+      ``BertCrossLayer``, BERT, BLIP's text model, ViLT) and {qkv, projection, dropout} (BLIP's vision model); modules
+      that use Hugging Face's ``AttentionInterface`` (BERT, RoBERTa, BridgeTower, CLIP), through copies of the model's
+      configurations that say "sclkern".
     - "dropout_add_layer_norm": {dense, LayerNorm, dropout}.
     - "linear_gelu": {dense, intermediate_act_fn}, {fc1, activation_fn, fc2}, CLIP's block as OpenAI writes it.
     - "transformer_encoder": ``torch.nn.TransformerEncoderLayer`` and ``TransformerEncoder``.
     - "completion_loss": the contrastive loss of ``transformers.CLIPModel`` and ``BlipModel``.
 
-    At run time a module's own forward computes what the ops cannot: attention maps (``output_attentions=True``), causal
-    and other masks that differ between queries, caches, head masks; one warning tells each. On a CPU, GELU and
-    LayerNorm are the model's own too: only attention gains there. Outputs agree to rounding, with these exceptions:
-    attention maps nobody asked for are None; a query whose keys are all padding gets zeros; from one seed other
-    elements are dropped. Masks are read as ``register_attention`` reads them. A fused model can be copied, pickled,
-    compiled and fused with more rules; what is fused already is left.
+    At run time, the original forward of a module computes the calls that the ops cannot: attention maps
+    (``output_attentions=True``), causal and other masks that differ between queries, caches, head masks. One warning
+    names each. On a CPU, GELU and LayerNorm also stay the model's own: only attention gains there. Outputs agree to
+    rounding, with these exceptions: attention maps that were not requested are None; a query whose keys are all
+    padding gets zeros; dropout with the same seed drops other elements. Masks are read as ``register_attention`` reads
+    them. A fused model can be copied, pickled, compiled, and fused again with more rules; modules that are fused
+    already are left.
 
     Args:
         model: any module.
-        only: names of the rules to apply; None is all of them.
-        strict: raise where nothing could be replaced.
+        only: names of the rules to apply; None applies all of them.
+        strict: whether to raise if nothing could be replaced.
+
+    Returns:
+        What was replaced, what was left and why; its ``revert`` restores the model.
 
     Raises:
-        TypeError: model is not a module. UserError: a rule that is not known, or with ``strict`` nothing replaced, and
-            why; the model is then as it was.
+        TypeError: model is not a module. UserError: an unknown rule, or with ``strict`` nothing could be replaced; the
+            message gives the reasons, and the model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
@@ -123,8 +145,8 @@ def fuse(model: nn.Module, *, only: str | Iterable[str] | None = None, strict: b
 
 
 def _fuse(model: nn.Module, names: tuple[str, ...], report: FuseReport) -> None:
-    asking: list[tuple[str, nn.Module]] = []
-    watched: list[nn.Module] = []
+    dispatching: list[tuple[str, nn.Module]] = []
+    attentions: list[nn.Module] = []
     for path, module in list(model.named_modules()):
         original = type(module)
         for name in names:
@@ -133,7 +155,7 @@ def _fuse(model: nn.Module, names: tuple[str, ...], report: FuseReport) -> None:
                     report.left.append(Left(path, original.__name__, "fused already"))
                 continue
             if name == "attention" and dispatches(module):
-                asking.append((path, module))
+                dispatching.append((path, module))
                 continue
             verdict = RULES[name](module)
             if isinstance(verdict, str):
@@ -142,11 +164,11 @@ def _fuse(model: nn.Module, names: tuple[str, ...], report: FuseReport) -> None:
                 _apply(module, verdict, report)
                 report.replaced.append(Replaced(path, original.__name__, verdict.by))
                 if name == "attention" and original is not nn.MultiheadAttention:
-                    watched.append(module)
-    if asking:
-        watched += _exchange(asking, report)
-    if watched and "transformers" in sys.modules:
-        _configure(model, watched, report)
+                    attentions.append(module)
+    if dispatching:
+        attentions += _replaceable(dispatching, report)
+    if attentions and "transformers" in sys.modules:
+        _configure(model, attentions, report)
 
 
 def _apply(module: nn.Module, swap: Swap, report: FuseReport) -> None:
@@ -155,56 +177,63 @@ def _apply(module: nn.Module, swap: Swap, report: FuseReport) -> None:
         object.__setattr__(module, name, value)
         report._undo.append(functools.partial(module.__dict__.pop, name, None))
     module.__class__ = swap.cls
-    for child, inner in swap.also:
-        _apply(child, inner, report)
+    for child, child_swap in swap.children:
+        _apply(child, child_swap, report)
 
 
-def _exchange(asking: list[tuple[str, nn.Module]], report: FuseReport) -> list[nn.Module]:
-    """Those of ``asking`` whose attention may be exchanged."""
-    taken = []
-    for path, module in asking:
-        name, current = type(module).__name__, module.config._attn_implementation
-        if current == IMPLEMENTATION:
+def _replaceable(dispatching: list[tuple[str, nn.Module]], report: FuseReport) -> list[nn.Module]:
+    """The modules whose attention implementation may be replaced; all are reported."""
+    modules = []
+    for path, module in dispatching:
+        config: Any = module.config
+        name, implementation = type(module).__name__, config._attn_implementation
+        if implementation == IMPLEMENTATION:
             report.left.append(Left(path, name, "fused already"))
-        elif current not in (*_EXCHANGEABLE, None):
-            report.left.append(Left(path, name, f"its attention is {current!r} by choice"))
+        elif implementation not in (*_REPLACEABLE, None):
+            report.left.append(Left(path, name, f"its attention is {implementation!r} by choice"))
         else:
             report.replaced.append(Replaced(path, name, "ops.attention, by Hugging Face's interface"))
-            taken.append(module)
-    return taken
+            modules.append(module)
+    return modules
 
 
-def _configure(model: nn.Module, watched: list[nn.Module], report: FuseReport) -> None:
-    """Ask for our attention and masks in copies of the configurations that ``watched`` or their models have; and let
-    ``watched`` know when their model is asked for attention maps."""
+def _configure(model: nn.Module, attentions: list[nn.Module], report: FuseReport) -> None:
+    """Select our attention and masks in Hugging Face configurations, and pass on requests for attention maps.
+
+    Args:
+        model: the model that is fused. Its configurations are replaced by copies, since other models may share them.
+        attentions: fused attention modules.
+        report: gets the steps that undo this.
+    """
+    # Imported in a function: transformers is loaded already, see ``_fuse``, and sclkern works without it.
     from transformers import PreTrainedModel
 
-    by_path = {path: module for path, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    owners = {path: module for path, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     huggingface.register_attention(IMPLEMENTATION)
-    maps = {path: Maps() for path in by_path}
-    wanted: dict[int, Any] = {}
-    chosen = {id(module) for module in watched}
+    requests = {path: MapRequest() for path in owners}
+    selected: dict[int, Any] = {}
+    attention_ids = {id(module) for module in attentions}
     for path, module in model.named_modules():
-        owners = [owner for owner in by_path if _within(path, owner)]
-        if id(module) not in chosen:
+        if id(module) not in attention_ids:
             continue
-        # The masks may be made by any model around: BridgeTower makes those of its text model itself.
-        configs = [by_path[owner].config for owner in owners] + ([module.config] if dispatches(module) else [])
-        wanted |= {id(config): config for config in configs if config._attn_implementation in _EXCHANGEABLE}
-        if owners:
-            module._sclkern_maps = maps[max(owners, key=len)]
+        around = [owner for owner in owners if _within(path, owner)]
+        # Any model around may make the masks: BridgeTower makes those of its text model itself.
+        configs = [owners[owner].config for owner in around] + ([module.config] if dispatches(module) else [])
+        selected |= {id(config): config for config in configs if config._attn_implementation in _REPLACEABLE}
+        if around:
+            module.__dict__["_sclkern_maps"] = requests[max(around, key=len)]
             report._undo.append(functools.partial(module.__dict__.pop, "_sclkern_maps", None))
-    for path, owner in by_path.items():
-        inside = [found for other, found in maps.items() if _within(other, path)]
-        handle = owner.register_forward_pre_hook(functools.partial(_note_maps, inside), with_kwargs=True)
+    for path, owner in owners.items():
+        inner = [request for other, request in requests.items() if _within(other, path)]
+        handle = owner.register_forward_pre_hook(functools.partial(_note_request, inner), with_kwargs=True)
         report._undo.append(handle.remove)
     copies: dict[int, Any] = {}
-    for module in model.modules() if wanted else ():
+    for module in model.modules() if selected else ():
         config = module.__dict__.get("config")
         if config is not None and hasattr(config, "_attn_implementation"):
             report._undo.append(functools.partial(setattr, module, "config", config))
             module.config = copy.deepcopy(config, copies)
-    for config in wanted.values():
+    for config in selected.values():
         copies[id(config)]._attn_implementation_internal = IMPLEMENTATION
 
 
@@ -212,8 +241,9 @@ def _within(path: str, owner: str) -> bool:
     return not owner or path == owner or path.startswith(f"{owner}.")
 
 
-def _note_maps(inside: list[Maps], module: nn.Module, args: tuple, options: dict) -> None:
-    asked = options.get("output_attentions")
-    asked = bool(getattr(module.config, "output_attentions", False) if asked is None else asked)
-    for maps in inside:
-        maps.wanted = asked
+def _note_request(requests: list[MapRequest], module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    wanted = options.get("output_attentions")
+    if wanted is None:
+        wanted = getattr(module.config, "output_attentions", False)
+    for request in requests:
+        request.wanted = bool(wanted)

@@ -9,7 +9,7 @@ from torch import nn
 
 import sclkern
 from sclkern import UserError
-from sclkern.integrations.huggingface import _tell
+from sclkern.integrations.huggingface import _warn_once
 
 
 @pytest.mark.parametrize("path", ["cpu", "kernels"])
@@ -198,13 +198,15 @@ def test_hooks_set_later_run(cross_layer, kernels):
     assert len(called) == 4
 
 
-def test_attention_maps_are_told_once(cross_layer):
+def test_one_warning_names_requested_attention_maps(cross_layer):
     layer, inputs = cross_layer
     layer.eval()
     expected = layer(**inputs, output_attentions=True)
     sclkern.fuse(layer)
-    _tell.cache_clear()
-    with pytest.warns(UserWarning, match="attention maps are asked for: left to the forward of CrossAttention"):
+    _warn_once.cache_clear()
+    with pytest.warns(
+        UserWarning, match="attention maps are requested: computed by the original forward of CrossAttention"
+    ):
         found = layer(**inputs, output_attentions=True)
     torch.testing.assert_close(found, expected)
     with warnings.catch_warnings():

@@ -8,14 +8,14 @@ from torch import nn
 
 import sclkern
 from sclkern import UserError, ops
-from sclkern.integrations.huggingface import _tell, key_padding
+from sclkern.integrations.huggingface import _warn_once, key_padding
 
 
 @pytest.fixture(autouse=True)
 def registered():
     pytest.importorskip("transformers")
     sclkern.register_attention()
-    _tell.cache_clear()
+    _warn_once.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "clip", "bridgetower", "blip", "vilt"])
@@ -66,9 +66,11 @@ def test_without_padding_no_mask(make, monkeypatch):
     assert masks == [None, None]
 
 
-def test_a_causal_mask_is_left_to_torch_and_told(make):
+def test_a_causal_mask_is_computed_by_torch_with_a_warning(make):
     model, inputs = make("clip", attn_implementation="sclkern")
-    with pytest.warns(UserWarning, match="a mask that may differ between queries, as a causal one does: left to torch"):
+    with pytest.warns(
+        UserWarning, match="a mask that may differ between queries, such as a causal one: computed by torch"
+    ):
         model(**inputs)
 
 
@@ -97,10 +99,10 @@ def test_a_head_without_kernel(compute, assert_agree):
     assert_agree(compute(ours, inputs), compute(eager, inputs))
 
 
-def test_attention_maps_are_told(make):
+def test_a_warning_names_requested_attention_maps(make):
     eager, inputs = make("bert", attn_implementation="eager")
     model, _ = make("bert", attn_implementation="sclkern")
-    with pytest.warns(UserWarning, match="attention maps are asked for: computed with all scores in memory"):
+    with pytest.warns(UserWarning, match="attention maps are requested: computed with all scores in memory"):
         found = model(**inputs, output_attentions=True).attentions
     expected = eager(**inputs, output_attentions=True).attentions
     for ours, theirs in zip(found, expected, strict=True):
