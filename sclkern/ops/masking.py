@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sclkern import reference as definition
-from sclkern.ops.dispatch import choose, interpreted, may_read
+from sclkern import reference
+from sclkern.ops import _checks
+from sclkern.ops._registration import kernels, public_op, register
+from sclkern.ops.dispatch import Choice, logged, may_read, select_backend
 from sclkern.random import seed_tensor
 from sclkern.reference import MaskedText
 from sclkern.reference.masking import kept_patches
 
 # The kernels hold whole rows in registers; see sclkern.kernels.masking.
 MAX_PATCHES, MAX_TOKENS = 4096, 1024
+KINDS = ("mlm", "completion")
 
 
+@public_op
 def select_patches(
     num_patches: int,
     keep_ratio: float,
@@ -37,7 +41,8 @@ def select_patches(
         batch: B, 0 or more.
         seed: int, or int64 tensor of one element on ``device``, which is never read back: a captured CUDA graph can be
             replayed with another.
-        backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.choose``).
+        device: where the draw happens; "cuda" without a number is the device of a seed tensor.
+        backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.select_backend``).
 
     Returns:
         (B, K) int64 on ``device``, ascending, K = int(P * keep_ratio) and at least 1: what ``embed_patches`` takes as
@@ -46,12 +51,16 @@ def select_patches(
     Raises:
         TypeError: an argument has the wrong type. ValueError: out of range, wrong device or unknown backend.
     """
-    device = _check_selection(num_patches, "keep_ratio", keep_ratio, batch, seed, device)
-    if _choose(device, num_patches, backend) == "eager":
-        return definition.select_patches(num_patches, keep_ratio, batch, seed=seed, device=device)
-    return torch.ops.sclkern.select_patches(seed_tensor(seed, device), num_patches, float(keep_ratio), batch)
+    check_select_patches(num_patches, keep_ratio, batch, seed, device)
+    choice = plan_select_patches(num_patches, keep_ratio, batch, seed=seed, device=device, backend=backend)
+    device = _device(seed, device)
+    if logged("select_patches", choice).path == "eager":
+        return reference.select_patches(num_patches, keep_ratio, batch, seed=seed, device=device)
+    kept: Tensor = _select_patches_op(seed_tensor(seed, device), num_patches, float(keep_ratio), batch)
+    return kept
 
 
+@public_op
 def select_tokens(
     num_patches: int,
     ratio: float,
@@ -63,17 +72,30 @@ def select_tokens(
 ) -> Tensor:
     """Draw the patches whose embedding becomes the mask token, uniformly without replacement.
 
-    Args, errors: those of ``select_patches``, ``ratio`` for ``keep_ratio``.
+    Args:
+        num_patches: P, at least 1. More than 4096 take the eager path.
+        ratio: share of the patches, in [0, 1].
+        batch: B, 0 or more.
+        seed: as in ``select_patches``.
+        device: as in ``select_patches``.
+        backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.select_backend``).
 
     Returns:
         (B, P) bool on ``device``, int(P * ratio) True in each row: what ``embed_patches`` takes as ``replace``.
+
+    Raises:
+        TypeError: an argument has the wrong type. ValueError: out of range, wrong device or unknown backend.
     """
-    device = _check_selection(num_patches, "ratio", ratio, batch, seed, device)
-    if _choose(device, num_patches, backend) == "eager":
-        return definition.select_tokens(num_patches, ratio, batch, seed=seed, device=device)
-    return torch.ops.sclkern.select_tokens(seed_tensor(seed, device), num_patches, float(ratio), batch)
+    check_select_tokens(num_patches, ratio, batch, seed, device)
+    choice = plan_select_tokens(num_patches, ratio, batch, seed=seed, device=device, backend=backend)
+    device = _device(seed, device)
+    if logged("select_tokens", choice).path == "eager":
+        return reference.select_tokens(num_patches, ratio, batch, seed=seed, device=device)
+    selected: Tensor = _select_tokens_op(seed_tensor(seed, device), num_patches, float(ratio), batch)
+    return selected
 
 
+@public_op
 def mask_text(
     ids: Tensor,
     lengths: Tensor,
@@ -83,19 +105,25 @@ def mask_text(
     mask_id: int,
     vocab_size: int,
     seed: int | Tensor,
-    reference: bool = False,
+    published: bool = False,
     backend: str = "auto",
 ) -> MaskedText:
-    """Draw and apply a text mask; ``sclkern.reference.mask_text`` defines the kinds and what ``reference=True`` draws.
+    """Draw and apply a text mask; ``sclkern.reference.mask_text`` defines the kinds.
 
     Args:
         ids: (B, L) int64, any strides. More than 1024 columns take the eager path.
         lengths: (B,) int64, tokens of each caption with ``<s>`` and ``</s>``, 0 to L. Checked on a CPU (but not in
             code that is being compiled), and on a GPU under ``SCLKERN_DEBUG=1``.
-        ratio: in [0, 1], of the words.
-        mask_id: in [0, vocab_size). vocab_size: below 2**31.
+        kind: "mlm" selects max(1, round(ratio * n)) of the n tokens between ``<s>`` and ``</s>``, of which 80 % become
+            ``<mask>``, 10 % a random token and 10 % stay; "completion" selects int(n * ratio) + 1, which all become
+            ``<mask>``.
+        ratio: in [0, 1], of the tokens between ``<s>`` and ``</s>``.
+        mask_id: id of ``<mask>``, in [0, vocab_size).
+        vocab_size: at least 1 and below 2**31; random tokens are below it.
         seed: int, or int64 tensor of one element on the device of ids, never read back.
-        backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.choose``).
+        published: draw as the published code does: "mlm" of all padded positions, so that a caption may get no target;
+            "completion" with replacement.
+        backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.select_backend``).
 
     Returns:
         ``ids`` (B, L) int64 that the model reads and ``selected`` (B, L) bool, the positions to predict or complete.
@@ -103,9 +131,9 @@ def mask_text(
     Raises:
         TypeError: an argument has the wrong type. ValueError: wrong shape, device or range, or unknown kind or backend.
     """
-    check_text(ids, lengths, kind, ratio, mask_id, vocab_size, seed)
-    if _choose(ids.device, ids.shape[1], backend, MAX_TOKENS, "tokens") == "eager":
-        return definition.mask_text(
+    check_mask_text(ids, lengths, kind, ratio, mask_id, vocab_size, seed, published)
+    if logged("mask_text", plan_mask_text(ids, lengths, backend=backend)).path == "eager":
+        return reference.mask_text(
             ids,
             lengths,
             kind=kind,
@@ -113,98 +141,117 @@ def mask_text(
             mask_id=mask_id,
             vocab_size=vocab_size,
             seed=seed,
-            reference=reference,
+            published=published,
         )
     ids = ids if ids.stride(1) == 1 else ids.contiguous()
     seed = seed_tensor(seed, ids.device)
-    read, selected = torch.ops.sclkern.mask_text(
-        ids, lengths.contiguous(), seed, kind == "completion", float(ratio), mask_id, vocab_size, bool(reference)
+    read, selected = _mask_text_op(
+        ids, lengths.contiguous(), seed, kind == "completion", float(ratio), mask_id, vocab_size, published
     )
     return MaskedText(read, selected)
 
 
-def _choose(device: torch.device, width: int, backend: str, limit: int = MAX_PATCHES, unit: str = "patches") -> str:
-    unsupported = None if width <= limit else f"rows of {width} {unit}, the kernel holds at most {limit} in registers"
-    # No floating tensor takes part: an empty one stands for the device.
-    return choose(torch.zeros((0,), device=device), backend=backend, unsupported=unsupported).backend
+def plan_select_patches(
+    num_patches: int | None,
+    keep_ratio: float | None = None,
+    batch: int | None = None,
+    *,
+    seed: int | Tensor | None = None,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+) -> Choice:
+    """The path of these arguments; see ``sclkern.ops.explain``."""
+    unsupported = _too_wide(num_patches, MAX_PATCHES, "patches")
+    return select_backend(device=_device(seed, device), backend=backend, unsupported=unsupported)
+
+
+def plan_select_tokens(
+    num_patches: int | None,
+    ratio: float | None = None,
+    batch: int | None = None,
+    *,
+    seed: int | Tensor | None = None,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+) -> Choice:
+    """The path of these arguments; see ``sclkern.ops.explain``."""
+    return plan_select_patches(num_patches, ratio, batch, seed=seed, device=device, backend=backend)
+
+
+def plan_mask_text(ids: Tensor | None, lengths: Tensor | None = None, *, backend: str = "auto", **_: Any) -> Choice:
+    """The path of these arguments; see ``sclkern.ops.explain``."""
+    if ids is None:
+        return select_backend(backend=backend)
+    unsupported = _too_wide(ids.shape[1], MAX_TOKENS, "tokens")
+    return select_backend(device=ids.device, backend=backend, unsupported=unsupported)
+
+
+def _too_wide(width: int | None, limit: int, unit: str) -> tuple[str, ...]:
+    if width is None or width <= limit:
+        return ()
+    return (f"rows of {width} {unit}, the kernel holds at most {limit} in registers",)
+
+
+def _device(seed: int | Tensor | None, device: torch.device | str) -> torch.device:
+    return seed.device if isinstance(seed, Tensor) else torch.device(device)
+
+
+def check_select_patches(
+    num_patches: int, keep_ratio: float, batch: int, seed: int | Tensor, device: torch.device | str
+) -> None:
+    """Raise for arguments that no path takes."""
+    _check_selection(num_patches, "keep_ratio", keep_ratio, batch, seed, device)
+
+
+def check_select_tokens(
+    num_patches: int, ratio: float, batch: int, seed: int | Tensor, device: torch.device | str
+) -> None:
+    """Raise for arguments that no path takes."""
+    _check_selection(num_patches, "ratio", ratio, batch, seed, device)
 
 
 def _check_selection(
-    patches: int, name: str, ratio: float, batch: int, seed: int | Tensor, device: torch.device | str
-) -> torch.device:
-    _check_integer("num_patches", patches, 1)
-    _check_ratio(name, ratio)
-    _check_integer("batch", batch, 0)
-    device = torch.device(device)
-    _check_seed(seed, device)
-    return seed.device if isinstance(seed, Tensor) else device
-
-
-def check_text(
-    ids: Tensor, lengths: Tensor, kind: str, ratio: float, mask_id: int, vocab_size: int, seed: int | Tensor
+    num_patches: int, name: str, ratio: float, batch: int, seed: int | Tensor, device: torch.device | str
 ) -> None:
-    for name, tensor in (("ids", ids), ("lengths", lengths)):
-        if tensor.dtype != torch.int64:
-            raise TypeError(f"{name}: got {tensor.dtype}, expected torch.int64")
-    if ids.ndim != 2:
-        raise ValueError(f"ids: got shape {tuple(ids.shape)}, expected (B, L)")
-    if lengths.shape != ids.shape[:1]:
-        raise ValueError(
-            f"lengths: got shape {tuple(lengths.shape)}, expected (B,) for ids of shape (B, L) = {tuple(ids.shape)}"
-        )
-    if lengths.device != ids.device:
-        raise ValueError(f"lengths: got device {lengths.device}, expected that of ids, {ids.device}")
-    if kind not in ("mlm", "completion"):
-        raise ValueError(f"kind: got {kind!r}, expected 'mlm' or 'completion'")
-    _check_ratio("ratio", ratio)
-    _check_integer("vocab_size", vocab_size, 1, 2**31 - 1)
-    _check_integer("mask_id", mask_id, 0, vocab_size - 1)
-    _check_seed(seed, ids.device)
+    _checks.integer("num_patches", num_patches, 1)
+    _checks.probability(name, ratio)
+    _checks.integer("batch", batch, 0)
+    _checks.seed(seed, torch.device(device), optional=False)
+
+
+def check_mask_text(
+    ids: Tensor,
+    lengths: Tensor,
+    kind: str,
+    ratio: float,
+    mask_id: int,
+    vocab_size: int,
+    seed: int | Tensor,
+    published: bool,
+) -> None:
+    """Raise for arguments that no path takes."""
+    _checks.dtype(torch.int64, ids=ids, lengths=lengths)
+    _checks.rank("(B, L)", (2,), ids=ids)
+    _checks.shape("(B,)", ids.shape[:1], lengths=lengths)
+    _checks.same_device("ids", ids, lengths=lengths)
+    _checks.choice("kind", kind, KINDS)
+    _checks.probability("ratio", ratio)
+    _checks.integer("vocab_size", vocab_size, 1, 2**31 - 1)
+    _checks.integer("mask_id", mask_id, 0, vocab_size - 1)
+    _checks.seed(seed, ids.device, optional=False)
+    _checks.boolean("published", published)
     if may_read(lengths) and lengths.numel():
         lowest, highest = (int(bound) for bound in lengths.aminmax())
         if lowest < 0 or highest > ids.shape[1]:
             raise ValueError(f"lengths: got {lowest} to {highest}, expected 0 to L = {ids.shape[1]}")
 
 
-def _check_integer(name: str, number: int, lowest: int, highest: int | None = None) -> None:
-    if not isinstance(number, int) or isinstance(number, bool):
-        raise TypeError(f"{name}: got {type(number).__name__}, expected an int")
-    if number < lowest or (highest is not None and number > highest):
-        expected = f"at least {lowest}" if highest is None else f"{lowest} to {highest}"
-        raise ValueError(f"{name}: got {number}, expected {expected}")
-
-
-def _check_ratio(name: str, ratio: float) -> None:
-    if not isinstance(ratio, int | float) or isinstance(ratio, bool):
-        raise TypeError(f"{name}: got {type(ratio).__name__}, expected a number")
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"{name}: got {ratio}, expected 0 to 1")
-
-
-def _check_seed(seed: int | Tensor, device: torch.device) -> None:
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise TypeError(f"seed: got {seed.dtype} of shape {tuple(seed.shape)}, expected int64 of one element")
-        # "cuda" without a number is whichever of them the seed is on.
-        if seed.device.type != device.type or device.index not in (None, seed.device.index):
-            raise ValueError(f"seed: got device {seed.device}, expected {device}")
-    elif not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"seed: got {type(seed).__name__}, expected an int or an int64 tensor of one element")
-
-
 def _select_patches(seed: Tensor, num_patches: int, keep_ratio: float, batch: int) -> Tensor:
-    from sclkern.kernels import masking as kernels  # here, because Triton is optional
-
-    # Triton launches on the current device, which may not be the tensor's.
-    with torch.cuda.device_of(seed):
-        return kernels.select_patches(seed, num_patches, kept_patches(num_patches, keep_ratio), batch)
+    return kernels.masking.select_patches(seed, num_patches, kept_patches(num_patches, keep_ratio), batch)
 
 
 def _select_tokens(seed: Tensor, num_patches: int, ratio: float, batch: int) -> Tensor:
-    from sclkern.kernels import masking as kernels
-
-    with torch.cuda.device_of(seed):
-        return kernels.select_tokens(seed, num_patches, int(num_patches * ratio), batch)
+    return kernels.masking.select_tokens(seed, num_patches, int(num_patches * ratio), batch)
 
 
 def _mask_text(
@@ -215,61 +262,23 @@ def _mask_text(
     ratio: float,
     mask_id: int,
     vocab_size: int,
-    reference: bool,
+    published: bool,
 ) -> tuple[Tensor, Tensor]:
-    from sclkern.kernels import masking as kernels
-
-    with torch.cuda.device_of(ids):
-        return kernels.mask_text(ids, lengths, seed, completion, ratio, mask_id, vocab_size, reference)
+    return kernels.masking.mask_text(ids, lengths, seed, completion, ratio, mask_id, vocab_size, published)
 
 
-_patches_op = torch.library.custom_op("sclkern::select_patches", _select_patches, mutates_args=(), device_types="cuda")
-_tokens_op = torch.library.custom_op("sclkern::select_tokens", _select_tokens, mutates_args=(), device_types="cuda")
-_text_op = torch.library.custom_op("sclkern::mask_text", _mask_text, mutates_args=(), device_types="cuda")
-
-
-@_patches_op.register_kernel("cpu")
-def _(seed, num_patches, keep_ratio, batch):
-    if interpreted():
-        return _select_patches(seed, num_patches, keep_ratio, batch)
-    return definition.select_patches(num_patches, keep_ratio, batch, seed=seed)
-
-
-@_tokens_op.register_kernel("cpu")
-def _(seed, num_patches, ratio, batch):
-    if interpreted():
-        return _select_tokens(seed, num_patches, ratio, batch)
-    return definition.select_tokens(num_patches, ratio, batch, seed=seed)
-
-
-@_text_op.register_kernel("cpu")
-def _(ids, lengths, seed, completion, ratio, mask_id, vocab_size, reference):
-    if interpreted():
-        return _mask_text(ids, lengths, seed, completion, ratio, mask_id, vocab_size, reference)
-    return tuple(
-        definition.mask_text(
-            ids,
-            lengths,
-            kind="completion" if completion else "mlm",
-            ratio=ratio,
-            mask_id=mask_id,
-            vocab_size=vocab_size,
-            seed=seed,
-            reference=reference,
-        )
-    )
-
-
-@_patches_op.register_fake
-def _(seed, num_patches, keep_ratio, batch):
-    return seed.new_empty((batch, kept_patches(num_patches, keep_ratio)))
-
-
-@_tokens_op.register_fake
-def _(seed, num_patches, ratio, batch):
-    return seed.new_empty((batch, num_patches), dtype=torch.bool)
-
-
-@_text_op.register_fake
-def _(ids, lengths, seed, completion, ratio, mask_id, vocab_size, reference):
-    return ids.new_empty(ids.shape), ids.new_empty(ids.shape, dtype=torch.bool)
+_select_patches_op = register(
+    "select_patches",
+    _select_patches,
+    fake=lambda seed, num_patches, keep_ratio, batch: seed.new_empty((batch, kept_patches(num_patches, keep_ratio))),
+)
+_select_tokens_op = register(
+    "select_tokens",
+    _select_tokens,
+    fake=lambda seed, num_patches, ratio, batch: seed.new_empty((batch, num_patches), dtype=torch.bool),
+)
+_mask_text_op = register(
+    "mask_text",
+    _mask_text,
+    fake=lambda ids, *_: (ids.new_empty(ids.shape), ids.new_empty(ids.shape, dtype=torch.bool)),
+)

@@ -29,6 +29,13 @@ def select_patches(
 ) -> Tensor:
     """Draw the kept patches of each sample, uniformly without replacement.
 
+    Args:
+        num_patches: P, at least 1.
+        keep_ratio: share of the patches, in [0, 1].
+        batch: B.
+        seed: int, or int64 tensor of one element on ``device``.
+        device: where the draw happens.
+
     Returns:
         (B, K) int64, ascending, with K = int(num_patches * keep_ratio) and at least 1.
     """
@@ -39,7 +46,18 @@ def select_patches(
 def select_tokens(
     num_patches: int, ratio: float, batch: int, *, seed: int | Tensor, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Draw the patches whose embedding is replaced by the mask token: (B, P) bool, int(P * ratio) True in each row."""
+    """Draw the patches whose embedding is replaced by the mask token.
+
+    Args:
+        num_patches: P, at least 1.
+        ratio: share of the patches, in [0, 1].
+        batch: B.
+        seed: int, or int64 tensor of one element on ``device``.
+        device: where the draw happens.
+
+    Returns:
+        (B, P) bool, int(P * ratio) True in each row.
+    """
     words = random_words((batch, num_patches), seed=seed, stream=STREAM_TOKENS, device=device)[0]
     return smallest(words, torch.ones_like(words, dtype=torch.bool), int(num_patches * ratio))
 
@@ -65,39 +83,48 @@ def mask_text(
     mask_id: int,
     vocab_size: int,
     seed: int | Tensor,
-    reference: bool = False,
+    published: bool = False,
 ) -> MaskedText:
-    """Draw and apply a text mask. Only positions 1 to length - 2 (no ``<s>``, ``</s>``, padding) are ever selected.
-
-    "mlm": max(1, round(ratio * n)) of the n words, distinct; 80 % become ``<mask>``, 10 % a random token, 10 % stay.
-    "completion": int(n * ratio) + 1 of the n words, distinct, all become ``<mask>``.
-    ``reference=True`` draws as the published code does: "mlm" picks round(ratio * L) of all L padded positions and
-    forgets those that are not words, so a caption may get no target; "completion" draws with replacement.
+    """Draw and apply a text mask. Only the n = length - 2 positions between ``<s>`` and ``</s>`` are ever selected.
 
     Args:
-        ids: (B, L) int64. lengths: (B,) int64, tokens of each caption with ``<s>`` and ``</s>``.
+        ids: (B, L) int64.
+        lengths: (B,) int64, tokens of each caption with ``<s>`` and ``</s>``.
+        kind: "mlm" selects max(1, round(ratio * n)) distinct positions, of which 80 % become ``<mask>``, 10 % a random
+            token and 10 % stay; "completion" selects int(n * ratio) + 1 distinct positions, all of which become
+            ``<mask>``.
+        ratio: in [0, 1].
+        mask_id: id of ``<mask>``.
+        vocab_size: random tokens are below it.
+        seed: int, or int64 tensor of one element on the device of ids.
+        published: draw as the published code does: "mlm" picks round(ratio * L) of all L padded positions and forgets
+            those that are not between ``<s>`` and ``</s>``, so that a caption may get no target; "completion" draws
+            with replacement.
+
+    Returns:
+        The ids that the model reads and the selected positions.
     """
     rows, width = ids.shape
-    words = (lengths - 2).clamp_min(0)[:, None]
+    tokens = (lengths - 2).clamp_min(0)[:, None]
     column = torch.arange(width, device=ids.device)
-    is_word = (column >= 1) & (column <= words)
+    eligible = (column >= 1) & (column <= tokens)
     stream = STREAM_MLM if kind == "mlm" else STREAM_COMPLETION
     key, action, token, _ = random_words((rows, width), seed=seed, stream=stream, device=ids.device)
     if kind == "completion":
         # The same float64 product and truncation as Python's int(n * ratio).
-        count = (words.double() * ratio).long() + 1
-        if reference:
-            drawn = below(key, words) + 1
-            selected = torch.zeros_like(is_word, dtype=torch.int64)
+        count = (tokens.double() * ratio).long() + 1
+        if published:
+            drawn = below(key, tokens) + 1
+            selected = torch.zeros_like(eligible, dtype=torch.int64)
             selected.scatter_add_(1, drawn.clamp_max(width - 1), (column < count).long())
-            selected = (selected > 0) & is_word
+            selected = (selected > 0) & eligible
         else:
-            selected = smallest(key, is_word, count)
+            selected = smallest(key, eligible, count)
         return MaskedText(torch.where(selected, mask_id, ids), selected)
-    if reference:
-        selected = smallest(key, torch.ones_like(is_word), max(1, round(width * ratio))) & is_word
+    if published:
+        selected = smallest(key, torch.ones_like(eligible), max(1, round(width * ratio))) & eligible
     else:
-        selected = smallest(key, is_word, (words.double() * ratio + 0.5).long().clamp_min(1))
+        selected = smallest(key, eligible, (tokens.double() * ratio + 0.5).long().clamp_min(1))
     chance = uniform(action)
     replaced = torch.where(chance < 0.9, below(token, vocab_size), ids)
     replaced = torch.where(chance < 0.8, mask_id, replaced)

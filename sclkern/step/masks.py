@@ -63,14 +63,14 @@ def draw_masks(model: SCLModel, batch: Mapping[str, Tensor], seed: int | Tensor)
         if "mltc" in objectives.tasks
         else None,
         mlm=mask_text(
-            ids, lengths, kind="mlm", ratio=objectives.mlm_ratio, reference=objectives.mlm_mask == "reference", **common
+            ids, lengths, kind="mlm", ratio=objectives.mlm_ratio, published=objectives.mlm_mask == "reference", **common
         ),
         completion=mask_text(
             ids,
             lengths,
             kind="completion",
             ratio=objectives.text_mask_ratio,
-            reference=objectives.text_mask == "reference",
+            published=objectives.text_mask == "reference",
             **common,
         ),
         mlm_capacity=min(width, int(width * objectives.mlm_ratio) + 1),

@@ -42,10 +42,25 @@ def _inputs_of_the_sum(arguments):
     return values | {"x": values["x"].to(dtypes[0]), "residual": (total - shift).to(dtypes[1])}
 
 
+def _select_patches(seed, num_patches, keep_ratio, batch):
+    return reference.select_patches(num_patches, keep_ratio, batch, seed=seed)
+
+
+def _select_tokens(seed, num_patches, ratio, batch):
+    return reference.select_tokens(num_patches, ratio, batch, seed=seed)
+
+
+def _mask_text(completion, **arguments):
+    return reference.mask_text(**arguments, kind="completion" if completion else "mlm")
+
+
 # By op, from its inputs (by the names of its schema) to its first outputs; the others are statistics.
 DEFINITIONS: dict[str, Callable[..., Any]] = {
     "bias_gelu": _bias_gelu,
     "dropout_add_layer_norm": _dropout_add_layer_norm,
+    "mask_text": _mask_text,
+    "select_patches": _select_patches,
+    "select_tokens": _select_tokens,
 }
 # Where the backward does not get the inputs of the forward: arguments that lead to the same gradients.
 INPUTS: dict[str, Callable[[dict], dict]] = {"dropout_add_layer_norm": _inputs_of_the_sum}

@@ -117,10 +117,10 @@ def test_rows_of_equal_captions_get_different_masks():
 
 
 class TestMaskText:
-    @given(lengths=LENGTHS, ratio=RATIOS, seed=SEEDS, more=st.integers(0, 6), reference_mode=st.booleans())
+    @given(lengths=LENGTHS, ratio=RATIOS, seed=SEEDS, more=st.integers(0, 6), published=st.booleans())
     @pytest.mark.parametrize("kind", ["mlm", "completion"])
-    def test_selects_words_alone_and_leaves_the_rest(self, kind, lengths, ratio, seed, more, reference_mode):
-        ids, (read, selected) = masked(lengths, kind, ratio, seed, max(lengths) + more, reference=reference_mode)
+    def test_selects_words_alone_and_leaves_the_rest(self, kind, lengths, ratio, seed, more, published):
+        ids, (read, selected) = masked(lengths, kind, ratio, seed, max(lengths) + more, published=published)
         assert not selected[ids <= 2].any(), (ids, selected)
         assert torch.equal(read.where(~selected, ids), ids)
         assert read.min() >= 0
@@ -145,10 +145,10 @@ class TestMaskText:
         assert mlm == [max(1, math.floor(ratio * n + 0.5)) for n in words]
         assert completion == [int(n * ratio) + 1 for n in words]
 
-    @pytest.mark.parametrize("reference_mode", [False, True])
+    @pytest.mark.parametrize("published", [False, True])
     @pytest.mark.parametrize("kind", ["mlm", "completion"])
-    def test_a_caption_without_words_gets_no_target(self, kind, reference_mode):
-        ids, (read, selected) = masked([2, 9], kind, reference=reference_mode)
+    def test_a_caption_without_words_gets_no_target(self, kind, published):
+        ids, (read, selected) = masked([2, 9], kind, published=published)
         assert not selected[0].any()
         assert torch.equal(read[0], ids[0])
 
@@ -157,7 +157,7 @@ class TestMaskText:
         assert masked(lengths, "mlm", ratio, seed)[1].selected.any(1).all()
 
     def test_reference_mlm_draws_over_the_padded_width_and_may_give_no_target(self):
-        selected = masked([8] * 4000, "mlm", 0.15, seed=1, width=50, reference=True)[1].selected
+        selected = masked([8] * 4000, "mlm", 0.15, seed=1, width=50, published=True)[1].selected
         counts = selected.sum(1)
         # 8 of 50 positions without replacement, of which 6 are words: hypergeometric.
         none = math.comb(44, 8) / math.comb(50, 8)
@@ -166,14 +166,14 @@ class TestMaskText:
         mean = counts.double().mean().item()
         assert abs(mean - 8 * 6 / 50) < 4 * math.sqrt(8 * 0.12 * 0.88 / 4000), mean
 
-    @given(lengths=LENGTHS, ratio=RATIOS, seed=SEEDS, reference_mode=st.booleans())
-    def test_completion_always_writes_the_mask_token(self, lengths, ratio, seed, reference_mode):
-        _, (read, selected) = masked(lengths, "completion", ratio, seed, reference=reference_mode)
+    @given(lengths=LENGTHS, ratio=RATIOS, seed=SEEDS, published=st.booleans())
+    def test_completion_always_writes_the_mask_token(self, lengths, ratio, seed, published):
+        _, (read, selected) = masked(lengths, "completion", ratio, seed, published=published)
         assert (read[selected] == MASK).all()
 
     def test_reference_completion_draws_with_replacement(self):
         rows, words, draws = 4000, 10, 5
-        selected = masked([words + 2] * rows, "completion", 0.4, seed=2, reference=True)[1].selected
+        selected = masked([words + 2] * rows, "completion", 0.4, seed=2, published=True)[1].selected
         counts = selected.sum(1).bincount(minlength=draws + 1)
         # P(c distinct of k draws from n) = S(k, c) n! / ((n - c)! n^k), S the Stirling numbers of the second kind.
         stirling = [0, 1, 15, 25, 10, 1]
@@ -183,13 +183,13 @@ class TestMaskText:
             spread = math.sqrt(rows * chance * (1 - chance))
             assert abs(count - rows * chance) <= 4.5 * spread + 1, (counts.tolist(), chances)
 
-    @pytest.mark.parametrize("reference_mode", [False, True])
+    @pytest.mark.parametrize("published", [False, True])
     @pytest.mark.parametrize("kind", ["mlm", "completion"])
-    def test_is_uniform_over_words(self, kind, reference_mode):
-        selected = masked([12] * 4000, kind, 0.3, seed=21, width=16, reference=reference_mode)[1].selected[:, 1:11]
-        if kind == "mlm" and not reference_mode:
+    def test_is_uniform_over_words(self, kind, published):
+        selected = masked([12] * 4000, kind, 0.3, seed=21, width=16, published=published)[1].selected[:, 1:11]
+        if kind == "mlm" and not published:
             assert_uniform(selected.sum(0), 4000, sums_of=3)
-        elif not reference_mode:
+        elif not published:
             assert_uniform(selected.sum(0), 4000, sums_of=4)
         else:
             # The number of distinct words varies: a plain multinomial is the looser bound.
