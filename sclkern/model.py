@@ -77,7 +77,9 @@ class SCLModel(SCLNetwork):
             UserError: the source cannot be read, is of another architecture, or (``strict``) lacks tensors or has
                 unexpected ones.
         """
-        return weights.from_pretrained(lambda config: cls(config, objectives, step), path, **options)
+        model, report = weights.from_pretrained(lambda config: cls(config, objectives, step), path, **options)
+        model.load_report = report
+        return model
 
     @classmethod
     def from_reference(
@@ -103,7 +105,9 @@ class SCLModel(SCLNetwork):
             UserError: the source cannot be read, is no such checkpoint, or (``strict``) lacks tensors or has
                 unexpected ones.
         """
-        return weights.from_reference(lambda config: cls(config, objectives, step), source, **options)
+        model, report = weights.from_reference(lambda config: cls(config, objectives, step), source, **options)
+        model.load_report = report
+        return model
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` into a directory, each whole or not at all.

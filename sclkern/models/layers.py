@@ -1,8 +1,7 @@
-"""Building blocks of the three encoders.
+"""Building blocks of the three encoders: norms, feed-forward, blocks.
 
-``layout`` says how the tokens lie (``sclkern.models.layouts``): (B, L, W) or packed (T, W), W the width.
-``probabilities`` is a list that, when given, makes every attention take the eager path and append its (B, H, Lq, Lk)
-probabilities, with their graph, before dropout; tokens must be padded then.
+``layout`` says how the tokens lie (``sclkern.models.layouts``): (B, L, W) or packed (T, W), W the width. A list
+``probabilities`` receives those of every attention, see ``Attention.forward``.
 """
 
 from __future__ import annotations
@@ -10,134 +9,16 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from sclkern import ops
-from sclkern.models.config import HEAD_WIDTH
+from sclkern.models.attention import Attention
 from sclkern.models.execution import Execution
-from sclkern.models.layouts import Layout, Packed, Padded, Rows, attend, attend_and_record, repack, unpack_groups
+from sclkern.models.layouts import Layout, Rows
 from sclkern.nn.linear_gelu import linear_gelu
-from sclkern.ops.cross_attention import plan
 
 ACTIVATIONS: dict[str, Literal["none", "quick"]] = {"quick_gelu": "quick", "gelu": "none"}
-
-
-class Attention(nn.Module):
-    """Multi-head attention whose query, key and value projections are stacked in one matrix, in that order.
-
-    As self-attention one product projects all three; as cross-attention the query rows act on ``x`` and the key and
-    value rows on ``context``.
-
-    Args:
-        width: channels of the tokens.
-        dropout: dropout probability of the attention probabilities.
-        execution: how it runs; shared with the network.
-    """
-
-    def __init__(self, width: int, dropout: float = 0.0, execution: Execution | None = None) -> None:
-        super().__init__()
-        self.in_proj = nn.Linear(width, 3 * width)
-        self.out_proj = nn.Linear(width, width)
-        self.dropout = dropout
-        self.execution = execution or Execution()
-
-    @property
-    def _dropout_p(self) -> float:
-        return self.dropout if self.training else 0.0
-
-    def forward(
-        self,
-        x: Tensor,
-        layout: Layout,
-        context: Tensor | None = None,
-        context_layout: Layout | None = None,
-        *,
-        probabilities: list[Tensor] | None = None,
-    ) -> Tensor:
-        """Attend from ``x`` to ``context``.
-
-        Args:
-            x: query tokens.
-            layout: of x.
-            context: key and value tokens; None is self-attention.
-            context_layout: of context.
-            probabilities: see above.
-
-        Returns:
-            Like x.
-        """
-        width = x.shape[-1]
-        if context is None or context_layout is None:
-            query, key, value = self.in_proj(x).chunk(3, -1)
-            context_layout = layout
-        elif (
-            probabilities is None
-            and isinstance(layout, Packed)
-            and isinstance(context_layout, Packed)
-            and self._absorbs(x, layout, context_layout)
-        ):
-            return self._absorbed(x, layout, context, context_layout)
-        else:
-            weight, bias = self.in_proj.weight, self.in_proj.bias
-            query = F.linear(x, weight[:width], bias[:width])
-            key, value = F.linear(context, weight[width:], bias[width:]).chunk(2, -1)
-        query, key, value = (t.unflatten(-1, (-1, HEAD_WIDTH)) for t in (query, key, value))
-        dropout_p = self._dropout_p
-        if probabilities is None:
-            backend = self.execution.backend
-            out = attend(query, key, value, layout, context_layout, dropout_p=dropout_p, backend=backend)
-        elif isinstance(context_layout, Padded):
-            out = attend_and_record(query, key, value, context_layout, probabilities, dropout_p=dropout_p)
-        else:
-            raise ValueError("probabilities: attention of packed tokens cannot record them, expected padded tokens")
-        return self.out_proj(out.flatten(-2))
-
-    def _absorbs(self, x: Tensor, layout: Packed, context_layout: Packed) -> bool:
-        """Whether cross-attention folds projections into its shorter side.
-
-        If it does, each group of sequences is a call on padded tokens; otherwise all groups are one packed call.
-        """
-        if self.execution.absorb == "never" or self.execution.backend == "sdpa":
-            return False
-        width = x.shape[-1]
-        # Of the shapes that the op would see; it asks for nothing else.
-        longest = (x.new_empty((0, each.max_seqlen, width)) for each in (layout, context_layout))
-        form, _, _ = plan(
-            *longest,
-            num_heads=width // HEAD_WIDTH,
-            dropout_p=self._dropout_p,
-            scale=HEAD_WIDTH**-0.5,
-            absorb=self.execution.absorb,
-            backend=self.execution.backend,
-        )
-        return form != "never"
-
-    def _absorbed(self, x: Tensor, layout: Packed, context: Tensor, context_layout: Packed) -> Tensor:
-        """The whole sub-layer, a call for each group."""
-        queries = unpack_groups(x, layout, context_layout)
-        contexts = unpack_groups(context, context_layout, layout)
-        outputs = [
-            self._cross_attention(tokens, keys, mask) if tokens.numel() else tokens
-            for (tokens, _), (keys, mask) in zip(queries, contexts, strict=True)
-        ]
-        return repack(outputs, layout)
-
-    def _cross_attention(self, x: Tensor, context: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-        return ops.cross_attention(
-            x,
-            context,
-            self.in_proj.weight,
-            self.in_proj.bias,
-            self.out_proj.weight,
-            self.out_proj.bias,
-            num_heads=x.shape[-1] // HEAD_WIDTH,
-            key_padding_mask=key_padding_mask,
-            dropout_p=self._dropout_p,
-            absorb=self.execution.absorb,
-            backend=self.execution.op_backend,
-        )
 
 
 class FeedForward(nn.Module):

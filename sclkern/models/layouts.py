@@ -1,4 +1,4 @@
-"""How the tokens of a batch lie in memory, and attention between two such layouts.
+"""How the tokens of a batch lie in memory.
 
 Every layer works on (..., width), so the encoders run on padded and on packed tokens alike; only attention has to know
 where a sequence ends.
@@ -6,13 +6,10 @@ where a sequence ends.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from sclkern import ops, reference
 
 
 class Padded(NamedTuple):
@@ -71,98 +68,6 @@ class Rows(NamedTuple):
         if isinstance(self.layout, Packed):
             return x.index_select(0, self.token_index)
         return x.gather(1, self.token_index[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_layout: Layout,
-    key_layout: Layout,
-    *,
-    dropout_p: float,
-    backend: str,
-) -> Tensor:
-    """Attention of the tokens of one layout to those of another, both padded or both packed.
-
-    Args:
-        query: (B, Lq, H, D) or (Tq, H, D).
-        key: (B, Lk, H, D) or (Tk, H, D).
-        value: like key.
-        query_layout: of query.
-        key_layout: of key and value; the same object as ``query_layout`` for self-attention.
-        dropout_p: dropout probability.
-        backend: one of ``execution.MODEL_BACKENDS``; "sdpa" is torch's own attention, for padded tokens.
-
-    Returns:
-        Like query.
-    """
-    framed = key_layout.num_frames > 1 and query_layout is key_layout
-    op_backend = "eager" if backend == "sdpa" else backend
-    if isinstance(query_layout, Packed) and isinstance(key_layout, Packed):
-        if framed:
-            return _framed(query, key, value, key_layout, op_backend)
-        return ops.packed_attention(
-            query,
-            key,
-            value,
-            query_layout.cu_seqlens,
-            key_layout.cu_seqlens,
-            query_layout.max_seqlen,
-            key_layout.max_seqlen,
-            dropout_p=dropout_p,
-            backend=op_backend,
-        )
-    if not isinstance(key_layout, Padded):
-        raise TypeError(
-            f"key_layout: got {type(key_layout).__name__} for a query_layout {type(query_layout).__name__}, expected "
-            "both Padded or both Packed"
-        )
-    if framed:
-        return ops.frame_attention(query, key, value, key_layout.num_frames, backend=op_backend)
-    mask = key_layout.mask
-    if backend == "sdpa":
-        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-        attn_mask = None if mask is None else mask[:, None, None, :]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p).transpose(1, 2)
-    return cast(Tensor, ops.attention(query, key, value, key_padding_mask=mask, dropout_p=dropout_p, backend=backend))
-
-
-def _framed(query: Tensor, key: Tensor, value: Tensor, layout: Packed, backend: str) -> Tensor:
-    """``ops.frame_attention`` of packed sequences, a call for each group."""
-    sizes = [sequences * length for sequences, length in layout.groups]
-    outputs = []
-    for group, q, k, v in zip(layout.groups, query.split(sizes), key.split(sizes), value.split(sizes), strict=True):
-        padded = ops.frame_attention(
-            q.unflatten(0, group), k.unflatten(0, group), v.unflatten(0, group), layout.num_frames, backend=backend
-        )
-        outputs.append(padded.flatten(0, 1))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-
-def attend_and_record(
-    query: Tensor, key: Tensor, value: Tensor, key_layout: Padded, probabilities: list[Tensor], *, dropout_p: float
-) -> Tensor:
-    """Attention by the eager definition, which records its probabilities.
-
-    Args:
-        query: (B, Lq, H, D).
-        key: (B, Lk, H, D).
-        value: like key.
-        key_layout: of key and value.
-        probabilities: receives the (B, H, Lq, Lk) probabilities before dropout, with their graph.
-        dropout_p: dropout probability.
-
-    Returns:
-        Like query.
-    """
-    mask = None if key_layout.mask is None else key_layout.mask[:, None, None, :]
-    if key_layout.num_frames > 1:
-        frame_length = key.shape[1] // key_layout.num_frames
-        mask = reference.frame_attention_mask(key_layout.num_frames, frame_length, key.device)
-    p = reference.attention_probabilities(query, key, mask=mask)
-    probabilities.append(p)
-    return torch.einsum("bhqk,bkhd->bqhd", F.dropout(p, dropout_p), value)
 
 
 def unpack_groups(x: Tensor, layout: Packed, other: Packed) -> list[tuple[Tensor, Tensor | None]]:

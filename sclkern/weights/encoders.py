@@ -1,4 +1,4 @@
-"""Reading the encoders of others: RoBERTa and CLIP as Hugging Face, OpenAI and timm store them."""
+"""Pre-trained encoders: RoBERTa and CLIP as Hugging Face, OpenAI and timm store them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from sclkern.errors import UserError
 from sclkern.models.config import HEAD_WIDTH
 from sclkern.models.text import LAYER_NORM_EPS as TEXT_EPS
 from sclkern.weights.files import WEIGHT_FILES, read_json, read_tensors
-from sclkern.weights.names import CLIP_BLOCKS, CLIP_NAMES, clip_names, count_blocks, roberta_names
+from sclkern.weights.names import CLIP_BLOCKS, clip_names, count_blocks, roberta_names
 
 VISION_EPS = nn.LayerNorm(1).eps
 ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert")
@@ -30,7 +31,7 @@ VISION_MARKS = {
     "huggingface": "embeddings.class_embedding",
     "timm": "blocks.0.attn.qkv.weight",
 }
-# What a source holds besides the encoder.
+# Tensors of a source that do not belong to the encoder.
 IGNORED = {
     "text": re.compile(r"lm_head\.|(roberta\.)?(pooler\.|embeddings\.position_ids$)"),
     "openai": re.compile(
@@ -46,15 +47,16 @@ IGNORED = {
 
 @dataclass(frozen=True)
 class Encoder:
-    """An encoder of others.
+    """A pre-trained encoder.
 
     Attributes:
         where: the source as the user wrote it.
+        tensors: by its names.
         layers: its blocks.
         names: our names -> its names, for all blocks.
-        sizes: fields of ``SCLConfig`` that must be the model's.
+        sizes: fields of ``SCLConfig`` that the network must have.
+        ignored: its names that do not belong to the encoder.
         defaults: fields of ``SCLConfig`` that it suggests.
-        ignored: its names that are not of the encoder.
     """
 
     where: str
@@ -62,12 +64,18 @@ class Encoder:
     layers: int
     names: Mapping[str, tuple[str, ...]]
     sizes: Mapping[str, Any]
-    ignored: re.Pattern
+    ignored: re.Pattern[str]
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_text_encoder(source: str | Path) -> Encoder:
-    """A RoBERTa directory of Hugging Face, or its name on the hub.
+    """Read RoBERTa.
+
+    Args:
+        source: a directory of Hugging Face, or a name on its hub.
+
+    Returns:
+        The encoder.
 
     Raises:
         UserError: not there, not a RoBERTa, or one with other head width, activation or epsilon than ours.
@@ -108,7 +116,13 @@ def read_text_encoder(source: str | Path) -> Encoder:
 
 
 def read_vision_encoder(source: str | Path) -> Encoder:
-    """A CLIP ViT: directory of Hugging Face or timm, OpenAI's file, a name on the hub, or "timm:NAME".
+    """Read a CLIP ViT.
+
+    Args:
+        source: a directory of Hugging Face or timm, OpenAI's file, a name on the Hugging Face hub, or "timm:NAME".
+
+    Returns:
+        The encoder.
 
     Raises:
         UserError: not there, not a CLIP ViT, or one with other head width, activation or epsilon than ours.
@@ -121,7 +135,7 @@ def read_vision_encoder(source: str | Path) -> Encoder:
     tensors = read_tensors(path)
     for kind, mark in VISION_MARKS.items():
         prefix = next((key[: -len(mark)] for key in tensors if key.endswith(mark)), None)
-        if prefix not in (("", "vision_model.") if kind == "huggingface" else ("",)):
+        if prefix is None or prefix not in (("", "vision_model.") if kind == "huggingface" else ("",)):
             continue
         if kind == "openai":
             return _vision_encoder(where, tensors, kind, "visual.", "quick_gelu")
@@ -145,8 +159,10 @@ def read_vision_encoder(source: str | Path) -> Encoder:
 
 
 def _vision_encoder(where: str, tensors: Mapping[str, Tensor], kind: str, prefix: str, activation: str) -> Encoder:
+    names = clip_names(kind, 1, prefix)
+
     def shape(name: str, rank: int) -> torch.Size:
-        key = prefix + CLIP_NAMES[kind][name].format(i=0, k="weight")
+        key = names[f"vision.{name}"][0]
         if key not in tensors or tensors[key].ndim < rank:
             raise UserError(f"{where}: no tensor {key!r} of {rank} dimensions, expected one in a CLIP ViT")
         return tensors[key].shape
@@ -161,7 +177,7 @@ def _vision_encoder(where: str, tensors: Mapping[str, Tensor], kind: str, prefix
         clip_names(kind, layers, prefix),
         sizes={
             "width": width,
-            "mlp_ratio": shape("blocks.{i}.mlp.fc1.{k}", 2)[0] // width,
+            "mlp_ratio": shape("blocks.0.mlp.fc1.weight", 2)[0] // width,
             "patch_size": patch,
             "vision_activation": activation,
         },
@@ -171,7 +187,13 @@ def _vision_encoder(where: str, tensors: Mapping[str, Tensor], kind: str, prefix
 
 
 def local_path(source: str | Path) -> Path:
-    """The file or directory ``source``; a name on the Hugging Face hub is downloaded to its cache first.
+    """Resolve a source to a local path.
+
+    Args:
+        source: a file, a directory, or a name on the Hugging Face hub, which is downloaded to its cache first.
+
+    Returns:
+        The file or directory.
 
     Raises:
         UserError: neither a path that exists nor a name that could be downloaded.
@@ -181,8 +203,6 @@ def local_path(source: str | Path) -> Path:
         return path
     if isinstance(source, Path) or not HUB_NAME.fullmatch(source):
         raise UserError(f"{source}: no such file or directory, and not a name on the Hugging Face hub")
-    import huggingface_hub
-
     suffixes = (".safetensors", ".bin")
     try:
         for suffix in suffixes:
@@ -193,26 +213,26 @@ def local_path(source: str | Path) -> Path:
             if any((local / name).exists() for name in WEIGHT_FILES):
                 break
         return local
-    # Offline, proxies, permissions, names that are not there: each has its own type in each version.
+    # Offline, proxies, permissions, unknown names: the type of the error depends on the version.
     except Exception as error:
         raise UserError(
             f"{source}: not a local path, and not to be had from the hub ({_brief(error)}); {REMEDY}"
         ) from error
 
 
-def _timm_model(name: str, where: str, **options: Any) -> nn.Module:
-    import timm
+def _timm_model(name: str, where: str, **options: Any) -> Any:
+    import timm  # takes seconds, and no other source needs it
 
     pretrained = options.get("pretrained", False)
     try:
         with torch.device("cpu" if pretrained else "meta"):
             return timm.create_model(name, **options)
-    except Exception as error:  # as above, and whatever a model's constructor raises
+    except Exception as error:  # as in local_path, and whatever a model's constructor raises
         remedy = REMEDY if pretrained else "expected an architecture of timm and its arguments"
         raise UserError(f"{where}: timm cannot make {name!r} ({_brief(error)}); {remedy}") from error
 
 
-def _timm_activation(model: nn.Module, where: str) -> str:
+def _timm_activation(model: Any, where: str) -> str:
     try:
         block, eps = model.blocks[0], model.norm.eps
         heads, activation = block.attn.num_heads, type(block.mlp.act).__name__
@@ -225,7 +245,7 @@ def _timm_activation(model: nn.Module, where: str) -> str:
 
 
 def _transformers_config(path: Path, where: str) -> Any:
-    from transformers import AutoConfig
+    from transformers import AutoConfig  # takes seconds, and our own directories do not need it
 
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True)
@@ -233,7 +253,7 @@ def _transformers_config(path: Path, where: str) -> Any:
         raise UserError(f"{where}: transformers cannot read its config.json ({_brief(error)})") from error
 
 
-def _expect(where: str, what: str, got: object, allowed: tuple) -> None:
+def _expect(where: str, what: str, got: object, allowed: tuple[object, ...]) -> None:
     if got not in allowed:
         wanted = " or ".join(f"{value}" for value in allowed)
         raise UserError(f"{where}: its {what} is {got}, expected {wanted}; take weights of that architecture")

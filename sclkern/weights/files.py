@@ -1,4 +1,4 @@
-"""Reading checkpoints without executing code from them."""
+"""Loading checkpoints; loading never executes code from a file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SYSTEM_MODULES = ("os", "posix", "nt", "sys")
 
 
 class Placeholder:
-    """Stands for every class and function a checkpoint names and that is not torch's: takes anything, does nothing."""
+    """Stands in for every class and function outside torch that a checkpoint names: takes anything, does nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Placeholder:
         return super().__new__(cls)
@@ -38,12 +38,17 @@ class Placeholder:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint by name, on the CPU, memory-mapped where the format allows.
+    """Load every tensor of a checkpoint.
 
-    Takes safetensors, files of ``torch.save`` (training checkpoints too: what lies under ``state_dict`` or ``model`` is
-    returned), TorchScript archives such as OpenAI's CLIP, and directories with one of ``WEIGHT_FILES``. Nothing that a
-    file contains is run: pickles are read with ``weights_only=True``, and each class they name outside torch becomes an
-    inert placeholder.
+    Loading never executes code from the file: pickles are loaded with ``weights_only=True``, and each class outside
+    torch that they name becomes an inert placeholder.
+
+    Args:
+        path: safetensors; a file of ``torch.save`` (of a training checkpoint, the part under ``state_dict`` or
+            ``model``); a TorchScript archive such as OpenAI's CLIP; or a directory with one of ``WEIGHT_FILES``.
+
+    Returns:
+        Tensors by name, on the CPU, memory-mapped where the format allows.
 
     Raises:
         UserError: no such file, not a checkpoint, cut short, refers to operating-system calls, or holds no tensor.
@@ -113,12 +118,13 @@ def _load_pickle(path: Path) -> Any:
     unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     if calls := sorted(name for name in unknown if name.split(".")[0] in SYSTEM_MODULES):
         raise UserError(f"{path}: refers to {calls[0]}, an operating-system call, refused; take weights you can trust")
-    placeholders = [(type(name.rpartition(".")[2], (Placeholder,), {}), name) for name in unknown]
+    placeholders: list[Any] = [(type(name.rpartition(".")[2], (Placeholder,), {}), name) for name in unknown]
     with torch.serialization.safe_globals(placeholders):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def is_torchscript(path: Path) -> bool:
+    """Whether a file is a TorchScript archive."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -128,7 +134,7 @@ def is_torchscript(path: Path) -> bool:
 def _read_torchscript(path: Path) -> dict[str, Tensor]:
     with zipfile.ZipFile(path) as archive:
         code = (name for name in archive.namelist() if "/code/" in name and name.endswith(".py"))
-        # The one method that loading alone would run.
+        # The only method that loading would run.
         if any(b"__setstate__" in archive.read(name) for name in code):
             raise UserError(
                 f"{path}: has code that runs on loading, refused; save its state_dict as safetensors instead"
@@ -139,7 +145,13 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Load a JSON object.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The object.
 
     Raises:
         UserError: no such file, not JSON, or not an object.

@@ -1,4 +1,4 @@
-"""Filling a network with tensors under our names, and the report of what was done."""
+"""Filling a network with tensors under our names, and the report of it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ logger = logging.getLogger("sclkern.weights")
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of a checkpoint's tensors and of the model's parameters.
+    """What became of a checkpoint's tensors and of the network's parameters.
 
     Attributes:
-        loaded: parameters that hold values of the checkpoint.
-        missing: our names that stay as initialised although the checkpoint should have them (``strict=False``).
-        unexpected: the checkpoint's names that nobody asked for (``strict=False``).
-        ignored: the checkpoint's names that are left out by rule: dead weights, and the parts in ``dropped``.
-        resized: tables whose rows changed, as ``"vision.position 197 -> 325"``.
-        initialised: parts the model has and the checkpoint's did not, and from what, as ``"vision.temporal (zeros)"``.
-        dropped: parts of the checkpoint that the model does without.
+        loaded: number of parameters that hold values of the checkpoint.
+        missing: our names that keep their initial values although the checkpoint should have them (``strict=False``).
+        unexpected: the checkpoint's names that match no parameter (``strict=False``).
+        ignored: the checkpoint's names that are skipped by rule: unused weights, and the parts in ``dropped``.
+        resized: tables whose number of rows changed, as ``"vision.position 197 -> 325"``.
+        initialised: parts that the network has and the checkpoint does not, and from what, as
+            ``"vision.temporal (zeros)"``.
+        dropped: parts of the checkpoint that the network does not have.
     """
 
     loaded: int
@@ -57,7 +58,7 @@ def listing(names: Collection[str], show: int = 8) -> str:
 
 
 def parts(config: SCLConfig) -> set[str]:
-    """The optional parts of a model: its heads, "vision.temporal", "vision.mask_token"."""
+    """The optional parts of a network: its heads, "vision.temporal", "vision.mask_token"."""
     vision = {"vision.temporal": config.max_frames, "vision.mask_token": config.patch_mask_token}
     return {*config.heads, *(name for name, present in vision.items() if present)}
 
@@ -72,17 +73,17 @@ def part_of(name: str) -> str | None:
     return module.removesuffix("_head") if module.endswith("_head") else None
 
 
-def part_changes(theirs: SCLConfig, target: SCLConfig) -> tuple[set[str], set[str]]:
-    """Parts that must be initialised, and parts that may be dropped, to make one model out of another.
+def part_changes(source: SCLConfig, target: SCLConfig) -> tuple[set[str], set[str]]:
+    """Parts that must be initialised, and parts that may be dropped, to fill one network from another.
 
-    The temporal table is never dropped: its first row is in the numbers of every image.
+    The temporal table is never dropped: its first row is in the features of every image.
     """
-    return parts(target) - parts(theirs), parts(theirs) - parts(target) - {"vision.temporal"}
+    return parts(target) - parts(source), parts(source) - parts(target) - {"vision.temporal"}
 
 
 def resize_positions(position: Tensor, grid: int) -> Tensor:
-    """Bicubic resize of (1 + P, D) positions to (1 + grid^2, D), the CLS row kept (reference: no antialiasing)."""
-    from timm.layers import resample_abs_pos_embed
+    """Resize (1 + P, D) positions to (1 + grid^2, D), bicubic without antialiasing as published; the CLS row stays."""
+    from timm.layers import resample_abs_pos_embed  # takes seconds, and most checkpoints need no resizing
 
     return resample_abs_pos_embed(position.float()[None], [grid, grid], antialias=False)[0]
 
@@ -94,36 +95,41 @@ def changed(config: SCLConfig, changes: Mapping[str, Any]) -> SCLConfig:
 
 
 def fill(
-    model: NetworkT,
-    found: Mapping[str, Tensor],
+    network: SCLNetwork,
+    tensors: Mapping[str, Tensor],
     *,
     names: Mapping[str, tuple[str, ...]],
     fresh: Collection[str],
     report: LoadReport,
     where: str,
     strict: bool,
-) -> NetworkT:
-    """Load tensors into ``model`` after fitting its tables to its config; keeps the report as ``model.load_report``.
+) -> LoadReport:
+    """Load tensors into a network after fitting tables to its config.
 
     Args:
-        found: tensors by our names, any floating dtype; leading dimensions of 1 do not matter. There may be more than
-            the model has.
+        network: its parameters are overwritten.
+        tensors: by our names, any floating dtype; leading dimensions of 1 do not matter. Names that the network does
+            not have are left out.
         names: our names -> the checkpoint's (of a missing one, those that are absent), for messages.
-        fresh: our names that may stay initialised because the checkpoint's model did not have them.
-        report: holds what the caller knows already: ignored, unexpected, dropped.
+        fresh: our names that may keep their initial values because the checkpoint's network did not have them.
+        report: what the caller knows already: ignored, unexpected, dropped.
         where: the source, for messages.
+        strict: whether a missing or an unexpected tensor is an error.
+
+    Returns:
+        The report, which is also logged (logger "sclkern.weights").
 
     Raises:
         UserError: a wrong shape or dtype; with ``strict``, a missing or an unexpected tensor.
     """
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    given, found = found, {name: _squeezed(found[name], len(shapes[name])) for name in shapes if name in found}
-    loaded = len(found)
-    resized, initialised = _fit(found, given, model.config, fresh)
-    new = [name for name in shapes if name not in found and name in fresh]
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    loadable = {name: _squeezed(tensors[name], len(shapes[name])) for name in shapes if name in tensors}
+    loaded = len(loadable)
+    resized, initialised = _fit(loadable, tensors, network.config, fresh)
+    new = [name for name in shapes if name not in loadable and name in fresh]
     initialised += sorted({name if name.startswith("vision.") else name.split(".")[0] for name in new})
-    missing = tuple(name for name in shapes if name not in found and name not in fresh)
-    for name, tensor in found.items():
+    missing = tuple(name for name in shapes if name not in loadable and name not in fresh)
+    for name, tensor in loadable.items():
         theirs = " + ".join(names.get(name, (name,)))
         if tensor.shape != shapes[name]:
             raise UserError(
@@ -134,41 +140,39 @@ def fill(
             raise UserError(f"{where}: {theirs} has dtype {tensor.dtype}, expected a floating dtype")
     if strict and (missing or report.unexpected):
         raise UserError(_strict_message(where, missing, names, report))
-    model.load_state_dict(found, strict=False)
-    model.load_report = replace(
-        report, loaded=loaded, missing=missing, resized=tuple(resized), initialised=tuple(initialised)
-    )
+    network.load_state_dict(loadable, strict=False)
+    report = replace(report, loaded=loaded, missing=missing, resized=tuple(resized), initialised=tuple(initialised))
     level = logging.WARNING if missing or report.unexpected else logging.INFO
-    logger.log(level, "%s: %s", where, model.load_report)
-    return model
+    logger.log(level, "%s: %s", where, report)
+    return report
 
 
 def _fit(
-    found: dict[str, Tensor], given: Mapping[str, Tensor], config: SCLConfig, fresh: Collection[str]
+    loadable: dict[str, Tensor], tensors: Mapping[str, Tensor], config: SCLConfig, fresh: Collection[str]
 ) -> tuple[list[str], list[str]]:
-    """Resize and extend tables in ``found``; returns what was resized and what was initialised."""
+    """Resize and extend tables in ``loadable``; returns what was resized and what was initialised."""
     resized, initialised = [], []
-    position = found.get("vision.position")
+    position = loadable.get("vision.position")
     if position is not None and position.ndim == 2 and position.shape[1] == config.width:
         rows, wanted = len(position), 1 + config.num_patches
         if rows != wanted and rows > 1 and math.isqrt(rows - 1) ** 2 == rows - 1:
-            found["vision.position"] = resize_positions(position, config.grid)
+            loadable["vision.position"] = resize_positions(position, config.grid)
             resized.append(f"vision.position {rows} -> {wanted}")
-    temporal = found.get("vision.temporal")
+    temporal = loadable.get("vision.temporal")
     if temporal is not None and temporal.ndim == 2 and len(temporal) > config.max_frames:
-        found["vision.temporal"] = temporal[: config.max_frames]
+        loadable["vision.temporal"] = temporal[: config.max_frames]
         resized.append(f"vision.temporal {len(temporal)} -> {config.max_frames}")
     if temporal is None and config.max_frames and "vision.temporal" in fresh:
-        # Zeros, so that images give the numbers they gave without the table.
-        found["vision.temporal"] = torch.zeros(config.max_frames, config.width)
+        # Zeros leave the features of images as they were without the table.
+        loadable["vision.temporal"] = torch.zeros(config.max_frames, config.width)
         initialised.append("vision.temporal (zeros)")
-    modality = found.get("modality.weight")
+    modality = loadable.get("modality.weight")
     if modality is not None and modality.ndim == 2 and len(modality) == 2 and config.token_types == 3:
-        found["modality.weight"] = torch.cat([modality, modality[1:]])
+        loadable["modality.weight"] = torch.cat([modality, modality[1:]])
         initialised.append("modality.weight row 2 (copy of row 1)")
-    if "rank_head.weight" in fresh and {"itm_head.weight", "itm_head.bias"} <= given.keys():
+    if "rank_head.weight" in fresh and {"itm_head.weight", "itm_head.bias"} <= tensors.keys():
         for kind in ("weight", "bias"):
-            found[f"rank_head.{kind}"] = given[f"itm_head.{kind}"][1:]
+            loadable[f"rank_head.{kind}"] = tensors[f"itm_head.{kind}"][1:]
         initialised.append("rank_head (row 1 of itm_head)")
     return resized, initialised
 

@@ -1,7 +1,7 @@
 """Our parameter names beside those of published checkpoints: SCL and METER, RoBERTa, and CLIP in its three forms.
 
 Our query, key and value projections are stacked in one matrix; a BERT checkpoint has three, CLIP has one or three.
-Names are those that the writing code gives: SCL's and METER's modules, transformers, timm, OpenAI's CLIP.
+Published names are those that the writing code uses: SCL's and METER's modules, transformers, timm, OpenAI's CLIP.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from torch import Tensor
 from sclkern.errors import UserError
 from sclkern.models.config import HEAD_WIDTH, SCLConfig
 
-# A published checkpoint's tensors that nothing reads: RoBERTa's pooler and position_ids, SCL's never-used MAE decoder,
-# what METER keeps of CLIP's text tower.
+# Tensors of a published checkpoint that no model uses: RoBERTa's pooler and position_ids, SCL's unused MAE decoder,
+# the parts of CLIP's text tower that METER keeps.
 DEAD = re.compile(
     r"text_transformer\.(pooler\.|embeddings\.position_ids$)"
     r"|vision_transformer\.(decoder_(embed|pos_embed|blocks|norm|pred)\b|mask_token$"
@@ -45,11 +45,11 @@ HEAD_TENSORS = {
     "itc": {"temperature": "cl_temp"},
 }
 
-# Published shapes have a leading dimension of 1 here.
+# The published tensors have a leading dimension of 1.
 PUBLISHED_1 = ("vision.mask_token", "vision.temporal")
 
-# The vision encoder: our name -> theirs, by who wrote the file. {i}: block; {k}: weight or bias.
-CLIP_NAMES = {
+# The vision encoder: our name -> theirs, by the code that wrote the file. {i}: block; {k}: weight or bias.
+CLIP_NAMES: dict[str, dict[str, str | tuple[str, ...]]] = {
     "openai": {
         "patch_embed.weight": "conv1.weight",
         "cls": "class_embedding",
@@ -94,7 +94,16 @@ CLIP_BLOCKS = {"openai": "transformer.resblocks.", "huggingface": "encoder.layer
 
 
 def bert_block(ours: str, theirs: str, *, cross: bool = False) -> dict[str, tuple[str, ...]]:
-    """Names of one BERT layer: our name -> their names, to be stacked along rows."""
+    """Names of one BERT layer.
+
+    Args:
+        ours: prefix of our names, without its dot.
+        theirs: prefix of their names, without its dot.
+        cross: whether the layer has cross-attention.
+
+    Returns:
+        Our name -> their names, which are stacked along rows.
+    """
     names: dict[str, tuple[str, ...]] = {}
     modules = {"attention": "attention"} | ({"cross_attention": "crossattention"} if cross else {})
     for kind in ("weight", "bias"):
@@ -110,8 +119,16 @@ def bert_block(ours: str, theirs: str, *, cross: bool = False) -> dict[str, tupl
 
 
 def roberta_names(layers: int, theirs: str) -> dict[str, tuple[str, ...]]:
-    """Names of the text encoder; ``theirs`` is the prefix with its dot ("roberta.", "text_transformer.", "")."""
-    names = {
+    """Names of the text encoder.
+
+    Args:
+        layers: its blocks.
+        theirs: prefix of their names, with its dot: "roberta.", "text_transformer." or "".
+
+    Returns:
+        Our name -> their names, which are stacked along rows.
+    """
+    names: dict[str, tuple[str, ...]] = {
         "text.word.weight": (f"{theirs}embeddings.word_embeddings.weight",),
         "text.position.weight": (f"{theirs}embeddings.position_embeddings.weight",),
         "text.token_type.weight": (f"{theirs}embeddings.token_type_embeddings.weight",),
@@ -124,10 +141,19 @@ def roberta_names(layers: int, theirs: str) -> dict[str, tuple[str, ...]]:
 
 
 def clip_names(kind: str, layers: int, theirs: str) -> dict[str, tuple[str, ...]]:
-    """Names of the vision encoder; ``kind`` is a key of ``CLIP_NAMES``, ``theirs`` the prefix with its dot."""
+    """Names of the vision encoder.
+
+    Args:
+        kind: a key of ``CLIP_NAMES``.
+        layers: its blocks.
+        theirs: prefix of their names, with its dot.
+
+    Returns:
+        Our name -> their names, which are stacked along rows.
+    """
     names: dict[str, tuple[str, ...]] = {}
-    for ours, written in CLIP_NAMES[kind].items():
-        sources = (written,) if isinstance(written, str) else written
+    for ours, published in CLIP_NAMES[kind].items():
+        sources = (published,) if isinstance(published, str) else published
         for i in range(layers) if "{i}" in ours else (0,):
             for k in ("weight", "bias") if "{k}" in ours else ("",):
                 names["vision." + ours.format(i=i, k=k)] = tuple(theirs + name.format(i=i, k=k) for name in sources)
@@ -162,9 +188,14 @@ def reference_names(config: SCLConfig) -> dict[str, tuple[str, ...]]:
 
 
 def split_to_reference(config: SCLConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under our names (weights or gradients) to the published names and shapes, as views.
+    """Split tensors under our names into those of the published names and shapes.
 
-    Stacked projections are taken apart. Names of ``tensors`` that ``SCLNetwork(config)`` has not are left out.
+    Args:
+        config: of the network.
+        tensors: weights or gradients by our names. Names that ``SCLNetwork(config)`` does not have are left out.
+
+    Returns:
+        Views of the tensors, by published name.
     """
     out: dict[str, Tensor] = {}
     for ours, theirs in reference_names(config).items():
@@ -175,24 +206,34 @@ def split_to_reference(config: SCLConfig, tensors: Mapping[str, Tensor]) -> dict
 
 
 class Gathered(NamedTuple):
-    """Attributes:
-    found: tensors under our names.
-    names: our names -> the checkpoint's: all of them where found, else those that are absent.
-    unused: the checkpoint's names that were not asked for.
+    """Tensors of a checkpoint under our names.
+
+    Attributes:
+        tensors: by our names; those of which the checkpoint has every piece.
+        names: our names -> the checkpoint's: all of them if it has every piece, otherwise those that are absent.
+        unused: the checkpoint's names that belong to none of ours.
     """
 
-    found: dict[str, Tensor]
+    tensors: dict[str, Tensor]
     names: dict[str, tuple[str, ...]]
     unused: list[str]
 
 
 def gather(names: Mapping[str, tuple[str, ...]], tensors: Mapping[str, Tensor], where: str) -> Gathered:
-    """Tensors under their names to ours, stacked where several make one.
+    """Rename tensors of a checkpoint, and stack those that are one tensor of ours.
+
+    Args:
+        names: our names -> the checkpoint's.
+        tensors: the checkpoint.
+        where: its source, for messages.
+
+    Returns:
+        The tensors under our names.
 
     Raises:
         UserError: tensors that belong in one stack differ in shape.
     """
-    found: dict[str, Tensor] = {}
+    stacked: dict[str, Tensor] = {}
     messages: dict[str, tuple[str, ...]] = {}
     for ours, theirs in names.items():
         absent = tuple(name for name in theirs if name not in tensors)
@@ -206,13 +247,13 @@ def gather(names: Mapping[str, tuple[str, ...]], tensors: Mapping[str, Tensor], 
                     f"{where}: {name} has shape {tuple(piece.shape)}, expected that of {theirs[0]}, "
                     f"{tuple(pieces[0].shape)}; the file is damaged or of another architecture"
                 )
-        found[ours] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        stacked[ours] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     used = {name for theirs in names.values() for name in theirs}
-    return Gathered(found, messages, sorted(set(tensors) - used))
+    return Gathered(stacked, messages, sorted(set(tensors) - used))
 
 
-def optional_parts(tensors: Mapping[str, Tensor]) -> dict[str, object]:
-    """What a published checkpoint has of the parts a model may lack: heads, max_frames, patch_mask_token."""
+def optional_parts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields ``heads``, ``max_frames`` and ``patch_mask_token`` of a published checkpoint."""
     keys = {
         head: {f"{name}.{kind}" for name in modules.values() for kind in ("weight", "bias")}
         | set(HEAD_TENSORS.get(head, {}).values())
@@ -227,12 +268,19 @@ def optional_parts(tensors: Mapping[str, Tensor]) -> dict[str, object]:
 
 
 def infer_config(tensors: Mapping[str, Tensor], where: str = "checkpoint") -> SCLConfig:
-    """Read the sizes of a published checkpoint off its tensors.
+    """Infer the sizes of a published checkpoint from its tensors.
 
-    What tensors do not tell is as in the reference: QuickGELU, RoBERTa's special tokens, ``<mask>`` the last token.
+    The rest is as in the published code: QuickGELU, RoBERTa's special tokens, ``<mask>`` the last token.
+
+    Args:
+        tensors: the checkpoint.
+        where: its source, for messages.
+
+    Returns:
+        The config.
 
     Raises:
-        UserError: a tensor that tells a size is absent or of another rank, so this is not a checkpoint of SCL or METER.
+        UserError: a tensor that shows a size is absent or of another rank, so this is not a checkpoint of SCL or METER.
     """
 
     def shape(name: str, rank: int) -> torch.Size:
@@ -261,7 +309,7 @@ def infer_config(tensors: Mapping[str, Tensor], where: str = "checkpoint") -> SC
         visual + "transformer.resblocks.0.mlp.c_fc.weight",
     )
     hidden = next((shape(name, 2)[0] for name in blocks if name in tensors), 4 * width)
-    sizes: dict = {
+    sizes: dict[str, Any] = {
         "width": width,
         "vision_layers": count_blocks(tensors, visual + "transformer.resblocks."),
         "text_layers": count_blocks(tensors, "text_transformer.encoder.layer."),

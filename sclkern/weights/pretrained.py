@@ -1,4 +1,4 @@
-"""Our own directories, and models built on a text encoder (RoBERTa) and a vision encoder (CLIP) trained by others."""
+"""Our own directories, and networks built on a pre-trained text encoder (RoBERTa) and vision encoder (CLIP)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from sclkern.errors import UserError
 from sclkern.io import write_atomically
@@ -19,16 +20,20 @@ from sclkern.weights.names import gather
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def save_pretrained(model: SCLNetwork, path: str | Path) -> None:
-    """Write ``config.json`` and ``model.safetensors`` into the directory ``path``, each whole or not at all.
+def save_pretrained(network: SCLNetwork, path: str | Path) -> None:
+    """Write ``config.json`` and ``model.safetensors`` into a directory, each whole or not at all.
+
+    Args:
+        network: the network.
+        path: the directory; created if it does not exist.
 
     Raises:
         UserError: the operating system refused.
     """
     path = Path(path).expanduser()
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     write_atomically(path / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-    write_atomically(path / CONFIG, model.config.save)
+    write_atomically(path / CONFIG, network.config.save)
 
 
 def from_pretrained(
@@ -38,24 +43,31 @@ def from_pretrained(
     strict: bool = True,
     config: SCLConfig | None = None,
     **changes: Any,
-) -> NetworkT:
-    """A model in float32 on the CPU, in training mode, with a ``LoadReport`` as ``model.load_report``.
+) -> tuple[NetworkT, LoadReport]:
+    """Build a network from a directory of ``save_pretrained``, or on a pair of pre-trained encoders.
 
-    From a directory of ``save_pretrained``: that model. ``config`` or ``changes`` (fields of ``SCLConfig``; None means
-    as it is) may ask for another image size, frames or heads, with the rules of ``from_reference``.
+    A directory gives the network that was saved. ``config`` or ``changes`` may ask for another image size, frames or
+    heads, with the rules of ``from_reference``.
 
-    From a pair (text, vision): those encoders, all else new. Sizes that the encoders have are theirs, also the image
-    size; the rest is as in ``SCLConfig()``, ``config`` or ``changes``. Of the vision blocks all but the last are kept,
-    as in the reference, unless ``vision_layers`` says otherwise. The text is a directory of Hugging Face's RoBERTa;
-    the vision a directory of Hugging Face's CLIP or of a timm CLIP ViT, or OpenAI's CLIP file; which, the tensors
-    tell. Each may be a name on the Hugging Face hub instead, the vision also "timm:NAME".
+    A pair (text, vision) gives those encoders; all else is new. Sizes that the encoders have are theirs, also the image
+    size; the rest is as in ``SCLConfig()``, ``config`` or ``changes``. All vision blocks but the last are kept, as in
+    the published code, unless ``vision_layers`` says otherwise.
 
     Args:
-        strict: whether a missing or unexpected tensor is an error; else it is in the report.
+        build: makes the network of a config: ``SCLNetwork``, or what the classmethods of ``SCLModel`` pass.
+        source: the directory, or the pair. The text encoder is a directory of Hugging Face's RoBERTa; the vision
+            encoder a directory of Hugging Face's CLIP or of a timm CLIP ViT, or OpenAI's CLIP file (the tensors show
+            which). Either may be a name on the Hugging Face hub instead, the vision encoder also "timm:NAME".
+        strict: whether a missing or unexpected tensor is an error; otherwise it is in the report.
+        config: the sizes; None takes those of the source.
+        **changes: fields of ``SCLConfig``; None changes nothing.
+
+    Returns:
+        The network, in float32 on the CPU, in training mode, and the report.
 
     Raises:
         UserError: a source cannot be read or downloaded, has an architecture that ``SCLNetwork`` cannot run or that is
-            not the config's, or, with ``strict``, lacks tensors or has unknown ones.
+            not the config's, or, with ``strict``, lacks tensors or has unexpected ones.
     """
     if isinstance(source, tuple | list):
         if len(source) != 2:
@@ -71,7 +83,7 @@ def _from_directory(
     strict: bool,
     config: SCLConfig | None,
     changes: Mapping[str, Any],
-) -> NetworkT:
+) -> tuple[NetworkT, LoadReport]:
     if path.is_file():
         raise UserError(
             f"{path}: is a file, expected a directory of save_pretrained (from_reference takes a published checkpoint)"
@@ -79,12 +91,12 @@ def _from_directory(
     stored = _stored_config(path / CONFIG)
     target = changed(config or stored, changes)
     tensors = read_tensors(path)
-    model = build(target)
+    network = build(target)
     fresh_parts, dropped_parts = part_changes(stored, target)
-    parameters = model.state_dict().keys()
+    parameters = network.state_dict().keys()
     surplus = sorted(tensors.keys() - parameters)
-    return fill(
-        model,
+    report = fill(
+        network,
         tensors,
         names={},
         fresh={name for name in parameters if part_of(name) in fresh_parts},
@@ -97,6 +109,7 @@ def _from_directory(
         where=str(path),
         strict=strict,
     )
+    return network, report
 
 
 def _stored_config(file: Path) -> SCLConfig:
@@ -119,7 +132,7 @@ def _from_encoders(
     strict: bool,
     config: SCLConfig | None,
     changes: Mapping[str, Any],
-) -> NetworkT:
+) -> tuple[NetworkT, LoadReport]:
     for key in ("width", "mlp_ratio"):
         if text.sizes[key] != vision.sizes[key]:
             raise UserError(
@@ -128,7 +141,7 @@ def _from_encoders(
             )
     sizes = {**vision.sizes, **text.sizes}
     if config is None:
-        # As the reference: a block less than CLIP has.
+        # As in the published code: one block fewer than CLIP has.
         layers = {"text_layers": text.layers, "vision_layers": max(vision.layers - 1, 0)}
         config = SCLConfig.from_dict({**vision.defaults, **text.defaults, **sizes, **layers})
     config = changed(config, changes)
@@ -144,26 +157,29 @@ def _from_encoders(
                 f"the blocks of {encoder.where}"
             )
 
-    model = build(config)
-    parameters = model.state_dict().keys()
-    found, names, unexpected, ignored, dropped = {}, {}, [], [], []
+    network = build(config)
+    parameters = network.state_dict().keys()
+    tensors: dict[str, Tensor] = {}
+    names: dict[str, tuple[str, ...]] = {}
+    unexpected, ignored, dropped = [], [], []
     for encoder, stream, keep in (
         (text, "text", config.text_layers),
         (vision, "vision", config.vision_layers),
     ):
         gathered = gather(encoder.names, encoder.tensors, encoder.where)
-        found |= gathered.found
+        tensors |= gathered.tensors
         names |= gathered.names
         unexpected += [key for key in gathered.unused if not encoder.ignored.match(key)]
         ignored += [key for key in gathered.unused if encoder.ignored.match(key)]
-        ignored += [key for name in gathered.found if name not in parameters for key in gathered.names[name]]
+        ignored += [key for name in gathered.tensors if name not in parameters for key in gathered.names[name]]
         dropped += [f"{stream} block {i + 1} of {encoder.layers}" for i in range(keep, encoder.layers)]
-    return fill(
-        model,
-        found,
+    report = fill(
+        network,
+        tensors,
         names=names,
         fresh={name for name in parameters if part_of(name) is not None or not name.startswith(("text.", "vision."))},
         report=LoadReport(0, unexpected=tuple(unexpected), ignored=tuple(ignored), dropped=tuple(dropped)),
         where=f"({text.where}, {vision.where})",
         strict=strict,
     )
+    return network, report

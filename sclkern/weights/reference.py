@@ -1,4 +1,4 @@
-"""Published SCL and METER checkpoints: into a model, and back."""
+"""Published SCL and METER checkpoints: into a network, and back."""
 
 from __future__ import annotations
 
@@ -30,50 +30,55 @@ def from_reference(
     strict: bool = True,
     config: SCLConfig | None = None,
     **changes: Any,
-) -> NetworkT:
-    """A model with the weights of a published SCL or METER checkpoint, in float32 on the CPU, in training mode.
+) -> tuple[NetworkT, LoadReport]:
+    """Build a network with the weights of a published SCL or METER checkpoint.
 
-    Sizes come from the tensors unless ``config`` gives them. ``changes`` are fields of ``SCLConfig``; None means as it
-    is. Where the model asks for what the checkpoint's model did not have, the rules are the reference's:
+    Where the network has what the checkpoint does not, the rules are those of the published code:
 
-    - another ``image_size``: positions resized bicubically, without antialiasing;
-    - ``max_frames`` on an image checkpoint: a temporal table of zeros, so images keep their numbers; fewer frames
-      than the checkpoint's table: its first rows;
+    - another ``image_size``: positions are resized bicubically, without antialiasing;
+    - ``max_frames`` on an image checkpoint: a temporal table of zeros, which leaves the features of images unchanged;
+      fewer frames than the checkpoint's table: its first rows;
     - the head "nlvr2": the third token type copies the second; the head "rank": row 1 of the matching head; other
-      heads and the patch mask token: as a new model has them.
+      heads and the patch mask token: as in a new network.
 
-    Heads of the checkpoint that ``heads`` does not name are dropped. All of this is in the report, a ``LoadReport``,
-    which is logged (logger "sclkern.weights") and kept as ``model.load_report``.
+    Heads of the checkpoint that ``heads`` does not name are dropped. All of this is in the report, which is also logged
+    (logger "sclkern.weights").
 
     Args:
+        build: makes the network of a config: ``SCLNetwork``, or what the classmethods of ``SCLModel`` pass.
         source: a file or directory that ``read_tensors`` takes, or tensors by name in any floating dtype. Names are
             SCL's or METER's; "model." or "module." before all of them is removed.
-        strict: whether a missing or unexpected tensor is an error; else it is in the report.
+        strict: whether a missing or unexpected tensor is an error; otherwise it is in the report.
+        config: the sizes; None infers them from the tensors.
+        **changes: fields of ``SCLConfig``; None changes nothing.
+
+    Returns:
+        The network, in float32 on the CPU, in training mode, and the report.
 
     Raises:
         UserError: the source cannot be read, is no such checkpoint, has a tensor of another shape, or, with ``strict``,
-            lacks tensors or has unknown ones. A table of temporal positions counts as unknown to a model without
+            lacks tensors or has unexpected ones. A table of temporal positions is unexpected in a network without
             ``max_frames``, because images would lose its first row.
     """
     where = "state_dict" if isinstance(source, Mapping) else str(source)
     tensors = reference_keys(source if isinstance(source, Mapping) else read_tensors(source))
     base = config or infer_config(tensors, where)
     target = changed(base, changes)
-    theirs = base.replace(**optional_parts(tensors))
-    found, names, unused = gather(reference_names(theirs) | reference_names(target), tensors, where)
+    published = base.replace(**optional_parts(tensors))
+    gathered = gather(reference_names(published) | reference_names(target), tensors, where)
 
-    model = build(target)
-    fresh_parts, dropped_parts = part_changes(theirs, target)
-    parameters = model.state_dict().keys()
-    surplus = {name: part_of(name) in dropped_parts for name in found if name not in parameters}
-    ignored = [key for key in unused if DEAD.match(key)]
-    ignored += [key for name, dropped in surplus.items() if dropped for key in names[name]]
-    unexpected = [key for key in unused if not DEAD.match(key)]
-    unexpected += [key for name, dropped in surplus.items() if not dropped for key in names[name]]
-    return fill(
-        model,
-        found,
-        names=names,
+    network = build(target)
+    fresh_parts, dropped_parts = part_changes(published, target)
+    parameters = network.state_dict().keys()
+    surplus = {name: part_of(name) in dropped_parts for name in gathered.tensors if name not in parameters}
+    ignored = [key for key in gathered.unused if DEAD.match(key)]
+    ignored += [key for name, dropped in surplus.items() if dropped for key in gathered.names[name]]
+    unexpected = [key for key in gathered.unused if not DEAD.match(key)]
+    unexpected += [key for name, dropped in surplus.items() if not dropped for key in gathered.names[name]]
+    report = fill(
+        network,
+        gathered.tensors,
+        names=gathered.names,
         fresh={name for name in parameters if part_of(name) in fresh_parts},
         report=LoadReport(
             0, unexpected=tuple(unexpected), ignored=tuple(ignored), dropped=tuple(sorted(dropped_parts))
@@ -81,25 +86,32 @@ def from_reference(
         where=where,
         strict=strict,
     )
+    return network, report
 
 
-def to_reference(model: SCLNetwork) -> dict[str, Tensor]:
-    """The weights under the published names and shapes, copied: ``from_reference`` gives the same model again.
+def to_reference(network: SCLNetwork) -> dict[str, Tensor]:
+    """Copy the weights of a network under the published names and shapes; ``from_reference`` restores the network.
+
+    Args:
+        network: the network.
+
+    Returns:
+        Tensors by published name.
 
     Raises:
-        UserError: the model's vision activation is not the published code's.
+        UserError: the network's vision activation is not that of the published code.
     """
-    if model.config.vision_activation != "quick_gelu":
+    if network.config.vision_activation != "quick_gelu":
         raise UserError(
-            f"vision_activation: got {model.config.vision_activation!r}, but published checkpoints mean 'quick_gelu'; "
-            "use save_pretrained, which keeps the config"
+            f"vision_activation: got {network.config.vision_activation!r}, expected 'quick_gelu', the activation of "
+            "published checkpoints; use save_pretrained, which keeps the config"
         )
-    published = split_to_reference(model.config, model.state_dict())
+    published = split_to_reference(network.config, network.state_dict())
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in published.items()}
 
 
 def reference_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without a wrapper's prefix on all keys, and with SCL's name for what METER calls ``vit_model``."""
+    """Remove a wrapper's prefix that all keys have, and give METER's ``vit_model`` the name that SCL uses."""
     tensors = dict(tensors)
     while tensors:
         prefix = next((p for p in ("model.", "module.") if all(key.startswith(p) for key in tensors)), None)

@@ -11,8 +11,9 @@ from torch import nn
 
 from sclkern import SCLModel
 from sclkern.models import SCLConfig, SCLNetwork
+from sclkern.models.attention import Attention
 from sclkern.models.execution import Execution
-from sclkern.models.layers import Attention, FeedForward, PostNormBlock, PreNormBlock, ResidualNorm
+from sclkern.models.layers import FeedForward, PostNormBlock, PreNormBlock, ResidualNorm
 from sclkern.models.layouts import Padded
 from sclkern.step import StepConfig
 

@@ -264,7 +264,7 @@ def test_config_given(case: str) -> None:
 
 
 def test_published_code_has_quick_gelu() -> None:
-    with pytest.raises(UserError, match="'gelu', but published checkpoints mean 'quick_gelu'"):
+    with pytest.raises(UserError, match="vision_activation: got 'gelu', expected 'quick_gelu'"):
         to_reference(SCLModel(SCLConfig.preset("tiny").replace(vision_activation="gelu")))
 
 

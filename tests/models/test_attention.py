@@ -1,4 +1,4 @@
-"""Building blocks: attention, norms, feed-forward."""
+"""Attention on padded and on packed tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sclkern.models.layers import Attention
+from sclkern.models.attention import Attention
 from sclkern.models.layouts import Packed, Padded
 
 

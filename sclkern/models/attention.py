@@ -1,0 +1,224 @@
+"""Multi-head attention on padded and on packed tokens."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sclkern import ops, reference
+from sclkern.models.config import HEAD_WIDTH
+from sclkern.models.execution import Execution
+from sclkern.models.layouts import Layout, Packed, Padded, repack, unpack_groups
+from sclkern.ops.cross_attention import plan
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose query, key and value projections are stacked in one matrix, in that order.
+
+    As self-attention one product projects all three; as cross-attention the query rows act on ``x`` and the key and
+    value rows on ``context``.
+
+    Args:
+        width: channels of the tokens.
+        dropout: dropout probability of the attention probabilities.
+        execution: how it runs; shared with the network.
+    """
+
+    def __init__(self, width: int, dropout: float = 0.0, execution: Execution | None = None) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+        self.dropout = dropout
+        self.execution = execution or Execution()
+
+    @property
+    def _dropout_p(self) -> float:
+        return self.dropout if self.training else 0.0
+
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout,
+        context: Tensor | None = None,
+        context_layout: Layout | None = None,
+        *,
+        probabilities: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Attend from ``x`` to ``context``.
+
+        Args:
+            x: query tokens.
+            layout: of x.
+            context: key and value tokens; None is self-attention.
+            context_layout: of context.
+            probabilities: receives the (B, H, Lq, Lk) probabilities before dropout, with their graph. Attention then
+                takes the eager path, and tokens must be padded.
+
+        Returns:
+            Like x.
+        """
+        width = x.shape[-1]
+        if context is None or context_layout is None:
+            query, key, value = self.in_proj(x).chunk(3, -1)
+            context_layout = layout
+        elif (
+            probabilities is None
+            and isinstance(layout, Packed)
+            and isinstance(context_layout, Packed)
+            and self._absorbs(x, layout, context_layout)
+        ):
+            return self._absorbed(x, layout, context, context_layout)
+        else:
+            weight, bias = self.in_proj.weight, self.in_proj.bias
+            query = F.linear(x, weight[:width], bias[:width])
+            key, value = F.linear(context, weight[width:], bias[width:]).chunk(2, -1)
+        query, key, value = (t.unflatten(-1, (-1, HEAD_WIDTH)) for t in (query, key, value))
+        dropout_p = self._dropout_p
+        if probabilities is None:
+            backend = self.execution.backend
+            out = attend(query, key, value, layout, context_layout, dropout_p=dropout_p, backend=backend)
+        elif isinstance(context_layout, Padded):
+            out = attend_and_record(query, key, value, context_layout, probabilities, dropout_p=dropout_p)
+        else:
+            raise ValueError("probabilities: attention of packed tokens cannot record them, expected padded tokens")
+        return self.out_proj(out.flatten(-2))
+
+    def _absorbs(self, x: Tensor, layout: Packed, context_layout: Packed) -> bool:
+        """Whether cross-attention folds projections into its shorter side.
+
+        If it does, each group of sequences is a call on padded tokens; otherwise all groups are one packed call.
+        """
+        if self.execution.absorb == "never" or self.execution.backend == "sdpa":
+            return False
+        width = x.shape[-1]
+        # Of the shapes that the op would see; it asks for nothing else.
+        longest = (x.new_empty((0, each.max_seqlen, width)) for each in (layout, context_layout))
+        form, _, _ = plan(
+            *longest,
+            num_heads=width // HEAD_WIDTH,
+            dropout_p=self._dropout_p,
+            scale=HEAD_WIDTH**-0.5,
+            absorb=self.execution.absorb,
+            backend=self.execution.backend,
+        )
+        return form != "never"
+
+    def _absorbed(self, x: Tensor, layout: Packed, context: Tensor, context_layout: Packed) -> Tensor:
+        """The whole sub-layer, a call for each group."""
+        queries = unpack_groups(x, layout, context_layout)
+        contexts = unpack_groups(context, context_layout, layout)
+        outputs = [
+            self._cross_attention(tokens, keys, mask) if tokens.numel() else tokens
+            for (tokens, _), (keys, mask) in zip(queries, contexts, strict=True)
+        ]
+        return repack(outputs, layout)
+
+    def _cross_attention(self, x: Tensor, context: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+        return ops.cross_attention(
+            x,
+            context,
+            self.in_proj.weight,
+            self.in_proj.bias,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            num_heads=x.shape[-1] // HEAD_WIDTH,
+            key_padding_mask=key_padding_mask,
+            dropout_p=self._dropout_p,
+            absorb=self.execution.absorb,
+            backend=self.execution.op_backend,
+        )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_layout: Layout,
+    key_layout: Layout,
+    *,
+    dropout_p: float,
+    backend: str,
+) -> Tensor:
+    """Attention of the tokens of one layout to those of another, both padded or both packed.
+
+    Args:
+        query: (B, Lq, H, D) or (Tq, H, D).
+        key: (B, Lk, H, D) or (Tk, H, D).
+        value: like key.
+        query_layout: of query.
+        key_layout: of key and value; the same object as ``query_layout`` for self-attention.
+        dropout_p: dropout probability.
+        backend: one of ``execution.MODEL_BACKENDS``; "sdpa" is torch's own attention, for padded tokens.
+
+    Returns:
+        Like query.
+    """
+    framed = key_layout.num_frames > 1 and query_layout is key_layout
+    op_backend = "eager" if backend == "sdpa" else backend
+    if isinstance(query_layout, Packed) and isinstance(key_layout, Packed):
+        if framed:
+            return _framed(query, key, value, key_layout, op_backend)
+        return ops.packed_attention(
+            query,
+            key,
+            value,
+            query_layout.cu_seqlens,
+            key_layout.cu_seqlens,
+            query_layout.max_seqlen,
+            key_layout.max_seqlen,
+            dropout_p=dropout_p,
+            backend=op_backend,
+        )
+    if not isinstance(key_layout, Padded):
+        raise TypeError(
+            f"key_layout: got {type(key_layout).__name__} for a query_layout {type(query_layout).__name__}, expected "
+            "both Padded or both Packed"
+        )
+    if framed:
+        return ops.frame_attention(query, key, value, key_layout.num_frames, backend=op_backend)
+    mask = key_layout.mask
+    if backend == "sdpa":
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+        attn_mask = None if mask is None else mask[:, None, None, :]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p).transpose(1, 2)
+    return cast(Tensor, ops.attention(query, key, value, key_padding_mask=mask, dropout_p=dropout_p, backend=backend))
+
+
+def _framed(query: Tensor, key: Tensor, value: Tensor, layout: Packed, backend: str) -> Tensor:
+    """``ops.frame_attention`` of packed sequences, a call for each group."""
+    sizes = [sequences * length for sequences, length in layout.groups]
+    outputs = []
+    for group, q, k, v in zip(layout.groups, query.split(sizes), key.split(sizes), value.split(sizes), strict=True):
+        padded = ops.frame_attention(
+            q.unflatten(0, group), k.unflatten(0, group), v.unflatten(0, group), layout.num_frames, backend=backend
+        )
+        outputs.append(padded.flatten(0, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def attend_and_record(
+    query: Tensor, key: Tensor, value: Tensor, key_layout: Padded, probabilities: list[Tensor], *, dropout_p: float
+) -> Tensor:
+    """Attention by the eager definition, which records its probabilities.
+
+    Args:
+        query: (B, Lq, H, D).
+        key: (B, Lk, H, D).
+        value: like key.
+        key_layout: of key and value.
+        probabilities: receives the (B, H, Lq, Lk) probabilities before dropout, with their graph.
+        dropout_p: dropout probability.
+
+    Returns:
+        Like query.
+    """
+    mask = None if key_layout.mask is None else key_layout.mask[:, None, None, :]
+    if key_layout.num_frames > 1:
+        frame_length = key.shape[1] // key_layout.num_frames
+        mask = reference.frame_attention_mask(key_layout.num_frames, frame_length, key.device)
+    p = reference.attention_probabilities(query, key, mask=mask)
+    probabilities.append(p)
+    return torch.einsum("bhqk,bkhd->bqhd", F.dropout(p, dropout_p), value)
