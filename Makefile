@@ -46,6 +46,6 @@ api: $(VENV)/.installed
 	$(RUN)/python -m pdoc --docformat google --output-directory build/api $(addprefix sclkern.,$(PUBLIC))
 
 # On a GPU machine with nothing installed but torch, transformers, timm, pytest and pytest-benchmark: tests, then the
-# benchmarks by importance, within BUDGET seconds. GPU_ARGS: further arguments (--only GROUPS --resume --output FOLDER).
+# benchmarks by priority, within BUDGET seconds. GPU_ARGS: further arguments (--only GROUPS --resume --output FOLDER).
 gpu:
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --budget $(BUDGET) $(GPU_ARGS)
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --budget $(BUDGET) $(GPU_ARGS)

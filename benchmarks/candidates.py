@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sclkern.tools.bench.workload import WORKLOAD, Size
+from sclkern.tools.specs import SPECS, Size
 
 # The packed images of the step's vision encoder, which the benchmarks of packed captions do not have.
 STEP_SIZES = {
@@ -279,7 +279,7 @@ def groups() -> list[list[Candidate]]:
     """Most important first; in each the present configuration, then the others by promise."""
     found = []
     for op, name, part, choice, space in _TABLE:
-        size = next(s for s in (*WORKLOAD[op].gpu, *STEP_SIZES.get(op, ())) if s.name == name)
+        size = next(s for s in (*SPECS[op].sizes, *STEP_SIZES.get(op, ())) if s.name == name)
         found.append([Candidate(op, size, part, choice)])
         found[-1] += [Candidate(op, size, part, choice, *values) for values in space]
     return found

@@ -6,7 +6,7 @@ import functools
 import os
 from pathlib import Path
 
-# Before torch is imported, for the reason given in sclkern/cli/__init__.py.
+# Set before torch is imported, for the reason given in sclkern/cli/__init__.py.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import pytest
@@ -18,11 +18,13 @@ from sclkern.tools.bench import records, roofline
 def pytest_addoption(parser):
     group = parser.getgroup("sclkern")
     group.addoption(
+        "--priority",
         "--importance",
+        dest="priority",
         type=int,
         action="append",
         choices=(1, 2, 3),
-        help="only benchmarks of this importance, 1 being the first to run; repeatable; default all, in this order",
+        help="only benchmarks of this priority, 1 first; repeatable; default: all, in this order",
     )
     group.addoption(
         "--results", type=Path, default=records.RESULTS, help="folder of the records (default: benchmarks/results)"
@@ -30,22 +32,22 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    # As matrix products have it by default: float32 is float32 for whoever convolves, too.
+    # Float32 convolutions compute in float32, as matrix products do by default.
     torch.backends.cudnn.conv.fp32_precision = "ieee"
-    config.addinivalue_line("markers", "importance(level): 1 to 3, which of the benchmarks to run first")
+    config.addinivalue_line("markers", "priority(level): 1 to 3, which benchmarks run first")
 
 
 def pytest_collection_modifyitems(config, items):
-    def importance(item) -> int:
-        marker = item.get_closest_marker("importance")
+    def priority(item) -> int:
+        marker = item.get_closest_marker("priority")
         return marker.args[0] if marker else 1
 
-    levels = config.getoption("importance")
+    levels = config.getoption("priority")
     if levels:
-        config.hook.pytest_deselected(items=[item for item in items if importance(item) not in levels])
-        items[:] = [item for item in items if importance(item) in levels]
+        config.hook.pytest_deselected(items=[item for item in items if priority(item) not in levels])
+        items[:] = [item for item in items if priority(item) in levels]
     # Stable: cases that share inputs stay together.
-    items.sort(key=importance)
+    items.sort(key=priority)
 
 
 @pytest.fixture(scope="session")
@@ -55,8 +57,8 @@ def record(request):
 
 
 @pytest.fixture(scope="session")
-def machine(record) -> dict:
-    """The machine's own rates (``sclkern.tools.bench.roofline.measure``), measured once a session and recorded."""
+def rates(record) -> dict:
+    """The rates of this machine (``sclkern.tools.bench.roofline.measure``), measured and recorded once a session."""
     rates = roofline.measure()
     record("roofline", **rates)
     return rates

@@ -20,8 +20,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from benchmarks.candidates import Candidate
-from registry import ENTRIES
-from sclkern.tools.bench.workload import HEAD, HEADS
+from sclkern.tools.specs import SPECS
 from sclkern.tools.static.compilation import TARGETS
 
 # What is replaced: "module.name" of sclkern.kernels, and the new object from the present one.
@@ -179,11 +178,11 @@ def launches(candidate: Candidate, dropout: bool = True) -> list[Launch]:
         launch = Launch(kernel, grid, arguments)
         found.setdefault(launch.key, launch)
 
-    inputs = ENTRIES[candidate.op].inputs(candidate.size.values, torch.bfloat16, "meta")
+    inputs = SPECS[candidate.op].inputs(candidate.size.values, torch.bfloat16, "meta")
     dropout_p = candidate.size.dropout_p if dropout else 0.0
     seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout_p else None
     with replaced(candidate), mock.patch.object(JITFunction, "run", caught):
-        backward = _CALLS[candidate.op](inputs, dropout_p, seed)
+        backward = SPECS[candidate.op].launch(inputs, dropout_p, seed, {})
         if candidate.part == "backward":
             found.clear()
             backward()
@@ -223,125 +222,3 @@ def target(name: str = "sm_90") -> Iterator[None]:
 def compiled(launch: Launch) -> Any:
     """The kernel of a launch, for Triton's present target."""
     return launch.kernel.warmup(grid=launch.grid, **launch.arguments)
-
-
-# By op: runs the forward on inputs of the registry, and returns what runs the backward.
-def _attention(inputs: dict, dropout_p: float, seed: Tensor | None) -> Callable[[], object]:
-    from sclkern.kernels import attention, attention_backward
-
-    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-    packing = tuple(inputs[name] for name in names) if names[0] in inputs else None
-    tensors = inputs["query"], inputs["key"], inputs["value"], inputs.get("key_padding_mask")
-    numbers = dropout_p, HEAD**-0.5, packing
-    out, lse = attention.attention_forward(*tensors, seed, *numbers)
-    return lambda: attention_backward.attention_backward(out, *tensors, seed, out, lse, *numbers)
-
-
-def _frames(inputs: dict, dropout_p: float, seed: Tensor | None) -> Callable[[], object]:
-    from sclkern.kernels import frame_attention as kernels
-
-    tensors, numbers = (inputs["query"], inputs["key"], inputs["value"]), (inputs["num_frames"], HEAD**-0.5)
-    out, lse = kernels.frame_attention_forward(*tensors, *numbers)
-    return lambda: kernels.frame_attention_backward(out, *tensors, out, lse, *numbers)
-
-
-def _cross_attention(inputs: dict, dropout_p: float, seed: Tensor | None) -> Callable[[], object]:
-    from sclkern.kernels import cross_attention as kernels
-
-    x, context = inputs["x"], inputs["context"]
-    weight = x.new_empty((HEADS, *context.shape))
-    absorbed = weight, weight[..., 0], weight
-    rest = inputs.get("key_padding_mask"), seed, dropout_p
-    out = kernels.cross_attention_forward(x, *absorbed, inputs["out_bias"], *rest)
-    return lambda: kernels.cross_attention_backward(out, x, *absorbed, *rest)
-
-
-def _completion(inputs: dict, dropout_p: float, seed: Tensor | None) -> Callable[[], object]:
-    from sclkern.kernels import completion_loss as forward
-    from sclkern.kernels import completion_loss_backward as kernels
-
-    x, y = inputs["recovered"][None], inputs["complete"][None]
-    temperature, rows = torch.empty((), device="meta"), x.shape[1]
-    found = forward.completion_loss_forward(x, y, temperature, None, True, False, 1e-8, 0, rows)
-    losses, positive, lse, _, rnorm = found
-
-    def backward() -> None:
-        weight = kernels.completion_loss_anchors(losses, None, positive, lse)
-        kernels.completion_loss_gradient(x, y, temperature, None, *weight, *lse, *rnorm, 1e-8, 0, rows)
-
-    return backward
-
-
-def _words(inputs: dict, dropout_p: float, seed: Tensor | None) -> Callable[[], object]:
-    from sclkern.kernels import linear_cross_entropy as kernels
-
-    labels, vocabulary = inputs["labels"], len(inputs["weight"])
-    count, width = len(labels), -(-vocabulary // 64) * 64
-    logits = inputs["hidden"].new_empty((count, width))
-    losses, lse, margin = torch.empty((3, count), device="meta")
-    bias = logits.new_empty(width)[:vocabulary]
-    hits = torch.empty(count, dtype=torch.int32, device="meta")
-    kernels.statistics(logits, bias, labels, -100, losses, lse, margin, hits, vocabulary)
-    loss, divisor, _ = kernels.reduce(losses, hits, labels, -100, True)
-    rest = logits, bias, labels, lse, margin, -100, 0, logits, bias, vocabulary
-    return lambda: kernels.gradient(loss, divisor, *rest)
-
-
-def _norm(inputs: dict, dropout_p: float, seed: Tensor | None) -> Callable[[], object]:
-    from sclkern.kernels import dropout_add_layer_norm as kernels
-
-    x, residual, weight, bias, x_bias = (inputs[n] for n in ("x", "residual", "weight", "bias", "x_bias"))
-    out, total, *statistics = kernels.dropout_add_layer_norm_forward(
-        x, residual, weight, bias, x_bias, seed, dropout_p, 1e-12
-    )
-    tensors = out, None, x, residual, total, weight, x_bias, seed, *statistics
-    return lambda: kernels.dropout_add_layer_norm_backward(*tensors, dropout_p, x.dtype, residual.dtype)
-
-
-def _gelu(inputs: dict, dropout_p: float, seed: Tensor | None) -> Callable[[], object]:
-    from sclkern.kernels import bias_gelu as kernels
-
-    out = kernels.bias_gelu_forward(inputs["x"], inputs["bias"], kernels.EXACT)
-    return lambda: kernels.bias_gelu_backward(out, inputs["x"], inputs["bias"], kernels.EXACT)
-
-
-def _embedded(inputs: dict, dropout_p: float, seed: Tensor | None) -> Callable[[], object]:
-    from sclkern.kernels import embed_patches, embed_patches_backward
-
-    images, keep, dtype = inputs["images"], inputs.get("keep"), inputs["weight"].dtype
-    embed_patches.unfold_patches(images, inputs["weight"].shape[-1], dtype, keep, None)
-    samples, kept, width = len(images), keep.shape[1], len(inputs["weight"])
-    tokens = inputs["weight"].new_empty((samples * kept, width))
-    parameters = {"keep": keep, **dict.fromkeys(("temporal", "replace", "mask_token"))}
-    parameters |= {name: inputs[name] for name in ("position", "cls", "norm_weight", "norm_bias")}
-    out, *statistics = embed_patches.add_and_normalise(tokens, parameters, samples, 1, 1e-5, dtype)
-    return lambda: embed_patches_backward.add_and_normalise_backward(out, tokens, parameters, *statistics, 1)
-
-
-def _patches(inputs: dict, dropout_p: float, seed: Tensor | None) -> None:
-    from sclkern.kernels import masking
-
-    count = int(inputs["num_patches"] * inputs["keep_ratio"])
-    masking.select_patches(inputs["seed"], inputs["num_patches"], count, inputs["batch"])
-
-
-def _text(inputs: dict, dropout_p: float, seed: Tensor | None) -> None:
-    from sclkern.kernels import masking
-
-    tensors = inputs["ids"], inputs["lengths"], inputs["seed"]
-    masking.mask_text(*tensors, False, inputs["ratio"], inputs["mask_id"], inputs["vocab_size"], False)
-
-
-_CALLS: dict[str, Callable[[dict, float, Tensor | None], Callable[[], object] | None]] = {
-    "attention": _attention,
-    "packed_attention": _attention,
-    "frame_attention": _frames,
-    "cross_attention": _cross_attention,
-    "completion_loss": _completion,
-    "linear_cross_entropy": _words,
-    "dropout_add_layer_norm": _norm,
-    "bias_gelu": _gelu,
-    "embed_patches": _embedded,
-    "select_patches": _patches,
-    "mask_text": _text,
-}

@@ -5,11 +5,10 @@
     python -m benchmarks.tune --report [FILES]
 
 Nothing is changed: a candidate is set for its own measurement alone (``benchmarks/launches.py``), and only after it was
-as right as ``benchmarks/measuring.py`` asks of every op. Each is a record ``tune/<op>/<size>/<dtype>/<pass>/<choice>/
-<config>``, whatever became of it.
+as right as ``benchmarks/harness/verification.py`` asks of every op. Each is a record
+``tune/<op>/<size>/<dtype>/<pass>/<choice>/<config>``, whatever became of it.
 """
 
-# ruff: noqa: E402, modules of this folder are found once it is on the path
 from __future__ import annotations
 
 import argparse
@@ -22,17 +21,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
-sys.path.append(str(FOLDER))  # as pytest has it
-
 import torch
 
-import measuring
 from benchmarks.candidates import Candidate, groups
-from registry import ENTRIES, Case
+from benchmarks.harness import timing, verification
+from benchmarks.harness.op_cases import IMPLEMENTATIONS, Case
 from sclkern.errors import UserError
 from sclkern.tools.bench import records, roofline
-from sclkern.tools.bench.workload import WORKLOAD, Rates, floor
+from sclkern.tools.bench.roofline import MachineSpec, lower_bound
+from sclkern.tools.specs import SPECS
+
+FOLDER = Path(__file__).parent
 
 PLAN = FOLDER / "candidates.json"
 MOST_REGISTERS, MOST_SHARED = 240, 227 * 1024
@@ -182,19 +181,18 @@ def precompile(chosen: Sequence[Sequence[Candidate]]) -> tuple[ThreadPoolExecuto
 
 
 def measure(candidate: Candidate) -> dict:
-    """Check and time a candidate: ``measuring.verify`` and ``measuring.on_device`` with its values set."""
+    """Check and time a candidate: ``verification.verify`` and ``timing.on_device`` with its values set."""
     from benchmarks.launches import CHOICES, replaced
 
-    way = next(way for way in ENTRIES[candidate.op].ways if way.name == "sclkern")
-    case = Case(candidate.op, candidate.size, torch.bfloat16, way, candidate.part)
+    case = Case(candidate.op, candidate.size, torch.bfloat16, IMPLEMENTATIONS[candidate.op][0], candidate.part)
     about = {"sets": sorted(CHOICES[candidate.choice](candidate.values))}
     try:
         with replaced(candidate):
             # It remembers what was right, by op and size.
-            measuring._verify.cache_clear()
-            about |= measuring.verify(case)
-            about |= measuring.on_device(case)
-    except measuring.WrongResultError as error:
+            verification.clear_caches()
+            about |= verification.verify(case)
+            about |= timing.on_device(case)
+    except verification.WrongResultError as error:
         return about | {"outcome": "wrong", "problem": str(error)}
     except Exception as error:
         text = (str(error).strip() or "no message").splitlines()[0]
@@ -206,7 +204,7 @@ def tune(
     chosen: Sequence[Sequence[Candidate]],
     until: float,
     run: str,
-    rates: Rates,
+    rates: MachineSpec,
     jobs: Jobs,
     done: dict[str, str],
     record: Callable[..., object],
@@ -230,8 +228,8 @@ def tune(
             wait(jobs.get(candidate, ()))
             found = measure(candidate)
             if found["outcome"] == "measured":
-                cost = WORKLOAD[candidate.op].cost(candidate.size.values, 2)
-                least = floor(cost, candidate.part, rates)
+                cost = SPECS[candidate.op].cost(candidate.size.values, 2)
+                least = lower_bound(cost, candidate.part, rates)
                 present = found["seconds"] if candidate is group[0] else present
                 found |= {"floor_seconds": least, "roofline_fraction": least / found["seconds"]}
                 found |= {"ratio": found["seconds"] / present, "present_seconds": present}
@@ -325,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     measured = roofline.measure()
     record("roofline", **measured)
-    rates = Rates(measured["copy_bytes_per_second"], measured["matrix_flops_per_second"]["bfloat16"])
+    rates = MachineSpec.measured(measured, "bfloat16")
     pool, jobs = precompile(chosen)
     tune(chosen, until, run, rates, jobs, done, record, context_is_lost)
     pool.shutdown(wait=False, cancel_futures=True)

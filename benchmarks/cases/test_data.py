@@ -1,4 +1,4 @@
-"""Decoding, transforming and batching of pictures, by the loader that training uses."""
+"""Decoding, transforming and batching of images, by the loader that training uses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sclkern.data.transforms import build_transform
 SIZE, BATCH, BATCHES = 288, 16, 4
 
 
-@pytest.mark.importance(2)
+@pytest.mark.priority(2)
 @pytest.mark.parametrize("transform", ["clip", "clip_randaug"])
 def test_loading(benchmark, record, transform):
     table = open_pairs("demo", ["pairs"])
@@ -25,11 +25,11 @@ def test_loading(benchmark, record, transform):
     loader = PairLoader(dataset, batch_size=BATCH, shuffle=True, seed=0)
 
     def load() -> torch.Tensor:
-        # In this process: a rate for one core, which workers multiply.
-        pictures = [batch["image"] for batch, _ in zip(loader.epoch(0), range(BATCHES), strict=False)]
-        return torch.cat(pictures)
+        # In this process: the rate of one core, which workers multiply.
+        images = [batch["image"] for batch, _ in zip(loader.epoch(0), range(BATCHES), strict=False)]
+        return torch.cat(images)
 
-    # The same pictures every time, none empty and none broken.
+    # The same images every time, none empty and none broken.
     first = load()
     assert first.shape == (BATCH * BATCHES, 3, SIZE, SIZE) and torch.equal(first, load())
     assert first.isfinite().all() and (first.flatten(1).std(1) > 0).all()

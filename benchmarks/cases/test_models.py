@@ -20,8 +20,8 @@ import sclkern
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-ROWS, WORDS = (32, 16) if GPU else (2, 16)
-# Largest error of an output or gradient, in units of its largest value.
+ROWS, TOKENS = (32, 16) if GPU else (2, 16)
+# Allowed error of an output or gradient, in units of its largest value.
 TOLERANCE = 1e-3
 
 
@@ -34,7 +34,7 @@ def _blip(layers: dict) -> nn.Module:
 
 
 def _bridgetower(layers: dict) -> nn.Module:
-    # One more layer in each encoder than in between them.
+    # Each encoder has one layer more than the fusion.
     more = {name: number + 1 for name, number in layers.items()}
     size = {"image_size": 288}
     config = transformers.BridgeTowerConfig(text_config=more, vision_config=more | size, **layers)
@@ -49,22 +49,22 @@ MODELS: dict[str, tuple[Callable[[dict], nn.Module], int]] = {
 
 
 def build(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Model and a batch in which half of the words of one row are padding."""
+    """A model and a batch in which half of the tokens of one row are padding."""
     torch.manual_seed(0)
     make, side = MODELS[name]
     model = make({} if GPU else {"num_hidden_layers": 2}).to(DEVICE)
-    mask = torch.ones(ROWS, WORDS, dtype=torch.long, device=DEVICE)
-    mask[0, WORDS // 2 :] = 0
-    inputs = {"input_ids": torch.randint(5, 1000, (ROWS, WORDS), device=DEVICE), "attention_mask": mask}
+    mask = torch.ones(ROWS, TOKENS, dtype=torch.long, device=DEVICE)
+    mask[0, TOKENS // 2 :] = 0
+    inputs = {"input_ids": torch.randint(5, 1000, (ROWS, TOKENS), device=DEVICE), "attention_mask": mask}
     return model, inputs | {"pixel_values": torch.randn(ROWS, 3, side, side, device=DEVICE)}
 
 
 def step(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Forward and backward; the outputs."""
+    """Run forward and backward; returns the outputs."""
     with torch.autocast(DEVICE, torch.bfloat16, enabled=GPU and model.training):
-        found = {name: value for name, value in model(**inputs).items() if isinstance(value, Tensor)}
-    sum(value.float().square().mean() for value in found.values()).backward()
-    return found
+        outputs = {name: value for name, value in model(**inputs).items() if isinstance(value, Tensor)}
+    sum(value.float().square().mean() for value in outputs.values()).backward()
+    return outputs
 
 
 @functools.cache
@@ -83,20 +83,20 @@ def checked(name: str) -> float:
 
     def values() -> dict[str, Tensor]:
         model.zero_grad(set_to_none=True)
-        # ViLT draws the order of its patches.
+        # ViLT draws a random order of its patches.
         torch.manual_seed(1)
-        found = {key: value.detach() for key, value in step(model, inputs).items()}
-        return found | {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        outputs = {key: value.detach() for key, value in step(model, inputs).items()}
+        return outputs | {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
 
     expected = values()
     with sclkern.fuse(model) as report:
         assert not report.left, report
-        found = values()
-    assert found.keys() == expected.keys()
-    # A gradient that is rounding alone, as that of a bias of keys, is measured by the largest of all.
-    floor = 1e-3 * max(value.abs().max().item() for value in expected.values())
-    scale = {key: max(value.abs().max().item(), floor) for key, value in expected.items()}
-    worst = max((found[key] - value).abs().max().item() / scale[key] for key, value in expected.items())
+        fused = values()
+    assert fused.keys() == expected.keys()
+    # A gradient that is rounding only, such as a key bias's, is measured against the largest value of all.
+    smallest = 1e-3 * max(value.abs().max().item() for value in expected.values())
+    scale = {key: max(value.abs().max().item(), smallest) for key, value in expected.items()}
+    worst = max((fused[key] - value).abs().max().item() / scale[key] for key, value in expected.items())
     assert worst < TOLERANCE, (name, worst)
     return worst
 
@@ -116,7 +116,7 @@ def test_model(benchmark, record, name):
     times: list[float] = []
 
     def before() -> None:
-        """A step of the other, before each of the fused model: what else the machine does falls on both."""
+        """A step of the unfused model before every fused one: other load on the machine falls on both."""
         begin = time.perf_counter()
         run(unfused)
         times.append(time.perf_counter() - begin)
@@ -126,11 +126,11 @@ def test_model(benchmark, record, name):
         run(model)
         run(model)
     benchmark.pedantic(run, args=(fused,), setup=before, rounds=15 if GPU else 7)
-    for way, seconds in (("unfused", times), ("fused", benchmark.stats.stats.data)):
+    for variant, seconds in (("unfused", times), ("fused", benchmark.stats.stats.data)):
         record(
-            f"model/{name}/{way}",
+            f"model/{name}/{variant}",
             model=name,
-            way=way,
+            way=variant,
             rows=ROWS,
             dtype="bfloat16" if GPU else "float32",
             transformers=transformers.__version__,

@@ -1,7 +1,7 @@
-"""Every op at the workload's sizes beside its definition, torch.compile, torch's attention by backend, other libraries.
+"""Every op at the workload's sizes, beside its definition, torch.compile, torch's SDPA by backend and other libraries.
 
-A case is timed only after its output and gradients were compared with float64 in the same process; one that is further
-off than rounding explains fails and leaves no record.
+A case is timed only after its output and gradients were compared with float64 in the same process. A case that is
+further off than rounding explains fails and leaves no record.
 """
 
 from __future__ import annotations
@@ -9,34 +9,36 @@ from __future__ import annotations
 import pytest
 import torch
 
-from measuring import GPU, floors, make_call, on_device, quartiles, reason_to_skip, rounds_of, verify
-from registry import Case, cases
-from sclkern.tools.bench.workload import WORKLOAD, Rates, floor
-from tracing import peak_bytes, trace
-from ways import UnableError
+from benchmarks.harness.implementations import UnsupportedError
+from benchmarks.harness.op_cases import Case, cases
+from benchmarks.harness.profiler_trace import peak_bytes, record_trace
+from benchmarks.harness.timing import cost_of, make_call, on_device, quartiles, reason_to_skip, rounds_of
+from benchmarks.harness.verification import GPU, verify
+from sclkern.tools.bench.roofline import MachineSpec, lower_bound
 
-# Of wall time for each case.
+# Wall time for each case.
 SECONDS = 0.3
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, id=str(case), marks=pytest.mark.importance(case.importance)) for case in cases(GPU)]
+    "case", [pytest.param(case, id=str(case), marks=pytest.mark.priority(case.priority)) for case in cases(GPU)]
 )
-def test_op(benchmark, record, machine, case):
+def test_op(benchmark, record, rates, case):
     reason = reason_to_skip(case)
     if reason:
         pytest.skip(reason)
     try:
-        measure(benchmark, record, machine, case)
-    except UnableError as error:
+        measure(benchmark, record, rates, case)
+    except UnsupportedError as error:
         pytest.skip(str(error))
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
-        pytest.skip(f"{case.way.name}: out of memory for {case.op} {case.size.name}")
+        pytest.skip(f"{case.implementation.name}: out of memory for {case.op} {case.size.name}")
 
 
-def measure(benchmark, record, machine: dict, case: Case) -> None:
-    benchmark.group = " ".join((case.op, case.size.name, str(case.dtype).removeprefix("torch."), case.part))
+def measure(benchmark, record, rates: dict, case: Case) -> None:
+    dtype = str(case.dtype).removeprefix("torch.")
+    benchmark.group = " ".join((case.op, case.size.name, dtype, case.pass_))
     checked = verify(case)
     device = on_device(case) if GPU else {}
     call, _ = make_call(case)
@@ -50,31 +52,32 @@ def measure(benchmark, record, machine: dict, case: Case) -> None:
     benchmark.pedantic(run, rounds=rounds, iterations=iterations)
     host = quartiles(benchmark.stats.stats.data)
     if not GPU:
-        device = {"peak_bytes": peak_bytes(trace(call))}
-    dtype = str(case.dtype).removeprefix("torch.")
-    rates = Rates(machine["copy_bytes_per_second"], machine["matrix_flops_per_second"].get(dtype, float("inf")))
-    least = floor(WORKLOAD[case.op].cost(case.size.values, torch.finfo(case.dtype).bits // 8), case.part, rates)
+        device = {"peak_bytes": peak_bytes(record_trace(call))}
+    cost, machine = cost_of(case), MachineSpec.measured(rates, dtype)
+    least_bytes, least_flops = cost.of(case.pass_)
+    least_seconds = lower_bound(cost, case.pass_, machine)
     seconds = device["device_quartiles"][1] if GPU else host[1]
     values = {
         "op": case.op,
         "size": case.size.name,
         "values": case.size.values,
         "dtype": dtype,
-        "pass": case.part,
-        "way": case.way.name,
-        "importance": case.importance,
+        "pass": case.pass_,
+        "way": case.implementation.name,
+        "importance": case.priority,
         "seconds": seconds,
         "host_quartiles": host,
-        "floor_seconds": least,
-        "roofline_fraction": least / seconds,
-        "dropout_p": case.size.dropout_p if case.way.dropout else 0.0,
-        "copy_bytes_per_second": rates.bandwidth,
-        "matrix_flops_per_second": rates.matrix,
-        **floors(case),
+        "floor_seconds": least_seconds,
+        "roofline_fraction": least_seconds / seconds,
+        "dropout_p": case.size.dropout_p if case.implementation.dropout else 0.0,
+        "copy_bytes_per_second": machine.bandwidth,
+        "matrix_flops_per_second": machine.matrix,
+        "bytes": least_bytes,
+        "flops": least_flops,
         **checked,
         **device,
     }
-    if case.way.without:
-        values["without"] = case.way.without
+    if case.implementation.without:
+        values["without"] = case.implementation.without
     benchmark.extra_info.update(roofline_fraction=values["roofline_fraction"])
     record(f"op/{case}", **values)

@@ -1,5 +1,6 @@
-"""``benchmarks/gpu.py`` with stages of small files in place of the GPU's."""
+"""``benchmarks/gpu`` with stages of small files in place of the GPU's."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
-from benchmarks.gpu_plugin import LOG
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import runner
+from benchmarks.gpu.plugin import LOG
+from benchmarks.gpu.stages import Stage, files_that_use_a_gpu, stages
 
-ROOT = Path(gpu.__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TESTS = """
 import pytest
 
@@ -37,15 +40,15 @@ def stage(tmp_path):
         file.write_text(source)
         alone = ["-c", str(tmp_path / "pytest.ini"), "--rootdir", str(tmp_path), str(file)]
         (tmp_path / "pytest.ini").write_text("[pytest]\n")
-        return gpu.Stage(name, name, alone, 1, **options)
+        return Stage(name, name, alone, 1, **options)
 
     return make
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu.records, "RESULTS", tmp_path / "results")
-    return gpu.Run(tmp_path / "out", "abc1234", 60)
+    monkeypatch.setattr(runner.records, "RESULTS", tmp_path / "results")
+    return runner.Run(tmp_path / "out", "abc1234", 60)
 
 
 def rows(file):
@@ -53,7 +56,7 @@ def rows(file):
 
 
 def test_an_outcome_is_recorded_and_told_in_few_lines(run, stage, capsys):
-    assert gpu.execute([stage()], run) == 1
+    assert runner.execute([stage()], run) == 1
     row, summary = rows(run.records)
     assert (row["passed"], row["failed"], row["skipped"], row["finished"]) == (1, 2, 1, True)
     assert list(row["failures"].values()) == ["AssertionError: n is 1", "AssertionError: n is 2"]
@@ -72,7 +75,7 @@ def test_what_ends_the_budget_loses_nothing(run, stage):
     row = run.run(stage(slow), 6)
     assert row["problem"] == "cut off after 6 s" and not row["finished"] and row["passed"] == 1
     assert rows(run.records) == [row]
-    assert rows(run.each)[0]["test"].endswith("test_first")
+    assert rows(run.test_log)[0]["test"].endswith("test_first")
 
 
 def test_what_is_interrupted_is_recorded_and_leaves_no_process(run, stage, monkeypatch):
@@ -100,16 +103,16 @@ def test_without_time_a_stage_is_not_begun(run, stage):
 def test_stages_share_what_is_left(run, stage, monkeypatch):
     given = []
     monkeypatch.setattr(run, "run", lambda stage, seconds: given.append(seconds) or {"stage": "", "finished": True})
-    stages = [gpu.Stage("a", "a", [], 1, most=2), gpu.Stage("b", "b", [], 1), gpu.Stage("c", "c", [], 3)]
-    assert gpu.execute(stages, run) == 0
+    selected = [Stage("a", "a", [], 1, max_seconds=2), Stage("b", "b", [], 1), Stage("c", "c", [], 3)]
+    assert runner.execute(selected, run) == 0
     assert given[0] == 2 and given[1] == pytest.approx(15, abs=1) and given[2] == pytest.approx(60, abs=1)
 
 
 def test_finished_stages_are_left_out_on_resuming(run, stage, monkeypatch):
     run.run(stage(name="whole"), 60)
     run.run(stage(name="cut"), 1)
-    assert gpu.Run(run.folder.parent, "abc1234", 60).finished() == {"whole"}
-    assert gpu.Run(run.folder.parent, "fffffff", 60).finished() == set()
+    assert runner.Run(run.folder.parent, "abc1234", 60).finished() == {"whole"}
+    assert runner.Run(run.folder.parent, "fffffff", 60).finished() == set()
 
 
 def test_a_file_that_cannot_be_imported_is_a_failure(run, stage):
@@ -126,41 +129,57 @@ def test_a_missing_tool_is_told(run, stage):
 def test_errors_of_the_sanitizer_are_counted(run, stage):
     source = "def test_prints(capfd):\n    with capfd.disabled(): print('========= ERROR SUMMARY: 3 errors')\n"
     row = run.run(stage(source), 60)
-    assert row["sanitizer_errors"] == 3 and "3 errors of memory" in gpu.describe(row)
+    assert row["sanitizer_errors"] == 3 and "3 memory errors" in runner.describe(row)
 
 
 def test_failures_fill_no_more_than_a_few_lines():
     failures = {f"tests/test_{i}.py::test_x[{n}]": "E" * 400 for i in range(30) for n in range(9)}
-    told = gpu.describe({"stage": "s", "failed": 270, "failures": failures, "seconds": 1.0}).splitlines()
-    assert len(told) == 2 + gpu.SHOWN and max(map(len, told)) <= 200
+    told = runner.describe({"stage": "s", "failed": 270, "failures": failures, "seconds": 1.0}).splitlines()
+    assert len(told) == 2 + runner.MAX_SHOWN and max(map(len, told)) <= 200
     assert told[-1] == "  and 18 more functions"
 
 
 def test_a_failure_stays_one_whatever_follows():
     lines = [{"test": "t", "outcome": outcome, "seconds": 1, "reason": outcome} for outcome in ("failed", "skipped")]
-    assert gpu.summarise([json.dumps(line) for line in lines])["failed"] == 1
+    assert runner.summarise([json.dumps(line) for line in lines])["failed"] == 1
 
 
 def test_stages_name_files_that_exist():
-    for stage in gpu.stages():
+    for stage in stages():
+        if stage.module:
+            assert importlib.util.find_spec(stage.arguments[0]), stage.name
+            continue
         named = [word for word in stage.arguments if "/" in word]
         assert named and all((ROOT / word).exists() for word in named), stage.name
-    everywhere = {word for stage in gpu.stages() for word in stage.arguments}
+    everywhere = {word for stage in stages() for word in stage.arguments}
     for file in (ROOT / "tests" / "gpu").glob("test_*.py"):
         assert f"tests/gpu/{file.name}" in everywhere
 
 
 def test_files_that_run_kernels_are_chosen():
-    chosen = {str(Path(file).relative_to(ROOT)) for file in gpu.files_that_use_a_gpu()}
+    chosen = {str(Path(file).relative_to(ROOT)) for file in files_that_use_a_gpu()}
     assert {"tests/ops", "tests/nn", "tests/step/test_synchronisation.py"} <= chosen
     assert not {"tests/test_cli.py", "tests/gpu/test_smoke.py", "tests/ops/test_attention.py"} & chosen
 
 
+def test_a_stage_may_be_a_module(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    file = tmp_path / "stage_module.py"
+    file.write_text("import sys; print(sys.argv[1:]); sys.exit(int(len(sys.argv) != 5))")
+    row = run.run(Stage("tune", "tune", ["stage_module"], 1, module=True), 50)
+    assert row["finished"] and "problem" not in row
+    assert f"['--budget', '45', '--results', '{run.output}']" in run.log.read_text()
+    file.write_text("raise ValueError('no rates')")
+    row = run.run(Stage("tune", "tune", ["stage_module"], 1, module=True), 50)
+    assert not row["finished"] and row["problem"] == "ValueError: no rates"
+
+
 def test_options():
-    assert "sanitizer" not in gpu.parse([]).groups and "smoke" in gpu.parse([]).groups
-    assert gpu.parse(["--only", "smoke,sanitizer"]).groups == ["smoke", "sanitizer"]
+    assert not {"sanitizer", "tune", "training"} & set(command.parse([]).groups)
+    assert "smoke" in command.parse([]).groups and command.parse(["--only", "tune"]).groups == ["tune"]
+    assert command.parse(["--only", "smoke,sanitizer"]).groups == ["smoke", "sanitizer"]
     with pytest.raises(SystemExit):
-        gpu.parse(["--only", "everything"])
+        command.parse(["--only", "everything"])
 
 
 # As where a GPU machine's packages are missing.
@@ -184,7 +203,7 @@ def run_without(tmp_path, *arguments):
     each = tmp_path / "each.log"
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     environment = {**os.environ, "PYTHONPATH": path, LOG: str(each), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    plugins = ["-p", "benchmarks.gpu_plugin", "-p", "pytest_benchmark.plugin", "-p", "no:cacheprovider"]
+    plugins = ["-p", "benchmarks.gpu.plugin", "-p", "pytest_benchmark.plugin", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", "-q", *plugins, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]

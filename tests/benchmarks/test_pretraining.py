@@ -1,4 +1,4 @@
-"""The pre-training of ``benchmarks/pretraining.py``, with the smallest model and few steps on a CPU."""
+"""The pre-training of ``benchmarks/training/pretraining.py``, with the smallest model and few steps on a CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import matplotlib.image
 import pytest
 import torch
 
-from benchmarks import pretraining, trainings
+from benchmarks.training import pretraining, separate_process
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.errors import UserError
 from sclkern.training.config import PretrainConfig, RunConfig
@@ -29,8 +29,8 @@ def here(monkeypatch):
         started.append(overrides)
         folder.mkdir()
         with contextlib.suppress(UserError):
-            trainings.train(overrides, str(folder))
-        return trainings.left_in(folder)
+            separate_process.train(overrides, str(folder))
+        return separate_process.left_in(folder)
 
     monkeypatch.setattr(pretraining, "run_apart", run)
     return started
@@ -119,7 +119,7 @@ def test_a_training_cut_off_leaves_its_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(BaseProcess, "join", join)
     options = pretraining.parse([*FEW, "--steps", "100000"])
     given = {**pretraining.common(options, tmp_path / "tokenizer"), "run.log_every": 1}
-    rows, outcome = trainings.run_apart(pretraining.arguments(given), folder, 7)
+    rows, outcome = separate_process.run_apart(pretraining.arguments(given), folder, 7)
     assert waited == [7] and 3 <= len(rows) < 100000
     assert outcome["problem"] == "cut off after 7 s" and outcome["peak_bytes"] > 0
 
@@ -171,7 +171,7 @@ def test_wrong_options(wrong):
 
 def test_an_unknown_preset_is_one_line(tmp_path, capsys):
     assert pretraining.main(["--preset", "giant", "--output", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith("benchmarks.pretraining: error: preset: got 'giant'")
+    assert capsys.readouterr().err.startswith("benchmarks.training.pretraining: error: preset: got 'giant'")
 
 
 def test_nothing_to_draw_is_one_line(tmp_path, capsys):

@@ -20,13 +20,14 @@ from sclkern.ops.dispatch import interpreted
 if interpreted():
     pytest.skip("an interpreted kernel is not launched", allow_module_level=True)
 
-import measuring
-from benchmarks import candidates, gpu, launches, tune
+from benchmarks import candidates, launches, tune
 from benchmarks.candidates import Candidate
+from benchmarks.harness import timing, verification
 from sclkern.errors import UserError
 from sclkern.kernels import attention, attention_backward, completion_loss
 from sclkern.tools.bench import records
-from sclkern.tools.bench.workload import PLANNED, Size
+from sclkern.tools.bench.roofline import H200
+from sclkern.tools.specs import Size
 from sclkern.tools.static.compilation import longest_loop
 
 ROOT = Path(__file__).parents[2]
@@ -93,14 +94,11 @@ def test_an_error_inside_puts_everything_back():
 
 
 INTERPRETED = """
-import sys
-
-sys.path.append("benchmarks")
-import measuring
 from benchmarks.candidates import Candidate
+from benchmarks.harness import verification
+from benchmarks.harness.op_cases import IMPLEMENTATIONS, Case
 from benchmarks.launches import replaced
-from registry import ENTRIES, Case
-from sclkern.tools.bench.workload import Size
+from sclkern.tools.specs import Size
 from sclkern.kernels import bias_gelu
 import torch
 
@@ -113,11 +111,11 @@ class Caught:
 
 bias_gelu.bias_gelu_backward_kernel = Caught()
 size = Size("5", {"T": 5}, 1)
-case = Case("bias_gelu", size, torch.float32, ENTRIES["bias_gelu"].ways[0], "backward")
+case = Case("bias_gelu", size, torch.float32, IMPLEMENTATIONS["bias_gelu"][0], "backward")
 for values in ({}, {"BLOCK_ROWS": 2, "BLOCK_COLUMNS": 1024}):
     with replaced(Candidate("bias_gelu", size, "backward", "bias_gelu", values)):
-        measuring._verify.cache_clear()
-        assert measuring.verify(case)["error"] < 1e-6
+        verification.clear_caches()
+        assert verification.verify(case)["error"] < 1e-6
 print(grids)
 """
 
@@ -184,11 +182,11 @@ def measured(monkeypatch, tmp_path):
     def verify(case):
         if times[0] == "wrong":
             times.pop(0)
-            raise measuring.WrongResultError("out is off by 1.0")
+            raise verification.WrongResultError("out is off by 1.0")
         return {"error": 1e-3, "eager_error": 1e-3, "checked_at": case.size.name}
 
-    monkeypatch.setattr(measuring, "verify", verify)
-    monkeypatch.setattr(measuring, "on_device", device)
+    monkeypatch.setattr(verification, "verify", verify)
+    monkeypatch.setattr(timing, "on_device", device)
     times = []
 
     def run(group, outcomes, lost=False, done=None, seconds=60.0):
@@ -197,7 +195,7 @@ def measured(monkeypatch, tmp_path):
         def record(case, **values):
             records.append(case, results=tmp_path, **values)
 
-        tune.tune([group], time.monotonic() + seconds, "now", PLANNED, {}, done or {}, record, lambda: lost)
+        tune.tune([group], time.monotonic() + seconds, "now", H200, {}, done or {}, record, lambda: lost)
         return records.read([tmp_path]) if any(tmp_path.iterdir()) else []
 
     return run
@@ -260,8 +258,8 @@ def device(measured, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(records, "device_name", lambda: "gpu")
     monkeypatch.setattr(tune, "context_is_lost", lambda: False)
-    monkeypatch.setattr(measuring, "verify", lambda case: {"error": 0.0})
-    monkeypatch.setattr(measuring, "on_device", lambda case: {"device_quartiles": [1e-3] * 3})
+    monkeypatch.setattr(verification, "verify", lambda case: {"error": 0.0})
+    monkeypatch.setattr(timing, "on_device", lambda case: {"device_quartiles": [1e-3] * 3})
     rates = {"copy_bytes_per_second": 4e12, "matrix_flops_per_second": {"bfloat16": 8e14}}
     monkeypatch.setattr(tune.roofline, "measure", lambda: rates)
     monkeypatch.setattr(os, "execv", lambda program, command: commands.append(command))
@@ -285,7 +283,7 @@ def test_after_a_lost_context_the_run_goes_on_in_another_process(device, tmp_pat
     def broken(case):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(measuring, "on_device", broken)
+    monkeypatch.setattr(timing, "on_device", broken)
     monkeypatch.setattr(tune, "context_is_lost", lambda: True)
     tune.main(["--budget", "60", "--op", "mask_text", "--results", str(tmp_path)])
     (row,) = (row for row in records.read([device[0]]) if row["case"].startswith("tune/"))
@@ -316,20 +314,6 @@ def test_the_longest_loop_is_counted():
     text = "".join(f"        /*{16 * place:04x}*/                   {line} ;\n" for place, line in enumerate(lines))
     assert longest_loop(text) == 3
     assert longest_loop(text.replace("BRA 0x10", "BRA 0x40")) == 0
-
-
-def test_a_stage_of_the_gpu_runner_is_a_script(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu.records, "RESULTS", tmp_path / "results")
-    file = tmp_path / "script.py"
-    file.write_text("import sys; print(sys.argv[1:]); sys.exit(int(len(sys.argv) != 5))")
-    run = gpu.Run(tmp_path / "out", "abc1234", 60)
-    row = run.run(gpu.Stage("tune", "tune", [str(file)], 1, script=True), 50)
-    assert row["finished"] and "problem" not in row
-    assert f"['--budget', '45', '--results', '{run.output}']" in run.log.read_text()
-    file.write_text("raise ValueError('no rates')")
-    row = run.run(gpu.Stage("tune", "tune", [str(file)], 1, script=True), 50)
-    assert not row["finished"] and row["problem"] == "ValueError: no rates"
-    assert "tune" not in gpu.parse([]).groups and gpu.parse(["--only", "tune"]).groups == ["tune"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is measured")

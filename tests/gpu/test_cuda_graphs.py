@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from gpu_model import make
 
+from gpu_model import make
 from op_testing import SHAPES, cast, inputs_at, small_inputs
 from sclkern import ops
 from sclkern.step import draw_masks, run_step

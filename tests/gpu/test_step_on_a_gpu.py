@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_model import make
 
+from gpu_model import make
 from sclkern.step import StepConfig, draw_masks, run_step
 from sclkern.tools.parity import run_parity
 

@@ -1,4 +1,4 @@
-"""Figures of records, as PNG, machine by machine; each only where there are records for it."""
+"""Plots of records as PNG files, machine by machine; a plot without records is left out."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from sclkern.tools.bench.report import (
     GROUPS,
     OURS,
+    Record,
+    bounded_by_roofline,
     grouped_phases,
-    judged,
     memory_rows,
     op_rows,
     seconds_text,
@@ -25,8 +28,12 @@ from sclkern.tools.bench.report import (
 )
 
 
-def write_plots(rows: list[dict], folder: Path) -> list[Path]:
-    """Write what the records allow into ``folder``: time against size, share of the roofline, the step, loss memory.
+def write_plots(rows: list[Record], folder: Path) -> list[Path]:
+    """Plot time against size, the share of the roofline, the step's phases and the memory of the contrastive loss.
+
+    Args:
+        rows: of ``sclkern.tools.bench.records.read``.
+        folder: where the files go; it is made.
 
     Returns:
         The files, named ``<device>-times.png``, ``-roofline.png``, ``-step.png`` and ``-loss-memory.png``. Their
@@ -34,44 +41,45 @@ def write_plots(rows: list[dict], folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for device, found in sorted(_machines(rows).items()):
+    for device, records in sorted(_machines(rows).items()):
         for name, draw in (("times", _times), ("roofline", _roofline), ("step", _step), ("loss-memory", _loss_memory)):
-            figure = draw(found)
+            figure = draw(records)
             if figure is None:
                 continue
-            figure.suptitle(f"{device}, commit {', '.join(sorted({row['commit'] for row in found}))}", fontsize=9)
+            figure.suptitle(f"{device}, commit {', '.join(sorted({row['commit'] for row in records}))}", fontsize=9)
             files.append(folder / f"{device}-{name}.png")
-            figure.savefig(files[-1], dpi=80, metadata={"Comment": digest(found)})
+            figure.savefig(files[-1], dpi=80, metadata={"Comment": digest(records)})
             plt.close(figure)
     return files
 
 
-def digests(rows: list[dict]) -> dict[str, str]:
-    """What the comment of a machine's pictures must be, by machine."""
-    return {device: digest(found) for device, found in _machines(rows).items()}
+def digests(rows: list[Record]) -> dict[str, str]:
+    """The comment that the plots of each machine must have."""
+    return {device: digest(records) for device, records in _machines(rows).items()}
 
 
-def digest(rows: list[dict]) -> str:
+def digest(rows: list[Record]) -> str:
+    """A hash of the records in any order."""
     ordered = sorted(json.dumps(row, sort_keys=True) for row in rows)
     return hashlib.sha256("\n".join(ordered).encode()).hexdigest()
 
 
-def _machines(rows: list[dict]) -> dict[str, list[dict]]:
-    machines: dict[str, list[dict]] = defaultdict(list)
+def _machines(rows: list[Record]) -> dict[str, list[Record]]:
+    machines: dict[str, list[Record]] = defaultdict(list)
     for row in rows:
         if row["case"].startswith(("op/", "step/")):
             machines[row["device"]].append(row)
     return machines
 
 
-def _times(rows: list[dict]):
-    """A panel for each op: milliseconds over sizes that are numbers, else how many times ours the others take."""
-    found = op_rows(rows)
-    panels: dict[tuple, dict[str, dict]] = defaultdict(dict)
-    for (op, size, dtype, part), ways in found.items():
-        # The longest pass there is.
-        if OURS in ways and (part == "both" or (op, size, dtype, "both") not in found):
-            panels[op, dtype][size] = ways
+def _times(rows: list[Record]) -> Figure | None:
+    """A panel an op: milliseconds over sizes that are numbers, otherwise the baselines' multiples of our time."""
+    by_key = op_rows(rows)
+    panels: dict[tuple[str, str], dict[str, dict[str, Record]]] = defaultdict(dict)
+    for (op, size, dtype, pass_), records in by_key.items():
+        # Forward and backward together where both exist.
+        if OURS in records and (pass_ == "both" or (op, size, dtype, "both") not in by_key):
+            panels[op, dtype][size] = records
     if not panels:
         return None
     across = min(3, len(panels))
@@ -86,37 +94,37 @@ def _times(rows: list[dict]):
     return figure
 
 
-def _names(sizes: dict[str, dict]) -> list[str]:
-    return list(dict.fromkeys(way for ways in sizes.values() for way in ways))
+def _implementations(sizes: dict[str, dict[str, Record]]) -> list[str]:
+    return list(dict.fromkeys(name for records in sizes.values() for name in records))
 
 
-def _lines(axis, sizes: dict[str, dict]) -> None:
-    for way in _names(sizes):
-        points = sorted((int(size), ways[way]["seconds"] * 1e3) for size, ways in sizes.items() if way in ways)
-        axis.plot(*zip(*points, strict=True), marker="o", linewidth=2 if way == OURS else 1, label=way)
+def _lines(axis: Axes, sizes: dict[str, dict[str, Record]]) -> None:
+    for name in _implementations(sizes):
+        points = sorted((int(size), rows[name]["seconds"] * 1e3) for size, rows in sizes.items() if name in rows)
+        axis.plot(*zip(*points, strict=True), marker="o", linewidth=2 if name == OURS else 1, label=name)
     axis.set(xscale="log", yscale="log", xlabel="N", ylabel="ms")
     axis.set_xticks([int(size) for size in sizes], list(sizes))
     axis.set_xticks([], minor=True)
 
 
-def _bars(axis, sizes: dict[str, dict]) -> None:
-    names = _names(sizes)
-    for number, way in enumerate(names):
-        pairs = [(place, ways) for place, ways in enumerate(sizes.values()) if way in ways]
-        heights = [ways[way]["seconds"] / ways[OURS]["seconds"] for _, ways in pairs]
-        axis.bar([place + 0.8 * number / len(names) for place, _ in pairs], heights, 0.8 / len(names), label=way)
-    labels = [f"{size}\n{seconds_text(ways[OURS]['seconds'])}" for size, ways in sizes.items()]
-    axis.set_xticks([place + 0.4 * (1 - 1 / len(names)) for place in range(len(sizes))], labels)
+def _bars(axis: Axes, sizes: dict[str, dict[str, Record]]) -> None:
+    names = _implementations(sizes)
+    for number, name in enumerate(names):
+        groups = [(group, rows) for group, rows in enumerate(sizes.values()) if name in rows]
+        heights = [rows[name]["seconds"] / rows[OURS]["seconds"] for _, rows in groups]
+        axis.bar([group + 0.8 * number / len(names) for group, _ in groups], heights, 0.8 / len(names), label=name)
+    labels = [f"{size}\n{seconds_text(rows[OURS]['seconds'])}" for size, rows in sizes.items()]
+    axis.set_xticks([group + 0.4 * (1 - 1 / len(names)) for group in range(len(sizes))], labels)
     axis.axhline(1, color="black", linewidth=0.5)
     axis.set(ylabel=f"time / that of {OURS}")
 
 
-def _roofline(rows: list[dict]):
-    """Bars: the share of what the machine allows that ours reaches."""
+def _roofline(rows: list[Record]) -> Figure | None:
+    """Bars: the share of the roofline that sclkern reaches."""
     bars = [
-        (" ".join(key), ways[OURS]["roofline_fraction"])
-        for key, ways in op_rows(rows).items()
-        if OURS in ways and judged(key[0])
+        (" ".join(key), records[OURS]["roofline_fraction"])
+        for key, records in op_rows(rows).items()
+        if OURS in records and bounded_by_roofline(key[0])
     ]
     if not bars:
         return None
@@ -129,8 +137,8 @@ def _roofline(rows: list[dict]):
     return figure
 
 
-def _step(rows: list[dict]):
-    """Bars: seconds of a pair in the whole training step, cut into its phases."""
+def _step(rows: list[Record]) -> Figure | None:
+    """Bars: seconds of a pair in the whole training step, divided into its phases."""
     steps = step_rows(rows)
     if not steps:
         return None
@@ -141,15 +149,15 @@ def _step(rows: list[dict]):
         widths = [grouped_phases(row)[group] / row["rows"] for row in steps]
         axis.barh(names, widths, left=left, label=group)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    for place, row in enumerate(steps):
+    for bar, row in enumerate(steps):
         axis.text(
             row["median_seconds"] / row["rows"],
-            place,
+            bar,
             f" {seconds_text(row['median_seconds'] / row['rows'])}, {row['pairs_per_second']:.3g} pairs/s",
             va="center",
             fontsize=8,
         )
-    # Room for what is written beside the longest.
+    # Room for the text beside the longest bar.
     axis.set_xlim(0, 1.3 * max(row["median_seconds"] / row["rows"] for row in steps))
     axis.invert_yaxis()
     axis.set(xlabel="seconds of a pair, forward and backward")
@@ -157,20 +165,20 @@ def _step(rows: list[dict]):
     return figure
 
 
-def _loss_memory(rows: list[dict]):
+def _loss_memory(rows: list[Record]) -> Figure | None:
     """Lines: peak memory of the contrastive loss beside its inputs, over N."""
-    found = memory_rows(rows)
-    if not found:
+    losses = memory_rows(rows)
+    if not losses:
         return None
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    lines: dict[str, list[dict]] = defaultdict(list)
-    for row in found:
+    lines: dict[str, list[Record]] = defaultdict(list)
+    for row in losses:
         lines[f"{row['way']}, {row['dtype']}"].append(row)
     for name, records in lines.items():
         axis.plot([r["values"]["N"] for r in records], [r["peak_bytes"] / 1e6 for r in records], marker="o", label=name)
     axis.set(xscale="log", yscale="log", xlabel="N", ylabel="MB beside the inputs")
-    rows_of = sorted({row["values"]["N"] for row in found})
-    axis.set_xticks(rows_of, list(map(str, rows_of)))
+    numbers = sorted({row["values"]["N"] for row in losses})
+    axis.set_xticks(numbers, list(map(str, numbers)))
     axis.set_xticks([], minor=True)
     axis.legend(fontsize=7)
     return figure

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ import sclkern
 from sclkern.errors import UserError
 
 SOURCE = Path(sclkern.__file__).resolve().parents[1]
-# Of the source tree, for an installed package that in which it is used.
+# In the source tree; for an installed package, in the working directory.
 RESULTS = (SOURCE if (SOURCE / "benchmarks").is_dir() else Path()) / "benchmarks" / "results"
 
 
@@ -31,9 +32,9 @@ def device_name() -> str:
 
 @cache
 def commit() -> str:
-    """The short hash, with "-dirty" where anything but the records differs from it; "unknown" outside a git checkout.
+    """The short hash of the checkout, with "-dirty" where a file other than a record differs; "unknown" outside git.
 
-    ``SCLKERN_COMMIT`` tells it where a copy of the tree has no history.
+    The environment variable ``SCLKERN_COMMIT`` names it for a copy of the tree without history.
     """
     if "SCLKERN_COMMIT" in os.environ:
         return os.environ["SCLKERN_COMMIT"]
@@ -50,13 +51,13 @@ def commit() -> str:
 
 
 @cache
-def environment() -> dict:
-    """What a figure depends on beside the code: versions, device, driver, clocks in MHz, threads, processor."""
+def environment() -> dict[str, Any]:
+    """What a figure depends on besides the code: versions, device, driver, clocks in MHz, threads, processor."""
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = None
-    found = {
+    details = {
         "device": device_name(),
         "commit": commit(),
         "sclkern": sclkern.__version__,
@@ -68,9 +69,9 @@ def environment() -> dict:
         "processors": os.cpu_count(),
     }
     if torch.cuda.is_available():
-        found |= {"device_name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-        found |= {"cudnn": torch.backends.cudnn.version(), **_driver()}
-    return found
+        details |= {"device_name": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        details |= {"cudnn": torch.backends.cudnn.version(), **_driver()}
+    return details
 
 
 def _processor() -> str:
@@ -83,7 +84,7 @@ def _processor() -> str:
     )
 
 
-def _driver() -> dict:
+def _driver() -> dict[str, str]:
     fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "--id=0"]
     try:
@@ -93,12 +94,16 @@ def _driver() -> dict:
     return dict(zip(fields, (value.strip() for value in done.stdout.split(",")), strict=False))
 
 
-def append(case: str, *, results: Path = RESULTS, **values) -> Path:
-    """Append a record to ``results/<device>/<date>-<commit>.jsonl`` and return that file.
+def append(case: str, *, results: Path = RESULTS, **values: Any) -> Path:
+    """Append a record to ``results/<device>/<date>-<commit>.jsonl``.
 
     Args:
-        case: what was measured, such as "op/bias_gelu/64x325/both/bfloat16/sclkern".
-        values: figures and what they depend on, as JSON takes them; seconds, bytes and bytes or operations per second.
+        case: what was measured, such as "op/bias_gelu/64x325/bfloat16/both/sclkern".
+        results: folder of the records.
+        **values: JSON values: figures in seconds, bytes, and bytes or FLOPs per second, and what they depend on.
+
+    Returns:
+        The file.
     """
     folder = Path(results) / device_name()
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,22 +116,28 @@ def append(case: str, *, results: Path = RESULTS, **values) -> Path:
     return file
 
 
-def read(files: Iterable[Path | str]) -> list[dict]:
-    """The records of files, and of every .jsonl below folders; of each case and machine the newest alone.
+def read(files: Iterable[Path | str]) -> list[dict[str, Any]]:
+    """Read records; only the newest record of a case on a machine is returned.
+
+    Args:
+        files: files of records, and folders of which every .jsonl is read. A last line without its end is a write that
+            was cut off, and is skipped.
+
+    Returns:
+        Records as JSON, with the name of their "file".
 
     Raises:
-        UserError: a file does not exist, or a line is not a record. A last line without its end is a write that was cut
-            off, and is left out.
+        UserError: a file does not exist, or a line is not a record.
     """
-    newest: dict[tuple, dict] = {}
-    found = []
+    newest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    paths: list[Path] = []
     for path in map(Path, files):
         if not path.exists():
             raise UserError(f"{path} does not exist, expected a file of records or a folder of them")
-        # "-each" is a log of single tests (benchmarks/gpu.py).
+        # "-each" is a log of single tests (benchmarks/gpu/runner.py).
         inside = sorted(file for file in path.rglob("*.jsonl") if not file.stem.endswith("-each"))
-        found += inside if path.is_dir() else [path]
-    for file in found:
+        paths += inside if path.is_dir() else [path]
+    for file in paths:
         lines = file.read_text().split("\n")
         for number, line in enumerate(lines, 1):
             if not line:
@@ -138,7 +149,7 @@ def read(files: Iterable[Path | str]) -> list[dict]:
                 if number == len(lines):
                     continue
                 raise UserError(f"{file}:{number}: not a record: {error}") from error
-            # Names of files begin with their date.
+            # File names start with a date.
             row = {"file": file.name, **row}
             older = newest.get(key)
             if older is None or _age(older) <= _age(row):
@@ -146,5 +157,5 @@ def read(files: Iterable[Path | str]) -> list[dict]:
     return list(newest.values())
 
 
-def _age(row: dict) -> str:
+def _age(row: dict[str, Any]) -> str:
     return row.get("time", row["file"][:10])

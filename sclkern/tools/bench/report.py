@@ -1,28 +1,42 @@
-"""Markdown tables of records, and the part of a document that must be what the records say."""
+"""Markdown tables of records, and the section of a document that must equal them."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from sclkern.errors import UserError
-from sclkern.tools.bench.workload import PASSES, WORKLOAD
+from sclkern.tools.specs import PASSES, SPECS
 
-# The words between "begin" and "-->" choose the tables, all of them if there are none.
+# A record as JSON: "case", "device", and figures by name.
+Record = dict[str, Any]
+
+# The words between "begin" and "-->" choose the tables; without words, all tables.
 BEGIN = re.compile(r"<!-- sclkern bench report: begin((?: [a-z]+)*) -->")
 END = "<!-- sclkern bench report: end -->"
-TABLES = ("step", "models", "training", "ops", "memory")
 OURS = "sclkern"
-# What a picture of the step shows as one: all layers of the fusion encoder, all losses, and what is no phase.
+# Op, size, dtype and pass of a record.
+Key = tuple[str, str, str, str]
+# The step's phases as plots show them: the fusion encoder's layers together, the losses together, the rest as "other".
 GROUPS = ("image encoder", "text encoder", "fusion", "losses", "backward", "other")
 
 
-def report(rows: list[dict], tables: tuple[str, ...] = TABLES) -> str:
-    """Tables of the records of ``sclkern.tools.bench.records.read``, machine by machine."""
-    machines: dict[str, list[dict]] = defaultdict(list)
-    cases = {"step": "step/", "models": "model/", "training": "training/", "ops": "op/", "memory": "op/"}
-    wanted = (*(cases[table] for table in tables), *(["roofline"] if "ops" in tables else []))
+def report(rows: list[Record], tables: tuple[str, ...] | None = None) -> str:
+    """Tables of records, machine by machine.
+
+    Args:
+        rows: of ``sclkern.tools.bench.records.read``.
+        tables: names in ``TABLES``; all without.
+
+    Returns:
+        Markdown, or "No records.".
+    """
+    tables = tables or TABLES
+    machines: dict[str, list[Record]] = defaultdict(list)
+    wanted = (*(_TABLES[table][0] for table in tables), *(["roofline"] if "ops" in tables else []))
     for row in rows:
         if row["case"].startswith(wanted):
             machines[row["device"]].append(row)
@@ -30,37 +44,30 @@ def report(rows: list[dict], tables: tuple[str, ...] = TABLES) -> str:
     return "\n\n".join(parts) if parts else "No records."
 
 
-def _machine(device: str, rows: list[dict], tables: tuple[str, ...]) -> str:
+def _machine(device: str, rows: list[Record], tables: tuple[str, ...]) -> str:
     measured = [row for row in rows if row["case"] != "roofline"]
     commits = sorted({row["commit"] for row in measured or rows})
     versions = sorted({f"{name} {row[name]}" for row in rows for name in ("torch", "triton") if row.get(name)})
-    about = [_described(rows), ", ".join(versions), f"commit {', '.join(commits)}"]
-    parts = [f"**{device}** ({'; '.join(text for text in about if text)})"]
+    details = [_described(rows), ", ".join(versions), f"commit {', '.join(commits)}"]
+    parts = [f"**{device}** ({'; '.join(text for text in details if text)})"]
     roofline = next((row for row in rows if row["case"] == "roofline"), None)
     if roofline:
         rates = ", ".join(f"{t} {r / 1e12:.3g} TFLOP/s" for t, r in roofline["matrix_flops_per_second"].items())
         parts.append(f"Measured rates: copy {roofline['copy_bytes_per_second'] / 1e9:.3g} GB/s; matrix {rates}.")
-    made = {
-        "step": _step_table,
-        "models": _models_table,
-        "training": _training_table,
-        "ops": op_table,
-        "memory": memory_table,
-    }
-    shown = [table for name in tables if (table := made[name](rows))]
-    # A record of something else, such as the comparison of encodings, shows nothing.
+    shown = [table for name in tables if (table := _TABLES[name][1](rows))]
+    # Other records, such as the comparison of encodings, have no table.
     return "\n\n".join([*parts, *shown]) if shown or roofline else ""
 
 
-def _described(rows: list[dict]) -> str:
-    """The machine as the records name it: a GPU with its driver, a processor with the threads that were used."""
-    found = set()
+def _described(rows: list[Record]) -> str:
+    """The machine as its records name it: a GPU with its driver, or a processor with the threads that were used."""
+    names = set()
     for row in rows:
         if row.get("device_name"):
-            found.add(f"{row['device_name']}, driver {row.get('driver_version', 'unknown')}, CUDA {row.get('cuda')}")
+            names.add(f"{row['device_name']}, driver {row.get('driver_version', 'unknown')}, CUDA {row.get('cuda')}")
         elif row.get("processor"):
-            found.add(f"{row['processor']}, {row['threads']} threads")
-    return " / ".join(sorted(found))
+            names.add(f"{row['processor']}, {row['threads']} threads")
+    return " / ".join(sorted(names))
 
 
 def seconds_text(seconds: float) -> str:
@@ -74,33 +81,35 @@ def three_digits(number: float) -> str:
     return f"{float(f'{number:.3g}'):g}"
 
 
-def op_rows(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
-    """The records of ops by (op, size, dtype, pass), in the workload's order, and in it by way."""
-    sizes = list(dict.fromkeys((op, size.name) for op, work in WORKLOAD.items() for size in (*work.gpu, *work.cpu)))
-    found: dict[tuple, dict[str, dict]] = defaultdict(dict)
+def op_rows(rows: list[Record]) -> dict[Key, dict[str, Record]]:
+    """The records of ops by (op, size, dtype, pass), each by implementation, in the order of ``SPECS``."""
+    sizes = list(
+        dict.fromkeys((op, size.name) for op, spec in SPECS.items() for size in (*spec.sizes, *spec.cpu_sizes))
+    )
+    by_key: dict[Key, dict[str, Record]] = defaultdict(dict)
     for row in rows:
         if row["case"].startswith("op/"):
-            found[row["op"], row["size"], row["dtype"], row["pass"]][row["way"]] = row
+            by_key[row["op"], row["size"], row["dtype"], row["pass"]][row["way"]] = row
 
-    def place(key: tuple) -> tuple:
-        op, size, dtype, part = key
-        known = sizes.index((op, size)) if (op, size) in sizes else len(sizes)
-        # A size of a GPU may be one of a CPU too: those of an op stay together, and numbers in their order.
+    def position(key: Key) -> tuple[int, int, str, int]:
+        op, size, dtype, pass_ = key
+        listed = sizes.index((op, size)) if (op, size) in sizes else len(sizes)
+        # GPU and CPU may share a size: an op's sizes stay together, and numbers in their order.
         first = next((i for i, (other, _) in enumerate(sizes) if other == op), len(sizes))
-        return (first, int(size) if size.isdigit() else known, dtype, PASSES.index(part))
+        return first, int(size) if size.isdigit() else listed, dtype, PASSES.index(pass_)
 
-    return {key: found[key] for key in sorted(found, key=place)}
+    return {key: by_key[key] for key in sorted(by_key, key=position)}
 
 
-def op_table(rows: list[dict]) -> str:
-    """Ours, its share of the roofline, and every other with how many times ours it takes; "" without records."""
+def op_table(rows: list[Record]) -> str:
+    """Time of sclkern, its share of the roofline, and the baselines with their multiple of it; "" without records."""
     lines = []
-    for (op, size, dtype, part), ways in op_rows(rows).items():
-        ours = ways.get(OURS)
-        others = ", ".join(_other(row, ours) for way, row in ways.items() if way != OURS)
+    for (op, size, dtype, pass_), records in op_rows(rows).items():
+        ours = records.get(OURS)
+        others = ", ".join(_baseline(row, ours) for name, row in records.items() if name != OURS)
         time = seconds_text(ours["seconds"]) if ours else ""
-        share = f"{ours['roofline_fraction']:.0%}" if ours and judged(op) else ""
-        lines.append(f"| {op} | {size} | {dtype} | {part} | {time} | {share} | {others} |")
+        share = f"{ours['roofline_fraction']:.0%}" if ours and bounded_by_roofline(op) else ""
+        lines.append(f"| {op} | {size} | {dtype} | {pass_} | {time} | {share} | {others} |")
     if not lines:
         return ""
     head = (
@@ -109,7 +118,7 @@ def op_table(rows: list[dict]) -> str:
     return "\n".join([head, *lines])
 
 
-def _other(row: dict, ours: dict | None) -> str:
+def _baseline(row: Record, ours: Record | None) -> str:
     notes = [f"{row['seconds'] / ours['seconds']:.2f}x"] if ours else []
     if ours and row["dropout_p"] != ours["dropout_p"]:
         notes.append("no dropout")
@@ -118,21 +127,21 @@ def _other(row: dict, ours: dict | None) -> str:
     return f"{row['way']} {seconds_text(row['seconds'])}" + (f" ({', '.join(notes)})" if notes else "")
 
 
-def step_rows(rows: list[dict]) -> list[dict]:
+def step_rows(rows: list[Record]) -> list[Record]:
     """The records of whole steps, by batch and name."""
     return sorted((r for r in rows if r["case"].startswith("step/")), key=lambda row: (row["rows"], row["case"]))
 
 
-def grouped_phases(row: dict) -> dict[str, float]:
-    """Seconds of a step's record by ``GROUPS``: the shares of one step that was profiled, of the median."""
-    found = dict.fromkeys(GROUPS, 0.0)
+def grouped_phases(row: Record) -> dict[str, float]:
+    """Seconds of a step's record by ``GROUPS``: the median times the shares of one profiled step."""
+    seconds = dict.fromkeys(GROUPS, 0.0)
     for name, share in row.get("phases", {}).items():
         group = "losses" if name.startswith("loss ") else "fusion" if name.startswith("fusion") else name
-        found[group if group in found else "other"] += share * row["median_seconds"]
-    return found
+        seconds[group if group in seconds else "other"] += share * row["median_seconds"]
+    return seconds
 
 
-def _step_table(rows: list[dict]) -> str:
+def _step_table(rows: list[Record]) -> str:
     steps = step_rows(rows)
     if not steps:
         return ""
@@ -142,32 +151,32 @@ def _step_table(rows: list[dict]) -> str:
     ]
     for row in steps:
         name = row["case"].removeprefix("step/")
-        held = f"{row['activation_bytes'] / 1e9:.3g} GB" if "activation_bytes" in row else ""
-        values = seconds_text(row["median_seconds"]), f"{row['pairs_per_second']:.3g}", held
+        memory = f"{row['activation_bytes'] / 1e9:.3g} GB" if "activation_bytes" in row else ""
+        values = seconds_text(row["median_seconds"]), f"{row['pairs_per_second']:.3g}", memory
         lines.append(f"| {name} | {row['rows']} | {row['dtype']} | {' | '.join(values)} |")
     return "\n".join(lines)
 
 
-def _models_table(rows: list[dict]) -> str:
-    models: dict[tuple, dict[str, float]] = defaultdict(dict)
+def _models_table(rows: list[Record]) -> str:
+    models: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
     for row in rows:
         if row["case"].startswith("model/"):
             key = row["model"], row["layers"], row["rows"], row["dtype"]
             models[key][row["way"]] = row["median_seconds"]
-    found = {key: times for key, times in sorted(models.items()) if len(times) == 2}
-    if not found:
+    complete = {key: times for key, times in sorted(models.items()) if len(times) == 2}
+    if not complete:
         return ""
     lines = [
         "| model of transformers | layers | pairs | dtype | as it is | after `sclkern.fuse` | faster |",
         "|---|---|---|---|---|---|---|",
     ]
-    for key, times in found.items():
+    for key, times in complete.items():
         values = *key, *(seconds_text(times[way]) for way in ("unfused", "fused"))
         lines.append(f"| {' | '.join(map(str, values))} | {times['unfused'] / times['fused']:.2f}x |")
     return "\n".join(lines)
 
 
-def _training_table(rows: list[dict]) -> str:
+def _training_table(rows: list[Record]) -> str:
     runs = [r for r in rows if r["case"].startswith("training/") and "pairs_per_second" in r]
     if not runs:
         return ""
@@ -178,56 +187,80 @@ def _training_table(rows: list[dict]) -> str:
     for row in sorted(runs, key=lambda row: row["case"]):
         share = f"{row['mfu']:.1%}" if "mfu" in row else ""
         memory = f"{row['peak_bytes'] / 1e9:.3g} GB" if "peak_bytes" in row else ""
-        values = row["steps"], row["batch_size"], row["precision"], three_digits(row["pairs_per_second"]), share
-        values += f"{row['data_wait_share']:.1%}", memory, f"{row['curve'][0][1]:.2f} to {row['curve'][-1][1]:.2f}"
+        values = [row["steps"], row["batch_size"], row["precision"], three_digits(row["pairs_per_second"]), share]
+        values += [f"{row['data_wait_share']:.1%}", memory]
+        values += [f"{row['curve'][0][1]:.2f} to {row['curve'][-1][1]:.2f}"]
         lines.append(f"| {row['case'].removeprefix('training/')} | {' | '.join(map(str, values))} |")
     return "\n".join(lines)
 
 
-def judged(op: str) -> bool:
-    """Whether bytes and operations bound the op: a draw of a few kilobytes is bound by its launch."""
-    return op not in WORKLOAD or WORKLOAD[op].gradient
+def bounded_by_roofline(op: str) -> bool:
+    """Whether bytes and FLOPs bound the op: a draw of a few kilobytes is bound by its launch."""
+    return op not in SPECS or SPECS[op].differentiable
 
 
-def memory_rows(rows: list[dict]) -> list[dict]:
-    """The records of the contrastive loss that know their peak memory, forward with backward."""
-    found = [r for r in rows if r.get("op") == "completion_loss" and r.get("peak_bytes") and r["pass"] == "both"]
-    return sorted(found, key=lambda row: (row["dtype"], row["way"], row["values"]["N"]))
+def memory_rows(rows: list[Record]) -> list[Record]:
+    """The records of the contrastive loss with a peak of memory, forward with backward."""
+    losses = [r for r in rows if r.get("op") == "completion_loss" and r.get("peak_bytes") and r["pass"] == "both"]
+    return sorted(losses, key=lambda row: (row["dtype"], row["way"], row["values"]["N"]))
 
 
-def memory_table(rows: list[dict]) -> str:
-    found = memory_rows(rows)
-    if not found:
+def memory_table(rows: list[Record]) -> str:
+    """Peak memory of the contrastive loss beside its inputs; "" without records."""
+    losses = memory_rows(rows)
+    if not losses:
         return ""
     lines = [
         "| contrastive loss, forward and backward | N | dtype | peak memory beside its inputs |",
         "|---|---|---|---|",
     ]
-    for row in found:
+    for row in losses:
         lines.append(f"| {row['way']} | {row['values']['N']} | {row['dtype']} | {row['peak_bytes'] / 1e6:.4g} MB |")
     return "\n".join(lines)
 
 
-def embed(document: str, rows: list[dict]) -> str:
-    """The document with the tables of the records between its two markers.
+# The prefix of the cases that a table shows, and what makes it.
+_TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
+    "step": ("step/", _step_table),
+    "models": ("model/", _models_table),
+    "training": ("training/", _training_table),
+    "ops": ("op/", op_table),
+    "memory": ("op/", memory_table),
+}
+TABLES = tuple(_TABLES)
+
+
+def embed(document: str, rows: list[Record]) -> str:
+    """Put the tables of records between the two markers of a document.
+
+    Args:
+        document: Markdown with one pair of markers.
+        rows: of ``sclkern.tools.bench.records.read``.
+
+    Returns:
+        The document with the tables.
 
     Raises:
-        UserError: it has not exactly one pair of markers, in their order, or names an unknown table.
+        UserError: the document has not exactly one pair of markers in their order, or names an unknown table.
     """
-    found = list(BEGIN.finditer(document))
-    if len(found) != 1 or document.count(END) != 1 or found[0].start() > document.index(END):
+    begins = list(BEGIN.finditer(document))
+    if len(begins) != 1 or document.count(END) != 1 or begins[0].start() > document.index(END):
         raise UserError(
             f"expected <!-- sclkern bench report: begin --> once and {END} once after it, around what the records say"
         )
-    tables = tuple(found[0][1].split()) or TABLES
+    tables = tuple(begins[0][1].split()) or TABLES
     if unknown := set(tables) - set(TABLES):
         raise UserError(f"got the tables {sorted(unknown)}, expected some of {', '.join(TABLES)}")
-    before, after = document[: found[0].end()], document.split(END)[1]
+    before, after = document[: begins[0].end()], document.split(END)[1]
     return f"{before}\n{report(rows, tables)}\n{END}{after}"
 
 
-def update(file: Path, rows: list[dict]) -> None:
-    """Write the tables of the records between the markers of a document.
+def update(file: Path, rows: list[Record]) -> None:
+    """Write the tables of records between the markers of a file.
+
+    Args:
+        file: a Markdown document with one pair of markers.
+        rows: of ``sclkern.tools.bench.records.read``.
 
     Raises:
         UserError: the file does not exist or lacks the markers.

@@ -24,9 +24,9 @@ FIGURE = re.compile(
 )
 
 
-def op_record(way: str, seconds: float, size: str = "1024", **changes) -> dict:
+def op_record(name: str, seconds: float, size: str = "1024", **changes) -> dict:
     values = {"op": "completion_loss", "size": size, "values": {"N": int(size)}, "dtype": "float32", "pass": "both"}
-    values |= {"way": way, "seconds": seconds, "floor_seconds": 1e-3, "roofline_fraction": 1e-3 / seconds}
+    values |= {"way": name, "seconds": seconds, "floor_seconds": 1e-3, "roofline_fraction": 1e-3 / seconds}
     return values | {"dropout_p": 0.0, "peak_bytes": None} | changes
 
 
@@ -63,8 +63,8 @@ def test_a_line_that_was_cut_off_is_left_out_and_a_broken_one_named(tmp_path):
 
 
 def test_the_table_compares_with_ours(tmp_path):
-    peer = op_record("cut-cross-entropy", 0.004, without=["bias"], dropout_p=0.1)
-    write(tmp_path, op_record("eager", 0.006), op_record("sclkern", 0.002), peer)
+    library = op_record("cut-cross-entropy", 0.004, without=["bias"], dropout_p=0.1)
+    write(tmp_path, op_record("eager", 0.006), op_record("sclkern", 0.002), library)
     table = report.report(records.read([tmp_path]))
     line = next(line for line in table.splitlines() if line.startswith("| completion_loss"))
     assert "| 2 ms | 50% |" in line
@@ -81,7 +81,7 @@ def test_times_have_three_digits_and_a_unit(seconds, text):
 
 
 def test_the_command_writes_tables_and_plots(tmp_path, capsys):
-    sizes = [op_record(way, 0.1 * n, str(n), peak_bytes=n**2) for way in ("sclkern", "eager") for n in (1024, 4096)]
+    sizes = [op_record(name, 0.1 * n, str(n), peak_bytes=n**2) for name in ("sclkern", "eager") for n in (1024, 4096)]
     write(tmp_path / "results", *sizes)
     phases = {"fusion": 0.1, "fusion layer 0": 0.1, "loss itm": 0.1, "backward": 0.6, "draw masks": 0.1}
     step = {"rows": 2, "dtype": "float32", "median_seconds": 1.5, "pairs_per_second": 1.3, "phases": phases}
@@ -175,7 +175,7 @@ def test_the_roofline_is_measured_and_recorded(tmp_path, capsys, monkeypatch):
     assert row["case"] == "roofline" and row["copy_bytes_per_second"] == 2e10
 
 
-def test_the_planned_floors_are_those_of_the_formulas():
+def test_the_planned_lower_bounds_are_those_of_the_formulas():
     # 64 * 325 rows of 768 in bfloat16, three tensors, at 4.3 TB/s.
     line = next(line for line in planned_table().splitlines() if line.startswith("| dropout_add_layer_norm | 64x325"))
     assert f"| {3 * 64 * 325 * 768 * 2 / 4.3e12 * 1e6:.3g} |" in line

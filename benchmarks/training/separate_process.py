@@ -21,7 +21,7 @@ from sclkern.training.config import load_config
 from sclkern.training.logs import read_metrics
 from sclkern.training.loop import Pretraining
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "pretrain_base.yaml"
 
 

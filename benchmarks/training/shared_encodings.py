@@ -1,7 +1,8 @@
 """Do shared encodings train worse? The demo with dropout, for each value of ``step.share_encodings`` and some seeds.
 
-Sharing is exact without dropout; with it, passes that share a text share the dropout of the text encoder. `python
-benchmarks/shared_encodings.py` trains (half an hour and more on two cores), appends the record and draws the picture.
+Sharing is exact without dropout; with dropout, passes that share a text share the mask of the text encoder.
+`python -m benchmarks.training.shared_encodings` trains (half an hour and more on two cores), appends the record and
+draws the plot.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from sclkern.tools.bench import records
 from sclkern.training.logs import read_metrics
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WAYS = {"all": "tab:blue", "images": "tab:green", "none": "tab:orange"}
 LAST = 50  # steps whose mean is compared
 

@@ -1,4 +1,4 @@
-"""Other libraries, each by an adapter of a few lines; what is not installed, or cannot, is skipped with its reason."""
+"""Other libraries, each behind an adapter of a few lines; cases that one cannot compute are skipped with the reason."""
 
 from __future__ import annotations
 
@@ -11,33 +11,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ways import DTYPES, UnableError, Way
+from benchmarks.harness.implementations import DTYPES, Implementation, UnsupportedError
 
 HALF = DTYPES[:2]
 
 
 def load(package: str, module: str, name: str, *arguments: str) -> Callable:
-    """The function ``name`` of ``module``, which takes these arguments by keyword.
+    """Find the function of a library that may not be installed.
+
+    Args:
+        package: name of the library in messages.
+        module: the module that holds the function.
+        name: the function.
+        *arguments: arguments that the function must take by keyword.
+
+    Returns:
+        The function.
 
     Raises:
-        UnableError: the library is not installed, does not import here, or has another interface.
+        UnsupportedError: the library is not installed, does not import here, or has another interface.
     """
     try:
         importlib.import_module(module.split(".")[0])
     except ImportError as error:
-        lacks = "" if error.name == module.split(".")[0] else f", its import fails: {error}"
-        raise UnableError(f"{package}: {'does not import' if lacks else 'not installed'}{lacks}") from None
+        absent = error.name == module.split(".")[0]
+        reason = "not installed" if absent else f"does not import, its import fails: {error}"
+        raise UnsupportedError(f"{package}: {reason}") from None
     # The package index's "apex" is an unrelated web toolkit.
     if package == "apex" and importlib.util.find_spec("apex.normalization") is None:
-        raise UnableError("apex: a library of this name is installed, but not NVIDIA's")
+        raise UnsupportedError("apex: a library of this name is installed, but not NVIDIA's")
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
-        raise UnableError(f"{package}: {module}.{name} cannot be had: {error}") from None
-    known = inspect.signature(function).parameters
-    lacking = [argument for argument in arguments if argument not in known]
-    if lacking:
-        raise UnableError(f"{package}: {name} has no argument {', '.join(lacking)} in the installed version")
+        raise UnsupportedError(f"{package}: {module}.{name} is missing: {error}") from None
+    parameters = inspect.signature(function).parameters
+    missing = [argument for argument in arguments if argument not in parameters]
+    if missing:
+        raise UnsupportedError(f"{package}: {name} has no argument {', '.join(missing)} in the installed version")
     return function
 
 
@@ -60,7 +70,7 @@ def _flash(package: str, module: str, has_dropout: bool) -> Callable:
         else:
             function = load(package, module, "flash_attn_func", *options)
             if inputs["key_padding_mask"] is not None:
-                raise UnableError(f"{package}: no key padding mask; see packed_attention")
+                raise UnsupportedError(f"{package}: no key padding mask; see packed_attention")
         out = function(*tensors, **options)
         # Versions 3 and 4 return the log-sum-exp as well.
         return out[0] if isinstance(out, tuple) else out
@@ -86,51 +96,51 @@ def _cce(inputs: dict, dropout_p: float, seed: Tensor | None) -> Tensor:
     return function(inputs["hidden"], inputs["weight"], inputs["labels"], filter_eps=None, impl="cce")
 
 
-def _total(inputs: dict, dropout_p: float) -> Tensor:
-    """What the layer norm of ``dropout_add_layer_norm`` normalises, for libraries that fuse the norm alone."""
+def _residual_sum(inputs: dict, dropout_p: float) -> Tensor:
+    """What ``dropout_add_layer_norm`` normalises, for libraries that fuse the LayerNorm only."""
     x = inputs["x"] + inputs["x_bias"].to(inputs["x"].dtype)
     return inputs["residual"] + F.dropout(x, dropout_p)
 
 
 def _liger_layer_norm(inputs: dict, dropout_p: float, seed: Tensor | None) -> Tensor:
     function = load("liger-kernel", "liger_kernel.transformers.functional", "liger_layer_norm", "X", "W", "B", "eps")
-    return function(_total(inputs, dropout_p), inputs["weight"], inputs["bias"], 1e-5)
+    return function(_residual_sum(inputs, dropout_p), inputs["weight"], inputs["bias"], 1e-5)
 
 
 def _apex_layer_norm(inputs: dict, dropout_p: float, seed: Tensor | None) -> Tensor:
     module, name = "apex.normalization.fused_layer_norm", "mixed_dtype_fused_layer_norm_affine"
     function = load("apex", module, name, "normalized_shape", "eps")
-    total = _total(inputs, dropout_p)
-    # In the dtype of its parameters.
+    total = _residual_sum(inputs, dropout_p)
+    # The output has the dtype of the parameters.
     weight, bias = (inputs[name].to(total.dtype) for name in ("weight", "bias"))
     return function(total, weight, bias, (total.shape[-1],), eps=1e-5)
 
 
 def _quack_layer_norm(inputs: dict, dropout_p: float, seed: Tensor | None) -> Tensor:
     function = load("quack", "quack.rmsnorm", "layernorm_fwd", "x", "weight", "bias", "eps")
-    return function(_total(inputs, dropout_p), inputs["weight"], inputs["bias"], eps=1e-5)
+    return function(_residual_sum(inputs, dropout_p), inputs["weight"], inputs["bias"], eps=1e-5)
 
 
-def _peer(package: str, run: Callable, **options) -> Way:
-    return Way(package.replace(" ", "-"), run, package=package, **options)
+def _baseline(package: str, run: Callable, **options) -> Implementation:
+    return Implementation(package.replace(" ", "-"), run, package=package, **options)
 
 
-_FLASH_WAYS = tuple(
-    _peer(package, _flash(package, module, dropout), dropout=dropout, dtypes=HALF)
+_FLASH_BASELINES = tuple(
+    _baseline(package, _flash(package, module, dropout), dropout=dropout, dtypes=HALF)
     for package, module, dropout in _FLASH
 )
-PEERS: dict[str, tuple[Way, ...]] = {
-    "attention": _FLASH_WAYS,
-    "packed_attention": _FLASH_WAYS,
-    # Its products are TF32 whatever comes.
-    "completion_loss": (_peer("inf-cl", _inf_cl, dtypes=HALF),),
+BASELINES: dict[str, tuple[Implementation, ...]] = {
+    "attention": _FLASH_BASELINES,
+    "packed_attention": _FLASH_BASELINES,
+    # Its products are TF32 for every dtype.
+    "completion_loss": (_baseline("inf-cl", _inf_cl, dtypes=HALF),),
     "linear_cross_entropy": (
-        _peer("liger-kernel", _liger_cross_entropy),
-        _peer("cut-cross-entropy", _cce, without=("bias",), dtypes=HALF),
+        _baseline("liger-kernel", _liger_cross_entropy),
+        _baseline("cut-cross-entropy", _cce, without=("bias",), dtypes=HALF),
     ),
     "dropout_add_layer_norm": (
-        _peer("liger-kernel", _liger_layer_norm),
-        _peer("apex", _apex_layer_norm),
-        _peer("quack", _quack_layer_norm, backward=False),
+        _baseline("liger-kernel", _liger_layer_norm),
+        _baseline("apex", _apex_layer_norm),
+        _baseline("quack", _quack_layer_norm, backward=False),
     ),
 }

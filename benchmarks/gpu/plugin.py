@@ -1,5 +1,7 @@
-"""What ``benchmarks/gpu.py`` adds to pytest: a line for each test as it ends, a new worker where a kernel's error has
-lost the CUDA context, and a stand-in for hypothesis where it is not installed (its tests are skipped, the others run).
+"""A pytest plugin of ``make gpu``.
+
+It logs a line for each test as it ends, ends a worker whose CUDA context was lost, so that a new one starts, and stands
+in for hypothesis where that is not installed: tests of drawn examples are skipped, the others run.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ LOG = "SCLKERN_EACH_TEST"
 
 
 class _Anything:
-    """Takes every call, attribute and operator: strategies and settings that no test will use."""
+    """Accepts every call, attribute and operator, in place of strategies and settings that no test uses."""
 
     def __getattr__(self, name: str) -> _Anything:
         if name.startswith("__"):
@@ -40,7 +42,7 @@ def _settings(*arguments, **options):
 
 
 def hypothesis_stand_in() -> dict[str, types.ModuleType]:
-    """Modules under which files that use hypothesis can be imported, and their tests of drawn examples are skipped."""
+    """Modules by name in place of hypothesis: files that use it can be imported, their drawn tests are skipped."""
     module, strategies = types.ModuleType("hypothesis"), types.ModuleType("hypothesis.strategies")
     module.given = lambda *arguments, **options: pytest.mark.skip(reason="hypothesis is not installed")
     module.settings = _settings
@@ -50,13 +52,13 @@ def hypothesis_stand_in() -> dict[str, types.ModuleType]:
     module.HealthCheck = _Anything()
     strategies.__getattr__ = _Anything().__getattr__
     module.strategies = strategies
-    made = {"hypothesis": module, "hypothesis.strategies": strategies}
-    for name, stand_in in made.items():
+    modules = {"hypothesis": module, "hypothesis.strategies": strategies}
+    for name, stand_in in modules.items():
         stand_in.__spec__ = ModuleSpec(name, None)  # torch.compile asks for it
-    return made
+    return modules
 
 
-# At once: conftest.py imports hypothesis.
+# While the plugin is imported: conftest.py imports hypothesis afterwards.
 if importlib.util.find_spec("hypothesis") is None:
     sys.modules.update(hypothesis_stand_in())
 
@@ -77,7 +79,7 @@ def _write(row: dict) -> None:
 
 
 class _EachTest:
-    """In the process that prints: one line for each test and for each file that cannot be collected."""
+    """Logs one line for each test and for each file that cannot be collected; in pytest's main process only."""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.outcome == "passed":
@@ -122,6 +124,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None):
 
 
 def context_is_lost() -> bool:
+    """Whether the CUDA context fails every call."""
     import torch
 
     if not torch.cuda.is_initialized():

@@ -1,15 +1,16 @@
-"""Pre-training, whole: the script's loop as users get it ("fused"; with CUDA graphs "graphs") beside the published
-structure by eager ops ("eager"), in bfloat16 from random weights on the embedded pictures, with the same seed, data and
-number of steps.
+"""Whole pre-training runs: the script's loop as users get it, beside the published structure with eager ops.
 
-`python -m benchmarks.pretraining` records of each way the pairs a second, the share of the machine's arithmetic, the
-wait for data, the peak memory and the loss curve. Before that each takes a few steps without dropout in float32, where
-its losses must be those of "eager": else it is not timed. `--draw FILE.png` draws the curves of the records and trains
+The variants are "fused", "graphs" (the same with CUDA graphs) and "eager". They train in bfloat16 from random weights
+on the embedded images, with the same seed, data and number of steps.
+
+`python -m benchmarks.training.pretraining` records pairs a second, share of the machine's peak, wait for data, peak
+memory and loss curve of each variant. Before that, each variant takes a few steps without dropout in float32, where its
+losses must equal those of "eager"; otherwise it is not timed. `--draw FILE.png` draws the recorded curves and trains
 nothing.
 
-The embedded pictures are small (64 x 64) and enlarged for the model, their captions are not COCO's: rates of decoding
-say nothing about other data. A GPU may still work while the host waits for data, so that the share of the wait is an
-upper bound of what the GPU waits.
+The embedded images are small (64 x 64) and enlarged for the model, and their captions are not COCO's: rates of decoding
+say nothing about other data. A GPU may still work while the host waits for data: the share of the wait is an upper
+bound of the time the GPU waits.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.trainings import CONFIG, ROOT, decoding_processes, run_apart, stand_in_tokenizer
+from benchmarks.training.separate_process import CONFIG, ROOT, decoding_processes, run_apart, stand_in_tokenizer
 from sclkern import SCLConfig
 from sclkern.data import demo_root
 from sclkern.errors import UserError
@@ -282,7 +283,7 @@ def main(given: list[str] | None = None) -> int:
             return 0
         return measure(options)
     except UserError as error:
-        print(f"benchmarks.pretraining: error: {error}", file=sys.stderr)
+        print(f"benchmarks.training.pretraining: error: {error}", file=sys.stderr)
         return 2
 
 

@@ -1,4 +1,4 @@
-"""What a profiler sees of one call: its peak of memory on a CPU, its phases."""
+"""What a profiler records of one call: its peak of memory on a CPU, its phases, its launches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from sclkern.profiling import phase, phase_spans, phase_table, ranges
 
 
-def trace(call: Callable[[], object]) -> dict:
+def record_trace(call: Callable[[], object]) -> dict:
     """The Chrome trace of one call, with phases, allocations on a CPU, and the work of a GPU where there is one."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
@@ -29,23 +29,25 @@ def trace(call: Callable[[], object]) -> dict:
         return json.loads(file.read_text())
 
 
-def peak_bytes(found: dict) -> int:
-    """What a traced call had allocated on the CPU at its peak, beside what was there before it."""
-    events = [event for event in found["traceEvents"] if event.get("name") == "[memory]"]
+def peak_bytes(trace: dict) -> int:
+    """Bytes that a traced call had allocated on the CPU at its peak."""
+    events = [event for event in trace["traceEvents"] if event.get("name") == "[memory]"]
     events = sorted((e for e in events if e["args"]["Device Type"] == 0), key=lambda event: event["ts"])
     return max(itertools.accumulate((event["args"]["Bytes"] for event in events), initial=0))
 
 
-def shares(found: dict) -> dict[str, float]:
-    """The share of each phase in a traced call: of the device's time where it has one, else of the host's."""
-    rows = phase_table(phase_spans(found))
+def shares(trace: dict) -> dict[str, float]:
+    """Each phase's share of a traced call: of the device time where there is one, otherwise of the host time."""
+    rows = phase_table(phase_spans(trace))
     return {row["phase"]: row["share"] if row["device_share"] is None else row["device_share"] for row in rows}
 
 
-def device_counts(found: dict) -> dict[str, int]:
-    """``launches``, the calls of the host that put work on the device, and ``kernels``, what ran there, copies too: a
-    graph is one launch of many kernels."""
-    events = [event for event in found["traceEvents"] if event.get("ph") == "X"]
+def device_counts(trace: dict) -> dict[str, int]:
+    """``launches``, host calls that put work on the device, and ``kernels``, what ran there, copies included.
+
+    A CUDA graph is one launch of many kernels.
+    """
+    events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
     host = [event for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver")]
     device = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     started = [event for event in host if any(word in event["name"] for word in ("Launch", "Memcpy", "Memset"))]

@@ -1,0 +1,1 @@
+"""Benchmarks of sclkern; see benchmarks/README.md."""

@@ -1,0 +1,58 @@
+"""On a GPU: the tests that need one, then the benchmarks by priority, within a budget of seconds.
+
+`make gpu BUDGET=540`, or `python -m benchmarks.gpu --budget 540 [--only GROUPS] [--resume]`, with the groups of
+`benchmarks/gpu/stages.py`. Needs torch, transformers, timm, pytest and pytest-benchmark. pytest-xdist (several
+processes, a new one after a lost CUDA context), pytest-timeout and hypothesis are used where they are installed.
+
+Files go to --output, by default the folder in the variable OUT, otherwise `benchmarks/results`. In it, `<device>/` gets
+the records of the benchmarks, `<date>-<commit>-tests.jsonl` with a record of each stage, `...-each.log` with a line of
+JSON for each test, both written as they end, and `...-gpu.log` with all that pytest printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu.runner import Run, commit, execute
+from benchmarks.gpu.stages import ONLY_BY_NAME, stages
+from sclkern.tools.bench import records
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    groups = list(dict.fromkeys(stage.group for stage in stages()))
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--budget", type=float, default=540, help="seconds for all stages (default 540)")
+    parser.add_argument(
+        "--only", help=f"groups, by commas: {', '.join(groups)} (default: all except {', '.join(ONLY_BY_NAME)})"
+    )
+    parser.add_argument("--resume", action="store_true", help="leave out stages already recorded for this commit")
+    parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT") or records.RESULTS), help="folder")
+    options = parser.parse_args(arguments)
+    options.groups = options.only.split(",") if options.only else [g for g in groups if g not in ONLY_BY_NAME]
+    if unknown := set(options.groups) - set(groups):
+        parser.error(f"--only: got {sorted(unknown)}, expected some of {', '.join(groups)}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if not torch.cuda.is_available():
+        print("torch sees no CUDA device; `make test` runs what needs none")
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running stage is ended and recorded
+    run = Run(options.output, commit(), options.budget)
+    done = run.finished() if options.resume else set()
+    return execute([s for s in stages() if s.group in options.groups and s.name not in done], run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

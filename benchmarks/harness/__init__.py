@@ -1,0 +1,1 @@
+"""What the benchmark cases share: cases of ops, the check against float64, timing, profiler traces."""
