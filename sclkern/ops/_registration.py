@@ -259,6 +259,7 @@ def _autograd(
 def _unconverted(op: str, module: Any, *tensors: Tensor) -> Choice:
     from sclkern.ops.dispatch import choose
 
+    tensors = tuple(tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.is_floating_point())
     if not tensors:
         raise ValueError("tensors: got none, expected the inputs of the op")
     if op == "cross_attention":

@@ -1,9 +1,10 @@
-"""What this machine has, and which backend each op takes on it; needs nothing but torch."""
+"""What this machine has, and which backend each op takes on it. Requires torch only."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 import platform
 from importlib import metadata
@@ -13,34 +14,25 @@ from typing import Any
 import torch
 
 from sclkern import __version__, ops
+from sclkern.tools.specs import SPECS
 
 PACKAGES = ("triton", "transformers", "timm", "torchvision", "numpy")
-# Import name, and what must be in it: on PyPI, "apex" is another package than NVIDIA's.
+# Name -> module that must import. PyPI's "apex" is not NVIDIA's, and has no such module.
 OPTIONAL = {"flash-attn": "flash_attn", "apex": "apex.normalization", "nvtx": "nvtx", "liger-kernel": "liger_kernel"}
-VARIABLES = ("SCLKERN_BACKEND", "SCLKERN_DEBUG", "TRITON_INTERPRET", "TRITON_CACHE_DIR")
-NETWORK = {
-    "9p",
-    "afs",
-    "beegfs",
-    "ceph",
-    "cifs",
-    "glusterfs",
-    "gpfs",
-    "lustre",
-    "nfs",
-    "nfs4",
-    "panfs",
-    "smb3",
-    "wekafs",
-}
+VARIABLES = (
+    "SCLKERN_BACKEND", "SCLKERN_DEBUG", "SCLKERN_LOG", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "GOMP_SPINCOUNT",
+)  # fmt: skip
+# File systems that are on a network.
+NETWORK = (
+    "9p", "afs", "beegfs", "ceph", "cifs", "gcsfuse", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "panfs", "s3fs",
+    "smb3", "sshfs", "wekafs",
+)  # fmt: skip
 MOUNTS = Path("/proc/mounts")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Rows, heads and channels that every op has a kernel for.
-EXAMPLE = (2, 3, 4, 64)
 
 
 def examine() -> dict[str, Any]:
-    """Everything that ``sclkern doctor`` tells, as plain types."""
+    """Collect everything that ``sclkern doctor`` shows, as plain types."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
         "sclkern": __version__,
@@ -52,35 +44,43 @@ def examine() -> dict[str, Any]:
         "environment": {name: os.environ.get(name) for name in VARIABLES},
         "devices": [_device(index) for index in range(torch.cuda.device_count())] if device == "cuda" else [],
         "triton_cache": _cache(),
-        "ops": {op: {_name(dtype): _backend(op, dtype, device) for dtype in DTYPES} for op in ops.OPS},
+        "ops": {op: {_name(dtype): _choice(op, dtype, device) for dtype in DTYPES} for op in ops.OPS},
     }
 
 
-def format_report(found: dict[str, Any]) -> str:
-    lines = [f"sclkern {found['sclkern']}, Python {found['python']}, torch {found['torch']}"]
-    lines[0] += f", CUDA {found['cuda']}" if found["cuda"] else ", without CUDA"
-    lines.append(_listed("packages", found["packages"], "not installed"))
+def format_report(findings: dict[str, Any]) -> str:
+    """Format the findings as text.
+
+    Args:
+        findings: from ``examine``.
+
+    Returns:
+        A line for each group of findings and for each op.
+    """
+    lines = [f"sclkern {findings['sclkern']}, Python {findings['python']}, torch {findings['torch']}"]
+    lines[0] += f", CUDA {findings['cuda']}" if findings["cuda"] else ", without CUDA"
+    lines.append(_listed("packages", findings["packages"], "not installed"))
     lines.append(
-        _listed("optional", {name: "yes" if there else None for name, there in found["optional"].items()}, "no")
+        _listed("optional", {name: "yes" if present else None for name, present in findings["optional"].items()}, "no")
     )
-    lines.append(_listed("environment", found["environment"], "not set"))
+    lines.append(_listed("environment", findings["environment"], "not set"))
     lines += [
         f"device {d['index']}: {d['name']}, compute capability {d['capability']}, {d['memory_gib']} GiB"
-        for d in found["devices"]
+        for d in findings["devices"]
     ] or ["devices: torch sees no GPU"]
-    cache = found["triton_cache"]
+    cache = findings["triton_cache"]
     lines.append(f"Triton's cache: {cache['path']} ({cache['file_system'] or 'unknown file system'})")
     if cache["network"]:
         lines.append("  on a network: set TRITON_CACHE_DIR to a local folder, or every process waits for it")
     lines.append("ops on this machine:")
-    width = max(map(len, found["ops"]))
-    for op, answers in found["ops"].items():
-        # Most often one answer serves all types.
-        by_answer: dict[str, list[str]] = {}
-        for dtype, answer in answers.items():
-            by_answer.setdefault(answer, []).append(dtype)
-        for answer, dtypes in by_answer.items():
-            lines.append(f"  {op:<{width}}  {', '.join(dtypes)}: {answer}")
+    width = max(map(len, findings["ops"]))
+    for op, choices in findings["ops"].items():
+        # Most often, one line is true of all dtypes.
+        by_choice: dict[str, list[str]] = {}
+        for dtype, choice in choices.items():
+            by_choice.setdefault(choice, []).append(dtype)
+        for choice, dtypes in by_choice.items():
+            lines.append(f"  {op:<{width}}  {', '.join(dtypes)}: {choice}")
     return "\n".join(lines)
 
 
@@ -105,7 +105,7 @@ def _present(place: str) -> bool:
         if not attribute:
             return importlib.util.find_spec(package) is not None
         importlib.import_module(place)
-    except Exception:  # a broken or foreign package may raise anything when it is imported
+    except Exception:  # importing a broken or unrelated package may raise anything
         return False
     return True
 
@@ -121,28 +121,34 @@ def _device(index: int) -> dict[str, Any]:
 
 
 def _cache() -> dict[str, Any]:
-    """Triton's cache folder, found as Triton finds it, and the file system below it where the kernel lists them."""
+    """Triton's cache folder, as Triton finds it, and its file system where the operating system lists them."""
     home = Path(os.environ.get("TRITON_HOME") or Path.home())
     path = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache").resolve()
     kind = None
     if MOUNTS.exists():
         mounts = [line.split()[1:3] for line in MOUNTS.read_text().splitlines()]
-        # The last of the deepest: a later mount hides an earlier one at the same place.
-        below = [
+        # The last of the deepest: a later mount hides an earlier one on the same folder.
+        around = [
             (len(Path(place).parts), order, fs)
             for order, (place, fs) in enumerate(mounts)
             if path.is_relative_to(place)
         ]
-        kind = max(below)[2] if below else None
+        kind = max(around)[2] if around else None
     return {"path": str(path), "file_system": kind, "network": kind is not None and _is_network(kind)}
 
 
 def _is_network(file_system: str) -> bool:
-    return file_system.removeprefix("fuse.") in NETWORK | {"sshfs", "s3fs", "gcsfuse"}
+    return file_system.removeprefix("fuse.") in NETWORK
 
 
-def _backend(op: str, dtype: torch.dtype, device: str) -> str:
+def _choice(op: str, dtype: torch.dtype, device: str) -> str:
+    """The path of a small call of ``op``, and why, as text."""
+    inputs = SPECS[op].small_inputs(6, device)
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            inputs[name] = value.to(dtype)
+    call = inspect.signature(ops.OPS[op]).bind(**inputs)
     try:
-        return str(ops.explain(op, torch.zeros(EXAMPLE, dtype=dtype, device=device)))
-    except ValueError as error:  # the environment asks for what cannot run
+        return str(ops.explain(op, *call.args, **call.kwargs))
+    except ValueError as error:  # the environment requests a backend that cannot run
         return f"error: {error}"

@@ -38,7 +38,7 @@ def test_the_text_tells_each_op_and_why(capsys):
     assert "devices: torch sees no GPU" in lines
     for op in ops.OPS:
         (line,) = [line for line in lines if line.startswith(f"  {op} ")]
-        assert line.endswith("float32, float16, bfloat16: eager: tensors on cpu, kernels need a GPU")
+        assert "float32, float16, bfloat16: eager: tensors on cpu, kernels need a GPU" in line
 
 
 def test_devices_are_listed(monkeypatch):
@@ -48,7 +48,7 @@ def test_devices_are_listed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
-    monkeypatch.setattr(doctor, "_backend", lambda op, dtype, device: f"triton: tensors on {device}")
+    monkeypatch.setattr(doctor, "_choice", lambda op, dtype, device: f"triton: tensors on {device}")
     text = doctor.format_report(doctor.examine())
     assert "device 0: H200, compute capability 9.0, 140.0 GiB" in text and "triton: tensors on cuda" in text
 

@@ -22,8 +22,9 @@ from tiny_run import overrides
 
 ROOT = Path(__file__).parents[2]
 LAYERS = ["fusion layer 0", "fusion layer 1"]
-# A single process talks to no other.
-OF_A_STEP = [*(name for name in profiling.PHASES if name != "communication"), *LAYERS]
+LOSSES = [f"loss {name}" for name in ("itc", "itm", "mlm", "mvsc", "mlsc", "mltc")]
+# A single process communicates with no other.
+OF_A_STEP = [*(name for name in profiling.PHASES if name != "communication"), *LAYERS, *LOSSES]
 # The recipe with every loss.
 OPTIONS = {"objectives__recipe": "glscl", "model__patch_mask_token": "true", "run__device": "cpu"}
 
@@ -309,6 +310,7 @@ def test_a_tool_for_gpus_is_not_started_on_a_cpu(tool, tmp_path, capfd, monkeypa
         (["--steps", "0"], "--steps: got 0, expected 1 or more"),
         (["--warmup", "-1"], "--warmup: got -1, expected 0 or more"),
         (["--phase", "fusion layer 2"], "--phase: got 'fusion layer 2', expected one of step, data wait"),
+        (["--phase", "loss mltc"], "--phase: got 'loss mltc', expected one of step"),
         (["data.root=/nowhere"], "/nowhere"),
     ],
 )
@@ -323,7 +325,7 @@ def test_the_default_is_the_demo():
 
 def test_the_page_names_every_phase_and_its_code_runs(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "profiling.md").read_text()
-    assert all(f"`{name}`" in page for name in [*profiling.PHASES, *LAYERS])
+    assert all(f"`{name}`" in page for name in [*profiling.PHASES, *LAYERS, *LOSSES])
     monkeypatch.chdir(tmp_path)
     exec(re.search(r"```python\n(.*?)```", page, re.S).group(1), {})
     rows = profiling.phase_table(profiling.phase_spans(json.loads(Path("trace.json").read_text())))

@@ -24,7 +24,7 @@ import torch
 from sclkern import __version__
 from sclkern.errors import UserError
 from sclkern.profiling import DOMAIN, PHASES, format_table, phase, phase_spans, phase_table, ranges
-from sclkern.tools.profile.picture import draw_profile
+from sclkern.tools.profile.plot import plot_profile
 from sclkern.training.config import PretrainConfig
 from sclkern.training.logs import RunLog
 from sclkern.training.loop import Pretraining
@@ -67,14 +67,15 @@ def record_steps(config: PretrainConfig, *, steps: int, warmup: int, output: str
 
     Args:
         config: of the run; its ``run.output_dir`` and intervals of logging, saving and validation are not used.
-        steps, warmup: how many are recorded, and how many are taken before.
+        steps: steps to record.
+        warmup: steps to take before.
         output: folder to write.
 
     Returns:
         The contents of ``phases.json``: machine, versions, configuration in short, and the table by phase.
 
     Raises:
-        UserError: no steps, or the run cannot start (see ``Pretraining``).
+        UserError: a count is too small, or the run cannot start (see ``Pretraining``).
     """
     _check_counts(steps, warmup)
     output = Path(output)
@@ -86,12 +87,13 @@ def record_steps(config: PretrainConfig, *, steps: int, warmup: int, output: str
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         recorder = torch.profiler.profile(activities=activities, acc_events=True)
         run.take_steps(steps, warmup, recorder)
-        described = _describe(run, steps, warmup)
+        parameters = sum(parameter.numel() for parameter in run.model.parameters())
+        described = {**_describe(config, run.device, parameters), "steps": steps, "warmup": warmup}
     trace = output / "trace.json"
     recorder.export_chrome_trace(str(trace))
     spans = phase_spans(json.loads(trace.read_text()))
     rows = phase_table(spans)
-    found = {
+    profile = {
         **described,
         "load_average_before": round(load, 2),
         "step_seconds": [span["seconds"] for span in spans if span["phase"] == "step"],
@@ -99,44 +101,60 @@ def record_steps(config: PretrainConfig, *, steps: int, warmup: int, output: str
         "range_seconds_off": _seconds_when_off(),
         "phases": rows,
     }
-    (output / "phases.json").write_text(json.dumps(found, indent=1) + "\n")
+    (output / "phases.json").write_text(json.dumps(profile, indent=1) + "\n")
     (output / "phases.txt").write_text(format_table(rows) + "\n")
-    draw_profile(spans, rows, output / "profile.png")
-    return found
+    plot_profile(spans, rows, output / "profile.png")
+    return profile
 
 
 def mark_steps(config: PretrainConfig, *, steps: int, warmup: int) -> None:
     """Take the steps between cudaProfilerStart and cudaProfilerStop, with NVTX ranges, for nsys or ncu to record.
 
+    Args:
+        config: as in ``record_steps``.
+        steps: steps to record.
+        warmup: steps to take before.
+
     Raises:
         UserError: as ``record_steps``.
     """
     _check_counts(steps, warmup)
-    # In a thread of autograd's own, the backward would be outside of the NVTX ranges, which are a thread's.
+    # NVTX ranges belong to a thread: a backward in a thread of autograd would lie outside them.
     with _new_run(config) as run, torch.autograd.set_multithreading_enabled(False):
         run.take_steps(steps, warmup, _cuda_profiler(run.device))
 
 
 def tool_commands(arguments: Sequence[str], *, steps: int, output: str | Path, ncu_phase: str) -> dict[str, list[str]]:
-    """The command lines that record the same steps with nsys, and the first of them with ncu, which runs every kernel
-    again for each set of counters.
+    """Build the command lines of nsys and ncu.
 
     Args:
-        arguments: further ones of ``sclkern profile``. ncu_phase: whose kernels ncu records.
+        arguments: further arguments of ``sclkern profile``.
+        steps: steps that nsys records; ncu records one, because it repeats every kernel for each set of counters.
+        output: folder of the reports.
+        ncu_phase: phase whose kernels ncu records.
+
+    Returns:
+        Tool -> command line.
     """
-    own = [sys.executable, "-m", "sclkern.cli", "profile", "--mark-only"]
+    ours = [sys.executable, "-m", "sclkern.cli", "profile", "--mark-only"]
     nsys = ["nsys", "profile", "--capture-range=cudaProfilerApi", "--capture-range-end=stop", "--trace=cuda,nvtx,osrt"]
     nsys += ["--cuda-graph-trace=node", "--force-overwrite=true", f"--output={Path(output) / 'nsys'}"]
     ncu = ["ncu", "--profile-from-start=off", "--nvtx", "--nvtx-include", f"{DOMAIN}@{ncu_phase}/", "--set=full"]
     ncu += ["--target-processes=all", "--force-overwrite", f"--export={Path(output) / 'ncu'}"]
-    return {"nsys": [*nsys, *own, f"--steps={steps}", *arguments], "ncu": [*ncu, *own, "--steps=1", *arguments]}
+    return {"nsys": [*nsys, *ours, f"--steps={steps}", *arguments], "ncu": [*ncu, *ours, "--steps=1", *arguments]}
 
 
 def run_tool(tool: str, command: Sequence[str], config: PretrainConfig, *, output: str | Path) -> None:
-    """Make the folder that a command of ``tool_commands`` writes to, run it and pass on what it prints.
+    """Make the folder that a tool writes to, run the tool and pass on what it prints.
+
+    Args:
+        tool: "nsys" or "ncu".
+        command: its command line from ``tool_commands``.
+        config: of the run.
+        output: folder of the report.
 
     Raises:
-        UserError: the tool is not there, the run is not on a GPU, the tool failed, or it may not read the counters.
+        UserError: the tool is not installed, the run is not on a GPU, the tool failed, or it may not read the counters.
     """
     if shutil.which(tool) is None:
         raise UserError(f"--{tool}: {tool} is not on the PATH; install {TOOLS[tool]}, or leave --{tool} out")
@@ -151,10 +169,11 @@ def run_tool(tool: str, command: Sequence[str], config: PretrainConfig, *, outpu
     if refused:
         raise UserError(permission_advice(tool))
     if process.returncode:
-        raise UserError(f"--{tool}: {tool} ended with status {process.returncode}; its output above tells why")
+        raise UserError(f"--{tool}: {tool} ended with status {process.returncode}; its output above says why")
 
 
 def permission_advice(tool: str) -> str:
+    """The message for a user who may not read the GPU's counters."""
     return (
         f"--{tool}: this user may not read the GPU's performance counters ({NO_PERMISSION}); an administrator can "
         "allow it on the host (driver option NVreg_RestrictProfilingToAdminUsers=0, or for a container "
@@ -163,27 +182,44 @@ def permission_advice(tool: str) -> str:
 
 
 def format_commands(commands: dict[str, list[str]]) -> str:
+    """Format ``tool_commands`` as text to copy."""
     return "\n".join(f"{TOOLS[tool]}:\n  {shlex.join(command)}" for tool, command in commands.items())
 
 
-def format_profile(found: dict[str, Any]) -> str:
-    """What ``record_steps`` returns, as text: the run in two lines, then the table."""
-    times = [1e3 * seconds for seconds in found["step_seconds"]]
+def format_profile(profile: dict[str, Any]) -> str:
+    """Format a profile as text.
+
+    Args:
+        profile: from ``record_steps``.
+
+    Returns:
+        The run in two lines, then the table by phase.
+    """
+    times = [1e3 * seconds for seconds in profile["step_seconds"]]
     return (
-        f"{found['parameters'] / 1e6:.1f} M parameters, recipe {found['recipe']}, batch {found['batch_size']} x "
-        f"{found['accumulation']}, {found['precision']}, on {found['device']} with {found['threads']} threads\n"
-        f"{found['steps']} steps after {found['warmup']}: median {statistics.median(times):.1f} ms, "
+        f"{profile['parameters'] / 1e6:.1f} M parameters, recipe {profile['recipe']}, batch {profile['batch_size']} x "
+        f"{profile['accumulation']}, {profile['precision']}, on {profile['device']} with {profile['threads']} threads\n"
+        f"{profile['steps']} steps after {profile['warmup']}: median {statistics.median(times):.1f} ms, "
         f"{min(times):.1f} to {max(times):.1f}; times of all steps, without the phases within:\n\n"
-        + format_table(found["phases"])
+        + format_table(profile["phases"])
     )
 
 
 def check_phase(name: str, config: PretrainConfig) -> None:
-    """Raise a ``UserError`` unless this is the name of an NVTX range of a step."""
+    """Check the name of a phase.
+
+    Args:
+        name: of ``--phase``.
+        config: of the run; its model and objectives add phases.
+
+    Raises:
+        UserError: a step of this run has no such phase.
+    """
     layers = [f"fusion layer {number}" for number in range(config.model.fusion_layers)]
-    known = [known for known in PHASES if known != "communication"]
-    if name not in known + layers:
-        raise UserError(f"--phase: got {name!r}, expected one of {', '.join(known + layers)}")
+    losses = [f"loss {task}" for task in config.objectives.tasks]
+    known = [known for known in PHASES if known != "communication"] + layers + losses
+    if name not in known:
+        raise UserError(f"--phase: got {name!r}, expected one of {', '.join(known)}")
 
 
 def _check_counts(steps: int, warmup: int) -> None:
@@ -196,7 +232,7 @@ def _check_counts(steps: int, warmup: int) -> None:
 @contextmanager
 def _new_run(config: PretrainConfig) -> Iterator[ProfiledRun]:
     with tempfile.TemporaryDirectory(prefix="sclkern-profile-") as folder:
-        # No logging: it reads the losses back, which a step between two logged ones does not.
+        # Without logging, which reads the losses back; most steps of a run do not.
         yield ProfiledRun(replace(config, run=replace(config.run, output_dir=folder, log_every=2**31)))
 
 
@@ -212,29 +248,27 @@ def _cuda_profiler(device: torch.device) -> Iterator[None]:
         torch.cuda.profiler.stop()
 
 
-def _describe(run: ProfiledRun, steps: int, warmup: int) -> dict[str, Any]:
-    config, on_gpu = run.config, run.device.type == "cuda"
+def _describe(config: PretrainConfig, device: torch.device, parameters: int) -> dict[str, Any]:
+    on_gpu = device.type == "cuda"
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "device": torch.cuda.get_device_name(run.device) if on_gpu else f"cpu, {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu, {platform.machine()}",
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "sclkern": __version__,
         "torch": torch.__version__,
-        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
+        "parameters": parameters,
         "recipe": config.objectives.recipe,
         "batch_size": config.run.batch_size,
         "accumulation": config.run.accumulation,
         "precision": config.run.precision,
         "backend": config.run.backend,
         "num_workers": config.data.num_workers,
-        "steps": steps,
-        "warmup": warmup,
     }
 
 
 def _seconds_when_off(calls: int = 10_000) -> float:
-    """What ``with phase(...)`` costs where nobody asked for it, the least of five measurements."""
+    """Cost of ``with phase(...)`` when it is off: the least of five measurements, in seconds."""
 
     def enter_and_leave() -> None:
         with phase("step"):

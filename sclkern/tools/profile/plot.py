@@ -1,4 +1,4 @@
-"""The picture of a profile."""
+"""The plot of a profile."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Of a step: what is shorter has no room for its name.
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+# Share of a step below which a span has no room for its name.
 _NARROW = 0.045
 
 
-def draw_profile(spans: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the step of median length on the host, phase by phase, and below it the share of each phase of all steps.
+def plot_profile(spans: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Plot the step of median length on the host by phase, and below it the share of each phase in all steps.
 
     Args:
-        spans, rows: of ``sclkern.profiling.phase_spans`` and ``phase_table``. path: a .png to write.
+        spans: from ``sclkern.profiling.phase_spans``.
+        rows: from ``sclkern.profiling.phase_table``.
+        path: PNG file to write.
     """
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
     steps = [span for span in spans if span["phase"] == "step"]
     median = statistics.median_low(span["seconds"] for span in steps)
     step = next(span for span in steps if span["seconds"] == median)
     end = step["start"] + step["seconds"]
     inside = [span for span in spans if step["start"] <= span["start"] < end]
-    # A phase has one colour in both parts, and so have all fusion layers.
+    # A phase has the same colour in both parts, and so do all fusion layers.
     names = list(dict.fromkeys(_kind(name) for name in (row["phase"] for row in rows)))
     colors = {name: colormaps["tab20"](index % 20) for index, name in enumerate(names)} | {"step": "lightgrey"}
 
@@ -37,13 +39,15 @@ def draw_profile(spans: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str,
         if span["seconds"] > _NARROW * median:
             label = span["phase"].removeprefix("fusion ").replace(" ", "\n")
             line.text(start + width / 2, -span["depth"], label, ha="center", va="center", fontsize=7)
-    line.set(title="the step of median length, phases below what holds them", xlabel="ms on the host", yticks=[])
+    line.set(
+        title="the step of median length; phases below the ones that contain them", xlabel="ms on the host", yticks=[]
+    )
     line.set_xlim(0, 1e3 * median)
     unit = "seconds" if rows[0]["device_seconds"] is None else "device_seconds"
     values = [1e3 * row[unit] / len(steps) for row in rows]
     bars.barh([row["phase"] for row in rows], values, color=[colors[_kind(row["phase"])] for row in rows])
     bars.invert_yaxis()
-    bars.set(xlabel=f"ms a step on the {'host' if unit == 'seconds' else 'device'}, without the phases within")
+    bars.set(xlabel=f"ms a step on the {'host' if unit == 'seconds' else 'device'}, without the phases inside")
     for side in ("top", "right"):
         bars.spines[side].set_visible(False)
         line.spines[side].set_visible(False)
