@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sclkern.models.layouts import Padded
+from sclkern.models.fusion import OutputSelection, Section
+from sclkern.models.layouts import Padded, Rows
 
 BACKENDS = ["auto", "sdpa", "eager"]
 
@@ -80,3 +81,28 @@ def test_backends_have_equal_outputs_and_gradients(make_model):
     for other in results[1:]:
         for ours, theirs in zip(other, results[0], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("fusion_layers", [0, 2])
+def test_selected_outputs_are_those_of_all_tokens(make_model, fusion_layers):
+    fusion = make_model(fusion_layers=fusion_layers).fusion
+    text, mask, image = streams()
+    rows = Rows(torch.tensor([[0, 2], [1, 0]]), Padded()), Rows(torch.tensor([[8], [0]]), Padded())
+    whole = Section(0, len(image), Padded())
+    full = fusion(text, Padded(mask), image, Padded())
+    selected = fusion(text, Padded(mask), image, Padded(), outputs=OutputSelection(*rows, whole, whole))
+    for tokens, kept, stream in zip(selected, rows, full, strict=True):
+        torch.testing.assert_close(tokens, kept.take(stream), rtol=1e-9, atol=1e-10)
+
+
+def test_a_stream_without_outputs_is_not_computed(make_model):
+    fusion = make_model(fusion_layers=1).fusion
+    text, mask, image = streams()
+    ran = []
+    for layers in (fusion.text_layers, fusion.image_layers):
+        layers[0].register_forward_hook(lambda module, *_: ran.append(module))
+    rows, none = Rows(torch.tensor([[0], [1]]), Padded()), Rows(torch.zeros(2, 0, dtype=torch.int64), Padded())
+    whole = Section(0, len(image), Padded())
+    text_out, image_out = fusion(text, Padded(mask), image, Padded(), outputs=OutputSelection(rows, none, whole, whole))
+    assert ran == [fusion.text_layers[0]]
+    assert text_out.shape == (2, 1, 64) and image_out.shape == (2, 0, 64)
