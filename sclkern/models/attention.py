@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sclkern import ops, reference
-from sclkern.models.config import HEAD_WIDTH
+from sclkern.models.config import HEAD_DIM
 from sclkern.models.execution import Execution
 from sclkern.models.layouts import Layout, Packed, Padded, repack, unpack_groups
 from sclkern.ops.cross_attention import plan
@@ -75,7 +75,7 @@ class Attention(nn.Module):
             weight, bias = self.in_proj.weight, self.in_proj.bias
             query = F.linear(x, weight[:width], bias[:width])
             key, value = F.linear(context, weight[width:], bias[width:]).chunk(2, -1)
-        query, key, value = (t.unflatten(-1, (-1, HEAD_WIDTH)) for t in (query, key, value))
+        query, key, value = (t.unflatten(-1, (-1, HEAD_DIM)) for t in (query, key, value))
         dropout_p = self._dropout_p
         if probabilities is None:
             backend = self.execution.backend
@@ -98,9 +98,9 @@ class Attention(nn.Module):
         longest = (x.new_empty((0, each.max_seqlen, width)) for each in (layout, context_layout))
         form, _, _ = plan(
             *longest,
-            num_heads=width // HEAD_WIDTH,
+            num_heads=width // HEAD_DIM,
             dropout_p=self._dropout_p,
-            scale=HEAD_WIDTH**-0.5,
+            scale=HEAD_DIM**-0.5,
             absorb=self.execution.absorb,
             backend=self.execution.backend,
         )
@@ -124,7 +124,7 @@ class Attention(nn.Module):
             self.in_proj.bias,
             self.out_proj.weight,
             self.out_proj.bias,
-            num_heads=x.shape[-1] // HEAD_WIDTH,
+            num_heads=x.shape[-1] // HEAD_DIM,
             key_padding_mask=key_padding_mask,
             dropout_p=self._dropout_p,
             absorb=self.execution.absorb,

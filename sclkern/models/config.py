@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from sclkern.errors import UserError
 
-HEAD_WIDTH = 64
+HEAD_DIM = 64
 HEADS = ("itm", "mlm", "itc", "vqa", "nlvr2", "rank")
 
 
@@ -78,8 +78,8 @@ class SCLConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", tuple(self.heads))
-        if self.width <= 0 or self.width % HEAD_WIDTH:
-            raise UserError(f"width: got {self.width}, expected a positive multiple of {HEAD_WIDTH} (the head width)")
+        if self.width <= 0 or self.width % HEAD_DIM:
+            raise UserError(f"width: got {self.width}, expected a positive multiple of {HEAD_DIM} (head_dim)")
         for name in ("patch_size", "vocab_size", "max_text_len", "text_types", "mlp_ratio", "projection_dim"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name}: got {getattr(self, name)}, expected 1 or more")
@@ -112,7 +112,7 @@ class SCLConfig:
     @property
     def num_heads(self) -> int:
         """Attention heads of every block."""
-        return self.width // HEAD_WIDTH
+        return self.width // HEAD_DIM
 
     @property
     def grid(self) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sclkern.errors import UserError
-from sclkern.models.config import HEAD_WIDTH
+from sclkern.models.config import HEAD_DIM
 from sclkern.models.text import LAYER_NORM_EPS as TEXT_EPS
 from sclkern.weights.files import WEIGHT_FILES, read_json, read_tensors
 from sclkern.weights.names import CLIP_BLOCKS, clip_names, count_blocks, roberta_names
@@ -78,7 +78,7 @@ def read_text_encoder(source: str | Path) -> Encoder:
         The encoder.
 
     Raises:
-        UserError: not there, not a RoBERTa, or one with other head width, activation or epsilon than ours.
+        UserError: not there, not a RoBERTa, or one with other head_dim, activation or epsilon than ours.
     """
     where, path = str(source), local_path(source)
     if not (path / "config.json").is_file():
@@ -87,7 +87,7 @@ def read_text_encoder(source: str | Path) -> Encoder:
     _expect(where, "model_type", config.model_type, ROBERTA_TYPES)
     _expect(where, "hidden_act", config.hidden_act, ("gelu",))
     _expect(where, "layer_norm_eps", config.layer_norm_eps, (TEXT_EPS,))
-    _expect(where, "head width", config.hidden_size / config.num_attention_heads, (HEAD_WIDTH,))
+    _expect(where, "head_dim", config.hidden_size / config.num_attention_heads, (HEAD_DIM,))
     tensors = read_tensors(path)
     mark = "embeddings.word_embeddings.weight"
     prefix = next((p for p in ("roberta.", "") if p + mark in tensors), None)
@@ -125,7 +125,7 @@ def read_vision_encoder(source: str | Path) -> Encoder:
         The encoder.
 
     Raises:
-        UserError: not there, not a CLIP ViT, or one with other head width, activation or epsilon than ours.
+        UserError: not there, not a CLIP ViT, or one with other head_dim, activation or epsilon than ours.
     """
     where = str(source)
     if where.startswith(TIMM):
@@ -150,7 +150,7 @@ def read_vision_encoder(source: str | Path) -> Encoder:
         config = getattr(config, "vision_config", config)
         _expect(where, "hidden_act", config.hidden_act, ("quick_gelu", "gelu"))
         _expect(where, "layer_norm_eps", config.layer_norm_eps, (VISION_EPS,))
-        _expect(where, "head width", config.hidden_size / config.num_attention_heads, (HEAD_WIDTH,))
+        _expect(where, "head_dim", config.hidden_size / config.num_attention_heads, (HEAD_DIM,))
         return _vision_encoder(where, tensors, kind, prefix, config.hidden_act)
     raise UserError(
         f"{where}: none of its {len(tensors)} tensors has a CLIP ViT's name, expected one of Hugging Face, OpenAI or "
@@ -239,7 +239,7 @@ def _timm_activation(model: Any, where: str) -> str:
     except (AttributeError, IndexError, TypeError) as error:
         raise UserError(f"{where}: {type(model).__name__} of timm is not a ViT, expected a CLIP ViT") from error
     _expect(where, "LayerNorm eps", eps, (VISION_EPS,))
-    _expect(where, "head width", model.embed_dim / heads, (HEAD_WIDTH,))
+    _expect(where, "head_dim", model.embed_dim / heads, (HEAD_DIM,))
     _expect(where, "activation", activation, ("QuickGELU", "GELU"))
     return "quick_gelu" if activation == "QuickGELU" else "gelu"
 

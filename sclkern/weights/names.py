@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sclkern.errors import UserError
-from sclkern.models.config import HEAD_WIDTH, SCLConfig
+from sclkern.models.config import HEAD_DIM, SCLConfig
 
 # Tensors of a published checkpoint that no model uses: RoBERTa's pooler and position_ids, SCL's unused MAE decoder,
 # the parts of CLIP's text tower that METER keeps.
@@ -298,8 +298,8 @@ def infer_config(tensors: Mapping[str, Tensor], where: str = "checkpoint") -> SC
     patch = shape(visual + "conv1.weight", 4)[-1]
     patches = shape(visual + "positional_embedding", 2)[-2] - 1
     positions = shape("text_transformer.embeddings.position_embeddings.weight", 2)[0]
-    if width % HEAD_WIDTH:
-        raise UserError(f"{where}: width {width}, expected a multiple of {HEAD_WIDTH} (the head width)")
+    if width % HEAD_DIM:
+        raise UserError(f"{where}: width {width}, expected a multiple of {HEAD_DIM} (head_dim)")
     grid = math.isqrt(patches)
     if grid**2 != patches or not grid:
         raise UserError(f"{where}: {visual}positional_embedding has {patches} patches, expected a square grid")

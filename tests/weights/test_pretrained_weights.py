@@ -80,7 +80,7 @@ def test_widths_must_agree(sources: Path) -> None:
     [
         ({"layer_norm_eps": 1e-12}, "its layer_norm_eps is 1e-12, expected 1e-05"),
         ({"hidden_act": "relu"}, "its hidden_act is relu, expected gelu"),
-        ({"num_attention_heads": 2}, "its head width is 32.0, expected 64"),
+        ({"num_attention_heads": 2}, "its head_dim is 32.0, expected 64"),
     ],
 )
 def test_other_text_encoders(tmp_path: Path, sources: Path, options: dict, message: str, roberta) -> None:
@@ -98,7 +98,7 @@ def test_other_encoders(tmp_path: Path, sources: Path, clip, save_timm) -> None:
     with pytest.raises(UserError, match="its hidden_act is relu, expected quick_gelu or gelu"):
         from_pretrained((sources / "text", tmp_path / "relu"))
     save_timm(tmp_path / "timm", num_heads=2)
-    with pytest.raises(UserError, match=r"its head width is 32.0, expected 64"):
+    with pytest.raises(UserError, match=r"its head_dim is 32.0, expected 64"):
         from_pretrained((sources / "text", tmp_path / "timm"))
     (tmp_path / "timm" / "config.json").write_text('{"architecture": "vit_of_nobody"}')
     with pytest.raises(UserError, match="timm cannot make 'vit_of_nobody'"):
