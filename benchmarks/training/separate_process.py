@@ -18,7 +18,7 @@ import torch
 
 from sclkern.data import demo_root
 from sclkern.training.config import load_config
-from sclkern.training.logs import read_metrics
+from sclkern.training.logs import RunLog, read_metrics
 from sclkern.training.loop import Pretraining
 
 ROOT = Path(__file__).parents[2]
@@ -29,9 +29,9 @@ class Measured(Pretraining):
     """The loop as it is, without the files and the retrieval at its end."""
 
     def save(self, name: str) -> None:
-        self._check_healthy({})
+        self.finite.require(self.state.step, self.state.saved_step)
 
-    def validate(self) -> None:
+    def validate(self, run_log: RunLog) -> None:
         pass
 
 

@@ -6,7 +6,6 @@ import argparse
 
 from sclkern.cli.config_files import load
 from sclkern.training.loop import Pretraining
-from sclkern.training.report import write_report
 
 
 def run(options: argparse.Namespace) -> int:
@@ -14,6 +13,6 @@ def run(options: argparse.Namespace) -> int:
     training = Pretraining(load(options.config, options.overrides), resume=options.resume)
     if training.run():
         model = training.export()
-        report = write_report(training)
+        report = training.report()
         print(f"model: {model}\nreport: {report}")
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import chain, count
 from typing import Any
 
@@ -87,7 +87,7 @@ class PairLoader:
             return pairs // (self.batch_size * self.world_size)
         return -(-len(range(self.rank, pairs, self.world_size)) // self.batch_size)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0) -> Generator[Batch]:
         """Iterate over an epoch; the state of torch's global generators is left as it is.
 
         Args:
@@ -103,7 +103,7 @@ class PairLoader:
         self._check_start(epoch, start)
         return self._load(self._indices(epoch, start))
 
-    def endless(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def endless(self, epoch: int, start: int = 0) -> Generator[Batch]:
         """Iterate over an epoch and all that follow, without end.
 
         Workers continue from one epoch to the next, so a run that reads a small table many times does not wait for new
@@ -135,7 +135,7 @@ class PairLoader:
         for first in range(start * self.batch_size, len(order), self.batch_size):
             yield [(epoch, pair) for pair in order[first : first + self.batch_size].tolist()]
 
-    def _load(self, indices: Iterator[list[tuple[int, int]]]) -> Iterator[Batch]:
+    def _load(self, indices: Iterator[list[tuple[int, int]]]) -> Generator[Batch]:
         loader = DataLoader(
             self.dataset,
             batch_sampler=indices,

@@ -25,7 +25,7 @@ class UndecodableImages:
         """Distinct undecodable images so far."""
         return len(self._names)
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         """Whether the image of this name is among them."""
         return name in self._names
 

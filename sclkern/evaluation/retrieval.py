@@ -1,16 +1,18 @@
-"""Zero-shot retrieval: recall at 1, 5 and 10 by the image-text contrast, and re-ranked by image-text matching.
+"""Zero-shot retrieval: recall at 1, 5 and 10 by ITC similarity, and re-ranked by image-text matching.
 
-Captions are scored by group: pictures that share a caption are all right answers to it, and each distinct caption is
-one candidate. With one caption of its own for each picture this is the usual protocol.
+Captions are scored by group: images that share a caption are all right answers to it, and each distinct caption is
+one candidate. If each image has a caption of its own, this is the usual protocol.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sclkern.data import PairSource
@@ -23,10 +25,13 @@ RECALL_AT = (1, 5, 10)
 
 @dataclass(frozen=True)
 class RetrievalResult:
-    """Recalls as fractions under keys such as "itc_text_to_image_r1"; ``chance_*`` are those of a random order.
+    """Recalls of one retrieval.
 
     Attributes:
-        images, captions: size of the galleries.
+        images: number of images retrieved from.
+        captions: number of distinct captions retrieved from.
+        recalls: fractions under keys such as "itc_text_to_image_r1"; methods are "itc", "itm" (if re-ranked) and
+            "chance", the expectation of a random order.
     """
 
     images: int
@@ -39,16 +44,40 @@ class RetrievalResult:
         method = "itm" if "itm_image_to_text_r1" in self.recalls else "itc"
         return sum(value for key, value in self.recalls.items() if key.startswith(method))
 
+    def line(self) -> str:
+        """The best method's recalls in percent, in one line."""
+        method = "itm" if "itm_image_to_text_r1" in self.recalls else "itc"
+        parts = []
+        for direction in ("image_to_text", "text_to_image"):
+            values = [f"{100 * self.recalls[f'{method}_{direction}_r{k}']:.1f}" for k in RECALL_AT]
+            parts.append(f"{direction.replace('_', ' ')} {'/'.join(values)} %")
+        return f"recall@{'/'.join(map(str, RECALL_AT))} {', '.join(parts)}"
+
 
 def recalls(scores: Tensor, relevant: Tensor) -> dict[str, float]:
-    """Share of the rows of ``scores`` (Q, N) with a relevant one (bool (Q, N)) among the K highest."""
+    """Recall at each K: the share of rows with a relevant candidate among the K highest scores.
+
+    Args:
+        scores: (Q, N), of Q queries and N candidates.
+        relevant: (Q, N) bool, the right answers.
+
+    Returns:
+        Recalls by "r1", "r5" and "r10".
+    """
     depth = min(max(RECALL_AT), scores.shape[1])
     hits = relevant.gather(1, scores.topk(depth, dim=1).indices)
     return {f"r{k}": hits[:, :k].any(1).float().mean().item() for k in RECALL_AT}
 
 
 def chance_recalls(relevant: Tensor) -> dict[str, float]:
-    """Expected recalls of a random order: 1 - C(N - r, K) / C(N, K) for a row with r relevant of N."""
+    """Expected recalls of a random order: 1 - C(N - r, K) / C(N, K) for a row with r relevant of N.
+
+    Args:
+        relevant: (Q, N) bool.
+
+    Returns:
+        Recalls by "r1", "r5" and "r10".
+    """
     total = relevant.shape[1]
     counts = relevant.sum(1).tolist()
     return {
@@ -58,104 +87,138 @@ def chance_recalls(relevant: Tensor) -> dict[str, float]:
     }
 
 
+@dataclass(frozen=True)
+class _Gallery:
+    """Encoded images and distinct captions, on the model's device.
+
+    Attributes:
+        image: tokens of N images.
+        text: (C, L, width) tokens of C captions.
+        text_mask: (C, L) bool.
+        similarity: (N, C) float32, cosine of the projected CLS tokens.
+        relevant: (N, C) bool, which captions are an image's.
+    """
+
+    image: VisionFeatures
+    text: Tensor
+    text_mask: Tensor
+    similarity: Tensor
+    relevant: Tensor
+
+
 @torch.no_grad()
 def evaluate_retrieval(
     model: SCLNetwork,
-    table: PairSource,
+    source: PairSource,
     tokenizer: CaptionTokenizer,
-    transform,
+    transform: Callable[[Image.Image], Tensor],
     *,
     batch_size: int = 64,
     rerank: int = 16,
     max_images: int | None = None,
-    bad_pictures: UndecodableImages | None = None,
+    undecodable: UndecodableImages | None = None,
 ) -> RetrievalResult:
-    """Recall in both directions over the pictures of a table.
+    """Compute recalls in both directions over the images of a source.
+
+    Every decoded image and every encoded token is held at once, the tokens on the model's device.
 
     Args:
-        transform: PIL image to (3, S, S).
-        rerank: candidates of the contrast that the matching head re-ranks, in each direction; 0 = none.
-        max_images: so many pictures, spread evenly over the table; None = all.
-        bad_pictures: counts the undecodable pictures, which are left out.
+        model: put into eval mode meanwhile.
+        source: images and captions.
+        tokenizer: the model's.
+        transform: maps a PIL image to (3, S, S).
+        batch_size: images or captions encoded at a time.
+        rerank: candidates of ITC that the matching head re-ranks, in each direction; 0 does not re-rank.
+        max_images: images to retrieve from, spread evenly over the source; None takes all.
+        undecodable: counts the images that cannot be decoded, which are left out; None counts for this call alone.
+
+    Returns:
+        The recalls.
 
     Raises:
-        UserError: too many pictures are undecodable.
-
-    Every decoded picture and every encoded token is held at once, the tokens on the model's device.
+        UserError: too many images are undecodable.
     """
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    bad_pictures = bad_pictures if bad_pictures is not None else UndecodableImages(table.num_images)
-    pixels, kept = _decode(table, transform, max_images, bad_pictures)
-    of_image = np.full(table.num_images, -1)
-    of_image[kept] = np.arange(len(kept))
-    pairs = np.flatnonzero(of_image[table.pair_image] >= 0)
-    groups, first, group_of = np.unique(table.pair_group[pairs], return_index=True, return_inverse=True)
-    relevant = torch.zeros(len(kept), len(groups), dtype=torch.bool)
-    relevant[of_image[table.pair_image[pairs]], group_of] = True
-
-    captions = [table.caption(int(pairs[i])) for i in first]
-    ids, mask = tokenizer(captions, model.config.max_text_len)
-    texts = [
-        model.encode_text(i.to(device), m.to(device))
-        for i, m in zip(ids.split(batch_size), mask.split(batch_size), strict=True)
-    ]
-    images = [model.encode_image(batch.to(device)) for batch in pixels.split(batch_size)]
-    text, mask = torch.cat(texts), mask.to(device)
-    image = VisionFeatures(torch.cat([x.tokens for x in images]), images[0].num_frames)
-    projected = model.project(text[:, 0], image.cls)
-    text_feature, image_feature = (torch.nn.functional.normalize(x.float(), dim=-1) for x in projected)
-    similarity = image_feature @ text_feature.T
-    relevant = relevant.to(device)
-
-    out: dict[str, float] = {}
-    directions = {"image_to_text": (similarity, relevant), "text_to_image": (similarity.T, relevant.T)}
-    for direction, (scores, answers) in directions.items():
-        named = {"itc": recalls(scores, answers), "chance": chance_recalls(answers)}
+    undecodable = undecodable if undecodable is not None else UndecodableImages(source.num_images)
+    pixels, images = _decode(source, transform, max_images, undecodable)
+    captions, relevant = _captions(source, images)
+    gallery = _encode(model, pixels, *tokenizer(captions, model.config.max_text_len), relevant, batch_size)
+    values: dict[str, float] = {}
+    for direction in ("image_to_text", "text_to_image"):
+        by_image = direction == "image_to_text"
+        scores, answers = (x if by_image else x.T for x in (gallery.similarity, gallery.relevant))
+        methods = {"itc": recalls(scores, answers), "chance": chance_recalls(answers)}
         if rerank:
-            candidates = scores.topk(min(rerank, scores.shape[1]), dim=1).indices
-            rows = torch.arange(len(scores), device=device)[:, None].expand_as(candidates)
-            by_image = (rows, candidates) if direction == "image_to_text" else (candidates, rows)
-            matching = _match(model, image, text, mask, *(x.flatten() for x in by_image), batch_size=4 * batch_size)
-            # The others stay behind the candidates, in the order of the contrast, whose scores are within [-1, 1].
-            behind = scores - 3 + matching.min()
-            matched = behind.scatter(1, candidates, matching.view_as(candidates))
-            named["itm"] = recalls(matched, answers)
-        out |= {f"{method}_{direction}_{k}": value for method, values in named.items() for k, value in values.items()}
+            reranked = _rerank(model, gallery, scores, by_image, rerank, batch_size=4 * batch_size)
+            methods["itm"] = recalls(reranked, answers)
+        values |= {f"{method}_{direction}_{k}": value for method, row in methods.items() for k, value in row.items()}
     model.train(was_training)
-    return RetrievalResult(len(kept), len(groups), out)
-
-
-def _match(
-    model: SCLNetwork,
-    image: VisionFeatures,
-    text: Tensor,
-    mask: Tensor,
-    images: Tensor,
-    texts: Tensor,
-    *,
-    batch_size: int,
-) -> Tensor:
-    """Logit of "belongs together" over "does not" for pairs of rows: (pairs,) float32."""
-    logits = []
-    for i, t in zip(images.split(batch_size), texts.split(batch_size), strict=True):
-        fused = model.run_fusion(text[t], mask[t], image.with_tokens(image.tokens[i]))
-        logits.append(model.itm_head(model.pool(*fused.cls)).float())
-    logit = torch.cat(logits)
-    return logit[:, 1] - logit[:, 0]
+    return RetrievalResult(len(images), len(captions), values)
 
 
 def _decode(
-    table: PairSource, transform, max_images: int | None, bad_pictures: UndecodableImages
+    source: PairSource,
+    transform: Callable[[Image.Image], Tensor],
+    max_images: int | None,
+    undecodable: UndecodableImages,
 ) -> tuple[Tensor, np.ndarray]:
-    pixels, kept = [], []
-    count = min(table.num_images, max_images or table.num_images)
-    for index in np.linspace(0, table.num_images - 1, count).round().astype(int).tolist():
+    """Pixels (N, 3, S, S) and image indices (N,) of the images that can be decoded."""
+    pixels, images = [], []
+    count = min(source.num_images, max_images or source.num_images)
+    for image in np.linspace(0, source.num_images - 1, count).round().astype(int).tolist():
         try:
-            pixels.append(transform(table.image(index)))
+            pixels.append(transform(source.image(image)))
         except ValueError:
-            bad_pictures.add([table.image_name(index)])
+            undecodable.add([source.image_name(image)])
             continue
-        kept.append(index)
-    return torch.stack(pixels), np.array(kept)
+        images.append(image)
+    return torch.stack(pixels), np.array(images)
+
+
+def _captions(source: PairSource, images: np.ndarray) -> tuple[list[str], Tensor]:
+    """Distinct captions of these images, C, and which are whose: bool (N, C)."""
+    row_of_image = np.full(source.num_images, -1)
+    row_of_image[images] = np.arange(len(images))
+    pairs = np.flatnonzero(row_of_image[source.pair_image] >= 0)
+    groups, first, group_of_pair = np.unique(source.pair_group[pairs], return_index=True, return_inverse=True)
+    relevant = torch.zeros(len(images), len(groups), dtype=torch.bool)
+    relevant[row_of_image[source.pair_image[pairs]], group_of_pair] = True
+    return [source.caption(int(pairs[i])) for i in first], relevant
+
+
+def _encode(
+    model: SCLNetwork, pixels: Tensor, text_ids: Tensor, text_mask: Tensor, relevant: Tensor, batch_size: int
+) -> _Gallery:
+    device = next(model.parameters()).device
+    batches = zip(text_ids.split(batch_size), text_mask.split(batch_size), strict=True)
+    text = torch.cat([model.encode_text(ids.to(device), mask.to(device)) for ids, mask in batches])
+    encoded = [model.encode_image(batch.to(device)) for batch in pixels.split(batch_size)]
+    image = VisionFeatures(torch.cat([features.tokens for features in encoded]), encoded[0].num_frames)
+    projected = model.project(text[:, 0], image.cls)
+    text_feature, image_feature = (torch.nn.functional.normalize(x.float(), dim=-1) for x in projected)
+    return _Gallery(image, text, text_mask.to(device), image_feature @ text_feature.T, relevant.to(device))
+
+
+def _rerank(
+    model: SCLNetwork, gallery: _Gallery, scores: Tensor, by_image: bool, count: int, *, batch_size: int
+) -> Tensor:
+    """Scores (Q, N) whose ``count`` best candidates a query are ordered by the matching head, before all others."""
+    candidates = scores.topk(min(count, scores.shape[1]), dim=1).indices
+    queries = torch.arange(len(scores), device=scores.device)[:, None].expand_as(candidates)
+    images, texts = (queries, candidates) if by_image else (candidates, queries)
+    matching = _match(model, gallery, images.flatten(), texts.flatten(), batch_size=batch_size)
+    # The others stay behind the candidates in the order of their similarity, which is within [-1, 1].
+    behind = scores - 3 + matching.min()
+    return behind.scatter(1, candidates, matching.view_as(candidates))
+
+
+def _match(model: SCLNetwork, gallery: _Gallery, images: Tensor, texts: Tensor, *, batch_size: int) -> Tensor:
+    """Logit of "matches" minus logit of "does not match" of pairs of gallery rows: (pairs,) float32."""
+    logits = []
+    for i, t in zip(images.split(batch_size), texts.split(batch_size), strict=True):
+        image = gallery.image.with_tokens(gallery.image.tokens[i])
+        fused = model.run_fusion(gallery.text[t], gallery.text_mask[t], image)
+        logits.append(model.itm_head(model.pool(*fused.cls)).float())
+    logit = torch.cat(logits)
+    return logit[:, 1] - logit[:, 0]

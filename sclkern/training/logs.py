@@ -1,13 +1,16 @@
-"""What a run writes while it goes: a progress bar, ``metrics.jsonl`` and TensorBoard events."""
+"""The log of a run: a progress bar, ``metrics.jsonl`` and TensorBoard events."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from sclkern.io import write_atomically
@@ -15,7 +18,7 @@ from sclkern.io import write_atomically
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a ``metrics.jsonl``; a last line cut short by a crash is left out."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     if path.exists():
         for line in path.read_text().splitlines():
             try:
@@ -26,16 +29,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class RunLog:
-    """Metrics of a run, on the main process.
+    """Metrics of a run; a context manager that closes the files.
 
     Args:
-        directory: run folder. start: the step a resumed run goes on from: later rows are dropped, as those steps run
-            again. total: last step.
+        directory: folder of the run.
+        start: step that a resumed run continues from; rows of later steps are dropped, as those steps run again.
+        total: last step.
     """
 
     def __init__(self, directory: Path, *, start: int, total: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.path = directory / "metrics.jsonl"
         rows = [row for row in read_metrics(self.path) if row["step"] <= start]
         write_atomically(self.path, lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in rows)))
@@ -43,27 +45,44 @@ class RunLog:
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
 
-    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """One row: {"kind", "step", ...values}; a value that is not finite is written as null."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Write one row, {"kind", "step", ...values}; a value that is not finite is written as null.
+
+        Args:
+            kind: "train" or "val".
+            step: number of the step.
+            values: losses, metrics and rates by name.
+        """
         plain = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps({"kind": kind, "step": step, **plain}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
-    def progress(self, losses: dict[str, float], samples_per_second: float) -> None:
+    def progress(self, losses: Mapping[str, float], pairs_per_second: float) -> None:
+        """Show losses and rate in the progress bar."""
         shown = " ".join(f"{name} {value:.2f}" for name, value in losses.items())
-        self._bar.set_postfix_str(f"{shown} | {samples_per_second:.0f} pairs/s", refresh=False)
+        self._bar.set_postfix_str(f"{shown} | {pairs_per_second:.0f} pairs/s", refresh=False)
 
     def advance(self) -> None:
+        """Advance the progress bar by a step."""
         self._bar.update()
 
     def message(self, text: str) -> None:
-        """A line above the progress bar."""
+        """Print a line above the progress bar."""
         self._bar.write(text)
 
     def close(self) -> None:
+        """End the progress bar and close the files."""
         self._bar.close()
-        # A disk that is full has been told of already, by whoever wrote to it first.
+        # Whoever first wrote to a full disk has raised the error already.
         for stream in (self._board, self._file):
             with contextlib.suppress(OSError):
                 stream.close()

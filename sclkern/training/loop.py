@@ -7,39 +7,38 @@ therefore needs no generator state, and a resumed run computes what an uninterru
 from __future__ import annotations
 
 import logging
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sclkern.data import PairSource, open_pairs
-from sclkern.data.buckets import Buckets
-from sclkern.data.dataset import PairDataset
-from sclkern.data.loader import PairLoader
-from sclkern.data.tokenizer import CaptionTokenizer
-from sclkern.data.transforms import build_transform
 from sclkern.data.undecodable import UndecodableImages
 from sclkern.errors import UserError
+from sclkern.evaluation.attention_maps import choose_pairs, plot_attention
 from sclkern.evaluation.retrieval import RetrievalResult, evaluate_retrieval
 from sclkern.model import SCLModel
 from sclkern.profiling import phase
 from sclkern.random import mix_seed
-from sclkern.step import CapturedStep, SCLLosses, check_capture, check_objectives
+from sclkern.step import check_capture, check_objectives
 from sclkern.training.checkpoint import open_directory, save_checkpoint
+from sclkern.training.clock import StepClock
 from sclkern.training.config import PretrainConfig
-from sclkern.training.logs import RunLog
+from sclkern.training.data import open_data
+from sclkern.training.health import FiniteCheck
+from sclkern.training.logs import RunLog, read_metrics
 from sclkern.training.optim import build_optimizer, schedule_factor, set_learning_rate
-from sclkern.training.setup import check_tokenizer, initial_model, resolve_device
+from sclkern.training.passes import Passes
+from sclkern.training.report import RunSummary, write_report
+from sclkern.training.setup import initial_model, resolve_device
+from sclkern.training.signals import StopSignals
+from sclkern.training.state import TrainingState
 from sclkern.training.throughput import Throughput
 
 log = logging.getLogger("sclkern.training")
 
-# Which stream of the run's seed a draw belongs to.
+# Streams of the run's seed.
 _MODEL, _STEP, _VALIDATION = range(3)
 
 
@@ -48,98 +47,37 @@ class Pretraining:
 
     Args:
         config: the resolved configuration.
-        resume: go on from ``checkpoints/latest.pt`` of the output folder if there is one.
+        resume: whether to continue from ``checkpoints/latest.pt`` of the output folder, if there is one.
 
     Raises:
-        UserError: anything in the configuration, the data or the folder that cannot work.
+        UserError: the configuration, the data or the folder cannot work.
     """
 
     def __init__(self, config: PretrainConfig, *, resume: bool = False) -> None:
         self.config = config
         self.directory = Path(config.run.output_dir)
-        self.checkpoints = self.directory / "checkpoints"
         self.device = resolve_device(config.run.device)
         if config.run.cuda_graphs:
             check_capture(self.device, config.step)
         check_objectives(config.model, config.objectives)
         saved = open_directory(config, resume=resume)
-        self.train_table = open_pairs(
-            config.data.root, config.data.train_tables, config.data.train_split, format=config.data.format
-        )
-        self.val_table = open_pairs(
-            config.data.root, config.data.val_tables, config.data.val_split, format=config.data.format
-        )
-        self.tokenizer = CaptionTokenizer.from_pretrained(config.data.tokenizer)
-        check_tokenizer(config, self.tokenizer)
-        self.val_transform = build_transform(config.data.val_transform, config.model.image_size)
-        self.train_loader = self._loader(self.train_table, config.data.transform, shuffle=True)
-        self.val_loader = self._loader(self.val_table, config.data.val_transform, shuffle=False)
+        self.data = open_data(config, self.device)
         torch.manual_seed(mix_seed(config.run.seed, _MODEL))
         # A resumed run needs no other weights, nor the file they once came from.
         model = SCLModel(config.model, config.objectives) if saved else initial_model(config)
         model.step = config.step
         self.model = model.set_backend(config.run.backend).to(self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.bad_pictures = UndecodableImages(self.train_table.num_images)
-        self.bad_val_pictures = UndecodableImages(self.val_table.num_images)
-        self.step, self.best = 0, float("-inf")
+        self.undecodable_val = UndecodableImages(self.data.val_source.num_images)
+        undecodable = UndecodableImages(self.data.train_source.num_images)
+        self.state = TrainingState(self.model, self.optimizer, undecodable)
         if saved:
-            rates = [group["base_lr"] for group in self.optimizer.param_groups]
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["base_lr"] = rate  # the configuration's, which may have been lowered
-            self.bad_pictures.load_state_dict(saved["bad_pictures"])
-            self.step, self.best = saved["step"], saved["best"]
-        self._saved_step = self.step if saved else -1
-        self._stop_requested = False
-        self._healthy = torch.ones((), dtype=torch.bool, device=self.device)
-        self._precision = torch.bfloat16 if config.run.precision == "bfloat16" else None
-        self._captured = None
-        if config.run.cuda_graphs:
-            self._captured = CapturedStep(self.model, precision=self._precision, scale=1 / config.run.accumulation)
-        lengths = self._lengths(self.train_table)
-        self._throughput = Throughput(config, lengths, self.train_loader.pad_to_max, self.device)
-
-    # -- set up --------------------------------------------------------------------------------------------------------
-
-    def _loader(self, table: PairSource, transform: str, *, shuffle: bool) -> PairLoader:
-        config = self.config
-        dataset = PairDataset(
-            table,
-            self.tokenizer,
-            build_transform(transform, config.model.image_size),
-            max_text_len=config.model.max_text_len,
-            min_size=config.model.patch_size,
-            seed=config.run.seed,
-            false_image=config.objectives.dataset_negatives,
-        )
-        batch_size = config.run.batch_size if shuffle else min(config.run.batch_size, table.num_pairs)
-        if batch_size < 2 and not config.objectives.dataset_negatives:
-            where = f"run.batch_size {batch_size}" if shuffle else f"data.val_tables: {table.num_pairs} pair"
-            raise UserError(
-                f"{where}, expected 2 or more, because a false image is another row's; or use "
-                "objectives.itm_negatives=dataset"
-            )
-        return PairLoader(
-            dataset,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            seed=config.run.seed,
-            num_workers=config.data.num_workers,
-            # The published masks are drawn over the padded caption.
-            pad_to_max=config.objectives.mlm_mask == "reference",
-            # A GPU repeats what it has compiled; a CPU computes every token of the room.
-            buckets=Buckets.from_lengths(self._lengths(table), batch_size, config.model.max_text_len)
-            if self.device.type == "cuda"
-            else None,
-        )
-
-    def _lengths(self, table: PairSource) -> list[int]:
-        """Tokens of a thousand captions of a table."""
-        sample = range(0, table.num_pairs, max(1, table.num_pairs // 1000))
-        _, mask = self.tokenizer([table.caption(pair) for pair in sample], self.config.model.max_text_len)
-        return mask.sum(1).tolist()
+            self.state.load_state_dict(saved)
+        self.passes = Passes(self.model, config, self.device)
+        self.finite = FiniteCheck(self.model, self.device)
+        self.clock = StepClock()
+        pad_to_max = self.data.train_loader.pad_to_max
+        self.throughput = Throughput(config, self.data.caption_lengths, pad_to_max, self.device)
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -150,206 +88,201 @@ class Pretraining:
             Whether the run reached ``max_steps``.
 
         Raises:
-            UserError: undecodable pictures above 1 %, a loss that is not finite, a checkpoint that cannot be written.
+            UserError: undecodable images above 1 %, a loss that is not finite, a checkpoint that cannot be written.
         """
-        run = self.config.run
+        run, state = self.config.run, self.state
         last = run.max_steps if run.stop_at is None else min(run.stop_at, run.max_steps)
-        if self.step >= last:
-            return self.step >= run.max_steps
-        self.log = RunLog(self.directory, start=self.step, total=run.max_steps)
-        self.log.message(self.describe() + (f"; from step {self.step}" if self.step else ""))
-        try:
-            with self._signals():
-                batches = self._batches()
-                self._restart_clock()
-                while self.step < last and not self._stop_requested:
-                    self._train_step(batches)
-                    if self.step == run.max_steps or _due(self.step, run.val_every):
-                        try:
-                            self.validate()
-                        except UserError:  # of the held-out data: what was trained must not be lost for it
-                            self.save("latest")
-                            raise
-                        self._restart_clock()
-                    if _due(self.step, run.save_every):
-                        self.save("latest")
-                if self.step != self._saved_step:
+        if state.step >= last:
+            return state.step >= run.max_steps
+        with RunLog(self.directory, start=state.step, total=run.max_steps) as run_log, StopSignals() as stop:
+            run_log.message(self.describe() + (f"; from step {state.step}" if state.step else ""))
+            batches = self.batches()
+            self.clock.restart()
+            while state.step < last and not stop.requested:
+                self.train_step(batches, run_log)
+                if state.step == run.max_steps or _due(state.step, run.val_every):
+                    self._validate_or_save(run_log)
+                    self.clock.restart()
+                if _due(state.step, run.save_every):
                     self.save("latest")
-        finally:
-            self.log.close()
-        if self._stop_requested and self.step < last:
-            log.warning("stopped at step %d, saved; go on with --resume", self.step)
-        return self.step >= run.max_steps
+            if state.step != state.saved_step:
+                self.save("latest")
+        if stop.requested and state.step < last:
+            log.warning("stopped at step %d, saved; go on with --resume", state.step)
+        return state.step >= run.max_steps
 
-    def _batches(self) -> Iterator[dict[str, Any]]:
+    def batches(self) -> Generator[dict[str, Any]]:
         """Micro-batches from the position that belongs to the current step, epoch after epoch."""
-        return self.train_loader.endless(*divmod(self.step * self.config.run.accumulation, len(self.train_loader)))
+        loader = self.data.train_loader
+        return loader.endless(*divmod(self.state.step * self.config.run.accumulation, len(loader)))
 
-    def _train_step(self, batches: Iterator[dict[str, Any]]) -> None:
-        run, optimizer = self.config.run, self.optimizer
+    def train_step(self, batches: Generator[dict[str, Any]], run_log: RunLog) -> None:
+        """Take one optimiser step.
+
+        Args:
+            batches: gives ``run.accumulation`` micro-batches.
+            run_log: receives the losses and rates of every ``run.log_every``-th step.
+
+        Raises:
+            UserError: undecodable images above 1 %, or a loss that is not finite.
+        """
+        run, state = self.config.run, self.state
         self.model.train()
-        set_learning_rate(optimizer, schedule_factor(self.step, run.max_steps, self.config.optimizer))
-        optimizer.zero_grad(set_to_none=True)
-        totals: dict[str, Tensor] = {}
+        set_learning_rate(self.optimizer, schedule_factor(state.step, run.max_steps, self.config.optimizer))
+        self.optimizer.zero_grad(set_to_none=True)
+        values: dict[str, Tensor] = {}
         for micro in range(run.accumulation):
-            asked = time.perf_counter()
-            with phase("data wait"):
+            with self.clock.waiting(), phase("data wait"):
                 batch = next(batches)
-            self._waited += time.perf_counter() - asked
-            self.bad_pictures.add(batch.pop("undecodable"))
-            losses = self._micro_step(batch, mix_seed(run.seed, _STEP, self.step, micro))
+            state.undecodable.add(batch.pop("undecodable"))
+            losses = self.passes.forward_backward(batch, mix_seed(run.seed, _STEP, state.step, micro))
             for name, value in {**losses.named(), **losses.metrics}.items():
-                totals[name] = totals.get(name, 0.0) + value.detach() / run.accumulation
+                share = value.detach() / run.accumulation
+                values[name] = values[name] + share if name in values else share
+        values["grad_norm"] = self._clip_gradients()
+        self.finite.observe(values["total"], values["grad_norm"])
+        if self.device.type == "cpu":
+            self.finite.require(state.step + 1, state.saved_step, values)
+        with phase("optimiser"):
+            self.optimizer.step()
+        state.step += 1
+        self.clock.count_step()
+        run_log.advance()
+        if state.step == 1 or state.step % run.log_every == 0:
+            self.finite.require(state.step, state.saved_step, values)
+            self._log_step({name: value.item() for name, value in values.items()}, list(losses.named()), run_log)
+            self.clock.restart()
+
+    def _clip_gradients(self) -> Tensor:
+        """Clip the gradients to ``optimizer.max_grad_norm`` and return their norm before."""
         limit = self.config.optimizer.max_grad_norm
         with phase("gradient norm"):
-            totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(
-                self.model.parameters(), float("inf") if limit is None else limit
-            )
-        self._healthy &= torch.isfinite(totals["total"]) & torch.isfinite(totals["grad_norm"])
-        if self.device.type == "cpu":
-            self._check_healthy(totals)
-        with phase("optimiser"):
-            optimizer.step()
-        self.step += 1
-        self.log.advance()
-        if self.step == 1 or self.step % run.log_every == 0:
-            self._check_healthy(totals)
-            values = {name: value.item() for name, value in totals.items()}
-            # From one logged step to the next: a GPU still works on the steps between when they return.
-            steps = self.step - self._logged_step
-            elapsed, waited = (time.perf_counter() - self._logged_time) / steps, self._waited / steps
-            rate = run.batch_size * run.accumulation / elapsed
-            names = [name for name in losses.named() if name in values]
-            self.log.progress({name: values[name] for name in names}, rate)
-            values |= {"learning_rate": optimizer.param_groups[0]["lr"], "pairs_per_second": rate}
-            values |= {"step_seconds": elapsed, "data_seconds": waited, **self._throughput.at(rate)}
-            self.log.write("train", self.step, values)
-            self._restart_clock()
+            return torch.nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
 
-    def _restart_clock(self) -> None:
-        self._logged_step, self._logged_time, self._waited = self.step, time.perf_counter(), 0.0
+    def _log_step(self, values: dict[str, float], losses: list[str], run_log: RunLog) -> None:
+        run = self.config.run
+        step_seconds, data_seconds = self.clock.mean_seconds()
+        rate = run.batch_size * run.accumulation / step_seconds
+        run_log.progress({name: values[name] for name in losses}, rate)
+        values |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "pairs_per_second": rate}
+        values |= {"step_seconds": step_seconds, "data_seconds": data_seconds, **self.throughput.at(rate)}
+        run_log.write("train", self.state.step, values)
 
-    def _micro_step(self, batch: dict[str, Any], seed: int) -> SCLLosses:
-        if self._captured is not None:
-            return self._captured(batch, seed)
-        losses = self._losses(batch, seed)
-        with phase("backward"):
-            (losses.total / self.config.run.accumulation).backward()
-        return losses
+    # -- validation ----------------------------------------------------------------------------------------------------
 
-    def _losses(self, batch: dict[str, Any], seed: int) -> SCLLosses:
-        # Dropout draws from torch's generator: seeded for each micro-batch, it needs no state in the checkpoint.
-        torch.manual_seed(seed)
-        batch = {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        with torch.autocast(self.device.type, self._precision, enabled=self._precision is not None):
-            return self.model(batch, seed=seed)
+    def _validate_or_save(self, run_log: RunLog) -> None:
+        try:
+            self.validate(run_log)
+        except UserError:  # an error of the held-out data must not lose what was trained
+            self.save("latest")
+            raise
 
-    def _check_healthy(self, totals: dict[str, Tensor]) -> None:
-        if self._healthy:
-            return
-        broken = [name for name, value in totals.items() if not torch.isfinite(value)]
-        broken += [f"the gradient of {n}" for n, p in self.model.named_parameters() if p.grad is not None
-                   and not torch.isfinite(p.grad).all()]  # fmt: skip
-        broken += [f"the parameter {n}" for n, p in self.model.named_parameters() if not torch.isfinite(p).all()]
-        raise UserError(
-            f"step {self.step + 1}: {broken[0] if broken else 'an earlier loss'} is not finite; "
-            + (f"the checkpoint of step {self._saved_step} is kept; " if self._saved_step >= 0 else "")
-            + "lower optimizer.learning_rate or set optimizer.max_grad_norm, then --resume"
-        )
+    def validate(self, run_log: RunLog) -> None:
+        """Log losses and retrieval on the held-out pairs, and save ``checkpoints/best.pt`` if retrieval is the best.
 
-    # -- validation and saving -----------------------------------------------------------------------------------------
+        Args:
+            run_log: receives the values.
 
-    @torch.no_grad()
-    def validate(self) -> None:
-        """Losses on the held-out pairs, as many as fill whole batches, with the same masks every time, and retrieval;
-        keeps the best checkpoint."""
+        Raises:
+            UserError: undecodable images above 1 %.
+        """
         self.model.eval()
-        sums: dict[str, float] = {}
-        for index, batch in enumerate(self.val_loader.epoch(0)):
-            self.bad_val_pictures.add(batch.pop("undecodable"))
-            losses = self._losses(batch, mix_seed(self.config.run.seed, _VALIDATION, index))
-            for name, value in {**losses.named(), **losses.metrics}.items():
-                sums[name] = sums.get(name, 0.0) + value.item()
-        values = {name: value / len(self.val_loader) for name, value in sums.items()}
-        result = self.retrieval(self.val_table)
-        self.log.write("val", self.step, {**values, **result.recalls, "recall_sum": result.sum})
-        self.log.message(
-            f"step {self.step}: held-out loss {values['total']:.2f}, recall@1/5/10 image to text "
-            + _recall_line(result, "image_to_text")
-            + ", text to image "
-            + _recall_line(result, "text_to_image")
-        )
-        if result.sum > self.best:
-            self.best = result.sum
+        values = self._held_out_losses()
+        result = self.retrieval(held_out=True)
+        run_log.write("val", self.state.step, {**values, **result.recalls, "recall_sum": result.sum})
+        run_log.message(f"step {self.state.step}: held-out loss {values['total']:.2f}, {result.line()}")
+        if result.sum > self.state.best:
+            self.state.best = result.sum
             self.save("best")
 
-    def retrieval(self, table: PairSource, max_images: int | None = None) -> RetrievalResult:
-        """Zero-shot retrieval over a table with the settings of ``config.evaluation``."""
-        evaluation = self.config.evaluation
+    @torch.no_grad()
+    def _held_out_losses(self) -> dict[str, float]:
+        """Mean losses over the held-out pairs that fill whole batches, with the same masks every time."""
+        sums: dict[str, float] = {}
+        for index, batch in enumerate(self.data.val_loader.epoch(0)):
+            self.undecodable_val.add(batch.pop("undecodable"))
+            losses = self.passes.forward(batch, mix_seed(self.config.run.seed, _VALIDATION, index))
+            for name, value in {**losses.named(), **losses.metrics}.items():
+                sums[name] = sums.get(name, 0.0) + value.item()
+        return {name: value / len(self.data.val_loader) for name, value in sums.items()}
+
+    def retrieval(self, *, held_out: bool, max_images: int | None = None) -> RetrievalResult:
+        """Zero-shot retrieval with the settings of ``config.evaluation``.
+
+        Args:
+            held_out: whether to retrieve from the held-out images; else from the training images.
+            max_images: images to retrieve from, spread evenly over the source; None takes all.
+
+        Returns:
+            The recalls.
+        """
         return evaluate_retrieval(
             self.model,
-            table,
-            self.tokenizer,
-            self.val_transform,
-            batch_size=evaluation.batch_size,
-            rerank=evaluation.rerank,
+            self.data.val_source if held_out else self.data.train_source,
+            self.data.tokenizer,
+            self.data.val_transform,
+            batch_size=self.config.evaluation.batch_size,
+            rerank=self.config.evaluation.rerank,
             max_images=max_images,
-            bad_pictures=self.bad_val_pictures if table is self.val_table else self.bad_pictures,
+            undecodable=self.undecodable_val if held_out else self.state.undecodable,
         )
+
+    # -- files ---------------------------------------------------------------------------------------------------------
 
     def save(self, name: str) -> None:
         """Write ``checkpoints/<name>.pt``; weights that are not finite raise instead, and the old file stays."""
-        self._check_healthy({})
-        state = {
-            "config": self.config.to_dict(),
-            "step": self.step,
-            "best": self.best,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "bad_pictures": self.bad_pictures.state_dict(),
-        }
-        save_checkpoint(self.checkpoints / f"{name}.pt", state)
+        self.finite.require(self.state.step, self.state.saved_step)
+        path = self.directory / "checkpoints" / f"{name}.pt"
+        save_checkpoint(path, {"config": self.config.to_dict(), **self.state.state_dict()})
         if name == "latest":
-            self._saved_step = self.step
+            self.state.saved_step = self.state.step
 
     def export(self) -> Path:
         """Write the model and its tokenizer to ``model/`` for ``SCLModel.from_pretrained``."""
         path = self.directory / "model"
         self.model.save_pretrained(path)
         try:
-            self.tokenizer.save_pretrained(path)
+            self.data.tokenizer.save_pretrained(path)
         except Exception as error:  # the tokenizers library raises a bare Exception for a full disk
             raise UserError(f"{path}: the tokenizer cannot be written ({error}); free space, then --resume") from error
         return path
 
+    def report(self) -> Path:
+        """Write ``report.md``, ``losses.png`` and ``attention.png`` into the run's folder.
+
+        Returns:
+            The path of the report.
+        """
+        evaluation, data = self.config.evaluation, self.data
+        results = {"held-out": self.retrieval(held_out=True)}
+        if evaluation.train_images:
+            results["training"] = self.retrieval(held_out=False, max_images=evaluation.train_images)
+        attention = None
+        if evaluation.attention_images and self.config.model.fusion_layers:
+            attention = self.directory / "attention.png"
+            pairs = choose_pairs(data.val_source, evaluation.attention_images, self.undecodable_val)
+            plot_attention(attention, self.model, data.val_source, pairs, data.tokenizer, data.val_transform)
+        summary = RunSummary(
+            description=self.describe(),
+            rows=read_metrics(self.directory / "metrics.jsonl"),
+            retrieval=results,
+            rerank=evaluation.rerank,
+            undecodable={"training": len(self.state.undecodable), "held-out": len(self.undecodable_val)},
+            attention=attention,
+        )
+        return write_report(summary, self.directory)
+
     def describe(self) -> str:
         """The run in one line: size, data, batch, negatives, steps."""
-        run, config = self.config.run, self.config
+        run, config, data = self.config.run, self.config, self.data
         parameters = sum(p.numel() for p in self.model.parameters())
         return (
-            f"{parameters / 1e6:.1f} M parameters, recipe {config.objectives.recipe}, {self.train_table.num_images} "
-            f"pictures with {self.train_table.num_pairs} captions to train on, {self.val_table.num_images} held out; "
+            f"{parameters / 1e6:.1f} M parameters, recipe {config.objectives.recipe}, {data.train_source.num_images} "
+            f"images with {data.train_source.num_pairs} captions to train on, {data.val_source.num_images} held out; "
             f"batch {run.batch_size} x {run.accumulation}, {run.batch_size - 1} negatives for each contrast; "
-            f"{run.max_steps} steps = {run.max_steps * run.accumulation / len(self.train_loader):.1f} epochs on "
+            f"{run.max_steps} steps = {run.max_steps * run.accumulation / len(data.train_loader):.1f} epochs on "
             f"{self.device}, {run.precision}"
         )
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        def request_stop(*_: object) -> None:
-            self._stop_requested = True
-
-        before = {number: signal.signal(number, request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def _recall_line(result: RetrievalResult, direction: str) -> str:
-    method = "itm" if f"itm_{direction}_r1" in result.recalls else "itc"
-    return "/".join(f"{100 * result.recalls[f'{method}_{direction}_r{k}']:.1f}" for k in (1, 5, 10)) + " %"
 
 
 def _due(step: int, every: int) -> bool:

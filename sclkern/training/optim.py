@@ -1,6 +1,8 @@
-"""AdamW groups and the learning-rate schedule of the reference (scl_utils.py set_schedule)."""
+"""The published parameter groups of AdamW and the learning-rate schedule (``set_schedule`` in scl_utils.py)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,16 +11,21 @@ from sclkern.models import SCLNetwork
 from sclkern.training.config import OptimizerConfig
 from sclkern.weights.names import reference_names
 
-# Matched against the published names, because that is how the reference makes its groups.
+# Matched against the published parameter names, from which the published code makes its groups.
 _FUSION = "cross_modal"
 _HEADS = ("vqa_classifier", "nlvr2_classifier", "mlm_score", "itm_score")
 _REFERENCE_NO_DECAY = ("bias", "LayerNorm.weight", "norm.weight")
 
 
-def parameter_groups(model: SCLNetwork, config: OptimizerConfig) -> list[dict]:
-    """At most six groups: body, heads and fusion, each with and without weight decay.
+def parameter_groups(model: SCLNetwork, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Group the parameters: body, heads and fusion, each with and without weight decay.
 
-    Each is a dict for ``torch.optim`` with ``base_lr``, the peak rate of the group, and ``name``.
+    Args:
+        model: its parameters that require a gradient.
+        config: learning rates and weight decay.
+
+    Returns:
+        At most six groups for ``torch.optim``, each with ``name`` and ``base_lr``, the peak rate of the group.
     """
     norms = {
         f"{prefix}.{name}"
@@ -31,10 +38,10 @@ def parameter_groups(model: SCLNetwork, config: OptimizerConfig) -> list[dict]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        theirs = published[name][0]
-        part = "heads" if theirs.startswith(_HEADS) else "fusion" if theirs.startswith(_FUSION) else "body"
+        published_name = published[name][0]
+        part = _part(published_name)
         if config.no_decay == "reference":
-            decay = not any(pattern in theirs for pattern in _REFERENCE_NO_DECAY)
+            decay = not any(pattern in published_name for pattern in _REFERENCE_NO_DECAY)
         else:
             decay = not (name in norms or name.endswith("bias") or name == "temperature")
         groups.setdefault((part, decay), []).append(parameter)
@@ -51,14 +58,28 @@ def parameter_groups(model: SCLNetwork, config: OptimizerConfig) -> list[dict]:
     ]
 
 
+def _part(published_name: str) -> str:
+    if published_name.startswith(_HEADS):
+        return "heads"
+    return "fusion" if published_name.startswith(_FUSION) else "body"
+
+
 def build_optimizer(model: SCLNetwork, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW where the parameters' device has it, which the CPU does too."""
+    """Fused AdamW, which torch has for CPUs and GPUs, over the groups of ``parameter_groups``."""
     return torch.optim.AdamW(parameter_groups(model, config), betas=config.betas, eps=config.eps, fused=True)
 
 
 def schedule_factor(step: int, max_steps: int, config: OptimizerConfig) -> float:
-    """Factor of the peak rate for the optimiser step with this index (0 is the first): linear warm-up from 0, then
-    polynomial decay to ``end_factor`` at ``max_steps``."""
+    """Compute the factor of the peak rates at a step.
+
+    Args:
+        step: index of the optimiser step, from 0.
+        max_steps: steps of the schedule.
+        config: warm-up, end factor and power.
+
+    Returns:
+        A factor that rises linearly from 0, then decays polynomially to ``end_factor`` at ``max_steps``.
+    """
     warmup = int(max_steps * config.warmup)
     if step < warmup:
         return step / warmup
@@ -67,5 +88,6 @@ def schedule_factor(step: int, max_steps: int, config: OptimizerConfig) -> float
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set each group's rate to ``factor`` times its ``base_lr``."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor

@@ -1,4 +1,4 @@
-"""How near a run comes to what its machine can multiply."""
+"""Arithmetic rate of a run, and its share of the device's peak (MFU)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sclkern.step.flops import Counter
 from sclkern.step.plan import make_plan
 from sclkern.training.config import PretrainConfig
 
-# Dense matrix products a second as NVIDIA's data sheets give them, in bfloat16 and in float32 on the ordinary cores.
+# Dense FLOP/s in bfloat16 (tensor cores) and in float32 (CUDA cores), from NVIDIA's data sheets.
 PEAKS = {
     "H200": (989e12, 67e12),
     "H100": (989e12, 67e12),
@@ -22,10 +22,19 @@ PEAKS = {
 def flops_a_pair(
     config: SCLConfig, objectives: ObjectiveConfig, step: StepConfig, caption_tokens: float, padded_tokens: int
 ) -> float:
-    """FLOPs of the step for one pair, forward and backward, by its plan; nothing that is computed again counts.
+    """Count the FLOPs of the step for one pair, forward and backward, from its plan.
+
+    What activation checkpointing computes again does not count.
 
     Args:
-        caption_tokens: mean of the captions. padded_tokens: what a batch is padded to where it is not packed.
+        config: architecture.
+        objectives: losses of the step.
+        step: how the step is executed.
+        caption_tokens: mean number of tokens of the captions.
+        padded_tokens: tokens that a caption is padded to where the step does not pack.
+
+    Returns:
+        FLOPs, a multiplication and an addition counted as two.
     """
     counter = Counter(
         config,
@@ -38,10 +47,13 @@ def flops_a_pair(
 
 
 class Throughput:
-    """What a rate of pairs is in arithmetic.
+    """Converts pairs per second to FLOP/s and MFU.
 
     Args:
-        lengths: tokens of a sample of the captions. pad_to_max: whether all are padded to the longest there may be.
+        config: configuration of the run.
+        lengths: tokens of a sample of the captions.
+        pad_to_max: whether captions are padded to ``max_text_len``.
+        device: device that trains.
     """
 
     def __init__(self, config: PretrainConfig, lengths: list[int], pad_to_max: bool, device: torch.device) -> None:
@@ -51,13 +63,13 @@ class Throughput:
         self.peak = peak_flops(device, config.run.precision)
 
     def at(self, pairs_per_second: float) -> dict[str, float]:
-        """``teraflops_per_second``, and ``mfu`` (a share of 1) where the device's peak is known."""
+        """``teraflops_per_second``, and ``mfu`` (a fraction) if the device's peak is known."""
         rate = pairs_per_second * self.flops
         return {"teraflops_per_second": rate / 1e12} | ({} if self.peak is None else {"mfu": rate / self.peak})
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """FLOPs a second of a device in "bfloat16" or "float32", None where no data sheet is known."""
+    """Peak FLOP/s of a device in "bfloat16" or "float32"; None if it is not in ``PEAKS``."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -44,7 +44,7 @@ def test_report_tells_first_and_last_losses_and_recalls(finished):
     train = [m for m in metrics if m["kind"] == "train"]
     for name, title in (("mvsc", "MVSC, masked vision completion"), ("total", "total")):
         assert f"| {title} | {train[0][name]:.3f} | {train[-1][name]:.3f} | {metrics[-1][name]:.3f} |" in report
-    for gallery in ("held-out, 119 pictures", "training, 20 pictures"):
+    for gallery in ("held-out, 119 images", "training, 20 images"):
         for direction in ("image to text", "text to image"):
             for method in ("ITC", "ITM", "chance"):
                 assert any(gallery in r and direction in r and f"| {method} |" in r for r in report.splitlines())
@@ -183,7 +183,7 @@ def test_a_few_undecodable_are_counted_and_named(tmp_path, caplog):
     settings = data(tmp_path, pairs, run__max_steps=15, data__val_tables="[good]")
     assert main(["pretrain", *overrides(tmp_path / "run", **settings)]) == 0
     assert sum("mine.arrow row 5 (5)" in r.getMessage() for r in caplog.records if r.name == "sclkern.data") == 1
-    assert "Undecodable training pictures, skipped: 1" in (tmp_path / "run" / "report.md").read_text()
+    assert "Undecodable training images, skipped: 1" in (tmp_path / "run" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -238,10 +238,10 @@ def test_an_unknown_device(fails, device):
 
 
 def test_one_pair_has_no_false_image(fails, tmp_path):
-    fails("run.batch_size 1, expected 2 or more", run__batch_size=1)
+    fails("run.batch_size: got 1, expected 2 or more", run__batch_size=1)
     settings = data(tmp_path, rows(20))
     write_pairs(tmp_path / "one.arrow", rows(1))
-    fails("data.val_tables: 1 pair, expected 2 or more", **{**settings, "data__val_tables": "[one]"})
+    fails("data.val_tables, pairs: got 1, expected 2 or more", **{**settings, "data__val_tables": "[one]"})
 
 
 def test_a_recipe_the_model_cannot_train(fails):
@@ -261,7 +261,7 @@ def test_a_few_undecodable_held_out_pictures_are_counted(tmp_path):
     write_pairs(tmp_path / "bad.arrow", [{**pairs[0], "image": b"no picture"}, *pairs[1:]])
     settings = data(tmp_path, pairs, data__val_tables="[bad]", evaluation__attention_images=119)
     assert main(["pretrain", *overrides(tmp_path / "run", run__max_steps=1, **settings)]) == 0
-    assert "Undecodable held-out pictures, skipped: 1" in (tmp_path / "run" / "report.md").read_text()
+    assert "Undecodable held-out images, skipped: 1" in (tmp_path / "run" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["report.md", "losses.png", "tensorboard"])

@@ -39,22 +39,19 @@ class ProfiledRun(Pretraining):
 
     def take_steps(self, steps: int, warmup: int, record: AbstractContextManager[Any]) -> Any:
         """Train ``warmup`` steps, then ``steps`` under ``record``; returns what ``record`` gave on entry."""
-        self.log = RunLog(self.directory, start=0, total=warmup + steps)
-        try:
-            batches = self._batches()
-            self._restart_clock()
+        with RunLog(self.directory, start=0, total=warmup + steps) as run_log:
+            batches = self.batches()
+            self.clock.restart()
             for _ in range(warmup):
-                self._train_step(batches)
+                self.train_step(batches, run_log)
             self._wait()
             with record as recorded, ranges():
                 for _ in range(steps):
                     with phase("step"):
-                        self._train_step(batches)
+                        self.train_step(batches, run_log)
                 # What a GPU has still to do belongs to the steps that asked for it.
                 self._wait()
             batches.close()
-        finally:
-            self.log.close()
         return recorded
 
     def _wait(self) -> None:

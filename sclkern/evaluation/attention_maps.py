@@ -1,0 +1,128 @@
+"""Attention of the words of a caption over its image, as plots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from sclkern.data import PairSource
+from sclkern.data.tokenizer import CaptionTokenizer
+from sclkern.data.transforms import denormalize
+from sclkern.io import write_atomically
+from sclkern.models import SCLNetwork
+
+
+def choose_pairs(source: PairSource, count: int, undecodable: Container[str] = ()) -> list[int]:
+    """Choose pairs with different captions, spread over a source, of three words or more where there are any.
+
+    Args:
+        source: the pairs.
+        count: pairs to choose at most.
+        undecodable: names of images to leave out.
+
+    Returns:
+        Pair numbers, ascending.
+    """
+    _, first = np.unique(source.pair_group, return_index=True)
+    pairs = [int(p) for p in sorted(first) if source.image_name(int(source.pair_image[p])) not in undecodable]
+    long = [pair for pair in pairs if len(source.caption(pair).split()) >= 3] or pairs
+    return [long[i] for i in np.linspace(0, len(long) - 1, min(count, len(long))).round().astype(int)]
+
+
+@torch.no_grad()
+def word_attention(
+    model: SCLNetwork, pixels: Tensor, caption: str, tokenizer: CaptionTokenizer
+) -> list[tuple[str, Tensor]]:
+    """Attention over the patches of an image: of the whole caption (its CLS token), then of each word.
+
+    The probabilities are those of the last fusion layer, text to image, without the image's CLS token. The largest over
+    the heads is taken and the tokens of a word are summed, as ALIGN-BENCH reads attention.
+
+    Args:
+        model: in eval mode, with one fusion layer at least.
+        pixels: (3, S, S) transformed image.
+        caption: text of the image.
+        tokenizer: the model's.
+
+    Returns:
+        Word and map for each word, the map (grid, grid) float32 on the CPU.
+    """
+    device = next(model.parameters()).device
+    ids, mask = tokenizer([caption], model.config.max_text_len)
+    image = model.encode_image(pixels[None].to(device))
+    text = model.encode_text(ids.to(device), mask.to(device))
+    fused = model.run_fusion(text, mask.to(device), image, return_attention=True)
+    if fused.attentions is None:
+        raise RuntimeError("the fusion encoder returned no attention")
+    probabilities = fused.attentions[-1].text_to_image[0].amax(0)[:, image.num_frames :]
+    words = [("whole text", [0]), *_words(tokenizer, ids[0, 1 : int(mask.sum()) - 1].tolist())]
+    return [
+        (word, probabilities[positions].sum(0).view(model.config.grid, -1).float().cpu()) for word, positions in words
+    ]
+
+
+def plot_attention(
+    path: Path,
+    model: SCLNetwork,
+    source: PairSource,
+    pairs: Sequence[int],
+    tokenizer: CaptionTokenizer,
+    transform: Callable[[Image.Image], Tensor],
+    *,
+    words_shown: int = 5,
+) -> None:
+    """Draw a row for each pair: the image, then the attention of the whole caption and of its first words over it.
+
+    Args:
+        path: PNG file to write.
+        model: in eval mode when this returns; one fusion layer at least.
+        source: the pairs.
+        pairs: pair numbers to draw, with images that can be decoded.
+        tokenizer: the model's.
+        transform: maps a PIL image to (3, S, S).
+        words_shown: words of a caption to draw at most.
+    """
+    model.eval()
+    size = (1.7 * (words_shown + 2), 1.85 * len(pairs))
+    figure = Figure(figsize=size)
+    axes = figure.subplots(len(pairs), words_shown + 2, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, pair in zip(axes, pairs, strict=True):
+        caption = source.caption(pair)
+        pixels = transform(source.image(int(source.pair_image[pair])))
+        shown = denormalize(pixels).permute(1, 2, 0).numpy()
+        row[0].imshow(shown)
+        # A caption is data: dollar signs in it are no formula.
+        row[0].set_title(_shorten(caption, 24), fontsize=7, parse_math=False)
+        for axis, (word, attention) in zip(row[1:], word_attention(model, pixels, caption, tokenizer), strict=False):
+            heat = attention.numpy()
+            heat = (heat - heat.min()) / max(heat.max() - heat.min(), 1e-12)
+            axis.imshow(shown)
+            sides = (-0.5, shown.shape[1] - 0.5, shown.shape[0] - 0.5, -0.5)
+            axis.imshow(heat, cmap="jet", alpha=0.5, interpolation="bilinear", extent=sides)
+            axis.set_title(_shorten(word, 16), fontsize=8, parse_math=False)
+    figure.tight_layout()
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+
+
+def _words(tokenizer: CaptionTokenizer, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
+    """Words of a caption with the positions of their tokens: a token that begins with a space begins a word."""
+    words: list[tuple[str, list[int]]] = []
+    for position, token in enumerate(ids, start=1):
+        text = tokenizer.decode([token])
+        if words and not text.startswith(" "):
+            words[-1] = (words[-1][0] + text, [*words[-1][1], position])
+        else:
+            words.append((text.strip(), [position]))
+    return words
+
+
+def _shorten(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
