@@ -1,0 +1,43 @@
+"""A loss, gradient or parameter that is not finite is named."""
+
+import pytest
+import torch
+
+from sclkern.errors import UserError
+from sclkern.training.health import FiniteCheck
+
+
+@pytest.fixture
+def layer():
+    layer = torch.nn.Linear(2, 1)
+    layer(torch.ones(1, 2)).sum().backward()
+    return layer
+
+
+def message_of(check, *args):
+    with pytest.raises(UserError) as caught:
+        check.require(*args)
+    return str(caught.value)
+
+
+def test_finite_values_pass(layer):
+    check = FiniteCheck(layer, torch.device("cpu"))
+    check.observe(torch.tensor(1.0), torch.tensor(-3.0))
+    check.require(1, -1, {"total": torch.tensor(1.0)})
+
+
+def test_the_cause_is_named_from_losses_to_parameters(layer):
+    check = FiniteCheck(layer, torch.device("cpu"))
+    check.observe(torch.tensor(float("inf")))
+    check.observe(torch.tensor(1.0))  # what was seen once is not forgotten
+    values = {"total": torch.tensor(1.0), "itm": torch.tensor(float("nan"))}
+    assert message_of(check, 7, 4, values).startswith(
+        "step 7: itm is not finite; the checkpoint of step 4 is kept; lower"
+    )
+    assert message_of(check, 7, -1).startswith(
+        "step 7: an earlier loss is not finite; lower optimizer.learning_rate or"
+    )
+    layer.bias.data[0] = torch.nan
+    assert "the parameter bias is not finite" in message_of(check, 7, -1)
+    layer.weight.grad[0, 1] = torch.inf
+    assert "the gradient of weight is not finite" in message_of(check, 7, -1)

@@ -1,0 +1,49 @@
+"""The report from plain values: no run is needed to write one."""
+
+import matplotlib.image
+
+from sclkern.evaluation.retrieval import RetrievalResult
+from sclkern.training.report import RunSummary, format_report, write_report
+
+ROWS = [
+    {"kind": "train", "step": 1, "total": 9.5, "itm": 0.75, "mltc": 3.0},
+    {"kind": "train", "step": 2, "total": 8.25, "itm": 0.5, "mltc": None},
+    {"kind": "val", "step": 2, "total": 8.5, "itm": 0.625, "mltc": 2.0},
+]
+DIRECTIONS = ("image_to_text", "text_to_image")
+RECALLS = {f"{method}_{d}_r{k}": k / 40 for method in ("itc", "chance") for d in DIRECTIONS for k in (1, 5, 10)}
+
+
+def summary(**changes):
+    values = {"description": "A run.", "rows": ROWS, "retrieval": {"held-out": RetrievalResult(40, 30, RECALLS)}}
+    return RunSummary(**{**values, "rerank": 3, "undecodable": {"training": 0, "held-out": 2}, **changes})
+
+
+def test_losses_recalls_and_skipped_images_are_shown(tmp_path):
+    path = write_report(summary(), tmp_path)
+    lines = path.read_text().splitlines()
+    assert "| total | 9.500 | 8.250 | 8.500 |" in lines
+    assert "| MLTC, masked local token completion | 3.000 |  | 2.000 |" in lines
+    assert not any(line.startswith("| MLM") for line in lines)
+    assert "| held-out, 40 images, 30 captions | image to text | ITC | 2.5 | 12.5 | 25.0 |" in lines
+    assert not any("| ITM |" in line for line in lines)
+    assert "Undecodable held-out images, skipped: 2" in lines and not any("Undecodable training" in x for x in lines)
+    assert not any("attention" in line for line in lines)
+    assert matplotlib.image.imread(tmp_path / "losses.png")[..., :3].std() > 0.05
+
+
+def test_a_report_without_rows_has_no_losses(tmp_path):
+    text = write_report(summary(rows=[]), tmp_path).read_text()
+    assert "| total |" not in text and "| held-out, 40 images" in text
+    assert not (tmp_path / "losses.png").exists()
+
+
+def test_a_plot_of_attention_is_linked(tmp_path):
+    assert "![attention](attention.png)" in format_report(summary(attention=tmp_path / "attention.png"))
+
+
+def test_the_line_of_a_retrieval_shows_the_best_method():
+    result = RetrievalResult(40, 30, RECALLS)
+    assert result.line() == "recall@1/5/10 image to text 2.5/12.5/25.0 %, text to image 2.5/12.5/25.0 %"
+    reranked = {f"itm_{d}_r{k}": 1.0 for d in DIRECTIONS for k in (1, 5, 10)}
+    assert "image to text 100.0/100.0/100.0 %" in RetrievalResult(40, 30, {**RECALLS, **reranked}).line()
