@@ -37,11 +37,11 @@ class _Gather(torch.autograd.Function):
         return own * ctx.scale, None, None
 
 
-def gather(features: Tensor, group=None, mode: Literal["exact", "reference"] = "exact") -> Tensor:
+def gather(features: Tensor, group=None, mode: Literal["exact", "published"] = "exact") -> Tensor:
     """Stack the rows of all ranks: (B, ...) to (world * B, ...), rank by rank; B is the same on each.
 
     ``mode`` is the gradient: "exact" multiplies this rank's slice by the world size, so that DDP's mean over ranks is
-    the gradient of one big batch; "reference" leaves the slice as it is, 1/world of that (AllGather_multi in the
+    the gradient of one big batch; "published" leaves the slice as it is, 1/world of that (AllGather_multi in the
     published dist_utils.py). Without an initialised process group the features come back as they are.
 
     Raises:

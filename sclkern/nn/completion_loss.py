@@ -46,7 +46,7 @@ class CompletionLoss(nn.Module):
         reduction: Literal["mean", "sum", "none"] = "mean",
         eps: float = 1e-8,
         group: dist.ProcessGroup | None = None,
-        gather: Literal["exact", "reference"] | None = "exact",
+        gather: Literal["exact", "published"] | None = "exact",
         backend: str = "auto",
     ) -> None:
         low, high = temperature_range

@@ -20,6 +20,7 @@ from sclkern.ops.dispatch import Choice, interpreted
 _LIBRARY = torch.library.Library("sclkern", "FRAGMENT")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
+NO_SECOND_DERIVATIVE = '{}: the kernel has no second derivative; backend="eager" has'
 # Every public op by name; ``public_op`` fills it.
 OPS: dict[str, Callable[..., Any]] = {}
 
@@ -131,11 +132,10 @@ def register(
     if backward is None:
         return op
     backward_op = _define(f"{name}_backward", backward, fake_backward, cpu_backward)
-    message = f'{name}: the kernel has no second derivative; backend="eager" has'
     setup, gradient = _autograd(op, backward_op, outputs, gradients, derive, finish)
 
     def no_second_derivative(ctx: Any, *_: Tensor | None) -> None:
-        raise RuntimeError(message)
+        raise RuntimeError(NO_SECOND_DERIVATIVE.format(name))
 
     torch.library.register_autograd(f"sclkern::{name}", gradient, setup_context=setup, lib=_LIBRARY)
     torch.library.register_autograd(f"sclkern::{name}_backward", no_second_derivative, lib=_LIBRARY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -17,7 +18,17 @@ _EXCLUDED = -1e30
 _PLAIN_EXPONENTIALS = 40.0
 
 
-def forward(recovered, complete, temperature, valid, both, learnable, eps, offset, rows):
+def forward(
+    recovered: Tensor,
+    complete: Tensor,
+    temperature: Tensor,
+    valid: Tensor | None,
+    both: bool,
+    learnable: bool,
+    eps: float,
+    offset: int,
+    rows: int,
+) -> tuple[Tensor, ...]:
     """The op ``sclkern::completion_loss`` (see its launcher), in float32 or the wider dtype of the temperature."""
     shape, precise = recovered.shape[:2], temperature.dtype
     window = slice(offset, offset + rows)
@@ -37,13 +48,15 @@ def forward(recovered, complete, temperature, valid, both, learnable, eps, offse
     if plain:
         lse.zero_()
     for first, dims in _passes(len(lse), shape[1], rows):
-        for group, here, _, _, similarity in _tiles(sides, temperature, valid, rnorm, first, window):
-            weight = similarity.exp() if plain else None
+        for group, block, _, _, similarity in _tiles(sides, temperature, valid, rnorm, first, window):
+            exponentials = similarity.exp() if plain else None
             for dim in dims:
-                own = slice(here.start - offset, here.stop - offset) if dim else slice(None)
+                reduced = slice(block.start - offset, block.stop - offset) if dim else slice(None)
                 direction = first if dim else 1 - first
-                highest, sums, spreads = (t[direction, group, own] for t in (lse, total, spread))
-                if not plain:
+                highest, sums, spreads = (t[direction, group, reduced] for t in (lse, total, spread))
+                if exponentials is not None:
+                    weight = exponentials
+                else:
                     raised = torch.maximum(highest, similarity.amax(dim))
                     shrink, weight = torch.exp(highest - raised), torch.exp(similarity - raised.unsqueeze(dim))
                     highest.copy_(raised)
@@ -51,7 +64,7 @@ def forward(recovered, complete, temperature, valid, both, learnable, eps, offse
                     spreads.mul_(shrink)
                 sums += weight.sum(dim)
                 if learnable:
-                    anchor = positive[group, here if dim else window].unsqueeze(dim)
+                    anchor = positive[group, block if dim else window].unsqueeze(dim)
                     spreads += (weight * (similarity - anchor)).sum(dim)
     # Of a row without negatives the logarithm is infinite.
     lse += total.log().clamp_min_(_EXCLUDED)
@@ -65,21 +78,33 @@ def forward(recovered, complete, temperature, valid, both, learnable, eps, offse
     )
 
 
-def backward(recovered, complete, temperature, valid, weight, lse, rnorm, eps, offset, rows, needed) -> list:
-    """Gradients (G, rows, D) of the window of both sides, or None where not needed; weight and lse (directions, G, N)
+def backward(
+    recovered: Tensor,
+    complete: Tensor,
+    temperature: Tensor,
+    valid: Tensor | None,
+    weight: Tensor,
+    lse: Tensor,
+    rnorm: Tensor,
+    eps: float,
+    offset: int,
+    rows: int,
+    *needed: bool,
+) -> list[Tensor]:
+    """Gradients (G, rows, D) of the window of both sides, empty where not needed; weight and lse (directions, G, N)
     as in the kernels."""
     groups, length, width = recovered.shape
     window, features = slice(offset, offset + rows), (recovered, complete)
-    sides = [torch.zeros((groups, rows, width), dtype=rnorm.dtype) if need else None for need in needed]
+    gradients = [torch.zeros((groups, rows, width) if need else 0, dtype=rnorm.dtype) for need in needed]
     plain = _plain(temperature)
     for first, dims in _passes(2, length, rows):
         targets = [(dim, first if dim else 1 - first) for dim in dims]
         targets = [(dim, target) for dim, target in targets if needed[target]]
         if not targets:
             continue
-        for group, here, x, y, similarity in _tiles(features, temperature, valid, rnorm, first, window):
+        for group, block, x, y, similarity in _tiles(features, temperature, valid, rnorm, first, window):
             shares = [
-                (lse[d, group, here, None], weight[d, group, here, None])
+                (lse[d, group, block, None], weight[d, group, block, None])
                 if d == first
                 else (lse[d, group], weight[d, group])
                 for d in range(len(lse))
@@ -89,15 +114,15 @@ def backward(recovered, complete, temperature, valid, weight, lse, rnorm, eps, o
                 factors = [w * torch.exp(-s.clamp_min(-2 * _PLAIN_EXPONENTIALS)) for s, w in shares]
                 gradient = similarity.exp_().mul_(sum(factors))
             else:
-                gradient = sum(torch.exp(similarity - s) * w for s, w in shares)
-            gradient.diagonal(here.start).copy_(-weight[:, group, here].sum(0))
+                gradient = functools.reduce(torch.add, [torch.exp(similarity - s) * w for s, w in shares])
+            gradient.diagonal(block.start).copy_(-weight[:, group, block].sum(0))
             for dim, target in targets:
                 if dim:
-                    sides[target][group, here.start - offset : here.stop - offset] = gradient @ y
+                    gradients[target][group, block.start - offset : block.stop - offset] = gradient @ y
                 else:
-                    sides[target][group] += gradient.T @ x[here]
-    for side, push in enumerate(sides):
-        if push is None:
+                    gradients[target][group] += gradient.T @ x[block]
+    for side, push in enumerate(gradients):
+        if not needed[side]:
             continue
         scale = rnorm[side, :, window]
         for group in range(groups):
@@ -108,16 +133,15 @@ def backward(recovered, complete, temperature, valid, weight, lse, rnorm, eps, o
         push *= (scale / temperature)[..., None]
         if valid is not None:
             push.masked_fill_(~valid[:, window, None], 0.0)
-        sides[side] = push.to(features[side].dtype)
-    return sides
+    return [g.to(f.dtype) for g, f in zip(gradients, features, strict=True)]
 
 
 def _passes(directions: int, length: int, rows: int) -> list[tuple[int, tuple[int, ...]]]:
-    """Which side the row blocks are of, and which dims of a tile are reduced. Where the window is everything, the
-    tiles of one direction are those of the other."""
-    if rows == length:
-        return [(0, (1, 0)[:directions])]
-    return [(0, (1,)), (1, (1,))][:directions]
+    """The side that each pass takes row blocks of, and the dimensions of a tile that it reduces. Where the window is
+    everything, one pass serves both directions."""
+    whole: list[tuple[int, tuple[int, ...]]] = [(0, (1, 0)[:directions])]
+    window: list[tuple[int, tuple[int, ...]]] = [(0, (1,)), (1, (1,))]
+    return whole if rows == length else window[:directions]
 
 
 def _tiles(
@@ -128,8 +152,8 @@ def _tiles(
     first: int,
     window: slice,
 ) -> Iterator[tuple[int, slice, Tensor, Tensor, Tensor]]:
-    """Row blocks of the window, group by group: group, rows, both sides normalised, similarities but for pairs of their
-    own and of rows that are not valid."""
+    """Row blocks of the window, group by group: group, rows, both sides normalised, and the similarities, of which the
+    diagonal and invalid rows are excluded."""
     groups, length, _ = features[0].shape
     step = max(1, min(1024, TILE // max(length, 1)))
     inverse = temperature.reciprocal().item()
@@ -149,7 +173,7 @@ def _plain(temperature: Tensor) -> bool:
     return temperature.item() * _PLAIN_EXPONENTIALS >= 1
 
 
-def _normalised(features: Tensor, valid: Tensor | None, group: int, rnorm: Tensor, rows=slice(None)) -> Tensor:
+def _normalised(features: Tensor, valid: Tensor | None, group: int, rnorm: Tensor, rows: slice = slice(None)) -> Tensor:
     features = features[group, rows].to(rnorm.dtype)
     if valid is not None:
         features = features.masked_fill(~valid[group, rows, None], 0.0)

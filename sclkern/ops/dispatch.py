@@ -76,12 +76,15 @@ def may_read(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or os.environ.get("SCLKERN_DEBUG") == "1"
 
 
+def is_autocast(tensor: Tensor) -> bool:
+    """Whether autocast casts this tensor where it enters a matrix product."""
+    kind = tensor.device.type
+    return tensor.dtype in KERNEL_DTYPES and kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+
+
 def autocast(tensor: Tensor) -> Tensor:
     """``tensor`` in the dtype that autocast gives to the inputs of a matrix product; unchanged outside autocast."""
-    kind = tensor.device.type
-    if tensor.dtype in KERNEL_DTYPES and kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
-        return tensor.to(torch.get_autocast_dtype(kind))
-    return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type)) if is_autocast(tensor) else tensor
 
 
 def select_backend(

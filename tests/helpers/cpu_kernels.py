@@ -42,6 +42,11 @@ def _inputs_of_the_sum(arguments):
     return values | {"x": values["x"].to(dtypes[0]), "residual": (total - shift).to(dtypes[1])}
 
 
+def _embed_patches(images, weight, position, cls, eps=1e-5, dtype=None, **others):
+    out = reference.embed_patches(images, weight, position, cls, **others, eps=eps)
+    return out if dtype is None else out.to(dtype)
+
+
 def _select_patches(seed, num_patches, keep_ratio, batch):
     return reference.select_patches(num_patches, keep_ratio, batch, seed=seed)
 
@@ -58,6 +63,7 @@ def _mask_text(completion, **arguments):
 DEFINITIONS: dict[str, Callable[..., Any]] = {
     "bias_gelu": _bias_gelu,
     "dropout_add_layer_norm": _dropout_add_layer_norm,
+    "embed_patches": _embed_patches,
     "mask_text": _mask_text,
     "select_patches": _select_patches,
     "select_tokens": _select_tokens,
@@ -113,6 +119,8 @@ def _backward(op, backward, definition, prepare, collect):
         grads = [value for name, value in arguments.items() if name.startswith("grad_")]
         values = {name: value for name, value in prepare(arguments).items() if name in _names(op)}
         leaves = [name for name, value in values.items() if torch.is_tensor(value) and value.is_floating_point()]
+        # Images have no gradient.
+        leaves = [name for name in leaves if name != "images"]
         leaves.sort(key=_names(op).index)
         values |= {name: values[name].detach().requires_grad_() for name in leaves}
         outputs = [

@@ -104,7 +104,7 @@ def test_compiles_whole(run_module):
         ({"temperature_range": (0.5, 0.1)}, r"temperature_range: got \(0.5, 0.1\), expected 0 < low <= high"),
         ({"directions": "rows"}, "directions: got 'rows', expected one of both"),
         ({"reduction": "max"}, "reduction: got 'max'"),
-        ({"gather": "all"}, "gather: got 'all', expected one of exact, reference, None"),
+        ({"gather": "all"}, "gather: got 'all', expected one of exact, published, None"),
         ({"eps": 0.0}, "eps: got 0.0"),
         ({"backend": "cuda"}, "backend: got 'cuda'"),
     ],

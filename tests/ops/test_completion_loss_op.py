@@ -22,7 +22,7 @@ NAMES = ("loss", "recovered", "complete", "temperature")
 @pytest.fixture(autouse=True)
 def tiled(monkeypatch):
     """Tiles at any size, and several of them."""
-    monkeypatch.setattr(sys.modules["sclkern.ops.completion_loss"], "PLAIN_ROWS", -1)
+    monkeypatch.setattr(sys.modules["sclkern.ops.completion_loss"], "MAX_EAGER_ROWS", -1)
     monkeypatch.setattr(completion_loss_tiled, "TILE", 1000)
 
 

@@ -232,10 +232,10 @@ def of_op(tensors):
 @pytest.mark.parametrize(("given", "kept"), [(set(), None), (EVERYTHING, 2)], ids=["plain", "everything"])
 def test_registration(given, kept):
     tensors = inputs(1, side=4, given=given, kept=kept)
-    options = {"eps": 1e-5, "dtype": torch.float32}
-    torch.library.opcheck(torch.ops.sclkern.embed_patches, of_op(tensors), options)
+    options = 1e-5, torch.float32
+    torch.library.opcheck(torch.ops.sclkern.embed_patches, (*of_op(tensors), *options))
     plain = [None if t is None else t.detach() for t in of_op(tensors)]
-    out, *saved = torch.ops.sclkern.embed_patches(*plain, **options)
+    out, *saved = torch.ops.sclkern.embed_patches(*plain, *options)
     torch.library.opcheck(torch.ops.sclkern.embed_patches_backward, (torch.ones_like(out), *plain, *saved))
 
 
@@ -244,7 +244,7 @@ def test_registered_op_equals_the_reference(given, kept):
     tensors = inputs(given=given, kept=kept)
 
     def call(**tensors):
-        return torch.ops.sclkern.embed_patches(*of_op(tensors), eps=1e-5, dtype=torch.float32)[0]
+        return torch.ops.sclkern.embed_patches(*of_op(tensors), 1e-5, torch.float32)[0]
 
     ours, truth = run(call, tensors), run(reference.embed_patches, tensors, dtype=torch.float64)
     for name, exact in truth.items():
@@ -257,7 +257,7 @@ def test_compiles_whole(dynamic):
 
     def call(images, **others):
         arguments = of_op({"images": images * 2} | others)
-        return torch.ops.sclkern.embed_patches(*arguments, eps=1e-5, dtype=torch.float32)[0]
+        return torch.ops.sclkern.embed_patches(*arguments, 1e-5, torch.float32)[0]
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     ours = run(compiled, tensors)
@@ -338,7 +338,7 @@ def test_what_the_kernels_cannot_take_is_told():
         ({"mask_token": None}, ValueError, r"mask_token: got None, expected \(D,\) with replace"),
         ({"norm_bias": None}, ValueError, r"norm_weight, norm_bias: got one of them"),
         ({"norm_bias": torch.zeros(20, device="meta")}, ValueError, r"norm_bias: got device meta, expected that of"),
-        ({"eps": -1.0}, ValueError, r"eps: got -1\.0, expected 0 or more"),
+        ({"eps": -1.0}, ValueError, r"eps: got -1\.0, expected a finite number of at least 0"),
     ],
 )
 def test_bad_input_is_named(changed, error, message):
