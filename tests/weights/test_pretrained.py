@@ -169,6 +169,20 @@ def test_save_and_load(tmp_path: Path, tiny: SCLModel) -> None:
     assert again.load_report.loaded == len(state)
 
 
+def test_a_directory_of_the_first_version(tmp_path: Path, tiny: SCLModel) -> None:
+    """The keys of ``config.json`` before 0.1.0 was finished; they must stay readable."""
+    values = {
+        "width": 64, "vision_layers": 2, "text_layers": 2, "fusion_layers": 2, "image_size": 32, "patch_size": 8,
+        "max_frames": 0, "vocab_size": 120, "max_text_len": 16, "text_positions": 18, "text_types": 1, "token_types": 2,
+        "mlp_ratio": 4, "dropout": 0.1, "vision_activation": "quick_gelu", "projection_dim": 32,
+        "patch_mask_token": True, "heads": ["itm", "mlm", "itc"], "vqa_answers": 10, "bos_id": 0, "pad_id": 1,
+        "eos_id": 2, "mask_id": 119, "temperature_init": 0.07, "init_std": 0.02,
+    }  # fmt: skip
+    save_pretrained(tiny, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert from_pretrained(tmp_path).config == tiny.config
+
+
 def test_a_directory_in_another_model(tmp_path: Path, tiny: SCLModel) -> None:
     save_pretrained(tiny, tmp_path)
     model = from_pretrained(tmp_path, image_size=48, max_frames=2, heads=("itm", "rank"), dropout=0.0)
