@@ -31,7 +31,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training.separate_process import CONFIG, ROOT, decoding_processes, run_apart, stand_in_tokenizer
+from benchmarks.training.separate_process import CONFIG, ROOT, decoding_processes, run_in_process, stand_in_tokenizer
 from sclkern import SCLConfig
 from sclkern.data import demo_root
 from sclkern.errors import UserError
@@ -39,7 +39,8 @@ from sclkern.step import StepConfig
 from sclkern.tools.bench import records
 from sclkern.training.config import PretrainConfig, load_config
 
-WAYS: dict[str, dict[str, Any]] = {
+# Options of each variant, on top of ``common``.
+VARIANTS: dict[str, dict[str, Any]] = {
     "fused": {},
     "graphs": {"run.cuda_graphs": True},
     "eager": {
@@ -48,17 +49,19 @@ WAYS: dict[str, dict[str, Any]] = {
     },
 }
 LOSSES = ("total", "itm", "mlm", "itc", "mvsc", "mlsc")
-# Of a loss, or of 1 where it is smaller. In float32 two orders of summation part by 1e-6 in the first step, and each
-# update of AdamW magnifies that.
+# Relative to a loss, or to 1 where that is larger. In float32 two orders of summation differ by 1e-6 in the first step,
+# and each update of AdamW magnifies that.
 TOLERANCE = 1e-3
 EXACT_BATCH = 16
-WARM_UP = 20  # steps that count for no rate: what is compiled, tuned and allocated once
-PROFILED = 5
-RESERVE = 60.0  # seconds of a budget kept for each job to come: what an earlier one compiles may take long
+# Steps that count for no rate: they compile, tune and allocate.
+WARM_UP_STEPS = 20
+PROFILED_STEPS = 5
+# Seconds of a budget kept for each job to come: an earlier one may compile for long.
+RESERVE = 60.0
 
 
 def common(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What both ways share: ``configs/pretrain_base.yaml`` on the embedded data, from random weights."""
+    """What all variants share: ``pretrain_base.yaml`` on the embedded data, from random weights."""
     model = SCLConfig.preset(options.preset)
     smallest = len(json.loads((demo_root() / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]) + 1
     vocab_size = max(model.vocab_size, smallest)
@@ -69,7 +72,7 @@ def common(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "data.train_split": "train", "data.val_split": "val",
         "data.tokenizer": stand_in_tokenizer(folder, vocab_size),
         "data.num_workers": decoding_processes(options.batch_size, model.image_size),
-        # The rates of the configuration are for weights that have learned already.
+        # The learning rates of the configuration are for pre-trained weights.
         "optimizer.learning_rate": 1e-4, "optimizer.fusion_factor": 1.0, "optimizer.head_factor": 1.0,
         "optimizer.max_grad_norm": 1.0,
         "run.batch_size": options.batch_size, "run.accumulation": 1, "run.device": options.device,
@@ -79,71 +82,72 @@ def common(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def arguments(*parts: dict[str, Any]) -> list[str]:
+    """``key=value`` of the command line; later parts win."""
     return [f"{key}={value}" for key, value in {k: v for part in parts for k, v in part.items()}.items()]
 
 
 def largest_difference(first: list[dict], second: list[dict]) -> tuple[int, float]:
-    """Of the losses of two runs: steps that both logged, and how far apart they are at most (see ``TOLERANCE``)."""
+    """How many steps both runs logged, and the largest difference of their losses, measured as ``TOLERANCE`` is."""
     others = {row["step"]: row for row in second}
     rows = [(row, others[row["step"]]) for row in first if row["step"] in others]
-    found = [
+    differences = [
         abs(a[name] - b[name]) / max(1.0, abs(b[name])) if None not in (a[name], b[name]) else float("inf")
         for a, b in rows
         for name in LOSSES
     ]
-    return len(rows), max(found, default=float("inf"))
+    return len(rows), max(differences, default=float("inf"))
 
 
 def summary(rows: list[dict], outcome: dict[str, Any], config: PretrainConfig) -> dict[str, Any]:
-    """A record of a run from its logged steps; rates by those after the warm-up."""
+    """The record of a run: its outcome, and rates over the logged steps after the warm-up."""
     run = config.run
-    warm = [row for row in rows if row["step"] > min(WARM_UP, run.max_steps // 2)]
-    found: dict[str, Any] = {
+    warm = [row for row in rows if row["step"] > min(WARM_UP_STEPS, run.max_steps // 2)]
+    record: dict[str, Any] = {
         "steps": rows[-1]["step"] if rows else 0,
         "batch_size": run.batch_size,
         "precision": run.precision,
         "backend": run.backend,
         "workers": config.data.num_workers,
-        "warm_up": min(WARM_UP, run.max_steps // 2),
+        "warm_up": min(WARM_UP_STEPS, run.max_steps // 2),
         "curve": [[row["step"], row["total"]] for row in rows],
         "final_losses": {name: rows[-1][name] for name in LOSSES} if rows else {},
         **outcome,
     }
     for name in ("pairs_per_second", "teraflops_per_second", "mfu", "step_seconds"):
         if warm and name in warm[0]:
-            found[name] = statistics.median(row[name] for row in warm)
+            record[name] = statistics.median(row[name] for row in warm)
     if warm:
-        # A row holds means over the steps since the one before.
+        # A row holds means over the steps since the previous row.
         counts = [row["step"] - before for row, before in zip(rows, [0, *(row["step"] for row in rows)], strict=False)]
         spans = list(zip(warm, counts[-len(warm) :], strict=True))
         seconds = sum(row["step_seconds"] * count for row, count in spans)
-        found["pairs_per_second_overall"] = run.batch_size * sum(count for _, count in spans) / seconds
-        found["data_wait_share"] = sum(row["data_seconds"] * count for row, count in spans) / seconds
-    return found
+        record["pairs_per_second_overall"] = run.batch_size * sum(count for _, count in spans) / seconds
+        record["data_wait_share"] = sum(row["data_seconds"] * count for row, count in spans) / seconds
+    return record
 
 
 def profile(overrides: list[str], folder: Path, output: Path, seconds: float | None) -> bool:
-    """``sclkern profile`` of some steps: leaves phases and picture beside the records, and tells whether it could."""
-    command = [sys.executable, "-m", "sclkern.cli", "profile", f"--config={CONFIG}", f"--steps={PROFILED}"]
+    """Run ``sclkern profile`` for some steps, copy phases and plot beside the records; True if both exist."""
+    command = [sys.executable, "-m", "sclkern.cli", "profile", f"--config={CONFIG}", f"--steps={PROFILED_STEPS}"]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path}
     command += [f"--output={folder}", *overrides]
     try:
         done = subprocess.run(command, timeout=seconds, check=True, env=environment, stdout=subprocess.PIPE, text=True)
-        print(done.stdout.partition("\nwritten to")[0])  # what follows names a folder that is not kept
+        print(done.stdout.partition("\nwritten to")[0])  # the rest names a folder that is not kept
     except subprocess.SubprocessError as error:
         print(f"profile: {type(error).__name__}")
-    left = [folder / name for name in ("phases.json", "profile.png") if (folder / name).exists()]
-    for file in left:
+    files = [folder / name for name in ("phases.json", "profile.png") if (folder / name).exists()]
+    for file in files:
         shutil.copy(file, output / f"training-{file.name}")
-    return len(left) == 2
+    return len(files) == 2
 
 
 def draw(rows: list[dict], file: Path) -> None:
-    """Loss curves of the newest records, a panel for each machine and preset.
+    """Draw the loss curves of records, a panel for each machine and preset.
 
     Raises:
-        UserError: there are none.
+        UserError: there are no records of pre-training.
     """
     panels: dict[tuple[str, str], list[dict]] = defaultdict(list)
     for row in rows:
@@ -155,11 +159,11 @@ def draw(rows: list[dict], file: Path) -> None:
 
     figure = Figure(figsize=(7, 4 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)
-    for axis, ((device, preset), found) in zip(axes.flat, sorted(panels.items()), strict=True):
-        for row in found:
+    for axis, ((device, preset), runs) in zip(axes.flat, sorted(panels.items()), strict=True):
+        for row in runs:
             rate = f", {row['pairs_per_second']:.0f} pairs a second" if "pairs_per_second" in row else ""
             axis.plot(*zip(*row["curve"], strict=True), label=f"{row['case'].split('/')[2]}{rate}")
-        axis.set(title=f"{preset}, {found[0]['precision']}, batch {found[0]['batch_size']}, {device}", xlabel="step")
+        axis.set(title=f"{preset}, {runs[0]['precision']}, batch {runs[0]['batch_size']}, {device}", xlabel="step")
         axis.set(ylabel="training loss")
         axis.legend()
     figure.savefig(file, dpi=110)
@@ -168,19 +172,19 @@ def draw(rows: list[dict], file: Path) -> None:
 def parse(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--exact-steps", type=int, default=20, help="of the comparison in float32")
+    parser.add_argument("--exact-steps", type=int, default=20, help="steps of the comparison in float32")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--preset", default="base", help="of the model: tiny, demo or base")
+    parser.add_argument("--preset", default="base", help="model: tiny, demo or base")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--ways", default="fused,eager", help=f"by commas: {', '.join(WAYS)}")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for all of it")
+    parser.add_argument("--ways", default="fused,eager", help=f"variants, by commas: {', '.join(VARIANTS)}")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for everything")
     parser.add_argument("--output", "--results", type=Path, default=records.RESULTS, help="folder of the records")
-    parser.add_argument("--profile", action="store_true", help="also leave a profile of the fused way")
-    parser.add_argument("--draw", type=Path, metavar="FILE.png", help="draw what is recorded in --output, and end")
+    parser.add_argument("--profile", action="store_true", help="also profile the fused variant")
+    parser.add_argument("--draw", type=Path, metavar="FILE.png", help="draw the records in --output, and end")
     options = parser.parse_args(given)
-    options.chosen = options.ways.split(",")
-    if unknown := set(options.chosen) - set(WAYS):
-        parser.error(f"--ways: got {sorted(unknown)}, expected some of {', '.join(WAYS)}")
+    options.variants = options.ways.split(",")
+    if unknown := set(options.variants) - set(VARIANTS):
+        parser.error(f"--ways: got {sorted(unknown)}, expected some of {', '.join(VARIANTS)}")
     for name in ("steps", "exact_steps", "batch_size"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: got {getattr(options, name)}, expected 1 or more")
@@ -188,7 +192,7 @@ def parse(given: list[str] | None) -> argparse.Namespace:
 
 
 class Clock:
-    """Deals what is left of a budget of seconds out to the jobs that are left."""
+    """Divides the rest of a budget of seconds among the jobs to come."""
 
     def __init__(self, budget: float, jobs: int) -> None:
         self.end, self.jobs = time.monotonic() + budget, jobs
@@ -200,57 +204,57 @@ class Clock:
         return max(left / (self.jobs + 1), left - RESERVE * self.jobs) if math.isfinite(left) else None
 
 
-def compare(base: dict[str, Any], ways: list[str], steps: int, folder: Path, clock: Clock) -> dict[str, Any]:
-    """Each way beside "eager", without dropout in float32: the record of how far their losses are apart."""
+def compare(base: dict[str, Any], variants: list[str], steps: int, folder: Path, clock: Clock) -> dict[str, Any]:
+    """Run each variant and "eager" without dropout in float32; returns the record of their largest differences."""
     exact = {
         **base, "model.dropout": 0.0, "run.precision": "float32", "run.max_steps": steps, "run.log_every": 1,
         "run.batch_size": min(EXACT_BATCH, base["run.batch_size"]),
     }  # fmt: skip
-    runs, problems, found = {}, {}, {}
-    for way in ("eager", *ways):
-        runs[way], outcome = run_apart(arguments(exact, WAYS[way]), folder / f"exact-{way}", clock.share())
+    runs, problems, comparisons = {}, {}, {}
+    for name in ("eager", *variants):
+        runs[name], outcome = run_in_process(arguments(exact, VARIANTS[name]), folder / f"exact-{name}", clock.share())
         if "problem" in outcome:
-            problems[way] = outcome["problem"]
-    for way in ways:
-        compared, difference = largest_difference(runs[way], runs["eager"])
-        apart = difference if math.isfinite(difference) else None
-        found[way] = {"steps": compared, "largest_difference": apart, "agrees": difference <= TOLERANCE}
+            problems[name] = outcome["problem"]
+    for name in variants:
+        compared, difference = largest_difference(runs[name], runs["eager"])
+        largest = difference if math.isfinite(difference) else None
+        comparisons[name] = {"steps": compared, "largest_difference": largest, "agrees": difference <= TOLERANCE}
     return {
         "batch_size": exact["run.batch_size"],
         "precision": "float32",
         "tolerance": TOLERANCE,
-        "ways": found,
-        "curves": {way: [[row["step"], row["total"]] for row in rows] for way, rows in runs.items()},
+        "ways": comparisons,
+        "curves": {name: [[row["step"], row["total"]] for row in rows] for name, rows in runs.items()},
         "problems": problems,
     }
 
 
 def measure(options: argparse.Namespace) -> int:
-    """Compare, train and record; 1 where a way disagrees or was not run to its end."""
+    """Compare, train and record; returns 1 if a variant disagrees or did not run to its end."""
     problems = []
-    # Without another way the eager one, too, is timed only after something agreed with it.
-    compared = [way for way in options.chosen if way != "eager"] or ["fused"]
-    with tempfile.TemporaryDirectory(prefix="sclkern-pretraining-") as name:
-        folder = Path(name)
+    # "eager", too, is timed only after another variant agreed with it.
+    compared = [name for name in options.variants if name != "eager"] or ["fused"]
+    with tempfile.TemporaryDirectory(prefix="sclkern-pretraining-") as temporary:
+        folder = Path(temporary)
         base = common(options, folder / "tokenizer")
-        configs = {way: load_config(CONFIG, arguments(base, WAYS[way])) for way in options.chosen}
+        configs = {name: load_config(CONFIG, arguments(base, VARIANTS[name])) for name in options.variants}
         clock = Clock(options.budget, 1 + len(compared) + len(configs) + options.profile)
-        found = compare(base, compared, options.exact_steps, folder, clock)
-        file = records.append(f"training/{options.preset}/exact", results=options.output, **found)
-        for way, row in found["ways"].items():
-            apart = f"{row['steps']} steps in float32, losses at most {row['largest_difference']} from eager's"
-            print(f"{way}: {apart}", flush=True)
+        exact = compare(base, compared, options.exact_steps, folder, clock)
+        file = records.append(f"training/{options.preset}/exact", results=options.output, **exact)
+        for name, row in exact["ways"].items():
+            outcome = f"{row['steps']} steps in float32, losses at most {row['largest_difference']} from eager's"
+            print(f"{name}: {outcome}", flush=True)
             if not row["agrees"]:
-                reason = found["problems"].get(way) or found["problems"].get("eager") or f"allowed are {TOLERANCE}"
-                problems.append(f"{way}: not timed, {apart}: {reason}")
-        agreeing = {way for way, row in found["ways"].items() if row["agrees"]}
-        for way in [way for way in configs if way in agreeing or (way == "eager" and agreeing)]:
-            rows, outcome = run_apart(arguments(base, WAYS[way]), folder / way, clock.share())
-            found = summary(rows, outcome, configs[way])
-            records.append(f"training/{options.preset}/{way}", results=options.output, **found)
-            print(describe(way, found), flush=True)
-            if "problem" in found:
-                problems.append(f"{way}: {found['problem']}")
+                reason = exact["problems"].get(name) or exact["problems"].get("eager") or f"allowed: {TOLERANCE}"
+                problems.append(f"{name}: not timed, {outcome}: {reason}")
+        agreeing = {name for name, row in exact["ways"].items() if row["agrees"]}
+        for name in [name for name in configs if name in agreeing or (name == "eager" and agreeing)]:
+            rows, outcome = run_in_process(arguments(base, VARIANTS[name]), folder / name, clock.share())
+            record = summary(rows, outcome, configs[name])
+            records.append(f"training/{options.preset}/{name}", results=options.output, **record)
+            print(describe(name, record), flush=True)
+            if "problem" in record:
+                problems.append(f"{name}: {record['problem']}")
         wanted = options.profile and "fused" in agreeing
         if wanted and not profile(arguments(base), folder / "profile", file.parent, clock.share()):
             problems.append("profile: not made")
@@ -258,19 +262,19 @@ def measure(options: argparse.Namespace) -> int:
     return int(bool(problems))
 
 
-def describe(way: str, found: dict[str, Any]) -> str:
-    """A record in a line."""
-    parts = [f"{way}: {found['steps']} steps of {found['batch_size']} pairs"]
-    if "pairs_per_second" in found:
-        parts.append(f"{found['pairs_per_second']:.3g} pairs a second")
-        parts.append(f"{found['data_wait_share']:.1%} waiting for data")
-    if "mfu" in found:
-        parts.append(f"{found['mfu']:.1%} of the peak")
-    if "peak_bytes" in found:
-        parts.append(f"{found['peak_bytes'] / 1e9:.2f} GB")
-    if found["curve"]:
-        parts.append(f"loss {found['curve'][0][1]:.2f} to {found['curve'][-1][1]:.2f}")
-    return ", ".join(parts + ([found["problem"]] if "problem" in found else []))
+def describe(name: str, record: dict[str, Any]) -> str:
+    """The record of a variant in one line."""
+    parts = [f"{name}: {record['steps']} steps of {record['batch_size']} pairs"]
+    if "pairs_per_second" in record:
+        parts.append(f"{record['pairs_per_second']:.3g} pairs a second")
+        parts.append(f"{record['data_wait_share']:.1%} waiting for data")
+    if "mfu" in record:
+        parts.append(f"{record['mfu']:.1%} of the peak")
+    if "peak_bytes" in record:
+        parts.append(f"{record['peak_bytes'] / 1e9:.2f} GB")
+    if record["curve"]:
+        parts.append(f"loss {record['curve'][0][1]:.2f} to {record['curve'][-1][1]:.2f}")
+    return ", ".join(parts + ([record["problem"]] if "problem" in record else []))
 
 
 def main(given: list[str] | None = None) -> int:
@@ -288,5 +292,5 @@ def main(given: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the training under way is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running training is ended
     sys.exit(main())

@@ -1,6 +1,4 @@
-"""A training in a process of its own, on the embedded pictures: so that the memory and the failure of one do not touch
-another's.
-"""
+"""A training run in a process of its own, so that its memory and its failure do not affect another run."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported, for the reason given in sclkern/cli/__init__.py.
+# Set before torch is imported, for the reason given in sclkern/cli/__init__.py.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -36,7 +34,7 @@ class Measured(Pretraining):
 
 
 def train(overrides: list[str], folder: str) -> None:
-    """In a process of its own: train into ``folder``, and leave there ``outcome.json``."""
+    """Train into ``folder`` and write ``outcome.json`` there; runs in a process of its own."""
     outcome: dict[str, Any] = {}
     try:
         run = Measured(load_config(CONFIG, [*overrides, f"run.output_dir={folder}"]))
@@ -51,15 +49,15 @@ def train(overrides: list[str], folder: str) -> None:
 
 
 def _peak_bytes(on_gpu: bool) -> int:
-    """Of a GPU what tensors held at most, of a CPU what was resident in the process at most."""
+    """The peak of tensors on a GPU, or of the process's resident memory on a CPU."""
     if on_gpu:
         return torch.cuda.max_memory_allocated()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return 1024 * int(status["VmHWM"].split()[0])
 
 
-def run_apart(overrides: list[str], folder: Path, seconds: float | None) -> tuple[list[dict], dict[str, Any]]:
-    """Train in a new process, stopped after so many seconds: the logged steps, and what it says of itself."""
+def run_in_process(overrides: list[str], folder: Path, seconds: float | None) -> tuple[list[dict], dict[str, Any]]:
+    """Train in a new process, stopped after ``seconds``; returns the logged steps and the outcome."""
     folder.mkdir()
     process = multiprocessing.get_context("spawn").Process(target=train, args=(overrides, str(folder)))
     process.start()
@@ -73,8 +71,8 @@ def run_apart(overrides: list[str], folder: Path, seconds: float | None) -> tupl
         if process.is_alive():
             process.kill()
             process.join()
-    rows, outcome = left_in(folder)
-    finished = outcome.get("finished")  # perhaps only just, and its process not yet
+    rows, outcome = results_in(folder)
+    finished = outcome.get("finished")  # the process may still be ending
     if cut_off and not finished:
         outcome["problem"] = f"cut off after {seconds:.0f} s"
     elif process.exitcode and not finished and "problem" not in outcome:
@@ -82,15 +80,15 @@ def run_apart(overrides: list[str], folder: Path, seconds: float | None) -> tupl
     return rows, outcome
 
 
-def left_in(folder: Path) -> tuple[list[dict], dict[str, Any]]:
-    """What ``train`` has left: the logged steps, and the outcome, empty where the process was killed."""
+def results_in(folder: Path) -> tuple[list[dict], dict[str, Any]]:
+    """The steps that ``train`` logged, and its outcome, empty if the process was killed."""
     file = folder / "outcome.json"
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "train"]
     return rows, json.loads(file.read_text()) if file.exists() else {}
 
 
 def stand_in_tokenizer(folder: Path, vocab_size: int) -> Path:
-    """The embedded tokenizer with ids that no caption has, up to the model's vocabulary, and its mask as the last."""
+    """The embedded tokenizer, filled with unused ids up to the model's vocabulary, with its mask token last."""
     shutil.copytree(demo_root() / "tokenizer", folder)
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text())
@@ -102,6 +100,6 @@ def stand_in_tokenizer(folder: Path, vocab_size: int) -> Path:
 
 
 def decoding_processes(batch_size: int, image_size: int) -> int:
-    """A core each, two left to training and pinning, as far as their batches fit into shared memory."""
-    in_flight = 4 * (4 * 3 * image_size**2 * batch_size)  # of a worker, with room to spare
+    """Loader processes: one a core except two (training and pinning), as far as batches fit into shared memory."""
+    in_flight = 4 * (4 * 3 * image_size**2 * batch_size)  # bytes of a worker, with room to spare
     return int(max(0, min(len(os.sched_getaffinity(0)) - 2, shutil.disk_usage("/dev/shm").free // in_flight)))

@@ -1,4 +1,4 @@
-"""Do shared encodings train worse? The demo with dropout, for each value of ``step.share_encodings`` and some seeds.
+"""Whether sharing encodings costs accuracy: the demo with dropout, for each ``step.share_encodings`` and some seeds.
 
 Sharing is exact without dropout; with dropout, passes that share a text share the mask of the text encoder.
 `python -m benchmarks.training.shared_encodings` trains (half an hour and more on two cores), appends the record and
@@ -18,8 +18,9 @@ from sclkern.tools.bench import records
 from sclkern.training.logs import read_metrics
 
 ROOT = Path(__file__).parents[2]
-WAYS = {"all": "tab:blue", "images": "tab:green", "none": "tab:orange"}
-LAST = 50  # steps whose mean is compared
+COLORS = {"all": "tab:blue", "images": "tab:green", "none": "tab:orange"}
+# Steps at the end whose mean loss is compared.
+LAST_STEPS = 50
 
 
 def train(folder: Path, shared: str, seed: int, steps: int) -> None:
@@ -37,15 +38,15 @@ def curve(folder: Path, kind: str = "train") -> list[tuple[int, float]]:
 
 
 def summary(folders: dict[tuple[str, int], Path]) -> dict:
-    """By way, of each seed the mean training loss of the last steps and the held-out loss at the end."""
-    found: dict[str, dict[str, list[float]]] = {}
+    """By value of ``share_encodings``: each seed's mean training loss of the last steps and final held-out loss."""
+    losses: dict[str, dict[str, list[float]]] = {}
     for (shared, _), folder in sorted(folders.items()):
         steps = curve(folder)
-        end = [loss for step, loss in steps if step > steps[-1][0] - LAST]
-        way = found.setdefault(shared, {"training": [], "held_out": []})
-        way["training"].append(statistics.mean(end))
-        way["held_out"].append(curve(folder, "val")[-1][1])
-    return found
+        end = [loss for step, loss in steps if step > steps[-1][0] - LAST_STEPS]
+        of_value = losses.setdefault(shared, {"training": [], "held_out": []})
+        of_value["training"].append(statistics.mean(end))
+        of_value["held_out"].append(curve(folder, "val")[-1][1])
+    return losses
 
 
 def plot(folders: dict[tuple[str, int], Path], file: Path) -> None:
@@ -57,7 +58,7 @@ def plot(folders: dict[tuple[str, int], Path], file: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for (shared, seed), folder in sorted(folders.items()):
         label = f"shared: {shared}" if seed == 0 else None
-        axes.plot(*zip(*curve(folder), strict=True), color=WAYS[shared], alpha=0.8, label=label)
+        axes.plot(*zip(*curve(folder), strict=True), color=COLORS[shared], alpha=0.8, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("training loss")
     axes.legend()
@@ -72,13 +73,13 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "encodings", help="folder of the runs")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "encodings.png")
     options = parser.parse_args()
-    folders = {(shared, seed): options.runs / f"{shared}_{seed}" for seed in range(options.seeds) for shared in WAYS}
+    folders = {(shared, seed): options.runs / f"{shared}_{seed}" for seed in range(options.seeds) for shared in COLORS}
     for (shared, seed), folder in folders.items():
         train(folder, shared, seed, options.steps)
-    found = summary(folders)
-    records.append("training/demo/encodings", steps=options.steps, seeds=options.seeds, last=LAST, losses=found)
+    losses = summary(folders)
+    records.append("training/demo/encodings", steps=options.steps, seeds=options.seeds, last=LAST_STEPS, losses=losses)
     plot(folders, options.picture)
-    print(json.dumps(found, indent=1))
+    print(json.dumps(losses, indent=1))
 
 
 if __name__ == "__main__":

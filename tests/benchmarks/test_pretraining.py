@@ -30,9 +30,9 @@ def here(monkeypatch):
         folder.mkdir()
         with contextlib.suppress(UserError):
             separate_process.train(overrides, str(folder))
-        return separate_process.left_in(folder)
+        return separate_process.results_in(folder)
 
-    monkeypatch.setattr(pretraining, "run_apart", run)
+    monkeypatch.setattr(pretraining, "run_in_process", run)
     return started
 
 
@@ -80,7 +80,7 @@ def test_both_ways_have_the_same_data_and_the_eager_one_the_published_structure(
 
 
 def test_ways_that_disagree_are_not_timed(here, measure, monkeypatch, capsys):
-    monkeypatch.setitem(pretraining.WAYS["fused"], "objectives.temperature", 0.031)
+    monkeypatch.setitem(pretraining.VARIANTS["fused"], "objectives.temperature", 0.031)
     code, rows = measure("--profile")
     assert code == 1 and list(rows) == ["training/tiny/exact"] and len(here) == 2
     compared = rows["training/tiny/exact"]["ways"]["fused"]
@@ -119,7 +119,7 @@ def test_a_training_cut_off_leaves_its_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(BaseProcess, "join", join)
     options = pretraining.parse([*FEW, "--steps", "100000"])
     given = {**pretraining.common(options, tmp_path / "tokenizer"), "run.log_every": 1}
-    rows, outcome = separate_process.run_apart(pretraining.arguments(given), folder, 7)
+    rows, outcome = separate_process.run_in_process(pretraining.arguments(given), folder, 7)
     assert waited == [7] and 3 <= len(rows) < 100000
     assert outcome["problem"] == "cut off after 7 s" and outcome["peak_bytes"] > 0
 
