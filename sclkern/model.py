@@ -12,7 +12,7 @@ from torch import Tensor
 from sclkern import weights
 from sclkern.models.config import SCLConfig
 from sclkern.models.network import SCLNetwork
-from sclkern.objectives import ObjectiveConfig
+from sclkern.objectives import ObjectiveConfig, contrast_temperature
 from sclkern.profiling import phase
 from sclkern.step import SCLLosses, StepConfig, draw_masks, run_step
 
@@ -121,13 +121,8 @@ class SCLModel(SCLNetwork):
         weights.save_pretrained(self, path)
 
     def contrast_temperature(self) -> Tensor:
-        """Temperature of the image-text contrast, clamped unless the objectives say "reference"."""
-        if self.objectives.itc_temperature == "reference":
-            return self.temperature
-        low, high = self.objectives.itc_temperature_range
-        # The clamped value in the forward pass, but the gradient of the free one: else a temperature that once left
-        # the range could never come back.
-        return self.temperature + (self.temperature.clamp(low, high) - self.temperature).detach()
+        """Temperature of the image-text contrast, clamped unless the objectives say "published"."""
+        return contrast_temperature(self.temperature, self.objectives)
 
     def forward(self, batch: Mapping[str, Any], *, seed: int | Tensor | None = None) -> SCLLosses:
         """Compute one training step's losses; every mask is drawn on the batch's device.
@@ -145,5 +140,5 @@ class SCLModel(SCLNetwork):
         if seed is None:
             seed = int(torch.randint(2**62, ()))
         with phase("draw masks"):
-            masks = draw_masks(self, batch, seed)
-        return run_step(self, batch, masks)
+            masks = draw_masks(self.config, self.objectives, batch, seed)
+        return run_step(self, self.objectives, self.step, batch, masks)

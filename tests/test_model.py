@@ -43,8 +43,8 @@ def test_a_temperature_outside_the_range_can_come_back(make_model, make_batch):
     assert model.temperature.grad.abs() > 0
 
 
-def test_the_reference_temperature_is_free(make_model):
-    model = make_model(ObjectiveConfig(itc_temperature="reference"))
+def test_the_published_temperature_is_free(make_model):
+    model = make_model(ObjectiveConfig(itc_temperature="published"))
     with torch.no_grad():
         model.temperature.fill_(3.0)
     assert model.contrast_temperature() is model.temperature

@@ -24,7 +24,7 @@ from sclkern.tools.specs import captions
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-PLANNED, SEPARATE = StepConfig(), StepConfig.reference()
+PLANNED, SEPARATE = StepConfig(), StepConfig.published()
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,8 @@ def make_step(model: SCLModel, batch: dict, variant: Variant, precision: torch.d
 
     def step() -> SCLLosses:
         with torch.autocast(DEVICE, precision, enabled=precision is not None):
-            losses = forward(model, batch, draw_masks(model, batch, seed))
+            masks = draw_masks(model.config, model.objectives, batch, seed)
+            losses = forward(model, model.objectives, model.step, batch, masks)
         with phase("backward"):
             losses.total.backward()
         return losses

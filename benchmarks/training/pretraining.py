@@ -45,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "graphs": {"run.cuda_graphs": True},
     "eager": {
         "run.backend": "eager",
-        **{f"step.{key}": value for key, value in asdict(StepConfig.reference()).items()},
+        **{f"step.{key}": value for key, value in asdict(StepConfig.published()).items()},
     },
 }
 LOSSES = ("total", "itm", "mlm", "itc", "mvsc", "mlsc")

@@ -2,9 +2,9 @@
 
 from sclkern.step.config import StepConfig
 from sclkern.step.cuda_graph import CapturedStep, check_capture
+from sclkern.step.losses import SCLLosses, check_objectives, check_step, run_step
 from sclkern.step.masks import StepMasks, draw_masks
 from sclkern.step.plan import Plan, make_plan
-from sclkern.step.run import SCLLosses, check_objectives, check_step, run_step
 
 __all__ = [
     "CapturedStep",

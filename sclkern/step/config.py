@@ -1,4 +1,4 @@
-"""How a step is executed; no option changes a loss or a gradient, but for dropout drawing other numbers."""
+"""How a step is executed. No option changes a loss or a gradient, except that dropout draws other numbers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ class StepConfig:
     """Options of the execution; each can be turned off alone, and the published code has none of them.
 
     Attributes:
-        share_encodings: what is encoded once for all passes that read it. "images": each image variant, which changes
-            nothing, as the image encoder has no dropout; each view has texts, and dropout in them, of its own, and the
-            contrast reads those of ITM. "all": each text variant too, whose readers then share its dropout. "none":
-            every reader encodes anew.
-        pack: run all variants of a modality, and all views, in one batch without padding; else a call for each, padded.
+        share_encodings: what is encoded once for all its consumers. "images": each image variant, which changes
+            nothing, because the image encoder has no dropout; each view has its own text encodings, hence its own
+            dropout in them, and ITC reads those of ITM. "all": each text variant too, whose consumers then share its
+            dropout. "none": nothing; every consumer encodes anew.
+        pack: run all variants of a modality, and all views, in one batch without padding; otherwise one padded call for
+            each.
         prune_last_layer: compute in the last fusion layer only the tokens that some loss reads.
-        absorb: multiply projections of cross-attention into the shorter side where that is less arithmetic: "auto" or
+        absorb: fold projections of cross-attention into the shorter side where that is less arithmetic: "auto" or
             "never".
-        checkpoint_blocks: keep the input of each block alone and compute the rest again in the backward: about a third
-            more arithmetic for a fraction of the memory.
+        checkpoint_blocks: keep only the input of each block and recompute the rest in the backward: about a third more
+            arithmetic for a fraction of the memory.
     """
 
     share_encodings: Literal["all", "images", "none"] = "images"
@@ -38,6 +39,10 @@ class StepConfig:
             raise UserError(f"share_encodings: got {self.share_encodings!r}, expected 'all', 'images' or 'none'")
 
     @classmethod
-    def reference(cls) -> StepConfig:
-        """Separate padded passes, each encoding anew, as the published code runs them."""
+    def published(cls) -> StepConfig:
+        """Run separate padded passes, each encoding anew, as the published code does.
+
+        Returns:
+            The options.
+        """
         return cls(share_encodings="none", pack=False, prune_last_layer=False, absorb="never")

@@ -7,28 +7,59 @@ At small batches a GPU waits for Python to launch the next kernel. A graph is re
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sclkern.errors import UserError
+from sclkern.models.network import SCLNetwork
+from sclkern.objectives.config import ObjectiveConfig
 from sclkern.profiling import phase
 from sclkern.step.config import StepConfig
+from sclkern.step.losses import SCLLosses, check_step, run_step
 from sclkern.step.masks import draw_masks
-from sclkern.step.run import SCLLosses, check_step, run_step
-
-if TYPE_CHECKING:
-    from sclkern.model import SCLModel
 
 # Runs before a graph is recorded: kernels compile and libraries allocate in the first.
 WARMUP = 2
 
 
+class TrainingModel(Protocol):
+    """What ``sclkern.SCLModel`` adds to an ``SCLNetwork``.
+
+    Attributes:
+        objectives: the recipe and its options.
+        step: how a step is executed.
+    """
+
+    objectives: ObjectiveConfig
+    step: StepConfig
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recorded step.
+
+    Attributes:
+        inputs: the tensors that it reads, to be filled before a replay, and the plain values of the batch.
+        replay: runs it.
+        losses: the tensors that it writes.
+    """
+
+    inputs: dict[str, Any]
+    replay: Callable[[], None]
+    losses: SCLLosses
+
+
 def check_capture(device: torch.device, step: StepConfig) -> None:
-    """Raise a ``UserError`` unless a step can be captured: not on a CPU, and not with blocks that are computed again,
-    which read the state of the generator back."""
+    """Raise a ``UserError`` unless a step can be captured: not on a CPU, and not with recomputed blocks, which read the
+    state of the generator back.
+
+    Args:
+        device: of the model.
+        step: how a step is executed.
+    """
     if device.type != "cuda":
         raise UserError(f"cuda_graphs: needs a GPU, the device is {device}; set it to false")
     if step.checkpoint_blocks:
@@ -42,7 +73,7 @@ class CapturedStep:
     accumulation over calls. The ``.grad`` of a parameter that no loss reaches is left alone.
 
     Args:
-        model: on a GPU; its parameters must stay the same tensors.
+        model: an ``SCLModel`` on a GPU; its parameters must stay the same tensors.
         precision: dtype of autocast, None for none.
         scale: factor of the loss before the backward: 1 / (calls that are accumulated).
 
@@ -50,21 +81,24 @@ class CapturedStep:
         UserError: see ``check_capture``.
     """
 
-    def __init__(self, model: SCLModel, *, precision: torch.dtype | None = None, scale: float = 1.0) -> None:
-        self.device = next(model.parameters()).device
-        self._check(model)
+    def __init__(self, model: TrainingModel, *, precision: torch.dtype | None = None, scale: float = 1.0) -> None:
         self.model, self.precision, self.scale = model, precision, scale
+        # The same object, as the network that it is.
+        self.network = cast(SCLNetwork, model)
+        self.device = next(self.network.parameters()).device
+        self._check()
         self._seed = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self._recorded: dict[tuple, tuple[dict[str, Any], Callable[[], None], dict[str, Any]]] = {}
+        self._recorded: dict[tuple[Any, ...], Recording] = {}
         # The buffers of what has a gradient, by name; known once a step has run.
         self._gradients: dict[str, Tensor] = {}
-        self._pool = None
+        self._pool: Any = None
 
     def __call__(self, batch: Mapping[str, Any], seed: int) -> SCLLosses:
         """Take a step.
 
         Args:
-            batch: as ``SCLModel.forward`` takes it, on any device; copied. seed: of masks and dropout.
+            batch: as ``SCLModel.forward`` takes it, on any device; copied.
+            seed: of masks and dropout.
 
         Returns:
             The losses, detached, tensors of their own.
@@ -72,28 +106,27 @@ class CapturedStep:
         Raises:
             ValueError: as ``run_step``.
         """
-        model = self.model
-        check_step(model, batch)
+        model, network = self.model, self.network
+        check_step(network.config, model.objectives, batch)
         # What else a loader tells of a batch, such as names, no step reads.
         batch = {name: value for name, value in batch.items() if isinstance(value, (Tensor, int))}
         shapes = {k: (v.shape, v.dtype) if isinstance(v, Tensor) else v for k, v in batch.items()}
         # What was recorded with other settings of the model must not be replayed.
-        key = (model.training, model.step, model.objectives, model.backend, *sorted(shapes.items()))
+        key = (network.training, model.step, model.objectives, network.execution.backend, *sorted(shapes.items()))
         if key not in self._recorded:
             self._recorded[key] = self._record(batch)
-        inputs, replay, outputs = self._recorded[key]
-        self._fill(inputs, batch, seed)
+        recording = self._recorded[key]
+        self._fill(recording.inputs, batch, seed)
         self._attach()
-        replay()
-        return SCLLosses(**{name: _copied(value) for name, value in outputs.items()})
+        recording.replay()
+        return _map_losses(recording.losses, Tensor.clone)
 
-    def _record(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Callable[[], None], dict[str, Any]]:
-        """The tensors to fill, what runs the step on them, and the tensors it writes."""
-        self._check(self.model)
+    def _record(self, batch: Mapping[str, Any]) -> Recording:
+        self._check()
         inputs = {k: v.to(self.device, copy=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        parameters = dict(self.model.named_parameters())
+        parameters: dict[str, nn.Parameter] = dict(self.network.named_parameters())
         held = {name: parameter.grad for name, parameter in parameters.items()}
-        self.model.zero_grad(set_to_none=True)
+        self.network.zero_grad(set_to_none=True)
         self._warm_up(inputs)
         for name, parameter in parameters.items():
             if parameter.grad is not None and name not in self._gradients:
@@ -102,17 +135,18 @@ class CapturedStep:
         # Recorded on the buffers, so that the backward adds to them in place.
         self._attach()
         replay, losses = self._capture(lambda: self._step(inputs))
-        return inputs, replay, {each.name: getattr(losses, each.name) for each in fields(losses)}
+        return Recording(inputs, replay, losses)
 
     def _step(self, inputs: Mapping[str, Any]) -> SCLLosses:
+        network, objectives = self.network, self.model.objectives
         # Casts of weights that autocast would keep belong to the weights of one replay.
         enabled = self.precision is not None
         with torch.autocast(self.device.type, self.precision, enabled=enabled, cache_enabled=False):
-            losses = run_step(self.model, inputs, draw_masks(self.model, inputs, self._seed))
+            masks = draw_masks(network.config, objectives, inputs, self._seed)
+            losses = run_step(network, objectives, self.model.step, inputs, masks)
         with phase("backward"):
             (losses.total * self.scale).backward()
-        metrics = {name: value.detach() for name, value in losses.metrics.items()}
-        return SCLLosses(**{name: value.detach() for name, value in losses.named().items()}, metrics=metrics)
+        return _map_losses(losses, Tensor.detach)
 
     def _fill(self, inputs: dict[str, Any], batch: Mapping[str, Any], seed: int) -> None:
         for name, value in batch.items():
@@ -126,7 +160,7 @@ class CapturedStep:
         """Make the buffers the ``.grad`` of their parameters, with the values that these have."""
         cleared = []
         for name, buffer in self._gradients.items():
-            parameter = self.model.get_parameter(name)
+            parameter = self.network.get_parameter(name)
             if parameter.grad is None:
                 cleared.append(buffer)
             elif parameter.grad is not buffer:
@@ -137,8 +171,8 @@ class CapturedStep:
 
     # -- the device ----------------------------------------------------------------------------------------------------
 
-    def _check(self, model: SCLModel) -> None:
-        check_capture(self.device, model.step)
+    def _check(self) -> None:
+        check_capture(self.device, self.model.step)
 
     def _warm_up(self, inputs: Mapping[str, Any]) -> None:
         side = torch.cuda.Stream(self.device)
@@ -159,7 +193,9 @@ class CapturedStep:
         return graph.replay, losses
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _copied(each) for name, each in value.items()}
-    return value.clone() if isinstance(value, Tensor) else value
+def _map_losses(losses: SCLLosses, change: Callable[[Tensor], Tensor]) -> SCLLosses:
+    return SCLLosses(
+        change(losses.total),
+        {name: change(loss) for name, loss in losses.losses.items()},
+        {name: change(metric) for name, metric in losses.metrics.items()},
+    )

@@ -1,23 +1,22 @@
 """Arithmetic of a step by its plan: what is computed for one sample, part by part.
 
 A multiply and an add are two FLOPs. Matrix products alone are counted, as ``torch.utils.flop_counter`` does; the
-backward of a product is two products. W width, H heads, F frames, P patches, n and m tokens of two streams.
+backward of a product is two products. W width, H heads, F frames, P patches.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sclkern.errors import UserError
+from sclkern.models.config import SCLConfig
+from sclkern.objectives.config import ObjectiveConfig
 from sclkern.ops.cross_attention import WORTHWHILE, relative_costs
 from sclkern.step.config import StepConfig
+from sclkern.step.masks import token_capacity
 from sclkern.step.memory import kept_bytes
-from sclkern.step.plan import Plan, View, make_plan
-
-if TYPE_CHECKING:
-    from sclkern.models.config import SCLConfig
-    from sclkern.objectives.config import ObjectiveConfig
+from sclkern.step.plan import EncodedImage, ImageEncoding, Plan, PlannedView, TextEncoding, make_plan
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,9 @@ class Part:
 
     Attributes:
         name: "image complete", "text mlm", "fusion itm", "heads".
-        tokens: that go through the layers. flops: of the forward.
-        backward: of the backward.
+        tokens: that go through the layers.
+        flops: of the forward.
+        backward: FLOPs of the backward.
     """
 
     name: str
@@ -37,15 +37,49 @@ class Part:
 
     @property
     def total(self) -> float:
+        """FLOPs of the forward and the backward."""
         return self.flops + self.backward
+
+
+@dataclass(frozen=True)
+class Length:
+    """Tokens of a sequence.
+
+    Attributes:
+        tokens: those that there are.
+        padded: with the padding that an absorbed cross-attention works on.
+    """
+
+    tokens: int
+    padded: int
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One stream of one view in the fusion encoder.
+
+    Attributes:
+        own: its tokens.
+        other: the tokens of the other stream.
+        read: how many of its tokens the losses read.
+        is_text: whether it is the text stream.
+    """
+
+    own: Length
+    other: Length
+    read: int
+    is_text: bool
 
 
 class Counter:
     """FLOPs of one sample of a model.
 
     Args:
-        caption_tokens: of a caption, with its ``<s>`` and ``</s>``. padded_tokens: of the longest of the batch, which
-            all are padded to where the plan does not pack.
+        config: sizes of the network.
+        objectives: the recipe and its ratios.
+        plan: what is computed.
+        caption_tokens: of a caption, with its ``<s>`` and ``</s>``.
+        padded_tokens: of the longest caption of the batch, to which all are padded where the plan does not pack.
         num_frames: F.
     """
 
@@ -60,122 +94,145 @@ class Counter:
         num_frames: int = 1,
     ) -> None:
         self.config, self.objectives, self.plan, self.frames = config, objectives, plan, num_frames
-        self.words = caption_tokens if plan.step.pack else padded_tokens
-        self.padded_words = padded_tokens
+        self.caption = Length(caption_tokens if plan.step.pack else padded_tokens, padded_tokens)
+        self.capacity = token_capacity(config, objectives, padded_tokens)
         self.square = 2 * config.width**2
 
     def parts(self) -> list[Part]:
-        images = [self._image(each.name, each.variant) for each in self.plan.images]
-        texts = [self._text(each.name) for each in self.plan.texts]
+        """Count every part of the plan.
+
+        Returns:
+            The encodings of images, those of texts, the views, and last the heads of all objectives.
+        """
+        images = [self._image(image) for image in self.plan.images]
+        texts = [self._text(text) for text in self.plan.texts]
         return [*images, *texts, *(self._view(view) for view in self.plan.views), self._heads()]
 
-    # Tokens --------------------------------------------------------------------------------------------------------
+    # -- tokens --------------------------------------------------------------------------------------------------------
 
-    def _patches(self, variant: str) -> int:
+    def _patches(self, variant: EncodedImage) -> int:
         kept = max(1, int(self.config.num_patches * (1 - self.objectives.image_mask_ratio)))
         return kept if variant == "dropped" else self.config.num_patches
 
-    def _image_tokens(self, variant: str) -> int:
+    def _image_tokens(self, variant: EncodedImage) -> int:
         return self.frames * (1 + self._patches(variant))
 
-    def _read_texts(self, view: View) -> int:
-        width = self.padded_words
-        sizes = {
-            "cls": 1,
-            "mlm": min(width, int(width * self.objectives.mlm_ratio) + 1),
-            "completion": min(width, int(max(width - 2, 0) * self.objectives.text_mask_ratio) + 1),
-        }
-        return sum(sizes[read] for read in view.text_reads)
+    def _read_texts(self, view: PlannedView) -> int:
+        return sum(self.capacity[kind] for kind in view.text_outputs)
 
-    def _read_images(self, view: View) -> int:
-        replaced = int(self.config.num_patches * self.objectives.patch_token_ratio)
-        return self.frames * sum({"cls": 1, "replaced": replaced}[read] for read in view.image_reads)
+    def _read_images(self, view: PlannedView) -> int:
+        return self.frames * sum(self.capacity[kind] for kind in view.image_outputs)
 
-    # Layers --------------------------------------------------------------------------------------------------------
+    # -- layers --------------------------------------------------------------------------------------------------------
 
     def _self_attention(self, tokens: int, frames: int = 1) -> float:
-        # A CLS meets every token, a patch those of its frame.
+        # A CLS attends to every token, a patch to those of its frame.
         pairs = tokens**2 if frames == 1 else frames * tokens + (tokens - frames) * tokens / frames
         return 4 * self.square * tokens + 4 * pairs * self.config.width
-
-    def _unread_words(self, image: int) -> float:
-        """Packed words are projected to keys and values with those of the other views, unless they are absorbed."""
-        plain = not self._absorbed(1, image) if self.plan.step.absorb == "auto" else True
-        return 2 * self.square * self.words if self.plan.step.pack and plain else 0.0
 
     def _feed_forward(self, tokens: float) -> float:
         return 2 * self.config.mlp_ratio * self.square * tokens
 
-    def _plain(self, rows: int, context: int) -> float:
-        return 2 * self.square * (rows + context) + 4 * rows * context * self.config.width
+    def _plain(self, queries: int, keys: int) -> float:
+        return 2 * self.square * (queries + keys) + 4 * queries * keys * self.config.width
 
-    def _share(self, rows: int, context: int) -> float:
-        """Of the plain sub-layer, what the cheapest absorbed form computes; 1 where none is taken."""
-        share = min(relative_costs(rows, context, self.config.width, self.config.num_heads, context).values())
-        return share if share <= WORTHWHILE else 1.0
+    def _cost_ratio(self, queries: int, keys: int) -> float:
+        """Cost of the cheapest absorbed form over that of the plain one; 1 where none is taken."""
+        ratio = min(relative_costs(queries, keys, self.config.width, self.config.num_heads, keys).values())
+        return ratio if ratio <= WORTHWHILE else 1.0
 
-    def _attend(self, rows: int, context: int, longest: tuple[int, int]) -> float:
-        """Attention of ``rows`` tokens to ``context`` others. ``longest``: of any view, which decide for all."""
-        if self.plan.step.absorb == "never" or not self.plan.step.pack or self._share(*longest) == 1:
-            # Packed words that nobody asks are projected all the same, with those of the other views.
-            unread = not rows and self.plan.step.pack and context == self.words
-            return self._plain(rows, context if rows or unread else 0)
+    def _attend(self, queries: Length, keys: Length, longest: tuple[int, int], *, text_keys: bool) -> float:
+        """Attention with projections of its own for queries and keys.
+
+        Args:
+            queries: of this view.
+            keys: of this view.
+            longest: most queries and keys of any view, which decide for all.
+            text_keys: whether the keys are text.
+
+        Returns:
+            FLOPs.
+        """
+        if not longest[0]:
+            # No view reads this stream: its last layer is not run.
+            return 0.0
+        if self.plan.step.absorb == "never" or not self.plan.step.pack or self._cost_ratio(*longest) == 1:
+            # Packed text keys are projected together with those of the other views, read or not.
+            projected = queries.tokens or (self.plan.step.pack and text_keys)
+            return self._plain(queries.tokens, keys.tokens if projected else 0)
         # An absorbed sub-layer works on padded captions.
-        rows, context = (self.padded_words if tokens == self.words else tokens for tokens in (rows, context))
-        return self._share(rows, context) * self._plain(rows, context) if rows else 0.0
+        ratio = self._cost_ratio(queries.padded, keys.padded)
+        return ratio * self._plain(queries.padded, keys.padded) if queries.tokens else 0.0
 
-    def _image(self, name: str, variant: str) -> Part:
-        config, tokens = self.config, self._image_tokens(variant)
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _image(self, image: ImageEncoding) -> Part:
+        config, tokens = self.config, self._image_tokens(image.variant)
         layer = self._self_attention(tokens, frames=self.frames) + self._feed_forward(tokens)
         deep = config.vision_layers * layer + self.square * tokens
-        embedding = 2 * self.frames * self._patches(variant) * 3 * config.patch_size**2 * config.width
-        # The pictures need no gradient. Half of the false pictures stand in for a true one.
-        share = 0.5 if variant == "false" else 1.0
-        return Part(f"image {name}", share * tokens, share * (deep + embedding), share * (2 * deep + embedding))
+        embedding = 2 * self.frames * self._patches(image.variant) * 3 * config.patch_size**2 * config.width
+        # The pixels need no gradient. Half of the rows have a negative image.
+        share = 0.5 if image.variant == "negative" else 1.0
+        return Part(f"image {image.name}", share * tokens, share * (deep + embedding), share * (2 * deep + embedding))
 
-    def _text(self, name: str) -> Part:
-        tokens = self.words
+    def _text(self, text: TextEncoding) -> Part:
+        tokens = self.caption.tokens
         layer = self._self_attention(tokens) + self._feed_forward(tokens)
         flops = self.config.text_layers * layer + self.square * tokens
-        return Part(f"text {name}", tokens, flops, 2 * flops)
+        return Part(f"text {text.name}", tokens, flops, 2 * flops)
 
-    def _view(self, view: View) -> Part:
-        text, image = self.words, self._image_tokens(view.image.partition("/")[0])
-        # The tokens of a stream, those of the other, those read, and the most of each in any view.
-        images = max(self._image_tokens(each.image.partition("/")[0]) for each in self.plan.views)
-        reads = [max(read(each) for each in self.plan.views) for read in (self._read_texts, self._read_images)]
-        streams = (
-            (text, image, self._read_texts(view), (self.padded_words, images, reads[0])),
-            (image, text, self._read_images(view), (images, self.padded_words, reads[1])),
+    def _streams(self, view: PlannedView) -> tuple[Stream, Stream]:
+        tokens = self._image_tokens(view.image.variant)
+        image = Length(tokens, tokens)
+        return (
+            Stream(self.caption, image, self._read_texts(view), is_text=True),
+            Stream(image, self.caption, self._read_images(view), is_text=False),
         )
-        whole = [
-            self._self_attention(own) + self._attend(own, other, most[:2]) + self._feed_forward(own)
-            for own, other, _, most in streams
-        ]
-        last = learned = whole
-        if self.plan.step.prune_last_layer:
-            last = learned = [
-                self._attend(rows, own, (most[2], most[0]))
-                + self._attend(rows, other, (most[2], most[1]))
-                + self._feed_forward(rows)
-                for own, other, rows, most in streams
-            ]
-        elif not self.plan.step.pack:
-            # In a pass of its own, a stream that no loss reads has no backward.
-            learned = [flops for flops, (_, _, rows, _) in zip(whole, streams, strict=True) if rows]
+
+    def _view(self, view: PlannedView) -> Part:
+        streams, every = self._streams(view), [self._streams(each) for each in self.plan.views]
+        whole, last, learned = [], [], []
+        for number, stream in enumerate(streams):
+            same = [pair[number] for pair in every]
+            longest = max(s.own.padded for s in same), max(s.other.padded for s in same)
+            in_full = (
+                self._self_attention(stream.own.tokens)
+                + self._attend(stream.own, stream.other, longest, text_keys=not stream.is_text)
+                + self._feed_forward(stream.own.tokens)
+            )
+            whole.append(in_full)
+            if self.plan.step.prune_last_layer:
+                last.append(self._pruned(stream, same))
+                learned.append(last[-1])
+            else:
+                last.append(in_full)
+                # A stream that no loss reads, in its call of the encoder, has no backward.
+                if stream.read or (self.plan.step.pack and any(s.read for s in same)):
+                    learned.append(in_full)
         before = (self.config.fusion_layers - 1) * sum(whole)
         if not self.config.fusion_layers:
             before, last, learned = 0, [], []
-        return Part(f"fusion {view.name}", text + image, before + sum(last), 2 * (before + sum(learned)))
+        tokens = self.caption.tokens + streams[0].other.tokens
+        return Part(f"fusion {view.name}", tokens, before + sum(last), 2 * (before + sum(learned)))
+
+    def _pruned(self, stream: Stream, same: list[Stream]) -> float:
+        """The last layer on one stream of a view; ``same`` is this stream in every view."""
+        queries, most = Length(stream.read, stream.read), max(s.read for s in same)
+        # Image tokens are those of the views of which the stream is read; text tokens those of all.
+        read = [s for s in same if s.read]
+        own = max((s.own.padded for s in (same if stream.is_text else read)), default=0)
+        other = max((s.other.padded for s in (read if stream.is_text else same)), default=0)
+        return (
+            self._attend(queries, stream.own, (most, own), text_keys=stream.is_text)
+            + self._attend(queries, stream.other, (most, other), text_keys=not stream.is_text)
+            + self._feed_forward(stream.read)
+        )
 
     def _heads(self) -> Part:
-        config = self.config
-        words = min(self.padded_words, int(self.padded_words * self.objectives.mlm_ratio) + 1)
-        mlm = self.square * words + 2 * words * config.width * config.vocab_size
-        pooled = 2 * self.square + 8 * config.width
-        projected = 2 * (self.square + 2 * config.width * config.projection_dim)
-        flops = mlm + pooled + projected
-        return Part("heads", words, flops, 2 * flops)
+        heads = [each.flops(self.config, self.capacity) for each in self.objectives.selected if each.flops]
+        read = any("mlm" in view.text_outputs for view in self.plan.views)
+        flops = sum(heads)
+        return Part("heads", self.capacity["mlm"] if read else 0, flops, 2 * flops)
 
 
 def describe_plan(
@@ -189,7 +246,11 @@ def describe_plan(
     """The plan of a step with its arithmetic beside that of separate padded passes, as plain data.
 
     Args:
+        config: sizes of the network.
+        objectives: the recipe and its ratios.
+        step: how the step is executed.
         caption_tokens: of every caption; separate passes pad them to ``max_text_len``, as the published code does.
+        num_frames: of every clip; 1 for images.
 
     Returns:
         ``views``, ``parts`` and ``flops`` of the plan for one sample, ``separate_flops`` of the separate passes, and
@@ -207,16 +268,16 @@ def describe_plan(
     sizes = {"caption_tokens": caption_tokens, "num_frames": num_frames}
     padded = caption_tokens if step.pack else config.max_text_len
     parts = Counter(config, objectives, plan, padded_tokens=padded, **sizes).parts()
-    apart = make_plan(objectives, StepConfig.reference())
+    apart = make_plan(objectives, StepConfig.published())
     separate = Counter(config, objectives, apart, padded_tokens=config.max_text_len, **sizes).parts()
     total, whole = (sum(part.total for part in every) for every in (parts, separate))
     kept = kept_bytes(config, objectives, step, padded_tokens=padded, **sizes)
-    separate_kept = kept_bytes(config, objectives, StepConfig.reference(), padded_tokens=config.max_text_len, **sizes)
+    separate_kept = kept_bytes(config, objectives, StepConfig.published(), padded_tokens=config.max_text_len, **sizes)
     return {
-        "recipe": objectives.recipe,
+        "recipe": objectives.recipe_name,
         "itm_negatives": objectives.itm_negatives,
         **sizes,
-        "views": [asdict(view) for view in plan.views],
+        "views": [{**asdict(view), "image": view.image.name, "text": view.text.name} for view in plan.views],
         "parts": [asdict(part) for part in parts],
         "flops": total,
         "separate_flops": whole,
@@ -228,12 +289,19 @@ def describe_plan(
 
 
 def format_plan(described: dict[str, Any]) -> str:
-    """``describe_plan``'s data as a table for people."""
-    lines = [f"{'view':14} {'image':22} {'text':22} {'read of text':18} read of image"]
+    """Format the data of ``describe_plan`` as a table for people.
+
+    Args:
+        described: the data.
+
+    Returns:
+        Lines of text.
+    """
+    lines = [f"{'view':14} {'image':22} {'text':22} {'text outputs':18} image outputs"]
     for view in described["views"]:
-        image = view["image"] + {"none": "", "rows": " (other rows)", "merged": " + false"}[view["negatives"]]
-        reads = ", ".join(view["text_reads"]) or "-", ", ".join(view["image_reads"]) or "-"
-        lines.append(f"{view['name']:14} {image:22} {view['text']:22} {reads[0]:18} {reads[1]}")
+        image = view["image"] + {"none": "", "rows": " (other rows)", "merged": " + negative"}[view["negatives"]]
+        outputs = ", ".join(view["text_outputs"]) or "-", ", ".join(view["image_outputs"]) or "-"
+        lines.append(f"{view['name']:14} {image:22} {view['text']:22} {outputs[0]:18} {outputs[1]}")
     lines += ["", f"{'part':28} {'tokens':>8} {'forward GFLOP':>14} {'backward GFLOP':>15}"]
     for part in described["parts"]:
         forward, backward = part["flops"] / 1e9, part["backward"] / 1e9

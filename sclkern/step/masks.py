@@ -4,89 +4,175 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sclkern.models.config import SCLConfig
+from sclkern.objectives.config import ObjectiveConfig
 from sclkern.ops.masking import mask_text, select_patches, select_tokens
 from sclkern.random import STREAM_ITM, below, random_words, smallest
 from sclkern.reference import MaskedText
 
-if TYPE_CHECKING:
-    from sclkern.model import SCLModel
-
 
 @dataclass
 class StepMasks:
-    """Every random choice of a step. B batch, L text length, K kept patches, P patches.
+    """Every random choice of a step; None where no objective of the recipe needs it. B batch, L text length, K kept
+    patches, P patches.
 
     Attributes:
-        keep: (B, K) int64, patches the dropped image keeps.
-        replace: (B, P) bool, patches the token-masked image replaces; None without MLTC.
-        mlm: text with words to predict. completion: text with words to complete.
-        mlm_capacity, completion_capacity, replace_capacity: at most this many positions of a row are selected.
-        itm_labels: (B,) int64, 1 = the true image.
-        itm_keys: (B,) int64 words that choose the false image in the batch.
-        itm_false: how many labels are 0.
+        keep: (B, K) int64, the patches that the dropped image keeps.
+        replace: (B, P) bool, the patches that the token-masked image replaces.
+        mlm: the text with tokens to predict.
+        completion: the text with tokens to complete.
+        mlm_capacity: the most tokens to predict in a row.
+        completion_capacity: the most tokens to complete in a row.
+        replace_capacity: the most patches replaced in a row.
+        itm_labels: (B,) int64, 1 = the row's own image.
+        itm_keys: (B,) int64 random words that choose the negative image in the batch.
+        num_negatives: how many labels are 0.
     """
 
-    keep: Tensor
-    replace: Tensor | None
-    mlm: MaskedText
-    completion: MaskedText
-    mlm_capacity: int
-    completion_capacity: int
-    replace_capacity: int
-    itm_labels: Tensor
-    itm_keys: Tensor
-    itm_false: int
+    keep: Tensor | None = None
+    replace: Tensor | None = None
+    mlm: MaskedText | None = None
+    completion: MaskedText | None = None
+    mlm_capacity: int = 0
+    completion_capacity: int = 0
+    replace_capacity: int = 0
+    itm_labels: Tensor | None = None
+    itm_keys: Tensor | None = None
+    num_negatives: int = 0
 
     @property
-    def false_rows(self) -> Tensor:
-        """(itm_false,) int64, the rows whose label is 0."""
-        return self.itm_labels.argsort(stable=True)[: self.itm_false]
+    def negative_rows(self) -> Tensor:
+        """(num_negatives,) int64, the rows whose label is 0."""
+        return drawn(self.itm_labels, "itm_labels").argsort(stable=True)[: self.num_negatives]
 
 
-def draw_masks(model: SCLModel, batch: Mapping[str, Tensor], seed: int | Tensor) -> StepMasks:
-    """Draw the masks of a step on the batch's device, without a loop over the batch and without reading back."""
-    config, objectives = model.config, model.objectives
+def drawn(mask: Any, name: str) -> Any:
+    """Return a mask that a plan needs.
+
+    Args:
+        mask: a field of ``StepMasks``.
+        name: of the field.
+
+    Returns:
+        The mask.
+
+    Raises:
+        ValueError: it is None: the masks belong to another recipe.
+    """
+    if mask is None:
+        raise ValueError(f"masks.{name}: got None, expected a mask; draw the masks for the recipe of the step")
+    return mask
+
+
+def token_capacity(config: SCLConfig, objectives: ObjectiveConfig, text_length: int) -> dict[str, int]:
+    """The most tokens of each kind that a sample can have.
+
+    Args:
+        config: the number of patches.
+        objectives: the ratios.
+        text_length: padded length of the captions.
+
+    Returns:
+        By kind of ``sclkern.objectives.views``; "replaced" is that of one frame.
+    """
+    return {
+        "cls": 1,
+        "mlm": min(text_length, int(text_length * objectives.mlm_ratio) + 1),
+        "completion": min(text_length, int(max(text_length - 2, 0) * objectives.text_mask_ratio) + 1),
+        "replaced": int(config.num_patches * objectives.patch_token_ratio),
+    }
+
+
+def needed_masks(objectives: ObjectiveConfig) -> set[str]:
+    """Which masks the objectives of a recipe need, by what they read.
+
+    Args:
+        objectives: the recipe.
+
+    Returns:
+        Some of "dropped", "token_masked", "matching" (variants of images), "mlm" and "completion" (of texts).
+    """
+    needed: set[str] = set()
+    for objective in objectives.selected:
+        needed.update(objective.unimodal_images, objective.unimodal_texts)
+        for outputs in objective.outputs:
+            needed.update((outputs.view.image, outputs.view.text), outputs.text)
+            # The positions of replaced patches are read of views that replace none, too.
+            needed.update({"token_masked"} if "replaced" in outputs.image else ())
+    return needed - {"complete", "cls"}
+
+
+def draw_masks(
+    config: SCLConfig, objectives: ObjectiveConfig, batch: Mapping[str, Any], seed: int | Tensor
+) -> StepMasks:
+    """Draw the masks that a recipe needs, on the batch's device, without a loop over the batch or a value read back.
+
+    Args:
+        config: sizes and token ids of the network.
+        objectives: the recipe and its ratios.
+        batch: ``text_ids`` (B, L) int64 and ``text_mask`` (B, L).
+        seed: int or int64 tensor, the key of every mask.
+
+    Returns:
+        The masks. A mask does not depend on which others are drawn.
+    """
     ids, mask = batch["text_ids"], batch["text_mask"]
-    device, (rows, width) = ids.device, ids.shape
+    rows, device = ids.shape[0], ids.device
     lengths = mask.long().sum(1)
-    common = {"mask_id": config.mask_id, "vocab_size": config.vocab_size, "seed": seed}
-    words = max(width - 2, 0)
-    keys, order = random_words((rows, 1), seed=seed, stream=STREAM_ITM, device=device)[:2]
-    return StepMasks(
-        keep=select_patches(config.num_patches, 1 - objectives.image_mask_ratio, rows, seed=seed, device=device),
-        replace=select_tokens(config.num_patches, objectives.patch_token_ratio, rows, seed=seed, device=device)
-        if "mltc" in objectives.tasks
-        else None,
-        mlm=mask_text(
-            ids, lengths, kind="mlm", ratio=objectives.mlm_ratio, published=objectives.mlm_mask == "reference", **common
-        ),
-        completion=mask_text(
+    needed, capacity = needed_masks(objectives), token_capacity(config, objectives, ids.shape[1])
+    masks = StepMasks()
+    if "dropped" in needed:
+        kept = 1 - objectives.image_mask_ratio
+        masks.keep = select_patches(config.num_patches, kept, rows, seed=seed, device=device)
+    if "token_masked" in needed:
+        ratio = objectives.patch_token_ratio
+        masks.replace = select_tokens(config.num_patches, ratio, rows, seed=seed, device=device)
+        masks.replace_capacity = capacity["replaced"]
+    mask_id, vocab_size = config.mask_id, config.vocab_size
+    if "mlm" in needed:
+        masks.mlm = mask_text(
+            ids,
+            lengths,
+            kind="mlm",
+            ratio=objectives.mlm_ratio,
+            mask_id=mask_id,
+            vocab_size=vocab_size,
+            seed=seed,
+            published=objectives.mlm_mask == "published",
+        )
+        masks.mlm_capacity = capacity["mlm"]
+    if "completion" in needed:
+        masks.completion = mask_text(
             ids,
             lengths,
             kind="completion",
             ratio=objectives.text_mask_ratio,
-            published=objectives.text_mask == "reference",
-            **common,
-        ),
-        mlm_capacity=min(width, int(width * objectives.mlm_ratio) + 1),
-        completion_capacity=min(width, int(words * objectives.text_mask_ratio) + 1),
-        replace_capacity=int(config.num_patches * objectives.patch_token_ratio),
-        itm_labels=smallest(order.T, torch.ones_like(order.T, dtype=torch.bool), rows // 2)[0].long(),
-        itm_keys=keys[:, 0],
-        itm_false=rows - rows // 2,
-    )
+            mask_id=mask_id,
+            vocab_size=vocab_size,
+            seed=seed,
+            published=objectives.text_mask == "published",
+        )
+        masks.completion_capacity = capacity["completion"]
+    if "matching" in needed:
+        keys, order = random_words((rows, 1), seed=seed, stream=STREAM_ITM, device=device)[:2]
+        every_row = torch.ones_like(order.T, dtype=torch.bool)
+        masks.itm_labels = smallest(order.T, every_row, rows // 2)[0].long()
+        masks.itm_keys = keys[:, 0]
+        masks.num_negatives = rows - rows // 2
+    return masks
 
 
 def selected_positions(selected: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """The selected columns of each row with room for ``capacity``: a static shape, so nothing is read back.
+    """The selected columns of each row, with room for ``capacity``: a static shape, so nothing is read back.
 
     Args:
         selected: (B, L) bool with at most ``capacity`` True in a row.
+        capacity: the number of columns returned.
 
     Returns:
         positions (B, capacity) int64, ascending, and valid (B, capacity) bool.
@@ -96,17 +182,25 @@ def selected_positions(selected: Tensor, capacity: int) -> tuple[Tensor, Tensor]
 
 
 def negative_images(masks: StepMasks, similarity: Tensor | None) -> Tensor:
-    """Index (B,) of a false image for each row: another row of the batch, uniform or, with a (B, B) text-to-image
-    ``similarity`` (cosine / temperature), with probability softmax over the other rows (ALBEF's hard negatives).
+    """Choose a negative image for each row: another row of the batch.
 
-    Another row may hold the same picture with another of its captions: rare in a batch of a large set, and let be.
+    Another row may hold the same image with another of its captions: rare in a batch of a large set, and accepted.
+
+    Args:
+        masks: ``itm_labels`` and ``itm_keys``.
+        similarity: (B, B) text to image, cosine over temperature: the choice has probability softmax over the other
+            rows (the hard negatives of ALBEF, arXiv 2107.07651); None draws uniformly.
+
+    Returns:
+        (B,) int64 rows.
     """
-    rows = masks.itm_labels.shape[0]
-    own = torch.arange(rows, device=masks.itm_labels.device)
+    keys = drawn(masks.itm_keys, "itm_keys")
+    rows = keys.shape[0]
+    own = torch.arange(rows, device=keys.device)
     if similarity is None:
-        return (own + 1 + below(masks.itm_keys, rows - 1)) % rows
+        return (own + 1 + below(keys, rows - 1)) % rows
     chances = similarity.detach().float().masked_fill(own[:, None] == own, -torch.inf).softmax(-1).cumsum(-1)
-    point = masks.itm_keys.double() * 2.0**-32 * chances[:, -1].double()
+    point = keys.double() * 2.0**-32 * chances[:, -1].double()
     chosen = torch.searchsorted(chances.double(), point[:, None], right=True)[:, 0].clamp_max(rows - 1)
-    # Rounding can land on the row's own, whose share is zero.
+    # Rounding can land on the row's own image, whose share is zero.
     return torch.where(chosen == own, (own + 1) % rows, chosen)

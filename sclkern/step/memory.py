@@ -7,8 +7,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sclkern.models.config import SCLConfig
+from sclkern.models.network import SCLNetwork
 from sclkern.objectives.config import ObjectiveConfig
 from sclkern.step.config import StepConfig
+from sclkern.step.losses import run_step
+from sclkern.step.masks import draw_masks
 
 
 def kept_bytes(
@@ -27,18 +30,27 @@ def kept_bytes(
     kernels where Triton is installed; no GPU is needed, and no time.
 
     Args:
-        caption_tokens: of every caption. padded_tokens: what it is padded to.
+        config: of the network.
+        objectives: the recipe.
+        step: how it is executed.
+        caption_tokens: of every caption.
+        padded_tokens: what it is padded to.
+        num_frames: of every clip; 1 for images.
         rows: of the batch, which the similarities of the losses grow with.
-    """
-    from sclkern.model import SCLModel
 
+    Returns:
+        Bytes of one row.
+    """
     kept: dict[int, tuple[int, Tensor]] = {}
     with FakeTensorMode(), torch.device("cuda"):
-        model = SCLModel(config, objectives, step).train()
+        network = SCLNetwork(config).train()
+        network.execution.absorb = step.absorb
+        network.execution.checkpoint_blocks = step.checkpoint_blocks
         image = torch.empty(rows, num_frames, 3, config.image_size, config.image_size)
         ids = torch.empty(rows, padded_tokens, dtype=torch.int64)
         tensors = {"image": image, "false_image": image, "text_ids": ids, "text_mask": ids.bool()}
-        given = {t.untyped_storage()._cdata for t in (*model.parameters(), *tensors.values())}
+        batch = {**tensors, "text_tokens": rows * caption_tokens}
+        given = {t.untyped_storage()._cdata for t in (*network.parameters(), *tensors.values())}
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -49,7 +61,8 @@ def kept_bytes(
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             # The graph must live until all is counted.
-            losses = model({**tensors, "text_tokens": rows * caption_tokens}, seed=0)
+            masks = draw_masks(config, objectives, batch, 0)
+            losses = run_step(network, objectives, step, batch, masks)
         total = sum(size for size, _ in kept.values()) / rows
         del losses
     return total

@@ -1,10 +1,7 @@
-"""The plan of a step: which variants are encoded, which views are fused, and what the losses read of each.
+"""The plan of a step: which variants are encoded, which views are fused, and which tokens the losses read of each.
 
-A view is an (image variant, text variant) pair that goes through the fusion encoder. Recipe "scl" has ITM (image or
-false image, text), MLM (image, mlm text), masked image (dropped image, text) and masked text (image, completion-masked
-text); "glscl" adds token-masked image (image with replaced patches, text). MVSC recovers the image CLS in masked image
-and finds it in masked text; MLSC recovers the text CLS in masked text and finds it in masked image (SCL, section 3;
-reference: scl_module.py, objectives.py compute_scl). The plan depends on the recipe alone, never on a batch.
+The plan is the union of what the objectives of the recipe read; nothing else is computed. It depends on the options
+alone, never on a batch. (Views: SCL, arXiv 2211.13437, section 3; published scl_module.py and objectives.py.)
 """
 
 from __future__ import annotations
@@ -13,98 +10,182 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sclkern.objectives.config import ObjectiveConfig
+from sclkern.objectives.views import (
+    IMAGE_TOKENS,
+    MATCHING,
+    TEXT_TOKENS,
+    VIEWS,
+    ImageTokens,
+    ImageVariant,
+    TextTokens,
+    TextVariant,
+    View,
+)
 from sclkern.step.config import StepConfig
 
-# What an image encoder is given: the picture, the false pictures of the rows that do not match, both mixed by row, the
-# kept patches, the picture with replaced patches.
-ImageVariant = Literal["complete", "false", "mixed", "dropped", "token_masked"]
-TextVariant = Literal["complete", "mlm", "completion"]
-# Tokens of a view that a loss reads. Text: its CLS, words to predict, words to complete. Image: the CLS of each frame,
-# the replaced patches.
-TextRead = Literal["cls", "mlm", "completion"]
-ImageRead = Literal["cls", "replaced"]
+# What the image encoder reads: the image, the negative images of the rows that need one, both mixed by row, the kept
+# patches, the image with replaced patches.
+EncodedImage = Literal["complete", "negative", "mixed", "dropped", "token_masked"]
+# How the negative images of variant "matching" enter a view: not at all, as other rows of the view's image encoding, or
+# merged in from encoding "negative".
+NegativeSource = Literal["none", "rows", "merged"]
+# The consumer of encodings that objectives read before fusion.
+UNIMODAL = "unimodal"
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """One run of an encoder over the batch. ``name`` is that of the variant, with the reader where it has its own."""
-
-    name: str
-    variant: str
-
-
-@dataclass(frozen=True)
-class View:
-    """One pass of the fusion encoder over the batch.
+class ImageEncoding:
+    """One run of the image encoder over the batch.
 
     Attributes:
-        image, text: names of encodings. negatives: how the false images of ITM enter: not at all, as other rows of
-            ``image`` ("rows"), or as the rows of encoding "false" ("merged").
-        text_reads, image_reads: the tokens whose output a loss reads.
+        name: the variant, with the consumer where that has an encoding of its own.
+        variant: what is encoded.
     """
 
     name: str
-    image: str
-    text: str
-    text_reads: tuple[TextRead, ...]
-    image_reads: tuple[ImageRead, ...]
-    negatives: Literal["none", "rows", "merged"] = "none"
+    variant: EncodedImage
+
+
+@dataclass(frozen=True)
+class TextEncoding:
+    """One run of the text encoder over the batch.
+
+    Attributes:
+        name: the variant, with the consumer where that has an encoding of its own.
+        variant: what is encoded.
+    """
+
+    name: str
+    variant: TextVariant
+
+
+@dataclass(frozen=True)
+class PlannedView:
+    """One pass of the fusion encoder over the batch.
+
+    Attributes:
+        name: of the ``View``.
+        image: the encoding that it reads.
+        text: the encoding that it reads.
+        text_outputs: the tokens of the text stream that a loss reads.
+        image_outputs: the tokens of the image stream that a loss reads.
+        negatives: where its negative images come from.
+    """
+
+    name: str
+    image: ImageEncoding
+    text: TextEncoding
+    text_outputs: tuple[TextTokens, ...]
+    image_outputs: tuple[ImageTokens, ...]
+    negatives: NegativeSource = "none"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Encodings in the order they are packed, and views likewise."""
+    """Everything that a step computes before its losses.
 
-    images: tuple[Encoding, ...]
-    texts: tuple[Encoding, ...]
-    views: tuple[View, ...]
+    Attributes:
+        images: runs of the image encoder, in the order in which they are packed.
+        texts: runs of the text encoder, likewise.
+        views: passes of the fusion encoder, likewise.
+        unimodal_images: the encodings that objectives read before fusion.
+        unimodal_texts: likewise.
+        step: the options of the execution.
+    """
+
+    images: tuple[ImageEncoding, ...]
+    texts: tuple[TextEncoding, ...]
+    views: tuple[PlannedView, ...]
+    unimodal_images: tuple[ImageEncoding, ...]
+    unimodal_texts: tuple[TextEncoding, ...]
     step: StepConfig
-
-    def encoding_of(self, reader: str, variant: str, modality: Literal["image", "text"]) -> str:
-        """The encoding that a reader ("itc", or a view) takes a variant from."""
-        return _name(reader, variant, modality, self.step)
-
-
-def _name(reader: str, variant: str, modality: str, step: StepConfig) -> str:
-    if step.share_encodings in ("all", f"{modality}s"):
-        return variant
-    # The contrast, which is no view, reads the texts of ITM, the other loss of whether a pair belongs together.
-    reader = "itm" if reader == "itc" and step.share_encodings == "images" else reader
-    return f"{variant}/{reader}"
 
 
 def make_plan(objectives: ObjectiveConfig, step: StepConfig) -> Plan:
-    """The plan of a recipe.
+    """Plan what the objectives of a recipe read.
 
-    Views that nothing reads of in one stream stand at an end, so that a slice leaves their tokens out.
+    Args:
+        objectives: the recipe, and the source of negative images.
+        step: which encodings are shared.
+
+    Returns:
+        The plan. Views of which one stream is not read stand at an end, so that a slice leaves their tokens out.
     """
-    local = "mltc" in objectives.tasks
-    matching = "complete"
-    negatives = "rows"
-    if objectives.dataset_negatives:
-        matching, negatives = ("complete", "merged") if step.share_encodings != "none" else ("mixed", "none")
+    outputs = _merged_outputs(objectives)
+    unimodal_images, unimodal_texts = _unimodal_variants(objectives)
+    # ITC reads the texts of ITM, the other loss of whether a pair belongs together.
+    text_owner = MATCHING.name if step.share_encodings == "images" and MATCHING in outputs else UNIMODAL
+    images: dict[str, ImageEncoding] = {}
+    texts: dict[str, TextEncoding] = {}
 
-    def view(name, image, text, text_reads, image_reads, negatives="none") -> View:
-        sources = _name(name, image, "image", step), _name(name, text, "text", step)
-        return View(name, *sources, text_reads, image_reads, negatives)
+    def encode_image(consumer: str, variant: EncodedImage) -> ImageEncoding:
+        name = variant if step.share_encodings in ("all", "images") else f"{variant}/{consumer}"
+        return images.setdefault(name, ImageEncoding(name, variant))
 
-    words = ("cls", "completion") if local else ("cls",)
-    views = [
-        view("masked_image", "dropped", "complete", words, ("cls",)),
-        view("itm", matching, "complete", ("cls",), ("cls",), negatives),
-        view("masked_text", "complete", "completion", words, ("cls", "replaced") if local else ("cls",)),
-        view("mlm", "complete", "mlm", ("mlm",), ()),
-    ]
-    if local:
-        views.insert(0, view("token_masked", "token_masked", "complete", (), ("replaced",)))
+    def encode_text(consumer: str, variant: TextVariant) -> TextEncoding:
+        name = variant if step.share_encodings == "all" else f"{variant}/{consumer}"
+        return texts.setdefault(name, TextEncoding(name, variant))
 
-    images, texts = {}, {}
-    for modality, side in ((images, "image"), (texts, "text")):
-        name = _name("itc", "complete", side, step)
-        modality[name] = Encoding(name, "complete")
-        for each in views:
-            name = getattr(each, side)
-            modality[name] = Encoding(name, name.partition("/")[0])
-    if negatives == "merged":
-        images["false"] = Encoding("false", "false")
-    return Plan(tuple(images.values()), tuple(texts.values()), tuple(views), step)
+    def image_source(image: ImageVariant) -> tuple[EncodedImage, NegativeSource]:
+        if image != "matching":
+            return image, "none"
+        if not objectives.dataset_negatives:
+            return "complete", "rows"
+        return ("mixed", "none") if step.share_encodings == "none" else ("complete", "merged")
+
+    read_images = tuple(encode_image(UNIMODAL, variant) for variant in unimodal_images)
+    # The matching view encodes complete captions only.
+    read_texts = tuple(
+        encode_text(text_owner if variant == MATCHING.text else UNIMODAL, variant) for variant in unimodal_texts
+    )
+    views = []
+    for view, (text_outputs, image_outputs) in outputs.items():
+        variant, negatives = image_source(view.image)
+        views.append(
+            PlannedView(
+                view.name,
+                encode_image(view.name, variant),
+                encode_text(view.name, view.text),
+                text_outputs,
+                image_outputs,
+                negatives,
+            )
+        )
+    if any(view.negatives == "merged" for view in views):
+        images["negative"] = ImageEncoding("negative", "negative")
+    return Plan(tuple(images.values()), tuple(texts.values()), tuple(views), read_images, read_texts, step)
+
+
+def _merged_outputs(objectives: ObjectiveConfig) -> dict[View, tuple[tuple[TextTokens, ...], tuple[ImageTokens, ...]]]:
+    """The views of a recipe in the order in which they are packed, with what is read of either stream."""
+    text: dict[View, set[TextTokens]] = {}
+    image: dict[View, set[ImageTokens]] = {}
+    for objective in objectives.selected:
+        for outputs in objective.outputs:
+            text.setdefault(outputs.view, set()).update(outputs.text)
+            image.setdefault(outputs.view, set()).update(outputs.image)
+    ordered = [view for view in VIEWS if view in text] + [view for view in text if view not in VIEWS]
+    # First the views whose text is not read, last those whose image is not read.
+    ordered.sort(key=lambda view: (bool(text[view]), not image[view]))
+    return {
+        view: (
+            tuple(tokens for tokens in TEXT_TOKENS if tokens in text[view]),
+            tuple(tokens for tokens in IMAGE_TOKENS if tokens in image[view]),
+        )
+        for view in ordered
+    }
+
+
+def _unimodal_variants(
+    objectives: ObjectiveConfig,
+) -> tuple[tuple[Literal["complete", "dropped", "token_masked"], ...], tuple[TextVariant, ...]]:
+    """The variants whose encoding a recipe reads before fusion."""
+    images: dict[Literal["complete", "dropped", "token_masked"], None] = {}
+    texts: dict[TextVariant, None] = {}
+    for objective in objectives.selected:
+        # ``Objective`` refuses "matching" here: which images do not match is decided row by row, for a view.
+        images |= {variant: None for variant in objective.unimodal_images if variant != "matching"}
+        texts |= dict.fromkeys(objective.unimodal_texts)
+    if objectives.hard_negatives:
+        images["complete"] = texts["complete"] = None
+    return tuple(images), tuple(texts)

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sclkern import objectives as L
 from sclkern.errors import UserError
 from sclkern.model import SCLModel
 from sclkern.models import FusedFeatures
 from sclkern.objectives import ObjectiveConfig
-from sclkern.objectives import losses as L
 from sclkern.reference import MaskedText
 from sclkern.step import StepMasks, run_step
 from sclkern.weights import split_to_reference
@@ -110,7 +110,7 @@ def compute(weights: Mapping[str, Tensor], given: Mapping[str, Tensor], device: 
     given = {name: tensor.to(device) for name, tensor in given.items()}
     if "patch_token_mask" in given:
         given["patch_token_mask"] = given["patch_token_mask"].bool()
-    model.objectives = ObjectiveConfig.reference("glscl" if "patch_token_mask" in given else "scl")
+    model.objectives = ObjectiveConfig.published("glscl" if "patch_token_mask" in given else "scl")
     # The published code's frame norm is recorded apart, "for the record"; the case's own loss is over features.
     model.objectives = _with(model.objectives, frame_norm="features")
     video = "video" in given
@@ -179,7 +179,7 @@ def _masks(given: Mapping[str, Tensor]) -> StepMasks:
         replace_capacity=given["patch_token_mask"].shape[1] if "patch_token_mask" in given else 0,
         itm_labels=labels,
         itm_keys=zeros,
-        itm_false=int((labels == 0).sum()),
+        num_negatives=int((labels == 0).sum()),
     )
 
 
@@ -189,7 +189,7 @@ def _image_case(model: SCLModel, given: Mapping[str, Tensor]) -> dict[str, Tenso
     out = _named_outputs(model, views, unimodal)
     batch = {"image": image, "false_image": given["false_image"], "text_ids": given["text_ids"], "text_mask": mask}
     masks = _masks(given)
-    losses = run_step(model, batch, masks)
+    losses = run_step(model, model.objectives, model.step, batch, masks)
     own = given["itm_labels"].bool()
     text = model.encode_text(given["text_ids"], mask)
     matching = model.encode_image(torch.where(own[:, None, None, None], image, given["false_image"]))
@@ -248,7 +248,7 @@ def _video_case(model: SCLModel, given: Mapping[str, Tensor]) -> dict[str, Tenso
         ),
     }
     out["loss.scl_step_total"] = sum(out[f"loss.{n}_loss"] for n in ("mlm", "con", "scl_text", "scl_image"))
-    over_frames = L.masked_vision_semantic_completion(*vision, frame_norm="reference", **options)
+    over_frames = L.masked_vision_semantic_completion(*vision, frame_norm="published", **options)
     out["loss.scl_reference_code_loss"] = over_frames + out["loss.scl_text_loss"]
     return out
 

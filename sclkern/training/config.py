@@ -15,6 +15,7 @@ import pydantic
 import yaml
 
 from sclkern.errors import UserError
+from sclkern.legacy import translate_config
 from sclkern.models.config import PRESETS, SCLConfig
 from sclkern.objectives.config import ObjectiveConfig
 from sclkern.step.config import StepConfig
@@ -113,7 +114,7 @@ def build_config(values: dict[str, Any]) -> PretrainConfig:
     """
     sections = get_type_hints(PretrainConfig)
     _check_keys("", values, sections)
-    values = {name: {} if section is None else section for name, section in values.items()}
+    values = {name: {} if section is None else section for name, section in translate_config(values).items()}
     for name, section in values.items():
         if not isinstance(section, dict):
             raise UserError(f"{name}: got {section!r}, expected a section with keys")
@@ -146,6 +147,7 @@ def resume_difference(saved: dict[str, Any], current: dict[str, Any]) -> str | N
     Returns:
         The key with both values, in one line; None if the run can be resumed.
     """
+    saved = translate_config(saved)
     for section, keys in current.items():
         for key, value in keys.items():
             before = saved.get(section, {}).get(key)

@@ -92,7 +92,7 @@ def check_tokenizer(config: PretrainConfig, tokenizer: CaptionTokenizer) -> None
 
 
 def _check_batch(config: PretrainConfig, name: str, size: int) -> None:
-    if size < 2 and not config.objectives.dataset_negatives:
+    if size < 2 and config.objectives.in_batch_negatives:
         raise UserError(
             f"{name}: got {size}, expected 2 or more, because a negative image is another row's; or use "
             "objectives.itm_negatives=dataset"
@@ -125,7 +125,7 @@ def _loader(
         seed=config.run.seed,
         num_workers=config.data.num_workers,
         # The published masks are drawn over the padded caption.
-        pad_to_max=config.objectives.mlm_mask == "reference",
+        pad_to_max=config.objectives.mlm_mask == "published",
         buckets=buckets,
     )
 

@@ -277,8 +277,9 @@ class Pretraining:
         run, config, data = self.config.run, self.config, self.data
         parameters = sum(p.numel() for p in self.model.parameters())
         return (
-            f"{parameters / 1e6:.1f} M parameters, recipe {config.objectives.recipe}, {data.train_source.num_images} "
-            f"images with {data.train_source.num_pairs} captions to train on, {data.val_source.num_images} held out; "
+            f"{parameters / 1e6:.1f} M parameters, recipe {config.objectives.recipe_name}, "
+            f"{data.train_source.num_images} images with {data.train_source.num_pairs} captions to train on, "
+            f"{data.val_source.num_images} held out; "
             f"batch {run.batch_size} x {run.accumulation}, {run.batch_size - 1} negatives for each contrast; "
             f"{run.max_steps} steps = {run.max_steps * run.accumulation / len(data.train_loader):.1f} epochs on "
             f"{self.device}, {run.precision}"

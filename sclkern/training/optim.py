@@ -40,7 +40,7 @@ def parameter_groups(model: SCLNetwork, config: OptimizerConfig) -> list[dict[st
             continue
         published_name = published[name][0]
         part = _part(published_name)
-        if config.no_decay == "reference":
+        if config.no_decay == "published":
             decay = not any(pattern in published_name for pattern in _REFERENCE_NO_DECAY)
         else:
             decay = not (name in norms or name.endswith("bias") or name == "temperature")

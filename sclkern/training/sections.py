@@ -91,7 +91,7 @@ class OptimizerConfig:
         decay_power: exponent of the polynomial decay after the warm-up.
         fusion_factor: factor of the rate of the modality transforms, fusion layers and poolers.
         head_factor: factor of the rate of the ITM, MLM, VQA and NLVR2 heads.
-        no_decay: parameters without weight decay: "norms_and_biases" also exempts the temperature; "reference" decays
+        no_decay: parameters without weight decay: "norms_and_biases" also exempts the temperature; "published" decays
             the temperature and the LayerNorms of CLIP and the projections.
         max_grad_norm: limit that the global gradient norm is clipped to; null does not clip.
     """
@@ -105,7 +105,7 @@ class OptimizerConfig:
     decay_power: float = 1.0
     fusion_factor: float = 5.0
     head_factor: float = 5.0
-    no_decay: Literal["norms_and_biases", "reference"] = "norms_and_biases"
+    no_decay: Literal["norms_and_biases", "published"] = "norms_and_biases"
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:

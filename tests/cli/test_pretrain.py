@@ -84,9 +84,9 @@ def test_starting_from_the_weights_of_a_run(finished, tmp_path, capsys):
         {"objectives__itm_negatives": "hard"},
         {"run__precision": "bfloat16"},
         {
-            "objectives__recipe": "glscl", "optimizer__no_decay": "reference",
+            "objectives__recipe": "glscl", "optimizer__no_decay": "published",
             **{
-                f"objectives__{name}": "reference"
+                f"objectives__{name}": "published"
                 for name in ("negatives", "gather", "directions", "text_mask", "mlm_mask", "itm_negatives",
                              "frame_norm", "itc_temperature", "empty_selections")
             },
@@ -94,7 +94,7 @@ def test_starting_from_the_weights_of_a_run(finished, tmp_path, capsys):
             "step__absorb": "never",
         },
     ],
-    ids=["glscl", "hard negatives", "bfloat16", "reference"],
+    ids=["glscl", "hard negatives", "bfloat16", "published"],
 )  # fmt: skip
 def test_other_recipes_and_precisions_train(tmp_path, options):
     assert main(["pretrain", *overrides(tmp_path / "run", run__max_steps=3, **options)]) == 0

@@ -6,8 +6,8 @@ import torch
 from gpu_model import make
 from op_testing import SHAPES, cast, inputs_at, small_inputs
 from sclkern import ops
-from sclkern.step import draw_masks, run_step
 from sclkern.tools.specs import SPECS
+from step_testing import losses_of, masks_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -88,7 +88,7 @@ def test_a_replay_of_the_step_follows_batch_and_seed(recipe, autocast):
 
     def call():
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast, cache_enabled=False):
-            losses = run_step(model, batch, draw_masks(model, batch, seed))
+            losses = losses_of(model, batch, masks_of(model, batch, seed))
         found = torch.autograd.grad(losses.total, parameters, allow_unused=True)
         return [loss.detach() for loss in losses.named().values()] + [g for g in found if g is not None]
 
@@ -109,7 +109,7 @@ def test_a_replay_of_the_step_draws_new_dropout():
     model, batch = make()
     batch["text_tokens"] = batch["text_ids"].numel()
     seed = torch.tensor([5], device="cuda")
-    graph, (total,) = capture(lambda: [run_step(model, batch, draw_masks(model, batch, seed)).total.detach()])
+    graph, (total,) = capture(lambda: [losses_of(model, batch, masks_of(model, batch, seed)).total.detach()])
     totals = []
     for _ in range(3):
         graph.replay()

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from gpu_model import make
-from sclkern.step import StepConfig, draw_masks, run_step
+from sclkern.step import StepConfig
 from sclkern.tools.parity import run_parity
+from step_testing import losses_of, masks_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,8 +41,8 @@ def test_bfloat16_drifts_little_from_the_recorded_numbers(case, record_property)
 
 def test_masks_are_those_of_the_cpu():
     model, batch = make()
-    on_gpu = draw_masks(model, batch, seed=3)
-    on_cpu = draw_masks(model.cpu(), {k: v.cpu() for k, v in batch.items()}, seed=3)
+    on_gpu = masks_of(model, batch, seed=3)
+    on_cpu = masks_of(model.cpu(), {k: v.cpu() for k, v in batch.items()}, seed=3)
     for name in ("keep", "replace", "itm_labels", "itm_keys"):
         assert torch.equal(getattr(on_gpu, name).cpu(), getattr(on_cpu, name)), name
     for name in ("mlm", "completion"):
@@ -53,7 +54,7 @@ def losses_and_gradients(model, batch, step, backend):
     model.step = step
     model.set_backend(backend)
     model.zero_grad(set_to_none=True)
-    losses = run_step(model, batch, draw_masks(model, batch, 5))
+    losses = losses_of(model, batch, masks_of(model, batch, 5))
     losses.total.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: loss.detach() for name, loss in losses.named().items()}, gradients
@@ -65,7 +66,7 @@ def test_the_planned_step_equals_separate_passes(recipe, frames):
     """Without dropout, kernels against eager ops, in float32."""
     model, batch = make(recipe, frames=frames, max_frames=frames or 0)
     model.eval()
-    truth, true_gradients = losses_and_gradients(model, batch, StepConfig.reference(), "eager")
+    truth, true_gradients = losses_and_gradients(model, batch, StepConfig.published(), "eager")
     for step in (StepConfig(), StepConfig(absorb="never"), StepConfig(pack=False), StepConfig(checkpoint_blocks=True)):
         losses, gradients = losses_and_gradients(model, batch, step, "auto")
         for name, loss in truth.items():
@@ -80,7 +81,7 @@ def test_the_planned_step_equals_separate_passes(recipe, frames):
 def test_the_step_of_the_base_model_equals_separate_passes():
     model, batch = make("glscl", "base", rows=4, length=13)
     model.eval()
-    truth, true_gradients = losses_and_gradients(model, batch, StepConfig.reference(), "eager")
+    truth, true_gradients = losses_and_gradients(model, batch, StepConfig.published(), "eager")
     losses, gradients = losses_and_gradients(model, batch, StepConfig(), "auto")
     for name, loss in truth.items():
         torch.testing.assert_close(losses[name], loss, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
@@ -110,7 +111,7 @@ def test_the_step_does_not_synchronise(recipe, autocast):
 
     def step():
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            losses = run_step(model, batch, draw_masks(model, batch, seed))
+            losses = losses_of(model, batch, masks_of(model, batch, seed))
         losses.total.backward()
 
     step()  # libraries start up
@@ -140,7 +141,7 @@ def test_the_base_model_takes_a_step(backend):
     model, batch = make("glscl", "base", rows=16, length=13)
     model.set_backend(backend)
     if backend == "sdpa":
-        model.step = StepConfig.reference()
+        model.step = StepConfig.published()
     with torch.autocast("cuda", torch.bfloat16):
         losses = model(batch, seed=1)
     losses.total.backward()

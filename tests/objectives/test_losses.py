@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sclkern.objectives import losses as L
+from sclkern import objectives as L
 
 TEMPERATURE = 0.3
 
@@ -49,7 +49,7 @@ def identity(hidden):
     return torch.eye(hidden.shape[-1], dtype=hidden.dtype), torch.zeros(hidden.shape[-1], dtype=hidden.dtype)
 
 
-@pytest.mark.parametrize("empty", ["zero", "reference"])
+@pytest.mark.parametrize("empty", ["zero", "published"])
 def test_masked_language_modeling_is_the_mean_over_targets(empty):
     logits = torch.randn(2, 4, 7, dtype=torch.float64)
     labels = torch.tensor([[-100, 3, -100, 0], [-100, -100, 6, -100]])
@@ -66,7 +66,7 @@ def test_masked_language_modeling_without_targets_is_zero_or_nan_as_chosen():
     assert hits == 0
     assert loss.item() == 0
     assert (logits.grad == 0).all()
-    assert L.masked_language_modeling(logits, *identity(logits), labels, empty="reference")[0].isnan()
+    assert L.masked_language_modeling(logits, *identity(logits), labels, empty="published")[0].isnan()
 
 
 def test_image_text_contrast_sums_both_directions():
@@ -75,7 +75,7 @@ def test_image_text_contrast_sums_both_directions():
     assert_equals(loss, info_nce(image, text, 0.07))
 
 
-DIRECTIONS = [("both", True), ("reference", True), ("recovered_to_complete", False)]
+DIRECTIONS = [("both", True), ("published", True), ("recovered_to_complete", False)]
 
 
 @pytest.mark.parametrize("directions, both", DIRECTIONS)
@@ -90,7 +90,7 @@ def test_vision_completion_contrasts_each_frame_apart(directions, both):
 def test_vision_completion_normalises_over_frames_as_published(directions, both):
     recovered, complete = features(4, 3, 5)
     loss = L.masked_vision_semantic_completion(
-        recovered, complete, temperature=TEMPERATURE, directions=directions, frame_norm="reference"
+        recovered, complete, temperature=TEMPERATURE, directions=directions, frame_norm="published"
     )
     # compute_scl_video: x / norm(x, dim=1)[:, None] with x (B, F, D), then dot products frame by frame.
     r, c = (x.detach() / x.detach().norm(dim=1)[:, None] for x in (recovered, complete))
@@ -110,7 +110,7 @@ def test_language_completion_contrasts_the_batch(directions, both):
     assert_equals(loss, info_nce(recovered, complete, TEMPERATURE, both))
 
 
-@pytest.mark.parametrize("negatives", ["all", "reference"])
+@pytest.mark.parametrize("negatives", ["all", "published"])
 @pytest.mark.parametrize("directions, both", DIRECTIONS)
 def test_token_completion_contrasts_the_valid_tokens_of_the_batch(directions, both, negatives):
     recovered, complete = features(3, 4, 5)
@@ -128,7 +128,7 @@ def test_token_completion_without_tokens_is_zero_or_nan_as_chosen():
     loss.backward()
     assert loss.item() == 0
     assert (recovered.grad == 0).all()
-    assert L.masked_local_token_completion(recovered, complete, valid, empty="reference").isnan()
+    assert L.masked_local_token_completion(recovered, complete, valid, empty="published").isnan()
 
 
 def test_token_completion_takes_room_for_no_token_at_all():
@@ -137,7 +137,7 @@ def test_token_completion_takes_room_for_no_token_at_all():
     assert loss.item() == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"frame_norm": "reference"}])
+@pytest.mark.parametrize("options", [{}, {"frame_norm": "published"}])
 def test_vision_targets_get_no_gradient(options):
     recovered, complete = features(4, 3, 5)
     L.masked_vision_semantic_completion(recovered, complete, **options).backward()

@@ -7,7 +7,8 @@ import torch
 
 from sclkern import ObjectiveConfig, SCLConfig, SCLModel
 from sclkern.errors import UserError
-from sclkern.step import CapturedStep, StepConfig, check_capture, draw_masks, run_step
+from sclkern.step import CapturedStep, StepConfig, check_capture
+from step_testing import losses_of, masks_of
 
 WIDTHS = [(9, 40), (12, 48), (9, 40)]
 
@@ -17,7 +18,7 @@ class Emulated(CapturedStep):
 
     captured = 0
 
-    def _check(self, model):
+    def _check(self):
         pass
 
     def _warm_up(self, inputs):
@@ -35,7 +36,7 @@ class Emulated(CapturedStep):
         def replay():
             found = step()
             for name, value in found.named().items():
-                getattr(outputs, name).copy_(value)
+                outputs.named()[name].copy_(value)
             for name, value in found.metrics.items():
                 outputs.metrics[name].copy_(value)
 
@@ -62,7 +63,7 @@ def plain(model, batch, seed, scale, precision=None):
     batch = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
     torch.manual_seed(seed)
     with torch.autocast(device.type, precision, enabled=precision is not None, cache_enabled=False):
-        losses = run_step(model, batch, draw_masks(model, batch, seed))
+        losses = losses_of(model, batch, masks_of(model, batch, seed))
     (losses.total * scale).backward()
     return losses
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from sclkern import ObjectiveConfig
 from sclkern.random import random_words
-from sclkern.step.masks import draw_masks, negative_images, selected_positions
+from sclkern.step.masks import negative_images, selected_positions
+from step_testing import masks_of
 
 
 @given(
@@ -20,15 +21,15 @@ from sclkern.step.masks import draw_masks, negative_images, selected_positions
     more=st.integers(0, 4),
     ratios=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)),
     seed=st.integers(0, 2**62),
-    mode=st.sampled_from(["default", "reference"]),
+    mode=st.sampled_from(["default", "published"]),
 )
 def test_no_row_selects_more_than_its_capacity(tiny, make_batch, lengths, more, ratios, seed, mode):
     options = {"mlm_ratio": ratios[0], "text_mask_ratio": ratios[1]}
-    if mode == "reference":
-        options |= {"mlm_mask": "reference", "text_mask": "reference"}
+    if mode == "published":
+        options |= {"mlm_mask": "published", "text_mask": "published"}
     tiny.objectives = ObjectiveConfig(**options)
     batch = make_batch(len(lengths), lengths=lengths, width=max(lengths) + more)
-    masks = draw_masks(tiny, batch, seed)
+    masks = masks_of(tiny, batch, seed)
     assert masks.mlm.selected.sum(1).max() <= masks.mlm_capacity
     assert masks.completion.selected.sum(1).max() <= masks.completion_capacity
     for text, capacity in ((masks.mlm, masks.mlm_capacity), (masks.completion, masks.completion_capacity)):
@@ -55,7 +56,7 @@ def test_selected_positions_are_ascending_and_marked_valid():
 def test_half_the_pairs_belong_together(tiny, make_batch, rows):
     tiny.objectives = ObjectiveConfig()
     batch = make_batch(rows)
-    labels = torch.stack([draw_masks(tiny, batch, seed).itm_labels for seed in range(400)])
+    labels = torch.stack([masks_of(tiny, batch, seed).itm_labels for seed in range(400)])
     assert (labels.sum(1) == rows // 2).all()
     share, chance = labels.double().mean(0), (rows // 2) / rows
     bound = 4.5 * math.sqrt(chance * (1 - chance) / 400)
@@ -64,7 +65,7 @@ def test_half_the_pairs_belong_together(tiny, make_batch, rows):
 
 def draw_negatives(tiny, rows, draws, similarity=None):
     """(draws, rows) indices from keys of different seeds."""
-    masks = draw_masks(tiny, {"text_ids": torch.zeros(rows, 4).long(), "text_mask": torch.ones(rows, 4)}, 0)
+    masks = masks_of(tiny, {"text_ids": torch.zeros(rows, 4).long(), "text_mask": torch.ones(rows, 4)}, 0)
     keys = random_words((draws, rows), seed=3, stream=9, device="cpu")[0]
     return torch.stack([negative_images(dataclasses.replace(masks, itm_keys=row), similarity) for row in keys])
 

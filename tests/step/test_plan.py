@@ -7,17 +7,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sclkern import ObjectiveConfig, SCLConfig, SCLModel, ops, reference
-from sclkern.step import StepConfig, draw_masks, make_plan, run_step
-from sclkern.step.execute import encode, fuse
+from sclkern.step import StepConfig, make_plan
+from sclkern.step.encoding import encode
 from sclkern.step.flops import Counter, describe_plan, format_plan
+from sclkern.step.fusion import fuse_views, text_token_positions
 from sclkern.step.memory import kept_bytes
+from step_testing import losses_of, masks_of
 
 STEPS = [
     StepConfig(),
     StepConfig(absorb="never"),
     StepConfig(share_encodings="none", absorb="never"),
     StepConfig(prune_last_layer=False, absorb="never"),
-    StepConfig.reference(),
+    StepConfig.published(),
 ]
 WORDS, PADDED, ROWS = 9, 12, 2
 
@@ -54,22 +56,23 @@ def test_the_arithmetic_is_what_is_executed(make_batch, monkeypatch, recipe, neg
     monkeypatch.setattr(ops, "packed_attention", attend_apart)
     batch = make_batch(ROWS, frames=frames, lengths=[WORDS] * ROWS, width=PADDED, false_image=True, dtype=torch.float32)
     batch["text_tokens"] = ROWS * WORDS
-    masks = draw_masks(model, batch, 0)
+    masks = masks_of(model, batch, 0)
     plan = make_plan(objectives, step)
     parts = Counter(config, objectives, plan, caption_tokens=WORDS, padded_tokens=PADDED, num_frames=frames).parts()
     encodings, views = len(plan.images) + len(plan.texts), len(plan.views)
 
+    positions = text_token_positions(masks, batch["text_mask"].sum(1))
     encoded, flops = counted(lambda: encode(model, plan, batch, masks))
     close(flops, ROWS * sum(part.flops for part in parts[:encodings]))
-    fused, flops = counted(lambda: fuse(model, plan, encoded, batch, masks))
+    fused, flops = counted(lambda: fuse_views(model, plan, encoded, batch, masks, positions))
     close(flops, ROWS * sum(part.flops for part in parts[encodings : encodings + views]))
     read = [tokens for view in (*fused.text.values(), *fused.image.values()) for tokens in view.values()]
-    read += [encoded.texts[plan.encoding_of("itc", "complete", "text")]]
-    read += [encoded.images[plan.encoding_of("itc", "complete", "image")]]
+    read += [encoded.texts[text.name] for text in plan.unimodal_texts]
+    read += [encoded.images[image.name] for image in plan.unimodal_images]
     _, flops = counted(lambda: sum(tokens.sum() for tokens in read).backward())
     close(flops, ROWS * sum(part.backward for part in parts[: encodings + views]))
     # The losses add the similarities of their features, which depend on the batch.
-    _, flops = counted(lambda: run_step(model, batch, masks))
+    _, flops = counted(lambda: losses_of(model, batch, masks))
     heads = ROWS * sum(part.flops for part in parts)
     assert heads < flops < 1.03 * heads
 
@@ -83,7 +86,7 @@ def test_the_base_model_computes_half_of_what_separate_passes_do():
     assert absorbed["flops_ratio"] <= 0.46
     assert describe_plan(config, in_batch, StepConfig())["flops_ratio"] < absorbed["flops_ratio"]
     assert absorbed["kept_ratio"] <= 0.6
-    reference = describe_plan(config, dataset, StepConfig.reference())
+    reference = describe_plan(config, dataset, StepConfig.published())
     assert reference["flops_ratio"] == reference["kept_ratio"] == 1
     # The published code's five passes cost 1262 GFLOP a sample (its heads apart, which see every position).
     assert abs(plain["separate_flops"] / 1e9 - 1262) < 10

@@ -8,14 +8,15 @@ import torch.nn.functional as F
 
 from sclkern import ObjectiveConfig
 from sclkern.reference import MaskedText
-from sclkern.step import StepConfig, draw_masks, run_step
+from sclkern.step import StepConfig
+from step_testing import losses_of, masks_of
 
 RECIPES = ["scl", "glscl"]
 PICTURES = [pytest.param(None, id="images"), pytest.param(3, id="clips")]
 
 
 def needs_false_image(objectives):
-    return objectives.itm_negatives in ("dataset", "reference")
+    return objectives.itm_negatives in ("dataset", "published")
 
 
 def build(make_model, make_batch, objectives, frames=None, dropout=0.1, **batch_options):
@@ -26,7 +27,7 @@ def build(make_model, make_batch, objectives, frames=None, dropout=0.1, **batch_
 def run(model, batch, masks):
     """Losses as floats, and the gradients of the total."""
     model.zero_grad()
-    losses = run_step(model, batch, masks)
+    losses = losses_of(model, batch, masks)
     losses.total.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: loss.detach() for name, loss in losses.named().items()}, gradients
@@ -99,7 +100,7 @@ def restated(model, batch, masks):
 def test_losses_and_gradients_equal_the_definition(make_model, make_batch, recipe, itm_negatives, frames):
     objectives = ObjectiveConfig(recipe=recipe, itm_negatives=itm_negatives)
     model, batch = build(make_model, make_batch, objectives, frames)
-    masks = draw_masks(model, batch, 5)
+    masks = masks_of(model, batch, 5)
     ours = run(model, batch, masks)
     model.zero_grad()
     expected = restated(model, batch, masks)
@@ -139,8 +140,8 @@ def test_every_way_of_execution_gives_the_same_losses_and_gradients(
     make_model, make_batch, recipe, itm_negatives, frames
 ):
     model, batch = build(make_model, make_batch, ObjectiveConfig(recipe=recipe, itm_negatives=itm_negatives), frames)
-    masks = draw_masks(model, batch, 6)
-    model.step = StepConfig.reference()
+    masks = masks_of(model, batch, 6)
+    model.step = StepConfig.published()
     separate = run(model, batch, masks)
     for model.step in OPTIONS:
         assert_same(run(model, batch, masks), separate)
@@ -152,7 +153,7 @@ def test_every_way_of_execution_gives_the_same_losses_and_gradients(
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_totals_gradient_is_the_weighted_sum_of_the_losses_gradients(make_model, make_batch, recipe):
     model, batch = build(make_model, make_batch, ObjectiveConfig(recipe=recipe, itc_weight=0.7, mltc_weight=0.3))
-    losses = run_step(model, batch, draw_masks(model, batch, 7)).named()
+    losses = losses_of(model, batch, masks_of(model, batch, 7)).named()
     parameters = list(model.parameters())
     gradients = {
         name: torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
@@ -166,7 +167,7 @@ def test_the_totals_gradient_is_the_weighted_sum_of_the_losses_gradients(make_mo
 
 def test_recipe_scl_has_no_token_completion(make_model, make_batch):
     model, batch = build(make_model, make_batch, ObjectiveConfig(recipe="scl"))
-    masks = draw_masks(model, batch, 0)
+    masks = masks_of(model, batch, 0)
     losses, gradients = run(model, batch, masks)
     assert masks.replace is None
     assert "mltc" not in losses
@@ -179,15 +180,15 @@ def test_recipe_scl_has_no_token_completion(make_model, make_batch):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_parameter_that_a_loss_can_reach_learns(make_model, make_batch, recipe):
     model, batch = build(make_model, make_batch, ObjectiveConfig(recipe=recipe), frames=2)
-    _, gradients = run(model, batch, draw_masks(model, batch, 1))
+    _, gradients = run(model, batch, masks_of(model, batch, 1))
     missing = {name for name, _ in model.named_parameters()} - gradients.keys()
     assert missing == ({"vision.mask_token"} if recipe == "scl" else set())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_reference_options_run_and_are_finite(make_model, make_batch, recipe):
-    model, batch = build(make_model, make_batch, ObjectiveConfig.reference(recipe), frames=2)
-    losses, gradients = run(model, batch, draw_masks(model, batch, 3))
+    model, batch = build(make_model, make_batch, ObjectiveConfig.published(recipe), frames=2)
+    losses, gradients = run(model, batch, masks_of(model, batch, 3))
     assert all(loss.isfinite() for loss in losses.values()), losses
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
@@ -195,24 +196,24 @@ def test_reference_options_run_and_are_finite(make_model, make_batch, recipe):
 def test_frame_norm_is_of_clips_alone(make_model, make_batch):
     for frames, same in ((None, True), (3, False)):
         losses = []
-        for norm in ("features", "reference"):
+        for norm in ("features", "published"):
             model, batch = build(make_model, make_batch, ObjectiveConfig(frame_norm=norm), frames)
-            losses.append(run_step(model, batch, draw_masks(model, batch, 0)).mvsc)
+            losses.append(losses_of(model, batch, masks_of(model, batch, 0)).mvsc)
         assert torch.equal(*losses) == same
 
 
 def test_nothing_to_complete_costs_nothing_and_breaks_nothing(make_model, make_batch):
     model, batch = build(make_model, make_batch, ObjectiveConfig(recipe="glscl"), lengths=[2, 2, 2, 2])
-    losses, gradients = run(model, batch, draw_masks(model, batch, 3))
+    losses, gradients = run(model, batch, masks_of(model, batch, 3))
     assert losses["mlm"] == 0
     assert all(loss.isfinite() for loss in losses.values()), losses
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
 def test_reference_drops_an_empty_token_completion(make_model, make_batch):
-    objectives = ObjectiveConfig(recipe="glscl", empty_selections="reference")
+    objectives = ObjectiveConfig(recipe="glscl", empty_selections="published")
     model, batch = build(make_model, make_batch, objectives, lengths=[2, 2, 2, 2])
-    losses = run_step(model, batch, draw_masks(model, batch, 3))
+    losses = losses_of(model, batch, masks_of(model, batch, 3))
     assert losses.metrics["mltc_text"] == 0
     assert losses.mltc.isfinite()
     assert losses.mlm.isnan()
@@ -252,13 +253,13 @@ def test_padding_the_batch_wider_changes_nothing(make_model, make_batch, recipe)
         "text_ids": F.pad(batch["text_ids"], (0, 4), value=1),
         "text_mask": F.pad(batch["text_mask"], (0, 4)),
     }
-    narrow_run = run(model, batch, draw_masks(model, batch, 8))
-    assert_same(narrow_run, run(model, wide, draw_masks(model, wide, 8)))
+    narrow_run = run(model, batch, masks_of(model, batch, 8))
+    assert_same(narrow_run, run(model, wide, masks_of(model, wide, 8)))
 
 
 def test_what_the_encoder_leaves_at_padding_is_never_read(make_model, make_batch):
     model, batch = build(make_model, make_batch, ObjectiveConfig(recipe="glscl"))
-    masks = draw_masks(model, batch, 8)
+    masks = masks_of(model, batch, 8)
     clean = run(model, batch, masks)[0]
     encode = model.encode_text
 
@@ -280,7 +281,7 @@ def test_a_mask_of_zeros_and_ones_is_as_good_as_a_bool(make_model, make_batch):
 def test_the_order_of_the_batch_does_not_matter(make_model, make_batch, frames):
     # False images come with the batch here: one chosen in the batch would follow the row, not the sample.
     model, batch = build(make_model, make_batch, ObjectiveConfig(recipe="glscl", itm_negatives="dataset"), frames)
-    masks = draw_masks(model, batch, 9)
+    masks = masks_of(model, batch, 9)
     order = torch.tensor([2, 0, 3, 1])
     permuted = dataclasses.replace(
         masks,
@@ -321,7 +322,7 @@ def test_one_row_is_enough_with_false_images_from_the_dataset(make_model, make_b
     assert model(make_batch(1, false_image=True), seed=0).total.isfinite()
 
 
-@pytest.mark.parametrize("itm_negatives", ["dataset", "reference"])
+@pytest.mark.parametrize("itm_negatives", ["dataset", "published"])
 def test_dataset_negatives_need_a_false_image(make_model, make_batch, itm_negatives):
     model = make_model(ObjectiveConfig(itm_negatives=itm_negatives))
     with pytest.raises(ValueError, match="expected 'false_image' too"):
@@ -350,15 +351,15 @@ def test_inputs_of_different_lengths_are_named(make_model, make_batch):
 
 def test_with_dropout_the_losses_have_the_same_expectation(make_model, make_batch):
     model, batch = build(make_model, make_batch, ObjectiveConfig(recipe="glscl"), dropout=0.3)
-    masks = draw_masks(model, batch, 3)
+    masks = masks_of(model, batch, 3)
     samples = {}
     with torch.no_grad():
-        for name, model.step in (("planned", StepConfig()), ("separate", StepConfig.reference())):
+        for name, model.step in (("planned", StepConfig()), ("separate", StepConfig.published())):
             model.train()
             runs = []
             for seed in range(120):
                 torch.manual_seed(seed)
-                runs.append(torch.stack(list(run_step(model, batch, masks).named().values())))
+                runs.append(torch.stack(list(losses_of(model, batch, masks).named().values())))
             samples[name] = torch.stack(runs)
     planned, separate = samples.values()
     error = (planned.var(0) / len(planned) + separate.var(0) / len(separate)).sqrt()

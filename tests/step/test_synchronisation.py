@@ -18,7 +18,7 @@ PICTURES = [pytest.param(None, id="images"), pytest.param(3, id="clips")]
 
 
 def needs_false_image(objectives):
-    return objectives.itm_negatives in ("dataset", "reference")
+    return objectives.itm_negatives in ("dataset", "published")
 
 
 def build(make_model, make_batch, objectives, frames=None, **batch_options):
@@ -57,7 +57,7 @@ GUARDED = [
     {"recipe": "glscl"},
     {"recipe": "glscl", "itm_negatives": "hard"},
     {"recipe": "glscl", "itm_negatives": "dataset"},
-    {"recipe": "glscl", "mlm_mask": "reference", "text_mask": "reference", "frame_norm": "reference"},
+    {"recipe": "glscl", "mlm_mask": "published", "text_mask": "published", "frame_norm": "published"},
 ]
 
 

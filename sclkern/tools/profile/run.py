@@ -255,7 +255,7 @@ def _describe(config: PretrainConfig, device: torch.device, parameters: int) -> 
         "sclkern": __version__,
         "torch": torch.__version__,
         "parameters": parameters,
-        "recipe": config.objectives.recipe,
+        "recipe": config.objectives.recipe_name,
         "batch_size": config.run.batch_size,
         "accumulation": config.run.accumulation,
         "precision": config.run.precision,

@@ -1,0 +1,50 @@
+"""ITM, image-text matching: does the image belong to the caption?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sclkern.models.config import SCLConfig
+from sclkern.objectives._common import at_least_float32
+from sclkern.objectives.inputs import LossInputs
+from sclkern.objectives.objective import LossOutput, Objective
+from sclkern.objectives.views import MATCHING, ViewOutputs
+
+
+def image_text_matching(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute L = -mean_i log softmax(logits_i)[label_i] (published objectives.py, compute_itm).
+
+    Args:
+        logits: (B, 2), from the pooled CLS of both streams.
+        labels: (B,) int64, 1 = the image belongs to the caption.
+
+    Returns:
+        0-d loss, float32 at least.
+    """
+    return F.cross_entropy(at_least_float32(logits), labels)
+
+
+def _loss(inputs: LossInputs) -> LossOutput:
+    network, labels = inputs.network, inputs.match_labels
+    assert labels is not None  # drawn for the view's image variant "matching"
+    logits = network.itm_head(network.pool(inputs.text(MATCHING)[:, 0], inputs.image(MATCHING)))
+    accuracy = (logits.detach().argmax(-1) == labels).float().mean()
+    return LossOutput(image_text_matching(logits, labels), {"itm_accuracy": accuracy})
+
+
+def _flops(config: SCLConfig, tokens: Mapping[str, int]) -> float:
+    poolers, head = 2 * 2 * config.width**2, 2 * 2 * config.width * 2
+    return poolers + head
+
+
+ITM = Objective(
+    name="itm",
+    title="ITM, image-text matching",
+    loss=_loss,
+    outputs=(ViewOutputs(MATCHING, text=("cls",), image=("cls",)),),
+    heads=("itm",),
+    flops=_flops,
+)

@@ -1,0 +1,90 @@
+"""MVSC, masked vision semantic completion: recover the CLS of the whole image from a masked one and the caption."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from sclkern import ops
+from sclkern.distributed import gather as gather_rows
+from sclkern.objectives._common import Directions, Gather, at_least_float32, op_directions, op_gather
+from sclkern.objectives.inputs import LossInputs
+from sclkern.objectives.objective import LossOutput, Objective
+from sclkern.objectives.views import MASKED_IMAGE, MASKED_TEXT, ViewOutputs
+
+
+def masked_vision_semantic_completion(
+    recovered: Tensor,
+    complete: Tensor,
+    *,
+    temperature: float = 0.03,
+    directions: Directions = "both",
+    frame_norm: Literal["features", "published"] = "features",
+    group: ProcessGroup | None = None,
+    gather: Gather = "exact",
+    backend: str = "auto",
+) -> Tensor:
+    """Contrast the image CLS recovered from a masked image and the whole caption with the image CLS of the whole image,
+    for each frame index apart, averaged over frames (published objectives.py, compute_scl and compute_scl_video).
+
+    Args:
+        recovered: (B, F, D), fused CLS of the view with dropped patches.
+        complete: (B, F, D), fused CLS of the view with a masked caption; detached here.
+        temperature: of the InfoNCE.
+        directions: as in ``ObjectiveConfig``.
+        frame_norm: "published" normalises over frames instead of features, as compute_scl_video does.
+        group: process group whose rows are negatives too.
+        gather: gradient through the all-gather, see ``ops.completion_loss``.
+        backend: of the op.
+
+    Returns:
+        0-d loss.
+    """
+    complete = complete.detach()
+    if frame_norm == "features":
+        return ops.completion_loss(
+            recovered.transpose(0, 1),
+            complete.transpose(0, 1),
+            temperature=temperature,
+            directions=op_directions(directions),
+            group=group,
+            gather=op_gather(gather),
+            backend=backend,
+        )
+    recovered, complete = gather_rows(recovered, group, gather), gather_rows(complete, group, gather)
+    recovered, complete = at_least_float32(recovered).transpose(0, 1), at_least_float32(complete).transpose(0, 1)
+    recovered = recovered / recovered.norm(dim=0, keepdim=True).clamp_min(1e-8)
+    complete = complete / complete.norm(dim=0, keepdim=True).clamp_min(1e-8)
+    similarity = recovered @ complete.mT / temperature
+    diagonal = torch.arange(similarity.shape[1], device=similarity.device).expand(similarity.shape[:2])
+    loss = F.cross_entropy(similarity.mT, diagonal)
+    if op_directions(directions) == "recovered_to_complete":
+        return loss
+    return loss + F.cross_entropy(similarity, diagonal)
+
+
+def _loss(inputs: LossInputs) -> LossOutput:
+    options = inputs.options
+    loss = masked_vision_semantic_completion(
+        inputs.image(MASKED_IMAGE),
+        inputs.image(MASKED_TEXT),
+        temperature=options.temperature,
+        directions=options.directions,
+        # The published code normalises over frames for clips alone: of one frame, every feature would become a sign.
+        frame_norm=options.frame_norm if inputs.num_frames > 1 else "features",
+        gather=options.gather,
+        backend=inputs.network.backend,
+    )
+    return LossOutput(loss)
+
+
+MVSC = Objective(
+    name="mvsc",
+    title="MVSC, masked vision completion",
+    loss=_loss,
+    outputs=(ViewOutputs(MASKED_IMAGE, image=("cls",)), ViewOutputs(MASKED_TEXT, image=("cls",))),
+)

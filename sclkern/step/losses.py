@@ -1,0 +1,189 @@
+"""The losses of a step: encode, fuse, and run every objective of the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from sclkern.errors import UserError
+from sclkern.models.config import SCLConfig
+from sclkern.models.network import SCLNetwork
+from sclkern.objectives import OBJECTIVES, LossInputs, LossOutput, Objective, ObjectiveConfig
+from sclkern.objectives.itc import text_to_image_similarity
+from sclkern.ops.dispatch import may_read
+from sclkern.profiling import phase
+from sclkern.step.config import StepConfig
+from sclkern.step.encoding import Encodings, encode
+from sclkern.step.fusion import fuse_views, image_token_positions, text_token_positions
+from sclkern.step.masks import StepMasks, needed_masks
+from sclkern.step.plan import Plan, make_plan
+
+
+@dataclass
+class SCLLosses:
+    """Losses of a step, 0-d float32 tensors with their graph.
+
+    Each objective is an attribute too: ``losses.itm`` is ``losses.losses["itm"]``, or None where the recipe does not
+    have it.
+
+    Attributes:
+        total: the weighted sum.
+        losses: by objective of the recipe, each before its weight. ITC and the completion losses sum both directions,
+            MLTC both modalities.
+        metrics: detached 0-d tensors by name, still on the device.
+    """
+
+    total: Tensor
+    losses: dict[str, Tensor]
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        # Reached only for what is no field. A copy asks before it has fields.
+        losses = self.__dict__.get("losses", {})
+        if name in losses:
+            return losses[name]
+        if name in OBJECTIVES:
+            return None
+        raise AttributeError(f"SCLLosses has no attribute {name!r}; objectives: {', '.join(OBJECTIVES)}")
+
+    def named(self) -> dict[str, Tensor]:
+        """The losses by name, ``total`` first."""
+        return {"total": self.total, **self.losses}
+
+
+def run_step(
+    network: SCLNetwork,
+    objectives: ObjectiveConfig,
+    step: StepConfig,
+    batch: Mapping[str, Any],
+    masks: StepMasks,
+) -> SCLLosses:
+    """Compute the losses of one step from given masks.
+
+    Args:
+        network: encoders, fusion encoder and heads.
+        objectives: the recipe and its options.
+        step: how it is executed.
+        batch: as ``SCLModel.forward`` takes it.
+        masks: of ``draw_masks`` for the same recipe.
+
+    Returns:
+        The losses.
+
+    Raises:
+        UserError: the network lacks a head or a mask token that an objective needs.
+        ValueError: the batch lacks an input, or is too small for in-batch negatives.
+    """
+    check_step(network.config, objectives, batch)
+    plan = make_plan(objectives, step)
+    encodings = encode(network, plan, batch, masks)
+    inputs = _loss_inputs(network, objectives, plan, encodings, batch, masks)
+    similarity = text_to_image_similarity(inputs) if objectives.hard_negatives else None
+    # Losses of unimodal features do not wait for fusion.
+    outputs = {each.name: _run_loss(each, inputs) for each in objectives.selected if not each.outputs}
+    if plan.views:
+        with phase("fusion"):
+            fused = fuse_views(network, plan, encodings, batch, masks, inputs.text_positions, similarity)
+        inputs.text_tokens, inputs.image_tokens = fused.text, fused.image
+    outputs |= {each.name: _run_loss(each, inputs) for each in objectives.selected if each.outputs}
+    return _weighted_sum(objectives, outputs)
+
+
+def _loss_inputs(
+    network: SCLNetwork,
+    objectives: ObjectiveConfig,
+    plan: Plan,
+    encodings: Encodings,
+    batch: Mapping[str, Any],
+    masks: StepMasks,
+) -> LossInputs:
+    lengths = batch["text_mask"].bool().sum(1)
+    whole_image = encodings.num_frames * (1 + network.config.num_patches)
+    return LossInputs(
+        network=network,
+        options=objectives,
+        batch=batch,
+        num_frames=encodings.num_frames,
+        text_encodings={text.variant: encodings.texts[text.name] for text in plan.unimodal_texts},
+        image_encodings={image.variant: encodings.images[image.name] for image in plan.unimodal_images},
+        match_labels=masks.itm_labels,
+        text_positions=text_token_positions(masks, lengths),
+        image_positions=image_token_positions(
+            masks, encodings.num_frames, whole_image, rows=len(lengths), device=lengths.device
+        ),
+    )
+
+
+def _run_loss(objective: Objective, inputs: LossInputs) -> LossOutput:
+    with phase(f"loss {objective.name}"):
+        return objective.loss(inputs)
+
+
+def _weighted_sum(objectives: ObjectiveConfig, outputs: Mapping[str, LossOutput]) -> SCLLosses:
+    losses: dict[str, Tensor] = {}
+    metrics: dict[str, Tensor] = {}
+    total: Tensor | None = None
+    for objective in objectives.selected:
+        loss, of_objective = outputs[objective.name]
+        losses[objective.name] = loss
+        metrics |= of_objective
+        weight = objectives.weight_of(objective)
+        term = loss if weight == 1 else weight * loss
+        total = term if total is None else total + term
+    assert total is not None  # a recipe has at least one objective
+    return SCLLosses(total, losses, metrics)
+
+
+def check_objectives(config: SCLConfig, objectives: ObjectiveConfig) -> None:
+    """Raise a ``UserError`` that names what a network of this configuration lacks for a recipe.
+
+    Args:
+        config: of the network.
+        objectives: the recipe.
+    """
+    needed = {head for objective in objectives.selected for head in objective.heads}
+    if objectives.hard_negatives:
+        # The contrast chooses them.
+        needed.add("itc")
+    if lacking := needed - set(config.heads):
+        raise UserError(f"heads: got {list(config.heads)}, recipe {objectives.recipe!r} needs {sorted(lacking)} too")
+    if "token_masked" in needed_masks(objectives) and not config.patch_mask_token:
+        raise UserError(f"patch_mask_token: the model has none, recipe {objectives.recipe!r} needs it")
+
+
+def check_step(config: SCLConfig, objectives: ObjectiveConfig, batch: Mapping[str, Any]) -> None:
+    """Raise an error that names what a step lacks, before any work is done.
+
+    Args:
+        config: of the network.
+        objectives: the recipe.
+        batch: as ``SCLModel.forward`` takes it.
+
+    Raises:
+        UserError: see ``check_objectives``.
+        ValueError: the batch lacks an input, its inputs have different numbers of rows, it is too small for in-batch
+            negatives, or (on a CPU, and under ``SCLKERN_DEBUG=1``) ``text_tokens`` is too small.
+    """
+    check_objectives(config, objectives)
+    needed = ["image", "text_ids", "text_mask"] + ["false_image"] * objectives.dataset_negatives
+    for name in needed:
+        if name not in batch:
+            raise ValueError(f"batch: got keys {sorted(batch)}, expected {name!r} too")
+    rows = {name: batch[name].shape[0] for name in needed}
+    if len(set(rows.values())) > 1:
+        raise ValueError(f"batch: got different numbers of rows {rows}, expected one")
+    if objectives.in_batch_negatives and rows["image"] < 2:
+        raise ValueError(
+            f"batch: got {rows['image']} row, expected at least 2 for itm_negatives={objectives.itm_negatives!r} "
+            "(a negative image is another row's); use itm_negatives='dataset'"
+        )
+    # Read where that costs nothing: captions that do not fit would lose tokens in silence.
+    if "text_tokens" in batch and may_read(batch["text_mask"]):
+        tokens = int(batch["text_mask"].sum())
+        if tokens > batch["text_tokens"]:
+            raise ValueError(
+                f"batch: got text_tokens {batch['text_tokens']}, expected room for the {tokens} of text_mask"
+            )
