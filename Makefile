@@ -28,7 +28,7 @@ test: $(VENV)/.installed
 test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(abspath $(OLDEST)) $(RUN)/python -m pytest -k "compiles_for or obeys or in_the_interpreter" \
 		tests/tools/static/test_static.py tests/ops
-	PYTHONPATH=$(abspath $(OLDEST)) $(RUN)/python -m pytest tests/integrations/fuse
+	PYTHONPATH=$(abspath $(OLDEST)) $(RUN)/python -m pytest tests/integrations
 
 $(OLDEST)/.installed: $(VENV)/.installed
 	$(RUN)/python -m pip install --quiet --no-deps --upgrade $(PIP_ARGS) --target $(OLDEST) "triton==3.6.0" "numpy<2.4" \

@@ -6,8 +6,11 @@ A command is one function here, and the module ``sclkern.cli.<command>`` with ``
 from __future__ import annotations
 
 import argparse
+from typing import TypeAlias
 
 from sclkern import __version__
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -20,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _pretrain(commands) -> None:
+def _pretrain(commands: Commands) -> None:
     command = _add(
         commands,
         "pretrain",
@@ -34,7 +37,7 @@ def _pretrain(commands) -> None:
     )
 
 
-def _plan(commands) -> None:
+def _plan(commands: Commands) -> None:
     command = _add(
         commands,
         "plan",
@@ -50,7 +53,7 @@ def _plan(commands) -> None:
     _json(command)
 
 
-def _configs(commands) -> None:
+def _configs(commands: Commands) -> None:
     command = _add(
         commands,
         "configs",
@@ -62,7 +65,7 @@ def _configs(commands) -> None:
     command.add_argument("--keys", action="store_true", help="print every key with its default and its meaning")
 
 
-def _convert(commands) -> None:
+def _convert(commands: Commands) -> None:
     command = _add(
         commands,
         "convert",
@@ -77,7 +80,7 @@ def _convert(commands) -> None:
     )
 
 
-def _parity(commands) -> None:
+def _parity(commands: Commands) -> None:
     command = _add(
         commands,
         "parity",
@@ -89,7 +92,7 @@ def _parity(commands) -> None:
     _json(command)
 
 
-def _bench(commands) -> None:
+def _bench(commands: Commands) -> None:
     bench = commands.add_parser("bench", help="measure the kernels", description="Measure the kernels.")
     benches = bench.add_subparsers(dest="bench", required=True, metavar="BENCHMARK")
 
@@ -132,7 +135,7 @@ def _bench(commands) -> None:
     roofline.add_argument("--output", metavar="DIR", help="folder of records; default: benchmarks/results")
 
 
-def _profile(commands) -> None:
+def _profile(commands: Commands) -> None:
     command = _add(
         commands,
         "profile",
@@ -154,7 +157,7 @@ def _profile(commands) -> None:
     tool.add_argument("--mark-only", action="store_true", help="mark the steps for a profiler that is attached")
 
 
-def _doctor(commands) -> None:
+def _doctor(commands: Commands) -> None:
     command = _add(
         commands,
         "doctor",
@@ -164,7 +167,9 @@ def _doctor(commands) -> None:
     _json(command)
 
 
-def _add(commands, name: str, *, module: str | None = None, help: str, description: str) -> argparse.ArgumentParser:
+def _add(
+    commands: Commands, name: str, *, module: str | None = None, help: str, description: str
+) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=help, description=description)
     command.set_defaults(module=f"sclkern.cli.{module or name}", trains=False)
     return command

@@ -28,7 +28,7 @@ def test_a_configuration_is_printed_by_name(capsys):
     assert capsys.readouterr().out == (ROOT / "configs" / "demo.yaml").read_text()
 
 
-def test_a_name_a_file_and_a_path_are_told_apart(tmp_path, monkeypatch):
+def test_names_files_and_paths_are_distinguished(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_config("demo") == shipped_configs()["demo"]
     (tmp_path / "demo").mkdir()

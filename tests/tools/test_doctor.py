@@ -1,4 +1,4 @@
-"""``sclkern doctor``: what it tells, and that it needs nothing but torch."""
+"""``sclkern doctor``: what it reports, and that it requires torch only."""
 
 import importlib
 import json
@@ -21,17 +21,17 @@ ROOT = Path(__file__).parents[2]
 def test_json_holds_everything(capsys, monkeypatch):
     monkeypatch.setenv("SCLKERN_DEBUG", "1")
     assert main(["doctor", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["torch"] == torch.__version__ and found["python"] == sys.version.split()[0]
-    assert found["environment"]["SCLKERN_DEBUG"] == "1"
-    assert set(found["ops"]) == set(ops.OPS)
-    for answers in found["ops"].values():
-        assert set(answers) == {"float32", "float16", "bfloat16"}
-        assert all(answer.startswith(("triton: ", "eager: ")) for answer in answers.values())
+    findings = json.loads(capsys.readouterr().out)
+    assert findings["torch"] == torch.__version__ and findings["python"] == sys.version.split()[0]
+    assert findings["environment"]["SCLKERN_DEBUG"] == "1"
+    assert set(findings["ops"]) == set(ops.OPS)
+    for choices in findings["ops"].values():
+        assert set(choices) == {"float32", "float16", "bfloat16"}
+        assert all(choice.startswith(("triton: ", "eager: ")) for choice in choices.values())
 
 
 @pytest.mark.skipif(not TRITON_INSTALLED or interpreted() or torch.cuda.is_available(), reason="the plain CPU case")
-def test_the_text_tells_each_op_and_why(capsys):
+def test_the_text_has_a_line_for_each_op_with_its_reason(capsys):
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("sclkern ") and f"torch {torch.__version__}" in lines[0]
@@ -53,13 +53,13 @@ def test_devices_are_listed(monkeypatch):
     assert "device 0: H200, compute capability 9.0, 140.0 GiB" in text and "triton: tensors on cuda" in text
 
 
-def test_an_environment_that_asks_for_the_impossible_is_told(monkeypatch):
+def test_a_backend_that_cannot_be_selected_is_reported(monkeypatch):
     monkeypatch.setenv("SCLKERN_BACKEND", "cuda")
     assert "error: SCLKERN_BACKEND: got 'cuda', expected one of auto" in doctor.format_report(doctor.examine())
 
 
 @pytest.mark.parametrize(("kind", "network"), [("nfs4", True), ("fuse.sshfs", True), ("ext4", False)])
-def test_a_cache_on_a_network_is_told(monkeypatch, tmp_path, kind, network):
+def test_a_cache_on_a_network_is_reported(monkeypatch, tmp_path, kind, network):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     mounts = f"rootfs / rootfs rw 0 0\nsome:/where {tmp_path} {kind} rw 0 0\n/dev/x /tm ext4 rw 0 0\n"
     monkeypatch.setattr(doctor, "MOUNTS", tmp_path / "mounts")

@@ -52,7 +52,7 @@ def test_the_trace_has_every_phase_of_every_step(spans):
     assert set(names) == set(OF_A_STEP)
 
 
-def test_phases_lie_within_what_holds_them(spans):
+def test_phases_lie_within_the_ones_that_contain_them(spans):
     holders = []
     for span in spans:
         del holders[span["depth"] :]
@@ -66,18 +66,18 @@ def test_phases_lie_within_what_holds_them(spans):
 
 
 def test_the_table_counts_all_time_once(recorded):
-    found = json.loads((recorded[0] / "phases.json").read_text())
-    rows = found["phases"]
+    written = json.loads((recorded[0] / "phases.json").read_text())
+    rows = written["phases"]
     assert {row["phase"] for row in rows} == {"other", *OF_A_STEP} - {"step"}
     assert all(row["calls"] == 2 and row["seconds"] >= 0 for row in rows)
-    assert sum(row["seconds"] for row in rows) == pytest.approx(sum(found["step_seconds"]), rel=1e-6)
+    assert sum(row["seconds"] for row in rows) == pytest.approx(sum(written["step_seconds"]), rel=1e-6)
     assert sum(row["share"] for row in rows) == pytest.approx(1)
     assert rows == sorted(rows, key=lambda row: -row["seconds"])
-    assert len(found["step_seconds"]) == found["steps"] == 2
+    assert len(written["step_seconds"]) == written["steps"] == 2
     assert all(row["device_seconds"] is None and row["device_share"] is None for row in rows)
 
 
-def test_a_profile_leaves_a_picture_and_the_printed_table_and_nothing_of_a_run(recorded):
+def test_a_profile_leaves_a_plot_and_the_printed_table_and_nothing_of_a_run(recorded):
     directory, printed = recorded
     assert {path.name for path in directory.iterdir()} == {"trace.json", "phases.json", "phases.txt", "profile.png"}
     assert matplotlib.image.imread(directory / "profile.png").std() > 0
@@ -259,11 +259,11 @@ def test_ncu_without_permission_is_explained(tool, tmp_path, capfd):
     ]
     tool("ncu", "\n".join(f"echo '{line}' >&2" for line in lines))  # and an exit status of 0
     assert main(["profile", "--ncu", "--output", str(tmp_path / "out")]) == 2
-    found = capfd.readouterr()
-    assert "Connected to process 42" in found.out
-    assert "--ncu: this user may not read the GPU's performance counters (ERR_NVGPUCTRPERM)" in found.err
-    assert "NVreg_RestrictProfilingToAdminUsers=0" in found.err
-    assert "--nsys and torch.profiler" in found.err
+    printed = capfd.readouterr()
+    assert "Connected to process 42" in printed.out
+    assert "--ncu: this user may not read the GPU's performance counters (ERR_NVGPUCTRPERM)" in printed.err
+    assert "NVreg_RestrictProfilingToAdminUsers=0" in printed.err
+    assert "--nsys and torch.profiler" in printed.err
 
 
 @pytest.mark.parametrize("name", ["nsys", "ncu"])
@@ -282,13 +282,13 @@ def test_a_tool_gets_the_printed_command(tool, tmp_path, capfd, name):
     assert (tmp_path / "out").is_dir()  # neither tool makes it
 
 
-def test_a_tool_that_fails_or_is_not_there_is_told(tool, tmp_path, capfd, monkeypatch):
+def test_a_tool_that_fails_or_is_not_installed_is_reported(tool, tmp_path, capfd, monkeypatch):
     arguments = ["profile", "--nsys", "--output", str(tmp_path / "out")]
     tool("nsys", "echo no such option; exit 3")
     assert main(arguments) == 2
-    found = capfd.readouterr()
-    assert "no such option" in found.out
-    assert "nsys ended with status 3" in found.err
+    printed = capfd.readouterr()
+    assert "no such option" in printed.out
+    assert "nsys ended with status 3" in printed.err
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main(arguments) == 2
     assert "nsys is not on the PATH; install NVIDIA Nsight Systems" in capfd.readouterr().err
@@ -298,10 +298,10 @@ def test_a_tool_for_gpus_is_not_started_on_a_cpu(tool, tmp_path, capfd, monkeypa
     tool("ncu", "echo started")
     monkeypatch.setattr(profile, "resolve_device", lambda name: torch.device("cpu"))
     assert main(["profile", "--ncu", "--output", str(tmp_path / "out")]) == 2
-    found = capfd.readouterr()
-    assert "records a GPU, and run.device is cpu" in found.err
+    printed = capfd.readouterr()
+    assert "records a GPU, and run.device is cpu" in printed.err
     assert not (tmp_path / "out").exists()
-    assert "started" not in found.out
+    assert "started" not in printed.out
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_a_tool_for_gpus_is_not_started_on_a_cpu(tool, tmp_path, capfd, monkeypa
         (["data.root=/nowhere"], "/nowhere"),
     ],
 )
-def test_a_mistake_is_told_in_a_line(arguments, message, tmp_path, capsys):
+def test_a_mistake_is_explained_in_one_line(arguments, message, tmp_path, capsys):
     assert main(["profile", "--output", str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
 

@@ -207,8 +207,8 @@ def test_one_warning_names_requested_attention_maps(cross_layer):
     with pytest.warns(
         UserWarning, match="attention maps are requested: computed by the original forward of CrossAttention"
     ):
-        found = layer(**inputs, output_attentions=True)
-    torch.testing.assert_close(found, expected)
+        actual = layer(**inputs, output_attentions=True)
+    torch.testing.assert_close(actual, expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         layer(**inputs, output_attentions=True)

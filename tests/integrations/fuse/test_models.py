@@ -68,8 +68,8 @@ def test_attention_maps_are_those_of_the_model(name, make):
     model.eval()
 
     def maps(out):
-        found = [] if not hasattr(out, "items") and not isinstance(out, (tuple, list)) else out
-        for key, value in found.items() if hasattr(found, "items") else enumerate(found):
+        actual = [] if not hasattr(out, "items") and not isinstance(out, (tuple, list)) else out
+        for key, value in actual.items() if hasattr(actual, "items") else enumerate(actual):
             if key in ("attentions", "cross_attentions"):
                 yield from flatten(value)
             elif hasattr(value, "items"):
@@ -84,9 +84,9 @@ def test_attention_maps_are_those_of_the_model(name, make):
     sclkern.fuse(model)
     model(**inputs)
     torch.manual_seed(1)
-    found = list(maps(model(**inputs, output_attentions=True)))
-    assert len(found) == len(expected) > 0
-    for ours, theirs in zip(found, expected, strict=True):
+    actual = list(maps(model(**inputs, output_attentions=True)))
+    assert len(actual) == len(expected) > 0
+    for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -113,8 +113,8 @@ def test_blip_captions_as_before(make):
         batch = {"input_ids": inputs["input_ids"].clone(), "pixel_values": inputs["pixel_values"]}
         return model(**batch).logits, model.generate(**batch, max_new_tokens=4)
 
-    logits, words = run()
+    logits, tokens = run()
     sclkern.fuse(model)
-    found, found_words = run()
-    torch.testing.assert_close(found, logits)
-    assert torch.equal(found_words, words)
+    actual, actual_tokens = run()
+    torch.testing.assert_close(actual, logits)
+    assert torch.equal(actual_tokens, tokens)

