@@ -59,11 +59,16 @@ class Attention(nn.Module):
 
         Returns:
             Like x.
+
+        Raises:
+            ValueError: a context without its layout, or probabilities of packed tokens.
         """
         width = x.shape[-1]
-        if context is None or context_layout is None:
+        if context is None:
             query, key, value = self.in_proj(x).chunk(3, -1)
             context_layout = layout
+        elif context_layout is None:
+            raise ValueError("context_layout: got None for a context, expected its Padded or Packed")
         elif (
             probabilities is None
             and isinstance(layout, Packed)

@@ -38,3 +38,8 @@ def test_one_packed_call_where_the_op_would_absorb_nothing(queries, keys, traini
     assert module._absorbs(torch.empty(1, 768), query_layout, key_layout) == expected
     module.execution.absorb = "never"
     assert not module._absorbs(torch.empty(1, 768), query_layout, key_layout)
+
+
+def test_a_context_needs_its_layout():
+    with pytest.raises(ValueError, match="context_layout: got None for a context"):
+        Attention(64)(torch.randn(1, 3, 64), Padded(), torch.randn(1, 2, 64))
