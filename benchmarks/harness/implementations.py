@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from sclkern import ops, reference
+from sclkern import ops
+from sclkern.tools.specs import SPECS
 
 # Most important first; benchmarks on a CPU use the last.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -51,20 +51,30 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...] = DTYPES
 
 
-def call(module: ModuleType, op: str) -> Callable[..., object]:
-    """``run`` of the op in ``sclkern.ops`` or ``sclkern.reference``, looked up at every call."""
+def definition(op: str) -> Callable[..., object]:
+    """``run`` of the eager definition of an op."""
 
     def run(inputs: dict, dropout_p: float, seed: Tensor | None) -> object:
-        options = {"dropout_p": dropout_p, "seed": seed} if dropout_p else {}
-        return getattr(module, op)(**inputs, **options)
+        return SPECS[op].definition(**inputs, **_dropout(dropout_p, seed))
 
     return run
+
+
+def _fused(op: str) -> Callable[..., object]:
+    def run(inputs: dict, dropout_p: float, seed: Tensor | None) -> object:
+        return getattr(ops, op)(**inputs, **_dropout(dropout_p, seed))
+
+    return run
+
+
+def _dropout(dropout_p: float, seed: Tensor | None) -> dict:
+    return {"dropout_p": dropout_p, "seed": seed} if dropout_p else {}
 
 
 def implementations(op: str) -> tuple[Implementation, ...]:
     """The op, its eager definition, and the definition compiled."""
     return (
-        Implementation("sclkern", call(ops, op), seeded=True, slack=1.0),
-        Implementation("eager", call(reference, op), seeded=True, slack=1.0),
-        Implementation("compile", call(reference, op), compiled=True),
+        Implementation("sclkern", _fused(op), seeded=True, slack=1.0),
+        Implementation("eager", definition(op), seeded=True, slack=1.0),
+        Implementation("compile", definition(op), compiled=True),
     )

@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.harness.implementations import Implementation, call
+from benchmarks.harness.implementations import Implementation, definition
 from benchmarks.harness.op_cases import Case
-from sclkern import reference
 from sclkern.tools.specs import SPECS, Size
 
 GPU = torch.cuda.is_available()
@@ -82,12 +81,12 @@ def _exact(
     for name in without:
         # The definition takes None for an argument that is left out.
         inputs[name] = None
-    eager = evaluate(call(reference, op), inputs, dropout_p, True)
+    eager = evaluate(definition(op), inputs, dropout_p, True)
     names = leaves(inputs)
     wide = {k: v.detach().double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
     wide = {k: v.requires_grad_() if k in names else v for k, v in wide.items()}
     # The rounding of the output's gradient to dtype belongs to the input, not to the error.
-    truth = evaluate(_rounding_gradient(call(reference, op), dtype), wide, dropout_p, True)
+    truth = evaluate(_rounding_gradient(definition(op), dtype), wide, dropout_p, True)
     return truth, {name: errors(eager[name], truth[name]) for name in truth}
 
 

@@ -25,7 +25,7 @@ def cost(op: str, name: str, element: int = 2):
 def test_every_op_has_a_spec():
     assert set(SPECS) == set(ops.OPS)
     for op, spec in SPECS.items():
-        assert spec.name == op
+        assert spec.name == spec.definition.__name__ == op
         for sizes in (spec.sizes, spec.cpu_sizes):
             assert len({size.name for size in sizes}) == len(sizes) > 0, op
             assert {size.priority for size in sizes} <= {1, 2, 3}, op

@@ -83,6 +83,7 @@ class OpSpec:
 
     Attributes:
         name: the op's name in ``sclkern.ops``.
+        definition: its eager definition, in ``sclkern.reference``.
         kernels: modules of ``sclkern.kernels`` that hold its kernels.
         inputs: ``inputs(values, dtype, device)`` makes the arguments at a size, without dropout.
         small_inputs: ``small_inputs(length, device)`` makes float32 arguments of a few elements for contract tests;
@@ -101,6 +102,7 @@ class OpSpec:
     """
 
     name: str
+    definition: Callable[..., object]
     kernels: tuple[str, ...]
     inputs: Callable[[Values, torch.dtype, str], Inputs]
     small_inputs: Callable[[int, str], Inputs]

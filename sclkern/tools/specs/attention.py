@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sclkern import reference
 from sclkern.tools.specs._spec import AccuracyShape, Backward, Configs, Inputs, OpSpec, Size, Values, kernels, normal
 from sclkern.tools.specs._workload import (
     HEAD_DIM,
@@ -51,6 +52,7 @@ def _shape(name: str, queries: int, keys: int, text: str, **values: int) -> Accu
 _SIZES = attention_sizes(64, 0.1)
 SPEC = OpSpec(
     name="attention",
+    definition=reference.attention,
     kernels=("attention", "attention_backward"),
     inputs=_inputs,
     small_inputs=_small_inputs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sclkern import reference
 from sclkern.tools.specs._spec import (
     AccuracyShape,
     Backward,
@@ -44,6 +45,7 @@ def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None, configs: Conf
 
 SPEC = OpSpec(
     name="bias_gelu",
+    definition=reference.bias_gelu,
     kernels=("bias_gelu",),
     inputs=_inputs,
     small_inputs=_small_inputs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sclkern import reference
 from sclkern.tools.specs._spec import AccuracyShape, Backward, Configs, Cost, Inputs, OpSpec, Values, kernels, normal
 from sclkern.tools.specs._workload import WIDTH, row_sizes
 
@@ -52,6 +53,7 @@ def _shape(name: str, **values: int) -> AccuracyShape:
 
 SPEC = OpSpec(
     name="completion_loss",
+    definition=reference.completion_loss,
     kernels=("completion_loss", "completion_loss_backward"),
     inputs=_inputs,
     small_inputs=_small_inputs,

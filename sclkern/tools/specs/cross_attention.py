@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sclkern import reference
 from sclkern.tools.specs._spec import AccuracyShape, Backward, Configs, Cost, Inputs, OpSpec, Values, kernels, normal
 from sclkern.tools.specs._workload import (
     ATTENTION_BACKWARD,
@@ -70,6 +71,7 @@ def _shape(keys: int) -> AccuracyShape:
 
 SPEC = OpSpec(
     name="cross_attention",
+    definition=reference.cross_attention,
     kernels=("cross_attention",),
     inputs=_inputs,
     small_inputs=_small_inputs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sclkern import reference
 from sclkern.tools.specs._spec import (
     AccuracyShape,
     Backward,
@@ -50,6 +51,7 @@ def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None, configs: Conf
 _ROWS = {"T": 64 * 325}
 SPEC = OpSpec(
     name="dropout_add_layer_norm",
+    definition=reference.dropout_add_layer_norm,
     kernels=("dropout_add_layer_norm",),
     inputs=_inputs,
     small_inputs=_small_inputs,

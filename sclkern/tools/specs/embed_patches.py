@@ -78,6 +78,7 @@ def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None, configs: Conf
 
 SPEC = OpSpec(
     name="embed_patches",
+    definition=reference.embed_patches,
     kernels=("embed_patches", "embed_patches_backward"),
     inputs=_inputs,
     small_inputs=_small_inputs,

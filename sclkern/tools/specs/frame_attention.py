@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sclkern import reference
 from sclkern.tools.specs._spec import (
     AccuracyShape,
     Backward,
@@ -49,6 +50,7 @@ def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None, configs: Conf
 
 SPEC = OpSpec(
     name="frame_attention",
+    definition=reference.frame_attention,
     kernels=("frame_attention",),
     inputs=_inputs,
     small_inputs=_small_inputs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sclkern import reference
 from sclkern.tools.specs._spec import AccuracyShape, Backward, Configs, Cost, Inputs, OpSpec, Values, kernels, normal
 from sclkern.tools.specs._workload import VOCABULARY, WIDTH, row_sizes
 
@@ -52,6 +53,7 @@ def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None, configs: Conf
 
 SPEC = OpSpec(
     name="linear_cross_entropy",
+    definition=reference.linear_cross_entropy,
     kernels=("linear_cross_entropy",),
     inputs=_inputs,
     small_inputs=_small_inputs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sclkern import reference
 from sclkern.tools.specs._spec import Configs, Cost, Inputs, OpSpec, Size, Values, kernels, seed_tensor
 from sclkern.tools.specs._workload import VOCABULARY, captions
 
@@ -38,6 +39,7 @@ def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None, configs: Conf
 _SIZE = Size("64", {"B": 64, "K": 64, "L": 18}, 3)
 SPEC = OpSpec(
     name="mask_text",
+    definition=reference.mask_text,
     kernels=("masking",),
     inputs=_inputs,
     small_inputs=_small_inputs,

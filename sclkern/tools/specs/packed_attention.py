@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sclkern import reference
 from sclkern.tools.specs._spec import AccuracyShape, Backward, Configs, Inputs, OpSpec, Values, kernels, normal
 from sclkern.tools.specs._workload import (
     HEAD_DIM,
@@ -46,6 +47,7 @@ def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None, configs: Conf
 
 SPEC = OpSpec(
     name="packed_attention",
+    definition=reference.packed_attention,
     kernels=("attention", "attention_backward"),
     inputs=_inputs,
     small_inputs=_small_inputs,
