@@ -12,7 +12,7 @@ from sclkern import ops, reference
 from sclkern.models.config import HEAD_DIM
 from sclkern.models.execution import Execution
 from sclkern.models.layouts import Layout, Packed, Padded, repack, unpack_groups
-from sclkern.ops.cross_attention import plan
+from sclkern.ops.cross_attention import plan_form
 
 
 class Attention(nn.Module):
@@ -99,17 +99,18 @@ class Attention(nn.Module):
         if self.execution.absorb == "never" or self.execution.backend == "sdpa":
             return False
         width = x.shape[-1]
-        # Of the shapes that the op would see; it asks for nothing else.
-        longest = (x.new_empty((0, each.max_seqlen, width)) for each in (layout, context_layout))
-        form, _, _ = plan(
-            *longest,
-            num_heads=width // HEAD_DIM,
+        planned = plan_form(
+            layout.max_seqlen,
+            context_layout.max_seqlen,
+            width,
+            width // HEAD_DIM,
+            x,
             dropout_p=self._dropout_p,
-            scale=HEAD_DIM**-0.5,
+            softmax_scale=HEAD_DIM**-0.5,
             absorb=self.execution.absorb,
             backend=self.execution.backend,
         )
-        return form != "never"
+        return planned.form != "never"
 
     def _absorbed(self, x: Tensor, layout: Packed, context: Tensor, context_layout: Packed) -> Tensor:
         """The whole sub-layer, a call for each group."""

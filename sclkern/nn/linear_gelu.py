@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sclkern import ops
 from sclkern.ops.bias_gelu import KINDS
-from sclkern.ops.dispatch import choose
+from sclkern.ops.dispatch import select_backend
 
 
 class LinearGELU(nn.Linear):
@@ -70,7 +70,7 @@ def linear_gelu(
     Returns:
         (..., O).
     """
-    if bias is not None and choose(x, weight, backend=backend).backend == "triton":
+    if bias is not None and select_backend(x, weight, backend=backend).backend == "triton":
         return ops.bias_gelu(F.linear(x, weight), bias, approximate=approximate, backend=backend)
     # Without a kernel the matrix product adds the bias at no cost.
     hidden = F.linear(x, weight, bias)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import torch
@@ -10,9 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sclkern import ops
-from sclkern.ops.attention import autocast, unsupported
-from sclkern.ops.cross_attention import plan
-from sclkern.ops.dispatch import BACKENDS, choose
+from sclkern.ops.dispatch import BACKENDS
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -129,12 +126,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         self._check(query, key, value, key_padding_mask)
         with torch.no_grad():
             op, tensors, options = self._op_call(query, key, value, key_padding_mask)
-        tensors, scale = tuple(map(autocast, tensors)), 1 / math.sqrt(self.head_dim)
-        if op == "attention":
-            return str(choose(*tensors, backend=self.backend, unsupported=unsupported(tensors[0], scale)))
-        del options["key_padding_mask"]
-        form, choice, _ = plan(*tensors, scale=scale, **options)
-        return str(choice) if form == "never" else f"{choice}; projections absorbed into the {form}"
+        return str(ops.explain(op, *tensors, **options))
 
     def extra_repr(self) -> str:
         return (

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from sclkern.random import STREAM_ATTENTION, philox
 
+# The counter of the dropout mask has 16 bits for the query and 16 for a group of eight keys.
+MAX_DROPOUT_QUERIES, MAX_DROPOUT_KEYS = 2**16, 2**19
+
 
 def attention_probabilities(
     query: Tensor, key: Tensor, *, mask: Tensor | None = None, softmax_scale: float | None = None
@@ -57,6 +60,23 @@ def attention_dropout_threshold(dropout_p: float) -> tuple[int, float]:
     return threshold, 65536 / (65536 - threshold) if threshold < 65536 else 0.0
 
 
+def check_dropout_lengths(num_queries: int, num_keys: int) -> None:
+    """Raise for lengths that the counter of the dropout mask has no room for.
+
+    Args:
+        num_queries: of the longest sequence.
+        num_keys: of the longest sequence.
+
+    Raises:
+        ValueError: more than ``MAX_DROPOUT_QUERIES`` or ``MAX_DROPOUT_KEYS``.
+    """
+    if num_queries > MAX_DROPOUT_QUERIES or num_keys > MAX_DROPOUT_KEYS:
+        raise ValueError(
+            f"dropout_p: got {num_queries} queries and {num_keys} keys, expected at most {MAX_DROPOUT_QUERIES} and "
+            f"{MAX_DROPOUT_KEYS} with dropout"
+        )
+
+
 def attention_dropout_mask(
     batch: int | Tensor,
     heads: int,
@@ -79,8 +99,7 @@ def attention_dropout_mask(
     Returns:
         (B, H, Lq, Lk) bool, True = keep.
     """
-    if queries > 2**16 or keys > 2**19:
-        raise ValueError(f"dropout: got {queries} queries and {keys} keys, expected at most 65536 and 524288")
+    check_dropout_lengths(queries, keys)
     batch = torch.arange(batch, device=device) if isinstance(batch, int) else batch
     head, row, group = (torch.arange(size, device=device) for size in (heads, queries, (keys + 7) // 8))
     batch_head = (batch[:, None] * heads + head).flatten()

@@ -12,7 +12,7 @@ from typing import Any
 from sclkern.errors import UserError
 from sclkern.models.config import SCLConfig
 from sclkern.objectives.config import ObjectiveConfig
-from sclkern.ops.cross_attention import WORTHWHILE, relative_costs
+from sclkern.ops.cross_attention import MAX_COST_RATIO, relative_costs
 from sclkern.step.config import StepConfig
 from sclkern.step.masks import token_capacity
 from sclkern.step.memory import kept_bytes
@@ -139,7 +139,7 @@ class Counter:
     def _cost_ratio(self, queries: int, keys: int) -> float:
         """Cost of the cheapest absorbed form over that of the plain one; 1 where none is taken."""
         ratio = min(relative_costs(queries, keys, self.config.width, self.config.num_heads, keys).values())
-        return ratio if ratio <= WORTHWHILE else 1.0
+        return ratio if ratio <= MAX_COST_RATIO else 1.0
 
     def _attend(self, queries: Length, keys: Length, longest: tuple[int, int], *, text_keys: bool) -> float:
         """Attention with projections of its own for queries and keys.

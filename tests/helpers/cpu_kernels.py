@@ -15,6 +15,7 @@ import torch
 
 from sclkern import reference
 from sclkern.ops.dispatch import interpreted
+from sclkern.reference.cross_attention import absorbed_attention
 
 _LIBRARY = torch.library.Library("sclkern", "IMPL")
 
@@ -59,11 +60,33 @@ def _mask_text(completion, **arguments):
     return reference.mask_text(**arguments, kind="completion" if completion else "mlm")
 
 
+def _attention(
+    query, key, value, mask, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale
+):
+    options = {"seed": seed, "dropout_p": dropout_p, "softmax_scale": softmax_scale}
+    if cu_seqlens_q is None:
+        return reference.attention(query, key, value, key_padding_mask=mask, **options)
+    packing = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return reference.packed_attention(query, key, value, *packing, **options)
+
+
+def _frame_attention(query, key, value, num_frames, softmax_scale):
+    return reference.frame_attention(query, key, value, num_frames, softmax_scale=softmax_scale)
+
+
+def _cross_attention(x, score_weight, score_bias, value_weight, out_bias, mask, seed, dropout_p):
+    tensors = x, score_weight, score_bias, value_weight, out_bias, mask
+    return absorbed_attention(*tensors, dropout_p=dropout_p, seed=seed)
+
+
 # By op, from its inputs (by the names of its schema) to its first outputs; the others are statistics.
 DEFINITIONS: dict[str, Callable[..., Any]] = {
+    "attention": _attention,
     "bias_gelu": _bias_gelu,
+    "cross_attention": _cross_attention,
     "dropout_add_layer_norm": _dropout_add_layer_norm,
     "embed_patches": _embed_patches,
+    "frame_attention": _frame_attention,
     "mask_text": _mask_text,
     "select_patches": _select_patches,
     "select_tokens": _select_tokens,

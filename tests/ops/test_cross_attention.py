@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from op_testing import BACKENDS, DEVICE, DTYPES, needs_kernels, run_in_interpreter
 from sclkern import reference
 from sclkern.ops import cross_attention, explain
-from sclkern.ops.cross_attention import plan, relative_costs
+from sclkern.ops.cross_attention import plan_form, relative_costs
 from sclkern.ops.dispatch import interpreted
 from sclkern.reference.cross_attention import absorb_into_keys
 from sclkern.reference.cross_attention import absorbed_attention as reference_core
@@ -187,12 +187,13 @@ def core(dropout_p=0.0, masked=False):
 
 def test_registration():
     leaves, rest = core(0.25, True)
-    saved = [leaf.detach() for leaf in leaves[:4]]
+    saved = [leaf.detach() for leaf in leaves]
     # The dynamic dispatch of opcheck, the slow part, is in test_every_op.py.
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.sclkern.cross_attention, (*leaves, *rest), test_utils=utils)
     backward = torch.ops.sclkern.cross_attention_backward
-    torch.library.opcheck(backward, (saved[0], *saved, *rest), test_utils=utils)
+    for needs_out_bias in (False, True):
+        torch.library.opcheck(backward, (saved[0], *saved, *rest, needs_out_bias), test_utils=utils)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -273,8 +274,7 @@ def test_costs_are_what_is_multiplied(queries, keys):
 
 
 def chosen(queries, keys, width=768, **options):
-    shapes = (2, queries, width), (2, keys, width), (3 * width, width), (3 * width,), (width, width), (width,)
-    return plan(*(torch.zeros(1, device=DEVICE).expand(shape) for shape in shapes), num_heads=12, **options)
+    return plan_form(queries, keys, width, 12, torch.zeros(1, device=DEVICE), **options)
 
 
 def test_the_form_with_the_fewest_products_is_taken():
@@ -300,9 +300,12 @@ def test_triton_by_name_takes_forms_that_have_a_kernel():
 
 def test_explains_the_form():
     tensors, _, _ = inputs(1, 325, 13, 64)
-    assert "; absorbed into the 13 keys: 0." in str(explain("cross_attention", *tensors))
+    assert "; absorbed into the 13 keys: 0." in str(explain("cross_attention", *tensors, num_heads=1))
     tensors[0] = tensors[0][:, :13]
-    assert str(explain("cross_attention", *tensors)).endswith("; nothing absorbed")
+    assert "; nothing absorbed: keys would take 1." in str(explain("cross_attention", *tensors, num_heads=1))
+    never = explain("cross_attention", *tensors, num_heads=1, absorb="never")
+    assert str(never).endswith("; nothing absorbed, as requested")
+    assert "not given, assumed supported: num_heads" in str(explain("cross_attention", *tensors))
 
 
 def test_autocast_computes_in_its_dtype():
@@ -326,7 +329,7 @@ T = [torch.zeros(2, 3, 8), torch.zeros(2, 5, 8), torch.zeros(24, 8), torch.zeros
         ({0: T[0][0]}, {}, ValueError, r"x: got shape \(3, 8\), expected \(B, Lq, W\)"),
         ({0: T[0].long()}, {}, TypeError, r"x: got torch\.int64"),
         ({1: T[1].half()}, {}, TypeError, r"context: got torch\.float16, expected that of x, torch\.float32"),
-        ({1: T[1][:1]}, {}, ValueError, r"context: got shape \(1, 5, 8\), expected \(B, Lk, W\) for x of shape"),
+        ({1: T[1][:1]}, {}, ValueError, r"context: got shape \(1, 5, 8\), expected \(B, Lk, W\) = \(2, any, 8\)"),
         ({2: T[2][:8]}, {}, ValueError, r"in_weight: got shape \(8, 8\), expected \(3 W, W\)"),
         ({3: T[3][:8]}, {}, ValueError, r"in_bias: got shape \(8,\), expected \(3 W,\)"),
         ({4: T[4][:1]}, {}, ValueError, r"out_weight: got shape \(1, 8\), expected \(W, W\)"),

@@ -1,0 +1,162 @@
+"""What the attention ops share: checks, the plan of plain attention, and PyTorch's attention on a CPU."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sclkern.ops import _checks
+from sclkern.ops.dispatch import Choice, autocast, resolve_backend, select_backend
+from sclkern.reference.attention import check_dropout_lengths
+
+HEAD_DIMS = (32, 64, 128)
+
+
+def check_tensors(query: Tensor, key: Tensor, value: Tensor, forms: tuple[str, str], same_length: bool = False) -> None:
+    """Raise for tensors that no path takes.
+
+    Args:
+        query: (..., H, D), its form the first of ``forms``.
+        key: as query, of another length, its form the second of ``forms``.
+        value: of the shape of key.
+        forms: the shapes in letters; their number of sizes is that of the tensors.
+        same_length: whether key is as long as query.
+    """
+    _checks.floating(query=query, key=key, value=value)
+    dimensions = forms[0].count(",") + 1
+    _checks.rank(forms[0], (dimensions,), query=query)
+    if 0 in query.shape[-3 if same_length else -2 :]:
+        sizes = "a length, H and D" if same_length else "H and D"
+        raise ValueError(f"query: got shape {tuple(query.shape)}, expected {forms[0]} with {sizes} of at least 1")
+    _checks.same_dtype("query", cast_like(query), key=cast_like(key), value=cast_like(value))
+    length = query.shape[-3] if same_length else key.shape[-3] if key.ndim == dimensions else None
+    _checks.shape(forms[1], (*query.shape[:-3], length, *query.shape[-2:]), key=key, value=value)
+    _checks.same_device("query", query, key=key, value=value)
+
+
+def check_padding_mask(like: str, first: Tensor, key: Tensor, key_padding_mask: Tensor | None) -> None:
+    """Raise for a padding mask that no path takes.
+
+    Args:
+        like: name of an argument.
+        first: that argument, whose device the mask shares.
+        key: (B, Lk, ...).
+        key_padding_mask: (B, Lk) bool, or None.
+    """
+    if key_padding_mask is not None:
+        _checks.dtype(torch.bool, key_padding_mask=key_padding_mask)
+        _checks.shape("(B, Lk)", key.shape[:2], key_padding_mask=key_padding_mask)
+        _checks.same_device(like, first, key_padding_mask=key_padding_mask)
+
+
+def check_numbers(
+    dropout_p: float, softmax_scale: float | None, seed: int | Tensor | None, device: torch.device, num_queries: int,
+    num_keys: int,
+) -> None:  # fmt: skip
+    """Raise for numbers that no path takes.
+
+    Args:
+        dropout_p: from 0 to 1.
+        softmax_scale: finite, or None.
+        seed: int, int64 tensor of one element, or None.
+        device: of the other tensors.
+        num_queries: of the longest sequence.
+        num_keys: of the longest sequence.
+    """
+    _checks.probability("dropout_p", dropout_p)
+    if softmax_scale is not None:
+        _checks.number("softmax_scale", softmax_scale)
+    _checks.seed(seed, device)
+    if dropout_p > 0:
+        check_dropout_lengths(num_queries, num_keys)
+
+
+def resolve_scale(head_dim: int, softmax_scale: float | None) -> float:
+    """``softmax_scale``, or 1 / sqrt(D)."""
+    return 1 / math.sqrt(head_dim) if softmax_scale is None else float(softmax_scale)
+
+
+def kernel_problems(head_dim: int, softmax_scale: float | None) -> tuple[str, ...]:
+    """Why the kernels cannot compute this head dimension and scale."""
+    problems: tuple[str, ...] = ()
+    if head_dim not in HEAD_DIMS:
+        problems += (f"head dim {head_dim} has no kernel, {', '.join(map(str, HEAD_DIMS))} have",)
+    if softmax_scale is not None and not softmax_scale > 0:
+        # The kernels scale the maximum of the scores, not each of them.
+        problems += (f"softmax_scale {softmax_scale} is not above 0",)
+    return problems
+
+
+def plan_heads(
+    tensors: tuple[Tensor | None, ...],
+    head_dim: int,
+    softmax_scale: float | None,
+    backend: str,
+    sdpa: str,
+    sdpa_problems: tuple[str, ...] = (),
+) -> Choice:
+    """The path of an attention op: its kernel, PyTorch's attention on a CPU, or the definition.
+
+    Args:
+        tensors: the floating-point inputs; None stands for one that is not given.
+        head_dim: D.
+        softmax_scale: factor of the scores; None is the default.
+        backend: "auto", "triton" or "eager".
+        sdpa: what PyTorch's attention computes, for the reasons.
+        sdpa_problems: why it cannot.
+
+    Returns:
+        The path "triton", "sdpa" or "eager".
+    """
+    given = [cast_like(tensor) for tensor in tensors if tensor is not None]
+    choice = select_backend(*given, backend=backend, unsupported=kernel_problems(head_dim, softmax_scale))
+    if choice.path == "triton" or resolve_backend(backend) != "auto" or given[0].device.type != "cpu":
+        return choice
+    return Choice("eager", choice.reasons + sdpa_problems) if sdpa_problems else choice.via("sdpa", sdpa)
+
+
+def cast_like(tensor: Tensor) -> Tensor:
+    """A tensor of the dtype and device of ``autocast(tensor)``, for checks and plans, without the cost of the cast."""
+    kind = tensor.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        return autocast(tensor.new_empty(0))
+    return tensor
+
+
+def contiguous_channels(tensor: Tensor) -> Tensor:
+    """``tensor`` with a last dimension of stride 1, as the kernels read it."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def sdpa_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout_p: float = 0.0
+) -> Tensor:
+    """``reference.attention`` by PyTorch's attention, which stores no scores without dropout; one derivative.
+
+    Args:
+        query: (B, Lq, H, D), B and Lq at least 1.
+        key: (B, Lk, H, D), Lk at least 1.
+        value: as key.
+        mask: (B, Lk) bool, True = attend, or None.
+        scale: factor of the scores.
+        dropout_p: dropout probability, drawn by torch.
+
+    Returns:
+        (B, Lq, H, D).
+    """
+    if mask is not None:
+        padding = ~mask[:, :, None, None]
+        key, value = key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
+        # Without a valid key the query attends to all of them: their values are the zeros that it gets.
+        mask = (mask | ~mask.any(1, keepdim=True))[:, None, None, :]
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, dropout_p=dropout_p)
+    return out.transpose(1, 2)
+
+
+def fake_gradients(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, ...]:
+    """Gradients of query, key and value as the kernels allocate them."""
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
