@@ -175,10 +175,7 @@ def _define(
             return function(*arguments)
 
     def on_cpu(*arguments: Any) -> Any:
-        if interpreted() and (cpu is None or _interpretable(arguments)):
-            return launch(*arguments)
-        assert cpu is not None
-        return cpu(*arguments)
+        return (launch if cpu is None or interpretable(*arguments) else cpu)(*arguments)
 
     _LIBRARY.impl(name, launch, "CUDA")
     if cpu is not None or interpreted():
@@ -187,10 +184,10 @@ def _define(
     return getattr(torch.ops.sclkern, name).default
 
 
-def _interpretable(arguments: tuple[Any, ...]) -> bool:
-    return all(
-        a.dtype in (torch.float16, torch.float32) for a in arguments if isinstance(a, Tensor) and a.is_floating_point()
-    )
+def interpretable(*arguments: Any) -> bool:
+    """Whether Triton's interpreter runs the kernels, and takes the dtypes of these tensors."""
+    floating = [a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
+    return interpreted() and all(tensor.dtype in (torch.float16, torch.float32) for tensor in floating)
 
 
 def _autograd(

@@ -1,4 +1,4 @@
-"""``attention``, padded and packed, and ``frame_attention``: scores, their softmax, and what dropout leaves of it."""
+"""``attention``, padded and packed, and ``frame_attention``, with their probabilities, dropout mask and packing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def attention_probabilities(
     """Softmax of scaled scores.
 
     Args:
-        query: (B, Lq, H, D). key: (B, Lk, H, D).
+        query: (B, Lq, H, D).
+        key: (B, Lk, H, D).
         mask: bool, broadcastable to (B, H, Lq, Lk); True = attend. A query with no valid key gets zeros.
         softmax_scale: default 1 / sqrt(D).
 
@@ -41,6 +42,12 @@ def attention_log_sum_exp(
 ) -> Tensor:
     """Natural log-sum-exp of the scores of ``attention_probabilities``, without a gradient.
 
+    Args:
+        query: (B, Lq, H, D).
+        key: (B, Lk, H, D).
+        mask: as in ``attention_probabilities``.
+        softmax_scale: default 1 / sqrt(D).
+
     Returns:
         (B, H, Lq) float32, float64 for float64; -inf for a query with no valid key.
     """
@@ -52,9 +59,9 @@ def attention_log_sum_exp(
 
 
 def attention_dropout_threshold(dropout_p: float) -> tuple[int, float]:
-    """What a 16-bit draw must reach to keep its probability, and the factor of those kept.
+    """The 16-bit draw from which a probability is kept, and the factor of kept probabilities.
 
-    The probability of dropping is rounded to a multiple of 1 / 65536, and the factor is that of the rounded one.
+    ``dropout_p`` is rounded to a multiple of 1 / 65536, and the factor is that of the rounded value.
     """
     threshold = round(dropout_p * 65536)
     return threshold, 65536 / (65536 - threshold) if threshold < 65536 else 0.0
@@ -87,14 +94,19 @@ def attention_dropout_mask(
     seed: int | Tensor,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Which probabilities dropout keeps; each depends on (seed, b * H + h, query, key) alone, not on a length.
+    """The dropout mask of attention; each element depends on (seed, b * H + h, query, key) alone, not on a length.
 
     One call of Philox with 7 rounds serves eight neighbouring keys by the 16-bit halves of its four words, the low half
     first.
 
     Args:
-        batch: B, or which b are wanted, (B,) int64.
-        queries: at most 65536. keys: at most 524288; the counter has no room for more.
+        batch: B, or the indices of the samples, (B,) int64.
+        heads: H.
+        queries: Lq, at most 65536; the counter has no room for more.
+        keys: Lk, at most 524288.
+        dropout_p: dropout probability.
+        seed: int, or int64 tensor of one element on ``device``.
+        device: where the mask is drawn.
 
     Returns:
         (B, H, Lq, Lk) bool, True = keep.
@@ -122,9 +134,12 @@ def attention(
     """Scaled dot-product attention with key padding and dropout on the probabilities.
 
     Args:
-        query: (B, Lq, H, D). key, value: (B, Lk, H, D).
-        key_padding_mask: (B, Lk) bool, True = attend. What the other keys and values hold is never read, NaN too.
-        dropout_p: probability of dropping a probability.
+        query: (B, Lq, H, D).
+        key: (B, Lk, H, D).
+        value: (B, Lk, H, D).
+        key_padding_mask: (B, Lk) bool, True = attend. Keys and values at other positions are never read, NaN included.
+        dropout_p: dropout probability.
+        softmax_scale: default 1 / sqrt(D).
         seed: of the mask of ``attention_dropout_mask``; None is torch's own dropout.
 
     Returns:
@@ -147,11 +162,11 @@ def attention(
 
 def pad_sequences(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
     """(T, ...) as (B, max_seqlen, ...), zeros after each sequence; and (B, max_seqlen) bool, True = a token."""
-    place = cu_seqlens[:-1, None] + torch.arange(max_seqlen, device=x.device)
-    valid = place < cu_seqlens[1:, None]
-    # A row of zeros at the end is what padding takes.
+    position = cu_seqlens[:-1, None] + torch.arange(max_seqlen, device=x.device)
+    valid = position < cu_seqlens[1:, None]
+    # Padding takes the row of zeros at the end.
     rows = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
-    return rows.index_select(0, place.masked_fill(~valid, x.shape[0]).flatten()).unflatten(0, valid.shape), valid
+    return rows.index_select(0, position.masked_fill(~valid, x.shape[0]).flatten()).unflatten(0, valid.shape), valid
 
 
 def pack_sequences(x: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
@@ -159,9 +174,9 @@ def pack_sequences(x: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
     batch, length = x.shape[:2]
     token = torch.arange(total, device=x.device)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token.to(cu_seqlens.dtype), right=True)
-    place = sequence * length + token - cu_seqlens[sequence]
+    position = sequence * length + token - cu_seqlens[sequence]
     rows = torch.cat([x.flatten(0, 1), x.new_zeros(1, *x.shape[2:])])
-    return rows.index_select(0, place.masked_fill(sequence == batch, batch * length))
+    return rows.index_select(0, position.masked_fill(sequence == batch, batch * length))
 
 
 def packed_attention(
@@ -177,14 +192,20 @@ def packed_attention(
     softmax_scale: float | None = None,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """``attention`` of sequences that lie one after another, computed in the padded form; reads nothing back.
+    """``attention`` of concatenated variable-length sequences, computed in the padded form; reads nothing back.
 
     Args:
-        query: (Tq, H, D). key, value: (Tk, H, D).
-        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, where each sequence starts and the last one ends. Tokens after that
-            end are never read and get zeros, in the result and in the gradients.
-        max_seqlen_q, max_seqlen_k: no sequence is longer.
-        dropout_p, softmax_scale, seed: as in ``attention``, whose mask of the padded form this is.
+        query: (Tq, H, D).
+        key: (Tk, H, D).
+        value: (Tk, H, D).
+        cu_seqlens_q: (B + 1,) int32, where each sequence of query starts, and where the last one ends. Tokens after
+            that end are never read and get zeros, in the result and in the gradients.
+        cu_seqlens_k: the same for key and value.
+        max_seqlen_q: no sequence of query is longer.
+        max_seqlen_k: no sequence of key and value is longer.
+        dropout_p: dropout probability.
+        softmax_scale: default 1 / sqrt(D).
+        seed: as in ``attention``; the mask of a sequence is that of a sample.
 
     Returns:
         (Tq, H, D).
@@ -192,13 +213,14 @@ def packed_attention(
     padded, _ = pad_sequences(query, cu_seqlens_q, max_seqlen_q)
     keys, valid = pad_sequences(key, cu_seqlens_k, max_seqlen_k)
     values, _ = pad_sequences(value, cu_seqlens_k, max_seqlen_k)
-    options = {"dropout_p": dropout_p, "softmax_scale": softmax_scale, "seed": seed}
-    out = attention(padded, keys, values, key_padding_mask=valid, **options)
+    out = attention(
+        padded, keys, values, key_padding_mask=valid, dropout_p=dropout_p, softmax_scale=softmax_scale, seed=seed
+    )
     return pack_sequences(out, cu_seqlens_q, query.shape[0])
 
 
 def frame_attention_mask(num_frames: int, tokens_per_frame: int, device: torch.device | str) -> Tensor:
-    """Who attends to whom in ``frame_attention``: (F * (1 + P), F * (1 + P)) bool, True = attend."""
+    """The mask of ``frame_attention``: (F * (1 + P), F * (1 + P)) bool, True = attend."""
     frame = torch.arange(num_frames, device=device).repeat_interleave(tokens_per_frame)
     is_cls = torch.arange(num_frames * tokens_per_frame, device=device) % tokens_per_frame == 0
     return (frame[:, None] == frame[None, :]) | is_cls[:, None]
@@ -211,8 +233,11 @@ def frame_attention(
     the tokens of its own frame. With one frame it is plain attention (reference: clip_model_video.py:47-63).
 
     Args:
-        query, key, value: (B, F * (1 + P), H, D), frame by frame, CLS first in each frame.
+        query: (B, F * (1 + P), H, D), frame by frame, CLS first in each frame.
+        key: of the shape of query.
+        value: of the shape of query.
         num_frames: F.
+        softmax_scale: default 1 / sqrt(D).
 
     Returns:
         (B, F * (1 + P), H, D).

@@ -28,12 +28,13 @@ def completion_loss(
     from the sum over the other pairs and not from softmax - 1, which cancels.
 
     Args:
-        recovered, complete: (N, D), or (G, N, D) for G separate contrasts whose losses are averaged.
+        recovered: (N, D), or (G, N, D) for G separate contrasts whose losses are averaged.
+        complete: of the shape of recovered.
         temperature: float or 0-d tensor (learnable).
+        directions: "both", or "recovered_to_complete" alone.
         reduction: "mean" over the valid rows of a group and then over groups, "sum" over all, or
             "none": (N,) or (G, N).
-        valid: (N,) or (G, N) bool; the other rows take no part, neither as anchors nor as negatives, whatever they
-            hold.
+        valid: (N,) or (G, N) bool; the other rows are neither anchors nor negatives, whatever they hold.
         eps: smallest norm of a feature.
 
     Returns:
@@ -62,7 +63,16 @@ def completion_loss(
 
 
 def reduce_rows(losses: Tensor, valid: Tensor | None, reduction: Literal["mean", "sum", "none"]) -> Tensor:
-    """Losses (N,) or (G, N) of rows, by the reductions of ``completion_loss``; rows that are not valid count as 0."""
+    """Reduce the losses of rows; invalid rows contribute zero.
+
+    Args:
+        losses: (N,) or (G, N).
+        valid: bool of that shape, or None for all.
+        reduction: as in ``completion_loss``.
+
+    Returns:
+        Scalar, or the losses with "none".
+    """
     if valid is not None:
         losses = torch.where(valid, losses, 0.0)
     if reduction != "mean":

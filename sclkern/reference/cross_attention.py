@@ -33,16 +33,20 @@ def cross_attention(
 
         out = sum over h of dropout(softmax(scale (x W_q^T + b_q) (c W_k^T + b_k)^T)) (c W_v^T + b_v) W_o^T + b_o
 
-    The products associate: few keys can take in W_q and W_o, few queries W_k and W_v. Neither form rounds as the
+    The products associate: a few keys can absorb W_q and W_o, a few queries W_k and W_v. Neither form rounds as the
     definition does, and both equal it in exact arithmetic.
 
     Args:
-        x: (B, Lq, W). context: (B, Lk, W).
-        in_weight: (3 W, W), in_bias: (3 W,): rows of query, key and value. out_weight: (W, W). out_bias: (W,).
+        x: (B, Lq, W).
+        context: (B, Lk, W).
+        in_weight: (3 W, W), the rows of query, key and value.
+        in_bias: (3 W,), likewise.
+        out_weight: (W, W).
+        out_bias: (W,).
         num_heads: H, which divides W.
-        key_padding_mask: (B, Lk) bool, True = attend. What the other rows of the context hold is never read, NaN too; a
-            sample without a valid key gets ``out_bias``.
-        dropout_p: probability of dropping a probability.
+        key_padding_mask: (B, Lk) bool, True = attend. Other rows of the context are never read, NaN included; a sample
+            without a valid key gets ``out_bias``.
+        dropout_p: dropout probability.
         softmax_scale: default 1 / sqrt(W / H).
         seed: of the mask of ``attention_dropout_mask``; None is torch's own dropout.
         absorb: "never" is the definition, "keys" and "queries" the two forms.
@@ -68,16 +72,17 @@ def cross_attention(
         scores = queries.transpose(1, 2).flatten(1, 2) @ context.transpose(1, 2)
         scores = scores.view(len(x), num_heads, x.shape[1], context.shape[1])
         mask = None if key_padding_mask is None else key_padding_mask[:, None, None]
-        used = dropped(masked_softmax(scores, mask), dropout_p, seed)
-        mixed = (used.flatten(1, 2) @ context).view(queries.transpose(1, 2).shape).transpose(1, 2)
-        # What is left of a row of probabilities after dropout does not sum to 1, and the bias of the values shows it.
-        left = used.sum(-1).transpose(1, 2)[..., None] * in_bias[2 * width :].view(num_heads, -1)
-        out = _by_head(mixed, value_weight.transpose(1, 2)) + left
+        p_dropped = dropout(masked_softmax(scores, mask), dropout_p, seed)
+        mixed = (p_dropped.flatten(1, 2) @ context).view(queries.transpose(1, 2).shape).transpose(1, 2)
+        # After dropout a row of probabilities does not sum to 1, which scales the bias of the values.
+        bias = p_dropped.sum(-1).transpose(1, 2)[..., None] * in_bias[2 * width :].view(num_heads, -1)
+        out = _by_head(mixed, value_weight.transpose(1, 2)) + bias
     else:
         key, value = F.linear(context, in_weight[width:], in_bias[width:]).chunk(2, -1)
         key, value = (tensor.unflatten(-1, (num_heads, -1)) for tensor in (key, value))
-        options = {"key_padding_mask": key_padding_mask, "dropout_p": dropout_p, "softmax_scale": scale, "seed": seed}
-        out = attention(query, key, value, **options)
+        out = attention(
+            query, key, value, key_padding_mask=key_padding_mask, dropout_p=dropout_p, softmax_scale=scale, seed=seed
+        )
     return F.linear(out.flatten(-2), out_weight, out_bias)
 
 
@@ -97,7 +102,18 @@ def absorb_into_keys(
     scale: float,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the core needs of the keys: scores = x . score_weight + score_bias, out = probabilities . value_weight.
+    """Fold the projections of queries and outputs into the keys and values.
+
+    Then scores = x . score_weight + score_bias and out = probabilities . value_weight.
+
+    Args:
+        context: (B, Lk, W).
+        in_weight: (3 W, W).
+        in_bias: (3 W,).
+        out_weight: (W, W).
+        num_heads: H.
+        scale: of the scores.
+        mask: (B, Lk) bool, True = attend, or None.
 
     Returns:
         score_weight (H, B, Lk, W), score_bias (H, B, Lk) and value_weight (H, B, Lk, W).
@@ -127,18 +143,24 @@ def absorbed_attention(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """The core between tensors (B, Lq, W), with what ``absorb_into_keys`` returns.
+    """Attention with the tensors of ``absorb_into_keys``, without further projections.
 
     Args:
-        x: (B, Lq, W). score_weight, value_weight: (H, B, Lk, W). score_bias: (H, B, Lk). out_bias: (W,).
-        mask: (B, Lk) bool or None.
+        x: (B, Lq, W).
+        score_weight: (H, B, Lk, W).
+        score_bias: (H, B, Lk).
+        value_weight: (H, B, Lk, W).
+        out_bias: (W,).
+        mask: (B, Lk) bool, True = attend, or None.
+        dropout_p: dropout probability.
+        seed: int64 of one element; None is torch's own dropout.
 
     Returns:
         (B, Lq, W).
     """
-    weights = absorbed_probabilities(x, score_weight, score_bias, mask)
-    used = dropped(weights.transpose(1, 2), dropout_p, seed).transpose(1, 2)
-    return used.flatten(2) @ value_weight.transpose(0, 1).flatten(1, 2) + out_bias
+    p = absorbed_probabilities(x, score_weight, score_bias, mask)
+    p_dropped = dropout(p.transpose(1, 2), dropout_p, seed).transpose(1, 2)
+    return p_dropped.flatten(2) @ value_weight.transpose(0, 1).flatten(1, 2) + out_bias
 
 
 def absorbed_probabilities(x: Tensor, score_weight: Tensor, score_bias: Tensor, mask: Tensor | None) -> Tensor:
@@ -157,9 +179,12 @@ def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~mask, 0.0)
 
 
-def dropped(weights: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """What dropout by ``attention_dropout_mask`` leaves of (B, H, Lq, Lk); without a seed, what torch's own does."""
+def dropout(p: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """Dropout of (B, H, Lq, Lk) by ``attention_dropout_mask``; without a seed, torch's own."""
     if dropout_p == 0 or seed is None:
-        return F.dropout(weights, dropout_p)
-    keep = attention_dropout_mask(*weights.shape, dropout_p=dropout_p, seed=seed, device=weights.device)
-    return weights.masked_fill(~keep, 0.0) * attention_dropout_threshold(dropout_p)[1]
+        return F.dropout(p, dropout_p)
+    keep = attention_dropout_mask(*p.shape, dropout_p=dropout_p, seed=seed, device=p.device)
+    return p.masked_fill(~keep, 0.0) * attention_dropout_threshold(dropout_p)[1]
+
+
+dropped = dropout

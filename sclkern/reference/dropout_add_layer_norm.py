@@ -10,24 +10,30 @@ from sclkern.random import STREAM_FEATURES, philox, seed_tensor
 
 
 def feature_dropout_threshold(dropout_p: float) -> int:
-    """Of the 65536 values of a 16-bit number, how many drop an element."""
+    """The 16-bit draw from which an element is kept: smaller draws drop it."""
     return round(dropout_p * 2**16)
 
 
 def feature_dropout_scale(dropout_p: float) -> float:
-    """What a kept element is multiplied by."""
+    """The factor of kept elements."""
     return 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
 
 
 def feature_dropout_keep(rows: int, columns: int, dropout_p: float, seed: Tensor) -> Tensor:
-    """Which elements dropout keeps: (rows, columns) bool, a function of (seed, row, column) alone.
+    """The dropout mask of features, True = keep: a function of (seed, row, column) alone.
 
     One Philox-4x32 call of 7 rounds serves 8 neighbouring columns. Column c = 8 g + 2 w + h of row r takes the low
     (h = 0) or high (h = 1) 16 bits of word w of the counter r << 32 | g in stream ``STREAM_FEATURES``, and is kept
     where that number is at least ``feature_dropout_threshold(dropout_p)``.
 
     Args:
+        rows: number of rows.
+        columns: number of columns.
+        dropout_p: dropout probability.
         seed: int64 tensor of one element; the mask is on its device.
+
+    Returns:
+        (rows, columns) bool.
     """
     row = torch.arange(rows, dtype=torch.int64, device=seed.device)
     group = torch.arange((columns + 7) // 8, dtype=torch.int64, device=seed.device)
@@ -51,11 +57,16 @@ def dropout_add_layer_norm(
     """LayerNorm of residual + dropout(x + x_bias) over the last dimension.
 
     Args:
-        x, residual: (..., D). weight, bias, x_bias: (D,).
-        dropout_p: probability of dropping an element; the mask is that of ``feature_dropout_keep``, whose rows are
-            all leading dimensions as one. With 0 no random number is drawn.
+        x: (..., D).
+        residual: (..., D).
+        weight: (D,).
+        bias: (D,).
+        x_bias: (D,), or None.
+        dropout_p: dropout probability; the mask is that of ``feature_dropout_keep``, whose rows are all leading
+            dimensions as one. With 0 no random number is drawn.
+        eps: added to the variance.
         seed: int or int64 tensor of one element; None is torch's own dropout.
-        return_sum: return also what is normalised.
+        return_sum: return the sum as well.
 
     Returns:
         (..., D) in the wider dtype of x and residual. With ``return_sum`` that in the dtype of x, and the sum

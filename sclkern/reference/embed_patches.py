@@ -8,17 +8,23 @@ from torch import Tensor
 
 
 def unfold_patches(images: Tensor, size: int, keep: Tensor | None = None) -> Tensor:
-    """images (B, F, C, S, S): (B, F, K, C * size * size), of the patches in ``keep`` (B, K) int64 or all of them.
+    """Cut images into patches; only kept patches are copied.
 
-    Only what is kept is copied.
+    Args:
+        images: (B, F, C, S, S).
+        size: p, side of a patch in pixels.
+        keep: (B, K) int64, the patches to keep; None keeps all.
+
+    Returns:
+        (B, F, K, C * p * p).
     """
     batch, _, _, height, width = images.shape
     grid = images.unflatten(4, (width // size, size)).unflatten(3, (height // size, size))
     if keep is None:
         return grid.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)
     sample = torch.arange(batch, device=images.device)[:, None]
-    line, place = keep // (width // size), keep % (width // size)
-    return grid.permute(0, 3, 5, 1, 2, 4, 6)[sample, line, place].transpose(1, 2).flatten(3)
+    row, column = keep // (width // size), keep % (width // size)
+    return grid.permute(0, 3, 5, 1, 2, 4, 6)[sample, row, column].transpose(1, 2).flatten(3)
 
 
 def embed_patches(
@@ -40,11 +46,14 @@ def embed_patches(
     Args:
         images: (B, F, 3, S, S).
         weight: (D, 3, p, p), the convolution whose stride is its size.
-        position: (1 + P, D), row 0 for the CLS. cls: (D,).
+        position: (1 + P, D), row 0 for the CLS.
+        cls: (D,).
         temporal: (frames at most, D), added to every token of its frame, CLS included.
         keep: (B, K) int64, the same patches in every frame (a tube); the others are never embedded.
-        replace: (B, P) bool, patches whose embedding is ``mask_token`` (D,), in every frame.
-        norm_weight, norm_bias: (D,), of a LayerNorm over each token (CLIP's ``ln_pre``); None for no normalisation.
+        replace: (B, P) bool, patches whose embedding is ``mask_token``, in every frame.
+        mask_token: (D,), required with ``replace``.
+        norm_weight: (D,), of a LayerNorm over each token (CLIP's ``ln_pre``); None for no normalisation.
+        norm_bias: (D,), given together with ``norm_weight``.
         eps: added to the variance.
 
     Returns:
@@ -57,7 +66,7 @@ def embed_patches(
         positions = positions.gather(2, keep[:, None, :, None].expand(-1, 1, -1, position.shape[-1]))
         replace = None if replace is None else replace.gather(1, keep)
     tokens = patches.to(weight.dtype) @ weight.flatten(1).T
-    if replace is not None:
+    if replace is not None and mask_token is not None:
         tokens = torch.where(replace[:, None, :, None], mask_token.to(tokens.dtype), tokens)
     tokens = tokens + positions
     first = (cls + position[0]).expand(batch, frames, 1, -1)
@@ -65,6 +74,6 @@ def embed_patches(
     if temporal is not None:
         tokens = tokens + temporal[:frames, None, :]
     tokens = tokens.flatten(1, 2)
-    if norm_weight is None:
+    if norm_weight is None or norm_bias is None:
         return tokens
     return F.layer_norm(tokens, tokens.shape[-1:], norm_weight.to(tokens.dtype), norm_bias.to(tokens.dtype), eps)

@@ -19,11 +19,20 @@ def linear_cross_entropy(
     reduction: Literal["mean", "sum", "none"] = "mean",
     return_hits: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Cross-entropy of hidden (..., D) @ weight (V, D)^T + bias (V,) with labels (...) int64: a scalar, or (...).
+    """Cross-entropy of ``hidden @ weight.T + bias`` with ``labels``, in float32 at least.
 
-    The mean is that over the rows whose label is not ``ignore_index``; what the other rows of hidden hold is not used.
-    0 with zero gradient without any such row. In float32 at least. With ``return_hits`` also the number of these rows
-    whose arg max is the label, int64 without gradient.
+    Args:
+        hidden: (..., D).
+        weight: (V, D).
+        bias: (V,), or None.
+        labels: (...) int64.
+        ignore_index: label of the rows that take no part, whatever they hold.
+        reduction: "mean" over the other rows, "sum", or "none".
+        return_hits: return also how many of the other rows have their label as arg max.
+
+    Returns:
+        Scalar, or (...) with "none"; 0 with zero gradient when every row is ignored. With ``return_hits`` also an int64
+        scalar without gradient.
     """
     used = labels != ignore_index
     logits = F.linear(hidden.masked_fill(~used[..., None], 0.0), weight, bias)

@@ -64,7 +64,7 @@ def test_kernel_masks_the_words_that_the_reference_masks(kind, published, ratio)
 @settings(max_examples=8, deadline=None)
 def test_kernel_masks_any_caption_as_the_reference(lengths, more, ratio, seed, kind):
     ids, lengths = captions(lengths, max(lengths) + more)
-    assert_text_is_that_of_the_reference(ids, lengths, kind=kind[0], reference=kind[1], ratio=ratio, seed=seed)
+    assert_text_is_that_of_the_reference(ids, lengths, kind=kind[0], published=kind[1], ratio=ratio, seed=seed)
 
 
 @needs_kernels
