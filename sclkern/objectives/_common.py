@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,15 +35,3 @@ def op_directions(directions: Directions) -> Literal["both", "recovered_to_compl
         The argument.
     """
     return "recovered_to_complete" if directions == "recovered_to_complete" else "both"
-
-
-def op_gather(gather: Gather | None) -> Any:
-    """Translate the option into the argument of ``ops.completion_loss``.
-
-    Args:
-        gather: gradient through the all-gather.
-
-    Returns:
-        The argument.
-    """
-    return "reference" if gather == "published" else gather

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from sclkern import ops
 from sclkern.models.config import SCLConfig
-from sclkern.objectives._common import Gather, op_gather
+from sclkern.objectives._common import Gather
 from sclkern.objectives.config import ObjectiveConfig
 from sclkern.objectives.inputs import LossInputs
 from sclkern.objectives.objective import LossOutput, Objective
@@ -40,9 +40,7 @@ def image_text_contrast(
     Returns:
         0-d loss.
     """
-    return ops.completion_loss(
-        image, text, temperature=temperature, group=group, gather=op_gather(gather), backend=backend
-    )
+    return ops.completion_loss(image, text, temperature=temperature, group=group, gather=gather, backend=backend)
 
 
 def contrast_temperature(temperature: Tensor, options: ObjectiveConfig) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sclkern import ops
-from sclkern.objectives._common import Directions, Gather, Negatives, op_directions, op_gather
+from sclkern.objectives._common import Directions, Gather, Negatives, op_directions
 from sclkern.objectives.inputs import LossInputs
 from sclkern.objectives.objective import LossOutput, Objective
 from sclkern.objectives.views import MASKED_IMAGE, MASKED_TEXT, ViewOutputs
@@ -45,7 +45,7 @@ def masked_language_semantic_completion(
         temperature=temperature,
         directions=op_directions(directions),
         group=group,
-        gather=op_gather(gather) if negatives == "all" else None,
+        gather=gather if negatives == "all" else None,
         backend=backend,
     )
 

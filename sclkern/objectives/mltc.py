@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 from sclkern import ops
 from sclkern.distributed import gather as gather_rows
-from sclkern.objectives._common import Directions, Empty, Gather, Negatives, op_directions, op_gather
+from sclkern.objectives._common import Directions, Empty, Gather, Negatives, op_directions
 from sclkern.objectives.config import ObjectiveConfig
 from sclkern.objectives.inputs import LossInputs
 from sclkern.objectives.objective import LossOutput, Objective
@@ -47,7 +47,7 @@ def masked_local_token_completion(
         0-d loss.
     """
     valid = valid.flatten()
-    op_gather_ = gather if negatives == "all" else None
+    op_gather = gather if negatives == "all" else None
     loss = ops.completion_loss(
         recovered.flatten(0, 1),
         complete.detach().flatten(0, 1),
@@ -55,12 +55,12 @@ def masked_local_token_completion(
         directions=op_directions(directions),
         valid=valid,
         group=group,
-        gather=op_gather(op_gather_),
+        gather=op_gather,
         backend=backend,
     )
     if empty == "zero":
         return loss
-    anywhere = valid if op_gather_ is None else gather_rows(valid, group)
+    anywhere = valid if op_gather is None else gather_rows(valid, group)
     return torch.where(anywhere.any(), loss, torch.nan)
 
 

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from sclkern import ops
 from sclkern.distributed import gather as gather_rows
-from sclkern.objectives._common import Directions, Gather, at_least_float32, op_directions, op_gather
+from sclkern.objectives._common import Directions, Gather, at_least_float32, op_directions
 from sclkern.objectives.inputs import LossInputs
 from sclkern.objectives.objective import LossOutput, Objective
 from sclkern.objectives.views import MASKED_IMAGE, MASKED_TEXT, ViewOutputs
@@ -52,7 +52,7 @@ def masked_vision_semantic_completion(
             temperature=temperature,
             directions=op_directions(directions),
             group=group,
-            gather=op_gather(gather),
+            gather=gather,
             backend=backend,
         )
     recovered, complete = gather_rows(recovered, group, gather), gather_rows(complete, group, gather)

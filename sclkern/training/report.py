@@ -11,17 +11,7 @@ from matplotlib.figure import Figure
 
 from sclkern.evaluation.retrieval import RECALL_AT, RetrievalResult
 from sclkern.io import write_atomically
-
-# Losses in the order of the report, with their titles.
-_TITLES = {
-    "total": "total",
-    "itm": "ITM, image-text matching",
-    "mlm": "MLM, masked language modelling",
-    "itc": "ITC, image-text contrast",
-    "mvsc": "MVSC, masked vision completion",
-    "mlsc": "MLSC, masked language completion",
-    "mltc": "MLTC, masked local token completion",
-}
+from sclkern.objectives import OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -138,4 +128,4 @@ def _retrieval_section(summary: RunSummary) -> list[str]:
 
 def _titles() -> dict[str, str]:
     """Losses in the order of a report, by name, with their titles."""
-    return _TITLES
+    return {"total": "total"} | {objective.name: objective.title for objective in OBJECTIVES.values()}
