@@ -31,10 +31,16 @@ def _dropout_add_layer_norm(
     return reference.dropout_add_layer_norm(x, residual, weight, bias, return_sum=return_sum, **options)
 
 
+def _note_eps(arguments, statistics):
+    """Put ``eps`` in place of rstd, from which the real backward has it."""
+    statistics[-1].fill_(arguments["eps"])
+
+
 def _inputs_of_the_sum(arguments):
     """``arguments`` of the backward with an x of zeros and the residual that makes the sum, where it saved the sum."""
-    total = arguments["total"]
+    total, rstd = arguments["total"], arguments["rstd"]
     arguments = arguments | {"bias": torch.zeros_like(arguments["weight"]), "return_sum": total is not None}
+    arguments |= {"eps": rstd.flatten()[0].item()} if rstd.numel() else {}
     if total is None:
         return arguments
     values = arguments | {"x": torch.zeros_like(total), "residual": torch.zeros_like(total)}
@@ -91,6 +97,8 @@ DEFINITIONS: dict[str, Callable[..., Any]] = {
     "select_patches": _select_patches,
     "select_tokens": _select_tokens,
 }
+# Statistics that stand for arguments which the backward does not get.
+STATISTICS: dict[str, Callable[[dict, list], None]] = {"dropout_add_layer_norm": _note_eps}
 # Where the backward does not get the inputs of the forward: arguments that lead to the same gradients.
 INPUTS: dict[str, Callable[[dict], dict]] = {"dropout_add_layer_norm": _inputs_of_the_sum}
 # Where the backward does not return the gradients of the inputs one by one.
@@ -106,7 +114,7 @@ def install() -> None:
         return
     for name, definition in DEFINITIONS.items():
         op = getattr(torch.ops.sclkern, name).default
-        _LIBRARY.impl(name, _forward(op, definition), "CPU")
+        _LIBRARY.impl(name, _forward(op, definition, STATISTICS.get(name)), "CPU")
         if hasattr(torch.ops.sclkern, f"{name}_backward"):
             backward = getattr(torch.ops.sclkern, f"{name}_backward").default
             _LIBRARY.impl(
@@ -116,12 +124,14 @@ def install() -> None:
             )
 
 
-def _forward(op, definition):
+def _forward(op, definition, note=None):
     def forward(*inputs):
         arguments = dict(zip(_names(op), inputs, strict=True))
         computed = _tuple(definition(**arguments))
         results = _allocate(op, inputs)
         results[: len(computed)] = map(_like, computed, results)
+        if note is not None:
+            note(arguments, results[len(computed) :])
         return tuple(results) if len(results) > 1 else results[0]
 
     return forward

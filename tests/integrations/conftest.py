@@ -139,7 +139,7 @@ def compute(model, inputs, **options):
     return values | {f"grad {name}": parameter.grad for name, parameter in model.named_parameters()}
 
 
-def assert_agree(actual, expected, relative=3e-5):
+def assert_agree(actual, expected, relative=2e-5):
     assert actual.keys() == expected.keys()
     for name, truth in expected.items():
         if truth is None:
