@@ -25,8 +25,8 @@ class PairDataset(Dataset[dict[str, Any]]):
     ``pair`` (int), ``undecodable`` (list of image names, see below) and, with ``false_image``, the key ``false_image``
     (3, S, S) float32: another image of the source, never the same one.
 
-    An image that cannot be decoded is skipped: the next pair of another image takes its place, and the name of the
-    skipped image goes into ``undecodable``.
+    An image that cannot be read or decoded is skipped: the next pair of another image takes its place, and the name of
+    the skipped image goes into ``undecodable``.
 
     Args:
         source: The pairs.
@@ -38,7 +38,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         false_image: Whether a sample also has a negative image for image-text matching.
 
     Raises:
-        UserError: Negative images are asked of a source with one image; at access, an image is smaller than
+        UserError: ``false_image`` is set and the source has one image; at access, an image is smaller than
             ``min_size``, or none of many can be decoded.
     """
 
@@ -99,7 +99,7 @@ class PairDataset(Dataset[dict[str, Any]]):
                 continue
             try:
                 decoded = self.source.image(image)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 reason = reason or " ".join(str(error).split())
                 undecodable[image] = None
                 if len(undecodable) >= _MAX_UNDECODABLE_IN_A_ROW:

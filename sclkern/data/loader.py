@@ -88,7 +88,7 @@ class PairLoader:
         return -(-len(range(self.rank, pairs, self.world_size)) // self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Generator[Batch]:
-        """Iterate over an epoch; the state of torch's global generators is left as it is.
+        """Iterate over an epoch without a change to torch's global generators.
 
         Args:
             epoch: Number of the epoch.

@@ -48,7 +48,7 @@ class PairSource(Protocol):
         """Caption of a pair: text that is not blank."""
 
     def image(self, image: int) -> Image.Image:
-        """Decoded image of an image index, mode RGB; raises ``ValueError`` if it cannot be decoded."""
+        """Decoded image of an image index, mode RGB; raises ``ValueError`` or ``OSError`` if it cannot be read."""
 
     def image_name(self, image: int) -> str:
         """Where an image comes from, for messages: ``"pairs.arrow row 17"``. Names are unique."""
@@ -114,7 +114,7 @@ def open_pairs(
         The source, checked as far as its reader checks it.
 
     Raises:
-        UserError: the format is unknown, cannot be told or is not the only one there; or the reader refuses the data.
+        UserError: the format is unknown, several formats or none fit the folder, or the reader refuses the data.
     """
     folder = resolve_root(root)
     if format == "auto":

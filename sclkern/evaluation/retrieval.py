@@ -169,7 +169,7 @@ def _decode(
     for image in np.linspace(0, source.num_images - 1, count).round().astype(int).tolist():
         try:
             pixels.append(transform(source.image(image)))
-        except ValueError:
+        except (ValueError, OSError):
             undecodable.add([source.image_name(image)])
             continue
         images.append(image)

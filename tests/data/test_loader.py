@@ -118,12 +118,12 @@ def test_resumption_gives_the_same_batches(num_workers: int) -> None:
 
 def test_resumption_does_not_decode_what_was_seen(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = make()
-    asked: list[tuple[int, int]] = []
+    accessed: list[tuple[int, int]] = []
     original = PairDataset.__getitem__
-    monkeypatch.setattr(PairDataset, "__getitem__", lambda self, index: asked.append(index) or original(self, index))
+    monkeypatch.setattr(PairDataset, "__getitem__", lambda self, index: accessed.append(index) or original(self, index))
     loader = PairLoader(dataset, batch_size=20, shuffle=False, seed=0)
     next(loader.epoch(4, start=2))
-    assert asked == [(4, pair) for pair in range(40, 60)]
+    assert accessed == [(4, pair) for pair in range(40, 60)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -256,6 +256,21 @@ def test_undecodable_images_are_skipped_and_named(make: Make) -> None:
         assert set(first["undecodable"]) == {"t.arrow row 4", "t.arrow row 5"}
         assert first["pair"][8:12].tolist() == [12] * 4
         assert set(second["undecodable"]) == {"t.arrow row 29"}
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), FileNotFoundError("gone")])
+def test_images_that_a_source_cannot_read_are_skipped(make: Make, error: Exception) -> None:
+    dataset = make(images=3)
+    read = dataset.source.image
+
+    def image(index: int) -> Image.Image:
+        if index == 1:
+            raise error
+        return read(index)
+
+    dataset.source.image = image  # type: ignore[method-assign]
+    sample = dataset[(0, 2)]
+    assert sample["pair"] == 4 and sample["undecodable"] == ["t.arrow row 1"]
 
 
 def test_undecodable_false_image(make: Make) -> None:

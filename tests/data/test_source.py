@@ -1,4 +1,4 @@
-"""Formats are registered by name, told by what lies in a folder, or named by module and class."""
+"""Formats are registered by name, detected from the files of a folder, or named by module and class."""
 
 from __future__ import annotations
 

@@ -114,10 +114,10 @@ def test_missing_directory(tmp_path: Path) -> None:
 
 
 def test_a_name_is_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked = []
+    calls = []
 
     def from_pretrained(name: str, **options: object) -> object:
-        asked.append((name, options))
+        calls.append((name, options))
         if name == "no-such-name":
             raise OSError("We couldn't connect\nto anything")
         return DEMO.tokenizer
@@ -125,7 +125,7 @@ def test_a_name_is_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
     monkeypatch.chdir(tmp_path)
     assert CaptionTokenizer.from_pretrained("organisation/name").vocab_size == 2048
-    assert asked == [("organisation/name", {})]
+    assert calls == [("organisation/name", {})]
     with pytest.raises(
         UserError, match=r"no-such-name: not a local directory.*We couldn't connect\); a local"
     ) as error:
@@ -169,17 +169,17 @@ def test_training_again_gives_the_shipped_one(tmp_path: Path) -> None:
 
 
 def test_training_sees_the_train_split_only(tmp_path: Path) -> None:
-    table = open_pairs("demo", ["pairs"])
-    train_tokenizer((table.caption(pair) for pair in range(table.num_pairs)), 2048, tmp_path)
+    source = open_pairs("demo", ["pairs"])
+    train_tokenizer((source.caption(pair) for pair in range(source.num_pairs)), 2048, tmp_path)
     shipped = Tokenizer.from_file(str(demo_root() / "tokenizer" / "tokenizer.json")).get_vocab()
     assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab() != shipped
 
 
-@pytest.mark.parametrize(("asked", "got"), [(261, 261), (262, 262), (1000, 263)])
-def test_mask_is_the_last_id(tmp_path: Path, asked: int, got: int) -> None:
-    train_tokenizer(["ab ab"], asked, tmp_path)
+@pytest.mark.parametrize(("vocab_size", "ids"), [(261, 261), (262, 262), (1000, 263)])
+def test_mask_is_the_last_id(tmp_path: Path, vocab_size: int, ids: int) -> None:
+    train_tokenizer(["ab ab"], vocab_size, tmp_path)
     tokenizer = CaptionTokenizer.from_pretrained(tmp_path)
-    assert (tokenizer.vocab_size, tokenizer.mask_id) == (got, got - 1)
+    assert (tokenizer.vocab_size, tokenizer.mask_id) == (ids, ids - 1)
     assert (tokenizer.bos_id, tokenizer.pad_id, tokenizer.eos_id) == (0, 1, 2)
     assert AutoTokenizer.from_pretrained(tmp_path).unk_token_id == 3
 

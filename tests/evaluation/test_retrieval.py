@@ -33,7 +33,7 @@ def test_chance_is_the_recall_of_random_orders():
 
 
 @pytest.fixture
-def table(tmp_path):
+def source(tmp_path):
     captions = [["a cat"], ["a dog", "an animal"], ["a cat"], ["an animal"], ["a red car"], ["a tree"]]
     rows = []
     for i, caption in enumerate(captions):
@@ -44,48 +44,48 @@ def table(tmp_path):
     return open_pairs(tmp_path, ["t"])
 
 
-def evaluate(table, rerank, **options):
+def evaluate(source, rerank, **options):
     torch.manual_seed(0)
     config = SCLConfig.preset("tiny").replace(vocab_size=2048, mask_id=2047)
     model = SCLModel(config).train()
     tokenizer = CaptionTokenizer.from_pretrained("demo")
-    result = evaluate_retrieval(model, table, tokenizer, build_transform("clip_test", 32), rerank=rerank, **options)
+    result = evaluate_retrieval(model, source, tokenizer, build_transform("clip_test", 32), rerank=rerank, **options)
     assert model.training
     return result
 
 
-def test_distinct_captions_are_the_candidates(table):
-    result = evaluate(table, rerank=0)
+def test_distinct_captions_are_the_candidates(source):
+    result = evaluate(source, rerank=0)
     assert (result.images, result.captions) == (6, 5)
     assert "itm_image_to_text_r1" not in result.recalls
-    # Five captions, one or two of them right: everything is found in the first five.
+    # Five captions, one or two of them right: the first five hold all.
     assert result.recalls["itc_image_to_text_r5"] == 1.0
     assert result.recalls["chance_text_to_image_r1"] == pytest.approx((2 + 1 + 2 + 1 + 1) / 6 / 5)
 
 
-def test_batching_changes_nothing(table):
-    whole, pieces = evaluate(table, rerank=3, batch_size=64), evaluate(table, rerank=3, batch_size=2)
+def test_batching_changes_nothing(source):
+    whole, pieces = evaluate(source, rerank=3, batch_size=64), evaluate(source, rerank=3, batch_size=2)
     assert whole == pieces
 
 
-def test_reranking_all_candidates_is_ranking_by_matching(table):
-    result = evaluate(table, rerank=6)
+def test_reranking_all_candidates_is_ranking_by_matching(source):
+    result = evaluate(source, rerank=6)
     # With every caption a candidate, R@5 of five captions must be 1 whatever the order.
     assert result.recalls["itm_image_to_text_r5"] == 1.0
 
 
-def test_a_perfect_model_scores_one(table, monkeypatch):
+def test_a_perfect_model_scores_one(source, monkeypatch):
     torch.manual_seed(0)
     model = SCLModel(SCLConfig.preset("tiny").replace(vocab_size=2048, mask_id=2047))
-    of_pair = [table.caption(pair) for pair in range(table.num_pairs)]
-    distinct = sorted(set(of_pair), key=lambda caption: int(table.pair_group[of_pair.index(caption)]))
+    of_pair = [source.caption(pair) for pair in range(source.num_pairs)]
+    distinct = sorted(set(of_pair), key=lambda caption: int(source.pair_group[of_pair.index(caption)]))
     text = torch.eye(len(distinct))
-    image = torch.zeros(table.num_images, len(distinct))
+    image = torch.zeros(source.num_images, len(distinct))
     for pair, caption in enumerate(of_pair):
-        image[table.pair_image[pair], distinct.index(caption)] = 1
+        image[source.pair_image[pair], distinct.index(caption)] = 1
     monkeypatch.setattr(model, "project", lambda *_: (text, image))
     tokenizer = CaptionTokenizer.from_pretrained("demo")
-    result = evaluate_retrieval(model, table, tokenizer, build_transform("clip_test", 32), rerank=0)
+    result = evaluate_retrieval(model, source, tokenizer, build_transform("clip_test", 32), rerank=0)
     assert result.recalls["itc_image_to_text_r1"] == 1.0
-    # A picture with one caption is nearer to it than a picture with two: both are right for "an animal".
+    # An image with one caption is nearer to it than an image with two: both are right for "an animal".
     assert result.recalls["itc_text_to_image_r1"] == 1.0

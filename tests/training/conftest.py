@@ -28,7 +28,7 @@ def pretraining(arguments):
 
 @pytest.fixture
 def command():
-    """Start the script in a process of its own, as a user does; one thread, so that processes do not disturb."""
+    """Start the script in a process of its own, as a user does; one thread, so that parallel tests do not compete."""
 
     def start(args, **options):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

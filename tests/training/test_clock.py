@@ -1,4 +1,4 @@
-"""Seconds of a step and of its wait for data, on a clock of the test's own."""
+"""Seconds of a step and of its wait for data, on a fake clock."""
 
 import pytest
 

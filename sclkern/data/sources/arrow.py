@@ -98,15 +98,15 @@ class ArrowPairs:
 
     def _open(self) -> None:
         batches: list[pa.RecordBatch] = []
-        origin: list[tuple[int, int]] = []
+        file_rows: list[tuple[int, int]] = []
         for file, path in enumerate(self._paths):
             row = 0
             for batch in _read_batches(path):
                 batches.append(batch)
-                origin.append((file, row))
+                file_rows.append((file, row))
                 row += batch.num_rows
         self._batches = batches
-        self._batch_origin = origin
+        self._batch_file_row = file_rows
         self._batch_start = np.cumsum([0] + [batch.num_rows for batch in batches])[:-1]
 
     def _index(self) -> None:
@@ -115,14 +115,14 @@ class ArrowPairs:
             try:
                 batch.validate(full=True)
             except pa.ArrowException as error:
-                raise _unreadable(self._paths[self._batch_origin[number][0]], error) from error
-        wanted = [self._in_split(batch) for batch in self._batches]
-        if not any(mask.any() for mask in wanted):
+                raise _unreadable(self._paths[self._batch_file_row[number][0]], error) from error
+        selected = [self._in_split(batch) for batch in self._batches]
+        if not any(mask.any() for mask in selected):
             raise self._nothing_kept()
 
         texts: list[pa.Array] = []
         lengths: list[np.ndarray] = []
-        for number, (batch, mask) in enumerate(zip(self._batches, wanted, strict=True)):
+        for number, (batch, mask) in enumerate(zip(self._batches, selected, strict=True)):
             captions = batch.column("caption")
             length = pc.list_value_length(captions).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
             self._refuse(number, mask & _nulls(batch.column("image")), "has no image (null)")
@@ -131,7 +131,7 @@ class ArrowPairs:
             # 32-bit offsets end at 2 GiB of text, which a large collection passes.
             texts.append(captions.flatten().cast(pa.large_string()))
 
-        keep_row, length = np.concatenate(wanted), np.concatenate(lengths)
+        keep_row, length = np.concatenate(selected), np.concatenate(lengths)
         row = np.repeat(np.arange(len(length)), length)
         item = np.arange(len(row)) - np.repeat(np.cumsum(length) - length, length)
         keep = keep_row[row]
@@ -160,13 +160,13 @@ class ArrowPairs:
 
     def _check_columns(self, number: int) -> None:
         schema = self._batches[number].schema
-        file = self._paths[self._batch_origin[number][0]].name
+        file = self._paths[self._batch_file_row[number][0]].name
         for name in ("image", "caption") if self.split is None else ("image", "caption", "split"):
             field = schema.get_field_index(name)
-            found = f"is of type {schema.field(field).type}" if field >= 0 else "is missing"
+            problem = f"is of type {schema.field(field).type}" if field >= 0 else "is missing"
             if field < 0 or not _fits(schema.field(field).type, _COLUMNS[name]):
                 remedy = "select no split (None)" if name == "split" else _REWRITE
-                raise UserError(f"{file}: column '{name}' {found}, expected {_COLUMNS[name]}; {remedy}")
+                raise UserError(f"{file}: column '{name}' {problem}, expected {_COLUMNS[name]}; {remedy}")
 
     def _in_split(self, batch: pa.RecordBatch) -> np.ndarray:
         if self.split is None:
@@ -181,9 +181,9 @@ class ArrowPairs:
                 for entry in pc.value_counts(batch.column("split")).to_pylist():
                     counts[str(entry["values"])] += entry["counts"]
         if not counts:
-            return UserError(f"{files}: no row found, expected at least one; {_REWRITE}")
+            return UserError(f"{files}: no row, expected at least one; {_REWRITE}")
         there = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
-        return UserError(f"{files}: no row of split '{self.split}' found; choose one of the splits there: {there}")
+        return UserError(f"{files}: no row of split '{self.split}', expected one of the splits there: {there}")
 
     def _refuse(self, number: int, rows: np.ndarray, what: str) -> None:
         if rows.any():
@@ -198,7 +198,7 @@ class ArrowPairs:
         return self._split_row(int(self._image_row[image]))
 
     def _row_name(self, batch: int, row: int) -> str:
-        file, first = self._batch_origin[batch]
+        file, first = self._batch_file_row[batch]
         return f"{self._paths[file].name} row {first + row}"
 
 
@@ -274,13 +274,13 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"{path}: cannot be read ({reason}), expected a whole arrow IPC file (no stream); {_REWRITE}")
 
 
-def _fits(found: pa.DataType, expected: pa.DataType) -> bool:
+def _fits(actual: pa.DataType, expected: pa.DataType) -> bool:
     if pa.types.is_list(expected):
-        is_list = pa.types.is_list(found) or pa.types.is_large_list(found)
-        return is_list and _fits(found.value_type, expected.value_type)
+        is_list = pa.types.is_list(actual) or pa.types.is_large_list(actual)
+        return is_list and _fits(actual.value_type, expected.value_type)
     if pa.types.is_string(expected):
-        return pa.types.is_string(found) or pa.types.is_large_string(found)
-    return pa.types.is_binary(found) or pa.types.is_large_binary(found)
+        return pa.types.is_string(actual) or pa.types.is_large_string(actual)
+    return pa.types.is_binary(actual) or pa.types.is_large_binary(actual)
 
 
 def _nulls(column: pa.Array) -> np.ndarray:
