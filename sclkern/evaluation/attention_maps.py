@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,21 +18,34 @@ from sclkern.io import write_atomically
 from sclkern.models import SCLNetwork
 
 
-def choose_pairs(source: PairSource, count: int, undecodable: Container[str] = ()) -> list[int]:
+def choose_pairs(source: PairSource, count: int) -> list[int]:
     """Choose pairs with different captions, spread over a source, of three words or more where there are any.
 
     Args:
         source: the pairs.
         count: pairs to choose at most.
-        undecodable: names of images to leave out.
 
     Returns:
-        Pair numbers, ascending.
+        Pair numbers, ascending; the images of all can be decoded.
     """
     _, first = np.unique(source.pair_group, return_index=True)
-    pairs = [int(p) for p in sorted(first) if source.image_name(int(source.pair_image[p])) not in undecodable]
-    long = [pair for pair in pairs if len(source.caption(pair).split()) >= 3] or pairs
-    return [long[i] for i in np.linspace(0, len(long) - 1, min(count, len(long))).round().astype(int)]
+    pairs = sorted(first.tolist())
+    while True:
+        candidates = [pair for pair in pairs if len(source.caption(pair).split()) >= 3] or pairs
+        spread = np.linspace(0, len(candidates) - 1, min(count, len(candidates))).round().astype(int)
+        chosen = [candidates[i] for i in spread]
+        undecodable = {pair for pair in chosen if not _can_be_decoded(source, pair)}
+        if not undecodable:
+            return chosen
+        pairs = [pair for pair in pairs if pair not in undecodable]
+
+
+def _can_be_decoded(source: PairSource, pair: int) -> bool:
+    try:
+        source.image(int(source.pair_image[pair]))
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 @torch.no_grad()

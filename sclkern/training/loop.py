@@ -73,6 +73,10 @@ class Pretraining:
         self.state = TrainingState(self.model, self.optimizer, undecodable)
         if saved:
             self.state.load_state_dict(saved)
+        # Retrieval needs heads that the recipe trains.
+        trained = {head for objective in config.objectives.selected for head in objective.heads}
+        self.ranks = "itc" in trained
+        self.rerank = config.evaluation.rerank if "itm" in trained else 0
         self.passes = Passes(self.model, config, self.device)
         self.finite = FiniteCheck(self.model, self.device)
         self.clock = StepClock()
@@ -178,7 +182,9 @@ class Pretraining:
             raise
 
     def validate(self, run_log: RunLog) -> None:
-        """Log losses and retrieval on the held-out pairs, and save ``checkpoints/best.pt`` if retrieval is the best.
+        """Log losses and retrieval on the held-out pairs, and save ``checkpoints/best.pt`` if they are the best so far.
+
+        Recipes without the ITC head cannot retrieve; the lowest total loss is their best.
 
         Args:
             run_log: receives the values.
@@ -188,11 +194,15 @@ class Pretraining:
         """
         self.model.eval()
         values = self._held_out_losses()
-        result = self.retrieval(held_out=True)
-        run_log.write("val", self.state.step, {**values, **result.recalls, "recall_sum": result.sum})
-        run_log.message(f"step {self.state.step}: held-out loss {values['total']:.2f}, {result.line()}")
-        if result.sum > self.state.best:
-            self.state.best = result.sum
+        score, line = -values["total"], ""
+        if self.ranks:
+            result = self.retrieval(held_out=True)
+            values |= {**result.recalls, "recall_sum": result.sum}
+            score, line = result.sum, f", {result.line()}"
+        run_log.write("val", self.state.step, values)
+        run_log.message(f"step {self.state.step}: held-out loss {values['total']:.2f}{line}")
+        if score > self.state.best:
+            self.state.best = score
             self.save("best")
 
     @torch.no_grad()
@@ -222,7 +232,7 @@ class Pretraining:
             self.data.tokenizer,
             self.data.val_transform,
             batch_size=self.config.evaluation.batch_size,
-            rerank=self.config.evaluation.rerank,
+            rerank=self.rerank,
             max_images=max_images,
             undecodable=self.undecodable_val if held_out else self.state.undecodable,
         )
@@ -254,19 +264,19 @@ class Pretraining:
             The path of the report.
         """
         evaluation, data = self.config.evaluation, self.data
-        results = {"held-out": self.retrieval(held_out=True)}
-        if evaluation.train_images:
+        results = {"held-out": self.retrieval(held_out=True)} if self.ranks else {}
+        if self.ranks and evaluation.train_images:
             results["training"] = self.retrieval(held_out=False, max_images=evaluation.train_images)
         attention = None
         if evaluation.attention_images and self.config.model.fusion_layers:
             attention = self.directory / "attention.png"
-            pairs = choose_pairs(data.val_source, evaluation.attention_images, self.undecodable_val)
+            pairs = choose_pairs(data.val_source, evaluation.attention_images)
             plot_attention(attention, self.model, data.val_source, pairs, data.tokenizer, data.val_transform)
         summary = RunSummary(
             description=self.describe(),
             rows=read_metrics(self.directory / "metrics.jsonl"),
             retrieval=results,
-            rerank=evaluation.rerank,
+            rerank=self.rerank,
             undecodable={"training": len(self.state.undecodable), "held-out": len(self.undecodable_val)},
             attention=attention,
         )

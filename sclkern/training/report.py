@@ -21,7 +21,7 @@ class RunSummary:
     Attributes:
         description: the run in one line.
         rows: rows of ``metrics.jsonl``.
-        retrieval: results by the name of their set, such as "held-out".
+        retrieval: results by the name of their set, such as "held-out"; empty if the recipe trains no contrast.
         rerank: candidates that ITM re-ranked.
         undecodable: number of skipped images by the name of their set.
         attention: plot of attention in the report's folder; None if there is none.
@@ -105,11 +105,13 @@ def _loss_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _retrieval_section(summary: RunSummary) -> list[str]:
+    if not summary.retrieval:
+        return ["## Retrieval, zero-shot", "", "None: no objective of the recipe trains the ITC head, which ranks."]
     lines = [
         "## Retrieval, zero-shot",
         "",
         "Recall in percent. Images with the same caption are all right answers to it; each distinct caption is one",
-        "candidate. ITC ranks by the similarity of both encoders; ITM re-ranks its first "
+        "candidate. ITC ranks by the similarity of both encoders; ITM re-ranks its first",
         f"{summary.rerank} by the fusion encoder. Chance is the expectation of a random order.",
         "",
         "| set | direction | method | " + " | ".join(f"R@{k}" for k in RECALL_AT) + " |",

@@ -37,12 +37,20 @@ def model():
 def test_different_captions_of_three_words_are_chosen(source):
     assert choose_pairs(source, 9) == [1, 3, 4]
     assert choose_pairs(source, 2) == [1, 4]
-    assert choose_pairs(source, 9, {"t.arrow row 3"}) == [1, 4]
 
 
-def test_short_captions_are_chosen_where_there_are_no_longer_ones(tmp_path, source):
-    names = {f"t.arrow row {row}" for row in (1, 2, 3, 4)}
-    assert choose_pairs(source, 9, names) == [0, 5]
+def test_others_are_chosen_in_place_of_undecodable_images(source, monkeypatch):
+    read, undecodable = source.image, {4}
+
+    def image(index):
+        if index in undecodable:
+            raise ValueError("broken")
+        return read(index)
+
+    monkeypatch.setattr(source, "image", image)
+    assert choose_pairs(source, 2) == [1, 3]
+    undecodable |= {1, 3}
+    assert choose_pairs(source, 9) == [0, 5]
 
 
 def test_maps_are_those_of_the_last_fusion_layer(model):

@@ -47,3 +47,8 @@ def test_the_line_of_a_retrieval_shows_the_best_method():
     assert result.line() == "recall@1/5/10 image to text 2.5/12.5/25.0 %, text to image 2.5/12.5/25.0 %"
     reranked = {f"itm_{d}_r{k}": 1.0 for d in DIRECTIONS for k in (1, 5, 10)}
     assert "image to text 100.0/100.0/100.0 %" in RetrievalResult(40, 30, {**RECALLS, **reranked}).line()
+
+
+def test_a_recipe_without_contrast_has_no_retrieval():
+    text = format_report(summary(retrieval={}))
+    assert "no objective of the recipe trains the ITC head" in text and "| R@1 |" not in text
