@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sclkern import SCLConfig, SCLModel
+from sclkern.objectives import OBJECTIVES
 
 # The same examples on every run, however slow the machine is.
 hypothesis.settings.register_profile("sclkern", deadline=None, derandomize=True, max_examples=40)
@@ -21,6 +22,15 @@ hypothesis.settings.load_profile("sclkern")
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def objectives_as_shipped():
+    """Objectives that a test registers are gone after it."""
+    shipped = dict(OBJECTIVES)
+    yield
+    OBJECTIVES.clear()
+    OBJECTIVES.update(shipped)
 
 
 def build_model(objectives=None, *, dtype=torch.float64, seed=1, **changes):
