@@ -213,7 +213,7 @@ def check_phase(name: str, config: PretrainConfig) -> None:
         UserError: a step of this run has no such phase.
     """
     layers = [f"fusion layer {number}" for number in range(config.model.fusion_layers)]
-    losses = [f"loss {task}" for task in config.objectives.tasks]
+    losses = [f"loss {objective.name}" for objective in config.objectives.selected]
     known = [known for known in PHASES if known != "communication"] + layers + losses
     if name not in known:
         raise UserError(f"--phase: got {name!r}, expected one of {', '.join(known)}")
