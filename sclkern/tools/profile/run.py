@@ -34,31 +34,6 @@ TOOLS = {"nsys": "NVIDIA Nsight Systems", "ncu": "NVIDIA Nsight Compute"}
 NO_PERMISSION = "ERR_NVGPUCTRPERM"
 
 
-class ProfiledRun(Pretraining):
-    """A new run that takes a few steps and leaves nothing behind: neither logs nor checkpoints."""
-
-    def take_steps(self, steps: int, warmup: int, record: AbstractContextManager[Any]) -> Any:
-        """Train ``warmup`` steps, then ``steps`` under ``record``; returns what ``record`` gave on entry."""
-        with RunLog(self.directory, start=0, total=warmup + steps) as run_log:
-            batches = self.batches()
-            self.clock.restart()
-            for _ in range(warmup):
-                self.train_step(batches, run_log)
-            self._wait()
-            with record as recorded, ranges():
-                for _ in range(steps):
-                    with phase("step"):
-                        self.train_step(batches, run_log)
-                # What a GPU has still to do belongs to the steps that asked for it.
-                self._wait()
-            batches.close()
-        return recorded
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
 def record_steps(config: PretrainConfig, *, steps: int, warmup: int, output: str | Path) -> dict[str, Any]:
     """Record steps with torch.profiler and write ``trace.json``, ``phases.json``, ``phases.txt`` and ``profile.png``.
 
@@ -83,7 +58,7 @@ def record_steps(config: PretrainConfig, *, steps: int, warmup: int, output: str
         if run.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         recorder = torch.profiler.profile(activities=activities, acc_events=True)
-        run.take_steps(steps, warmup, recorder)
+        _take_steps(run, steps, warmup, recorder)
         parameters = sum(parameter.numel() for parameter in run.model.parameters())
         described = {**_describe(config, run.device, parameters), "steps": steps, "warmup": warmup}
     trace = output / "trace.json"
@@ -118,7 +93,7 @@ def mark_steps(config: PretrainConfig, *, steps: int, warmup: int) -> None:
     _check_counts(steps, warmup)
     # NVTX ranges belong to a thread: a backward in a thread of autograd would lie outside them.
     with _new_run(config) as run, torch.autograd.set_multithreading_enabled(False):
-        run.take_steps(steps, warmup, _cuda_profiler(run.device))
+        _take_steps(run, steps, warmup, _cuda_profiler(run.device))
 
 
 def tool_commands(arguments: Sequence[str], *, steps: int, output: str | Path, ncu_phase: str) -> dict[str, list[str]]:
@@ -227,10 +202,33 @@ def _check_counts(steps: int, warmup: int) -> None:
 
 
 @contextmanager
-def _new_run(config: PretrainConfig) -> Iterator[ProfiledRun]:
+def _new_run(config: PretrainConfig) -> Iterator[Pretraining]:
+    """A new run whose folder, with its logs, is removed at the end."""
     with tempfile.TemporaryDirectory(prefix="sclkern-profile-") as folder:
         # Without logging, which reads the losses back; most steps of a run do not.
-        yield ProfiledRun(replace(config, run=replace(config.run, output_dir=folder, log_every=2**31)))
+        yield Pretraining(replace(config, run=replace(config.run, output_dir=folder, log_every=2**31)))
+
+
+def _take_steps(run: Pretraining, steps: int, warmup: int, record: AbstractContextManager[Any]) -> None:
+    """Train ``warmup`` steps, then ``steps`` under ``record``, each a phase."""
+    with RunLog(run.directory, start=0, total=warmup + steps) as run_log:
+        batches = run.batches()
+        run.clock.restart()
+        for _ in range(warmup):
+            run.train_step(batches, run_log)
+        _synchronize(run.device)
+        with record, ranges():
+            for _ in range(steps):
+                with phase("step"):
+                    run.train_step(batches, run_log)
+            # Work that the GPU has not finished belongs to the steps that launched it.
+            _synchronize(run.device)
+        batches.close()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @contextmanager
