@@ -16,12 +16,9 @@ import torch
 from sclkern import reference
 from sclkern.ops.dispatch import interpreted
 from sclkern.reference.cross_attention import absorbed_attention
+from sclkern.tools.specs import SPECS
 
 _LIBRARY = torch.library.Library("sclkern", "IMPL")
-
-
-def _bias_gelu(x, bias, approximate):
-    return reference.bias_gelu(x, bias, approximate=approximate)
 
 
 def _dropout_add_layer_norm(
@@ -76,23 +73,18 @@ def _attention(
     return reference.packed_attention(query, key, value, *packing, **options)
 
 
-def _frame_attention(query, key, value, num_frames, softmax_scale):
-    return reference.frame_attention(query, key, value, num_frames, softmax_scale=softmax_scale)
-
-
 def _cross_attention(x, score_weight, score_bias, value_weight, out_bias, mask, seed, dropout_p):
     tensors = x, score_weight, score_bias, value_weight, out_bias, mask
     return absorbed_attention(*tensors, dropout_p=dropout_p, seed=seed)
 
 
-# By op, from its inputs (by the names of its schema) to its first outputs; the others are statistics.
+# By op, from its inputs (by the names of its schema) to its first outputs; the others are statistics. An op that is not
+# here gives its inputs to its definition by name.
 DEFINITIONS: dict[str, Callable[..., Any]] = {
     "attention": _attention,
-    "bias_gelu": _bias_gelu,
     "cross_attention": _cross_attention,
     "dropout_add_layer_norm": _dropout_add_layer_norm,
     "embed_patches": _embed_patches,
-    "frame_attention": _frame_attention,
     "mask_text": _mask_text,
     "select_patches": _select_patches,
     "select_tokens": _select_tokens,
@@ -112,8 +104,12 @@ def install() -> None:
     """Register the kernels once, where Triton does not interpret its own."""
     if interpreted():
         return
-    for name, definition in DEFINITIONS.items():
-        op = getattr(torch.ops.sclkern, name).default
+    for name, spec in SPECS.items():
+        op = hasattr(torch.ops.sclkern, name) and getattr(torch.ops.sclkern, name).default
+        if not op or torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CPU"):
+            # packed_attention has the op of attention; other ops run on a CPU by themselves.
+            continue
+        definition = DEFINITIONS.get(name, spec.definition)
         _LIBRARY.impl(name, _forward(op, definition, STATISTICS.get(name)), "CPU")
         if hasattr(torch.ops.sclkern, f"{name}_backward"):
             backward = getattr(torch.ops.sclkern, f"{name}_backward").default
