@@ -3,10 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BUDGET ?= 540
 RUN := $(VENV)/bin
-
 OLDEST := $(VENV)/oldest
 
-.PHONY: demo test test-oldest lint api gpu
+.PHONY: demo test quick test-op test-oldest lint api gpu
 
 # Stamped, so that an interrupted installation is done again. PIP_ARGS: further arguments of pip.
 $(VENV)/.installed: setup.py pyproject.toml
@@ -22,12 +21,22 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(RUN)/python -m pytest -m "not gpu"
 
+# The quick loop, under two minutes: everything but the tests that are marked slow, which interpret or compile kernels,
+# start other processes or train.
+quick: $(VENV)/.installed
+	$(RUN)/python -m pytest -q -m "not gpu and not slow" -n 2 --dist loadfile
+
+# One op, under a minute: its definition, its kernel in the interpreter, and what holds for every op. make test-op OP=name
+test-op: $(VENV)/.installed
+	@test -n "$(OP)" || { echo 'usage: make test-op OP=bias_gelu'; exit 2; }
+	$(RUN)/python -m pytest -q -m "not gpu" -n 2 -k "$(OP)" tests/ops
+
 # The oldest Triton and transformers that are supported, laid over the same environment (with the newest numpy that this
 # Triton's interpreter takes, and what this transformers imports): every kernel compiles and obeys the rules, the tests of
 # ops run interpreted, and models are fused.
 test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(abspath $(OLDEST)) $(RUN)/python -m pytest -k "compiles_for or obeys or in_the_interpreter" \
-		tests/tools/static/test_static.py tests/ops
+		tests/tools/static tests/ops
 	PYTHONPATH=$(abspath $(OLDEST)) $(RUN)/python -m pytest tests/integrations
 
 $(OLDEST)/.installed: $(VENV)/.installed
@@ -38,9 +47,12 @@ $(OLDEST)/.installed: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+	$(RUN)/codespell
+	$(RUN)/pydoclint --quiet sclkern kernels
+	$(RUN)/mypy
 
 # Pages of every public docstring, in build/api/index.html.
-PUBLIC := ops nn models step objectives reference fusing huggingface weights distributed profiling
+PUBLIC := ops nn models model step objectives reference integrations weights data distributed profiling
 api: $(VENV)/.installed
 	$(RUN)/python -m pip install --quiet $(PIP_ARGS) -e ".[docs]"
 	$(RUN)/python -m pdoc --docformat google --output-directory build/api $(addprefix sclkern.,$(PUBLIC))
