@@ -1,0 +1,97 @@
+"""CONTRIBUTING's ways to add something, tried: each patch adds one thing to a copy of the tree, in as few files as said.
+
+The patches are throwaway examples. What they add works in every place that CONTRIBUTING promises: that is run in the
+copy, in processes of their own.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+# Files that a contributor edits by hand, at most, as CONTRIBUTING says.
+MOST_FILES = {"op": 7, "objective": 2, "data_source": 1}
+
+
+def edited_files(patch: Path) -> list[str]:
+    return re.findall(r"^\+\+\+ b/(.+)$", patch.read_text(), re.M)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """(patch name) -> the tree, patched; ``run(*command)`` runs Python in it and returns what it prints."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    for name in filter(None, listed.split("\0")):
+        source, target = ROOT / name, tmp_path / name
+        if name.startswith(("tests/golden", "benchmarks/results", "docs/report")) or not source.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_symlink():
+            target.symlink_to(source.readlink())
+        else:
+            target.write_bytes(source.read_bytes())
+
+    def patched(name: str):
+        patch = HERE / f"{name}.patch"
+        subprocess.run(["git", "apply", "--whitespace=nowarn", str(patch)], cwd=tmp_path, check=True)
+
+        def run(*arguments: str, **variables: str) -> str:
+            environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", **variables}
+            command = [sys.executable, *arguments]
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+            return done.stdout
+
+        return run
+
+    return patched
+
+
+@pytest.mark.parametrize("name", MOST_FILES)
+def test_a_patch_edits_few_files(name):
+    files = edited_files(HERE / f"{name}.patch")
+    assert 1 <= len(files) <= MOST_FILES[name], files
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    assert f"at most {MOST_FILES[name]} " in contributing
+
+
+def test_a_data_source(copy):
+    """One file: ``open_pairs`` recognises the format, and the training script reads it."""
+    run = copy("data_source")
+    output = run(
+        "-c",
+        """
+import torch
+from pathlib import Path
+from PIL import Image
+from sclkern.cli import main
+from sclkern.data import open_pairs
+
+root = Path("pairs")
+root.mkdir()
+for table, count in (("train", 12), ("val", 4)):
+    lines = []
+    for i in range(count):
+        Image.new("RGB", (40, 40), (20 * i, 40, 90)).save(root / f"{table}{i}.png")
+        lines.append(f"{table}{i}.png\\tan image of number {i}\\n")
+    (root / f"{table}.tsv").write_text("".join(lines))
+source = open_pairs(root, ["train"])
+print(type(source).__name__, source.num_images, source.caption(3))
+settings = (
+    "data.root=pairs data.train_tables=[train] data.val_tables=[val] data.train_split=null data.val_split=null "
+    "model.preset=tiny model.vocab_size=2048 model.mask_id=2047 model.patch_size=16 run.batch_size=4 run.max_steps=2 "
+    "evaluation.rerank=2 evaluation.train_images=4 evaluation.attention_images=0 run.output_dir=run"
+)
+print(main(["pretrain", *settings.split()]), Path("run/model/model.safetensors").exists())
+""",
+    )
+    lines = output.splitlines()
+    assert (lines[0], lines[-1]) == ("TsvPairs 12 an image of number 3", "0 True")
