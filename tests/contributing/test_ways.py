@@ -60,7 +60,7 @@ def test_a_patch_edits_few_files(name):
     files = edited_files(HERE / f"{name}.patch")
     assert 1 <= len(files) <= MOST_FILES[name], files
     contributing = (ROOT / "CONTRIBUTING.md").read_text()
-    assert f"at most {MOST_FILES[name]} " in contributing
+    assert f"At most {MOST_FILES[name]} " in contributing
 
 
 def test_a_data_source(copy):
@@ -95,3 +95,38 @@ print(main(["pretrain", *settings.split()]), Path("run/model/model.safetensors")
     )
     lines = output.splitlines()
     assert (lines[0], lines[-1]) == ("TsvPairs 12 an image of number 3", "0 True")
+
+
+def test_an_objective(copy):
+    """Two files: the plan, the losses, the total, the script's logs and the report follow from the table."""
+    run = copy("objective")
+    output = run(
+        "-c",
+        """
+import json
+from pathlib import Path
+import torch
+import sclkern.cli
+from sclkern import ObjectiveConfig, SCLConfig, SCLModel
+from sclkern.step import StepConfig, make_plan
+
+plan = make_plan(ObjectiveConfig(recipe=("caption_agreement",)), StepConfig())
+print(sorted(view.name for view in plan.views))
+model = SCLModel(SCLConfig.preset("tiny"), ObjectiveConfig(recipe=("itm", "caption_agreement")))
+ids = torch.tensor([[0, 17, 42, 2], [0, 23, 2, 1]])
+batch = {"image": torch.randn(2, 3, 32, 32), "text_ids": ids, "text_mask": ids != 1}
+losses = model(batch, seed=0)
+losses.total.backward()
+print(list(losses.named()), torch.allclose(losses.total, losses.itm + 0.1 * losses.caption_agreement))
+settings = (
+    "objectives.recipe=[mlm,caption_agreement] objectives.itm_negatives=dataset data.val_split=test "
+    "model.preset=tiny model.vocab_size=2048 model.mask_id=2047 model.patch_size=16 run.batch_size=4 run.max_steps=2 "
+    "run.log_every=1 evaluation.rerank=0 evaluation.train_images=0 evaluation.attention_images=0 run.output_dir=run"
+)
+assert sclkern.cli.main(["pretrain", *settings.split()]) == 0
+row = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[0])
+print("caption_agreement" in row, "caption agreement" in Path("run/report.md").read_text())
+""",
+    )
+    lines = [line for line in output.splitlines() if line.startswith(("[", "True"))]
+    assert lines == ["['masked_image', 'masked_text']", "['total', 'itm', 'caption_agreement'] True", "True True"]
