@@ -13,10 +13,14 @@ from sclkern.errors import UserError
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Call ``write`` on a temporary file beside ``path``, bring it to the disk and rename it to ``path``.
+    """Call ``write`` on a temporary file beside ``path``, flush it to the disk and rename it to ``path``.
 
     Readers see the old file or the new one, also after a crash. Directories are made as needed. When anything fails
     the temporary file is removed and the old file is as it was.
+
+    Args:
+        path: the file to write.
+        write: writes the content to the path that it is given.
 
     Raises:
         UserError: the operating system refused: disk full, read-only, no permission.
@@ -36,8 +40,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         system = next((e for e in chain if isinstance(e, OSError)), None)
         reason = system.strerror if system is not None and system.strerror else f"{type(error).__name__}: {error}"
         raise UserError(
-            f"{path}: cannot be written ({reason}); an earlier file of this name is kept; free space or mend the "
-            "permissions, or choose another directory"
+            f"{path}: cannot be written ({reason}); an earlier file of this name is kept; free space, correct the "
+            "permissions or choose another directory"
         ) from error
     finally:
         with contextlib.suppress(OSError):  # the directory itself cannot be used, and the first error says so

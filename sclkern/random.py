@@ -51,10 +51,21 @@ def philox(seed: int | Tensor, counter: Tensor, stream: int = 0, *, rounds: int 
     return word0, word1, word2, word3
 
 
-def random_words(shape: tuple[int, int], *, seed: int | Tensor, stream: int, device: torch.device | str) -> tuple:
+def random_words(
+    shape: tuple[int, int], *, seed: int | Tensor, stream: int, device: torch.device | str
+) -> tuple[Tensor, ...]:
     """Philox words for a (rows, columns) grid whose counter is ``row << 32 | column``.
 
     A row keeps its numbers when the grid gets wider, so padding a batch changes nothing.
+
+    Args:
+        shape: rows and columns.
+        seed: as in ``philox``.
+        stream: as in ``philox``.
+        device: of the words.
+
+    Returns:
+        Four (rows, columns) int64 tensors, uniform on [0, 2**32).
     """
     rows = torch.arange(shape[0], device=device, dtype=torch.int64)
     columns = torch.arange(shape[1], device=device, dtype=torch.int64)

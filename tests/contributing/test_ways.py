@@ -1,4 +1,4 @@
-"""CONTRIBUTING's ways to add something, tried: each patch adds one thing to a copy of the tree, in as few files as said.
+"""The ways to add something that CONTRIBUTING describes, tried: a patch adds one thing to a copy of the tree.
 
 The patches are throwaway examples. What they add works in every place that CONTRIBUTING promises: that is run in the
 copy, in processes of their own.
