@@ -1,4 +1,4 @@
-"""The measurement of a case that was found right."""
+"""The measurement of a verified case."""
 
 from __future__ import annotations
 

@@ -193,6 +193,6 @@ def prepare(
 
 
 def clear_caches() -> None:
-    """Forget what was found right, so that the next check runs."""
+    """Forget earlier checks, so that the next one runs again."""
     for cached in (_verify, _exact, prepare):
         cached.cache_clear()

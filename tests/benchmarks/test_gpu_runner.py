@@ -38,9 +38,9 @@ def stage(tmp_path):
     def make(source=TESTS, name="small", **options):
         file = tmp_path / f"test_{name}.py"
         file.write_text(source)
-        alone = ["-c", str(tmp_path / "pytest.ini"), "--rootdir", str(tmp_path), str(file)]
+        options_of_pytest = ["-c", str(tmp_path / "pytest.ini"), "--rootdir", str(tmp_path), str(file)]
         (tmp_path / "pytest.ini").write_text("[pytest]\n")
-        return Stage(name, name, alone, 1, **options)
+        return Stage(name, name, options_of_pytest, 1, **options)
 
     return make
 
@@ -62,10 +62,10 @@ def test_an_outcome_is_recorded_and_told_in_few_lines(run, stage, capsys):
     assert list(row["failures"].values()) == ["AssertionError: n is 1", "AssertionError: n is 2"]
     assert row["skip_reasons"] == {"no such device": 1}
     assert summary["not_clean"] == ["small"] and summary["passed"] == 1
-    told = capsys.readouterr().out.splitlines()
-    assert told[0].startswith("small: 1 passed, 2 failed, 1 skipped; in ")
-    assert told[1].endswith("2 x test_small.py::test_fails 1: AssertionError: n is 1")
-    assert json.loads(told[-1]) == summary
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("small: 1 passed, 2 failed, 1 skipped; in ")
+    assert printed[1].endswith("2 x test_small.py::test_fails 1: AssertionError: n is 1")
+    assert json.loads(printed[-1]) == summary
     assert "assert n == 0" in run.log.read_text()
 
 
@@ -134,9 +134,9 @@ def test_errors_of_the_sanitizer_are_counted(run, stage):
 
 def test_failures_fill_no_more_than_a_few_lines():
     failures = {f"tests/test_{i}.py::test_x[{n}]": "E" * 400 for i in range(30) for n in range(9)}
-    told = runner.describe({"stage": "s", "failed": 270, "failures": failures, "seconds": 1.0}).splitlines()
-    assert len(told) == 2 + runner.MAX_SHOWN and max(map(len, told)) <= 200
-    assert told[-1] == "  and 18 more functions"
+    printed = runner.describe({"stage": "s", "failed": 270, "failures": failures, "seconds": 1.0}).splitlines()
+    assert len(printed) == 2 + runner.MAX_SHOWN and max(map(len, printed)) <= 200
+    assert printed[-1] == "  and 18 more functions"
 
 
 def test_a_failure_stays_one_whatever_follows():

@@ -146,9 +146,9 @@ def test_rates_leave_the_warm_up_out_and_weigh_rows_by_their_steps():
         {"step": step, "step_seconds": seconds, "data_seconds": seconds / 4, "pairs_per_second": 10 / seconds, **losses}
         for step, seconds in ((1, 100.0), (20, 50.0), (30, 1.0), (40, 3.0), (41, 4.0))
     ]
-    found = pretraining.summary(rows, {}, config)
-    assert found["warm_up"] == 20 and found["data_wait_share"] == 0.25
-    assert found["step_seconds"] == 3.0 and found["pairs_per_second_overall"] == pytest.approx(10 * 21 / 44)
+    record = pretraining.summary(rows, {}, config)
+    assert record["warm_up"] == 20 and record["data_wait_share"] == 0.25
+    assert record["step_seconds"] == 3.0 and record["pairs_per_second_overall"] == pytest.approx(10 * 21 / 44)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "base"])
@@ -159,8 +159,8 @@ def test_the_vocabulary_is_the_models(preset, tmp_path):
     size = 50265 if preset == "base" else 2048
     assert given["model.vocab_size"] == tokenizer.vocab_size == size
     assert given["model.mask_id"] == tokenizer.mask_id == size - 1
-    own = CaptionTokenizer.from_pretrained("demo")
-    assert torch.equal(tokenizer(["a red fox"], 20)[0], own(["a red fox"], 20)[0])
+    demo = CaptionTokenizer.from_pretrained("demo")
+    assert torch.equal(tokenizer(["a red fox"], 20)[0], demo(["a red fox"], 20)[0])
 
 
 @pytest.mark.parametrize("wrong", [["--ways", "fast"], ["--steps", "0"], ["--batch-size", "-1"]])

@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture
 def poisoned_memory():
-    """Every block that torch's allocator hands out next was NaN, however it is asked for."""
+    """Fills every block that torch's allocator hands out next with NaN, whatever its size."""
     torch.cuda.empty_cache()
     # Requests of up to 1 MiB are served from other blocks than larger ones; a freed block is split for what fits in it.
     # The smallest first: they fill what is left around tensors that live on, which would be handed out before the rest.

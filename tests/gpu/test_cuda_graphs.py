@@ -25,8 +25,8 @@ def capture(call):
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = call()
-    return graph, found
+        outputs = call()
+    return graph, outputs
 
 
 def assert_a_replay_follows(name, arguments, renewed, **options):
@@ -40,9 +40,9 @@ def assert_a_replay_follows(name, arguments, renewed, **options):
         gradients = torch.autograd.grad(outputs, leaves, [torch.ones_like(t) for t in outputs])
         return [*(t.detach() for t in outputs), *gradients]
 
-    graph, found = capture(call)
+    graph, outputs = capture(call)
     graph.replay()
-    before = [t.clone() for t in found]
+    before = [t.clone() for t in outputs]
     with torch.no_grad():
         for key, value in renewed.items():
             if key == "seed":
@@ -50,7 +50,7 @@ def assert_a_replay_follows(name, arguments, renewed, **options):
             elif isinstance(value, torch.Tensor) and (value.is_floating_point() or key in ("ids", "lengths")):
                 arguments[key].copy_(value)
     graph.replay()
-    after = [t.clone() for t in found]
+    after = [t.clone() for t in outputs]
     for a, b in zip(after, call(), strict=True):
         assert torch.equal(a, b)
     assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -89,10 +89,10 @@ def test_a_replay_of_the_step_follows_batch_and_seed(recipe, autocast):
     def call():
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast, cache_enabled=False):
             losses = losses_of(model, batch, masks_of(model, batch, seed))
-        found = torch.autograd.grad(losses.total, parameters, allow_unused=True)
-        return [loss.detach() for loss in losses.named().values()] + [g for g in found if g is not None]
+        gradients = torch.autograd.grad(losses.total, parameters, allow_unused=True)
+        return [loss.detach() for loss in losses.named().values()] + [g for g in gradients if g is not None]
 
-    graph, found = capture(call)
+    graph, outputs = capture(call)
     for key in ("image", "text_ids", "text_mask"):
         batch[key].copy_(other[key])
     seed.add_(3)
@@ -100,7 +100,7 @@ def test_a_replay_of_the_step_follows_batch_and_seed(recipe, autocast):
         for parameter in parameters:
             parameter.mul_(1.01)
     graph.replay()
-    replayed = [t.clone() for t in found]
+    replayed = [t.clone() for t in outputs]
     for a, b in zip(replayed, call(), strict=True):
         assert torch.equal(a, b)
 

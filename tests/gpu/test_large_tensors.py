@@ -1,4 +1,6 @@
-"""More elements than an int32 counts: each op on a tensor of more than 2^31, its last samples against those alone.
+"""More elements than an int32 counts: each op on a tensor of more than 2^31 elements.
+
+Its last samples are compared with the same samples computed separately.
 
 The masking ops are left out: what they write is a few hundred numbers for each sample.
 """
@@ -30,22 +32,21 @@ def gradients(out, *leaves):
 
 
 def assert_near(ours, theirs):
-    """But for the rounding of bfloat16: a batch of another size may be computed in tiles of another shape."""
+    """Equal up to bfloat16 rounding: a batch of another size may be computed in tiles of another shape."""
     scale = theirs.abs().max().item()
     assert scale > 0
     torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.02, atol=0.02 * scale)
 
 
 def assert_the_last_are_right(function, tensors, rows):
-    """``function`` of the tensors, sample by sample independent, gives for the last ``rows`` what it gives for them
-    alone."""
+    """``function`` gives the same for the last ``rows`` samples, within the batch and on their own."""
     assert max(t.numel() for t in tensors) > LIMIT
     whole = [t.requires_grad_() for t in tensors]
     out = function(*whole)
-    found = [t[-rows:].clone() for t in (out.detach(), *gradients(out, *whole))]
+    last = [t[-rows:].clone() for t in (out.detach(), *gradients(out, *whole))]
     ends = [t.detach()[-rows:].clone().requires_grad_() for t in tensors]
-    alone = function(*ends)
-    for a, b in zip(found, (alone.detach(), *gradients(alone, *ends)), strict=True):
+    separate = function(*ends)
+    for a, b in zip(last, (separate.detach(), *gradients(separate, *ends)), strict=True):
         assert_near(a, b)
 
 
@@ -72,10 +73,10 @@ def test_packed_attention():
     whole = [t.requires_grad_() for t in tensors]
     out = packed(*whole)
     assert out.numel() > LIMIT
-    found = (out.detach(), *gradients(out, *whole))
+    last = (out.detach(), *gradients(out, *whole))
     ends = [t.detach()[-2 * n :].clone().requires_grad_() for t, n in zip(tensors, (325, 13, 13), strict=True)]
-    alone = packed(*ends)
-    for a, b in zip(found, (alone.detach(), *gradients(alone, *ends)), strict=True):
+    separate = packed(*ends)
+    for a, b in zip(last, (separate.detach(), *gradients(separate, *ends)), strict=True):
         assert_near(a[-b.shape[0] :], b)
 
 
@@ -93,10 +94,10 @@ def test_cross_attention():
     x, context = large(8640, 325, 768, requires_grad=True), large(8640, 13, 768, requires_grad=True)
     out = cross(x, context)
     assert out.numel() > LIMIT
-    found = [t[-2:].clone() for t in (out.detach(), *gradients(out, x, context))]
+    last = [t[-2:].clone() for t in (out.detach(), *gradients(out, x, context))]
     ends = [t.detach()[-2:].clone().requires_grad_() for t in (x, context)]
-    alone = cross(*ends)
-    for a, b in zip(found, (alone.detach(), *gradients(alone, *ends)), strict=True):
+    separate = cross(*ends)
+    for a, b in zip(last, (separate.detach(), *gradients(separate, *ends)), strict=True):
         assert_near(a, b)
 
 
@@ -106,9 +107,9 @@ def test_bias_gelu():
     out = ops.bias_gelu(x, bias, backend="triton")
     grad_x, grad_bias = gradients(out, x, bias)
     end = x.detach()[-5:].clone().requires_grad_()
-    alone = ops.bias_gelu(end, bias, backend="triton")
-    assert_near(out.detach()[-5:], alone.detach())
-    assert_near(grad_x[-5:], gradients(alone, end)[0])
+    separate = ops.bias_gelu(end, bias, backend="triton")
+    assert_near(out.detach()[-5:], separate.detach())
+    assert_near(grad_x[-5:], gradients(separate, end)[0])
     assert_near(grad_bias, grad_x.sum(0, dtype=torch.float32))
 
 
@@ -140,9 +141,9 @@ def test_dropout_add_layer_norm_with_its_sum():
         out, total = ops.dropout_add_layer_norm(x, residual, weight, bias, return_sum=True, backend="triton")
         return out, total, *torch.autograd.grad((out, total), (x, residual), (total.detach(), out.detach()))
 
-    found = [t.detach()[-5:].clone() for t in call(x, residual)]
+    last = [t.detach()[-5:].clone() for t in call(x, residual)]
     ends = [t.detach()[-5:].clone().requires_grad_() for t in (x, residual)]
-    for a, b in zip(found, call(*ends), strict=True):
+    for a, b in zip(last, call(*ends), strict=True):
         assert torch.equal(a, b)
 
 
@@ -170,7 +171,7 @@ def test_completion_loss_of_65536_rows_takes_memory_of_the_features():
     options = {"temperature": temperature, "directions": "recovered_to_complete", "backend": "triton"}
     losses = ops.completion_loss(recovered, complete, reduction="none", **options)
     grads = torch.autograd.grad(losses.sum(), (recovered, complete))
-    # The similarities alone would be 8 GiB in half precision.
+    # The similarities would be 8 GiB in half precision.
     assert torch.cuda.max_memory_allocated() - held < 2 * 2**30
     unit = [torch.nn.functional.normalize(t.detach().float(), dim=-1) for t in (recovered, complete)]
     last = torch.arange(rows - 100, rows, device="cuda")
@@ -193,10 +194,10 @@ def test_embed_patches():
     position, cls = large(325, 768, requires_grad=True), large(768, requires_grad=True)
     out = ops.embed_patches(images, weight, position, cls, backend="triton")
     assert images.numel() > LIMIT and out.numel() > LIMIT
-    alone = ops.embed_patches(images[-2:], weight, position, cls, backend="triton")
-    assert_near(out.detach()[-2:], alone.detach())
-    found = gradients(out, weight, position, cls)
+    separate = ops.embed_patches(images[-2:], weight, position, cls, backend="triton")
+    assert_near(out.detach()[-2:], separate.detach())
+    last = gradients(out, weight, position, cls)
     vector = torch.randn(768, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
     # Every sample's gradient is the same vector: that of the CLS is as many times it as there are samples.
-    assert_near(found[2], 8640 * vector.bfloat16().float())
-    assert all(g.isfinite().all() for g in found)
+    assert_near(last[2], 8640 * vector.bfloat16().float())
+    assert all(g.isfinite().all() for g in last)

@@ -18,8 +18,8 @@ def test_a_profile_has_the_time_of_its_kernels(tmp_path, graphs):
 
     options = ["run.device=cuda", "run.batch_size=8", f"run.cuda_graphs={graphs}"]
     config = load("demo", options)
-    found = profile.record_steps(config, steps=2, warmup=2, output=tmp_path)
-    seconds = {row["phase"]: row["device_seconds"] for row in found["phases"]}
+    profiled = profile.record_steps(config, steps=2, warmup=2, output=tmp_path)
+    seconds = {row["phase"]: row["device_seconds"] for row in profiled["phases"]}
     if graphs == "true":
         # A replay is in no phase of the model.
         assert seconds["other"] > 0 and seconds["optimiser"] > 0

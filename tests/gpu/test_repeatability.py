@@ -59,8 +59,8 @@ def test_forward_and_backward_are_those_of_a_cpu(name):
     leaves = cast(name, on_cpu, torch.float64)
     out = getattr(ops, name)(**leaves, backend="eager")
     parts = [part for part, value in leaves.items() if isinstance(value, torch.Tensor) and value.requires_grad]
-    found = torch.autograd.grad(out, [leaves[part] for part in parts], weight.to(out.dtype) if out.ndim else None)
-    for part, expected in zip(["out", *parts], [out.detach(), *found], strict=True):
+    gradients = torch.autograd.grad(out, [leaves[part] for part in parts], weight.to(out.dtype) if out.ndim else None)
+    for part, expected in zip(["out", *parts], [out.detach(), *gradients], strict=True):
         error = (ours[part].cpu().double() - expected).abs().max()
         assert error <= 6e-5 * expected.abs().max().clamp_min(1.0), (part, error)
 
@@ -71,9 +71,9 @@ def test_attention_drops_the_probabilities_that_a_cpu_drops():
     # Each key's value marks the key: the output is the matrix of probabilities after dropout.
     value = torch.eye(keys, device="cuda")[None, :, None].expand(batch, -1, heads, -1)
     options = {"dropout_p": 0.3, "seed": torch.tensor([SEED], device="cuda")}
-    found = ops.attention(query, key, value, **options, backend="triton").permute(0, 2, 1, 3) != 0
+    kept = ops.attention(query, key, value, **options, backend="triton").permute(0, 2, 1, 3) != 0
     sizes = batch, heads, queries, keys
-    assert torch.equal(found.cpu(), reference.attention_dropout_mask(*sizes, dropout_p=0.3, seed=SEED))
+    assert torch.equal(kept.cpu(), reference.attention_dropout_mask(*sizes, dropout_p=0.3, seed=SEED))
 
 
 def test_layer_norm_drops_the_elements_that_a_cpu_drops():

@@ -15,6 +15,6 @@ def make(recipe="glscl", preset="tiny", rows=8, length=12, seed=0, frames=None, 
     column = torch.arange(length)
     ids[:, 0] = 0
     ids = torch.where(column == lengths[:, None] - 1, 2, torch.where(column >= lengths[:, None], 1, ids))
-    pictures = (rows,) if frames is None else (rows, frames)
-    image = torch.randn(*pictures, 3, config.image_size, config.image_size)
+    samples = (rows,) if frames is None else (rows, frames)
+    image = torch.randn(*samples, 3, config.image_size, config.image_size)
     return model, {"image": image.cuda(), "text_ids": ids.cuda(), "text_mask": (ids != 1).cuda()}

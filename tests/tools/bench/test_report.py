@@ -112,10 +112,10 @@ def test_a_step_is_grouped_into_phases():
         "backward": 0.5,
         "draw masks": 0.05,
     }
-    found = report.grouped_phases({"median_seconds": 2.0, "phases": phases})
-    assert list(found) == list(report.GROUPS)
-    assert found["fusion"] == pytest.approx(0.6) and found["losses"] == pytest.approx(0.3)
-    assert found["other"] == pytest.approx(0.1) and sum(found.values()) == pytest.approx(2.0)
+    seconds = report.grouped_phases({"median_seconds": 2.0, "phases": phases})
+    assert list(seconds) == list(report.GROUPS)
+    assert seconds["fusion"] == pytest.approx(0.6) and seconds["losses"] == pytest.approx(0.3)
+    assert seconds["other"] == pytest.approx(0.1) and sum(seconds.values()) == pytest.approx(2.0)
 
 
 def test_models_are_shown_fused_beside_unfused(tmp_path):
@@ -196,21 +196,21 @@ def test_a_document_shows_no_figure_that_no_record_holds(name):
         expected = report.embed(text, records.read(committed_records()))
         assert text == expected, f"{name} is not what the records say: sclkern bench report --update {name}"
         text = report.embed(text, [])
-    found = [line for line in text.splitlines() if FIGURE.search(line)]
-    assert not found, found
+    figures = [line for line in text.splitlines() if FIGURE.search(line)]
+    assert not figures, figures
 
 
 def test_the_committed_report_is_what_the_records_say():
-    """Its pictures too: their comment tells which records they show."""
+    """Its plots too: their comment is the digest of the records they show."""
     rows, folder = records.read(committed_records()), ROOT / "docs" / "report"
     text = (folder / "report.md").read_text()
     assert text.startswith(report.report(rows) + "\n"), "write it again: sclkern bench report --output docs/report"
-    pictures = {file.name: Image.open(file).info["Comment"] for file in folder.glob("*.png")}
+    plots_shown = {file.name: Image.open(file).info["Comment"] for file in folder.glob("*.png")}
     for device, expected in plots.digests(rows).items():
-        found = {name: comment for name, comment in pictures.items() if name.startswith(device)}
-        assert found and set(found.values()) == {expected}, f"{device}: draw them again, as above"
-        assert all(f"]({name})" in text for name in found)
-    assert set(re.findall(r"docs/report/([\w.-]+\.png)", (ROOT / "README.md").read_text())) <= set(pictures)
+        comments = {name: comment for name, comment in plots_shown.items() if name.startswith(device)}
+        assert comments and set(comments.values()) == {expected}, f"{device}: draw them again, as above"
+        assert all(f"]({name})" in text for name in comments)
+    assert set(re.findall(r"docs/report/([\w.-]+\.png)", (ROOT / "README.md").read_text())) <= set(plots_shown)
 
 
 @pytest.mark.parametrize(
