@@ -21,7 +21,7 @@ from sclkern.reference import completion_loss as definition
 
 ROWS, FRAMES, TOKENS, WIDTH = 4, 2, 3, 5
 CASES = [*product(["itc", "mvsc", "mlsc", "mltc"], ["exact", "published"], ["all", "published"])]
-OP_CASES = [*product(["exact", "reference"], ["both", "recovered_to_complete"], ["plain", "valid", "groups"])]
+OP_CASES = [*product(["exact", "published"], ["both", "recovered_to_complete"], ["plain", "valid", "groups"])]
 NAMES = ("recovered", "complete", "temperature")
 
 

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import copy
 
-import pytest
-import yaml
-
 from sclkern.legacy import translate_config
-from sclkern.training.checkpoint import load_checkpoint, open_directory, save_checkpoint
 from sclkern.training.config import load_config, resume_difference
 from tiny_run import overrides
 
@@ -68,30 +64,9 @@ def with_old_values(config):
     return values
 
 
-def test_a_saved_configuration_loads(tmp_path):
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(with_old_values(load_config(None, overrides(tmp_path / "run")))))
-    config = load_config(file)
-    assert {getattr(config.objectives, name) for name in CHOICES} == {"published"}
-    assert config.optimizer.no_decay == "published"
-
-
 def test_an_override_may_have_the_old_value():
     config = load_config(None, ["objectives.gather=reference", "optimizer.no_decay=reference"])
     assert (config.objectives.gather, config.optimizer.no_decay) == ("published", "published")
-
-
-@pytest.mark.parametrize("resumed_with", ["reference", "published"])
-def test_a_run_goes_on_from_a_checkpoint_with_old_values(tmp_path, resumed_with):
-    options = {f"objectives__{name}": resumed_with for name in CHOICES} | {"optimizer__no_decay": resumed_with}
-    config = load_config(None, overrides(tmp_path / "run", **options))
-    checkpoints = tmp_path / "run" / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    save_checkpoint(checkpoints / "latest.pt", {"config": with_old_values(config), "step": 3})
-    assert open_directory(config, resume=True)["step"] == 3
-    # What the folder says from now on is said in today's words.
-    assert load_config(tmp_path / "run" / "config.yaml") == config
-    assert load_checkpoint(checkpoints / "latest.pt")["config"]["objectives"]["gather"] == "reference"
 
 
 def test_a_checkpoint_with_old_values_is_still_compared(tmp_path):

@@ -77,8 +77,6 @@ def completion_loss(
             on every rank, if ranks differ in shape, dtype or options (see ``sclkern.distributed.compare``).
             RuntimeError: second derivatives other than by ``backend="eager"``.
     """
-    # Until the objectives have the new value.
-    gather = "published" if gather == "reference" else gather
     check(recovered, complete, temperature, directions, reduction, valid, eps, gather)
     dtype = torch.promote_types(recovered.dtype, complete.dtype)
     precise = torch.promote_types(dtype, torch.float32)

@@ -40,8 +40,9 @@ class SCLLosses:
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
-    def __getattr__(self, name: str) -> Tensor | None:
-        # Reached only for what is no field. A copy asks before it has fields.
+    # Any, because only the recipe says which are None.
+    def __getattr__(self, name: str) -> Any:
+        # Reached only for what is no field; while a copy is made, before the fields exist.
         losses = self.__dict__.get("losses", {})
         if name in losses:
             return losses[name]

@@ -230,8 +230,7 @@ def _video_case(model: SCLModel, given: Mapping[str, Tensor]) -> dict[str, Tenso
     mask = given["text_mask"].bool()
     mlm = model.run_fusion(model.encode_text(given["text_ids_mlm"], mask), mask, model.encode_image(given["video"]))
     masked_image, masked_text = views["masked_image"], views["masked_text"]
-    options = {"temperature": model.objectives.temperature, "directions": "both"}
-    vision = [masked_image.image.cls, masked_text.image.cls]
+    temperature = model.objectives.temperature
     head = model.mlm_head
     out["out.mlm_logits_at_labels"] = head(mlm.text[given["text_labels_mlm"].ne(-100)])
     con = model.objectives.itc_weight * L.image_text_contrast(
@@ -242,13 +241,17 @@ def _video_case(model: SCLModel, given: Mapping[str, Tensor]) -> dict[str, Tenso
             head.transform(mlm.text), head.decoder.weight, head.decoder.bias, given["text_labels_mlm"]
         )[0],
         "loss.con_loss": con,
-        "loss.scl_image_loss": L.masked_vision_semantic_completion(*vision, **options),
+        "loss.scl_image_loss": L.masked_vision_semantic_completion(
+            masked_image.image.cls, masked_text.image.cls, temperature=temperature
+        ),
         "loss.scl_text_loss": L.masked_language_semantic_completion(
-            masked_text.text_cls, masked_image.text_cls, **options
+            masked_text.text_cls, masked_image.text_cls, temperature=temperature
         ),
     }
     out["loss.scl_step_total"] = sum(out[f"loss.{n}_loss"] for n in ("mlm", "con", "scl_text", "scl_image"))
-    over_frames = L.masked_vision_semantic_completion(*vision, frame_norm="published", **options)
+    over_frames = L.masked_vision_semantic_completion(
+        masked_image.image.cls, masked_text.image.cls, temperature=temperature, frame_norm="published"
+    )
     out["loss.scl_reference_code_loss"] = over_frames + out["loss.scl_text_loss"]
     return out
 
