@@ -9,7 +9,7 @@ parameter. Only ``w.`` and ``in.`` are read to compute; the rest is compared.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,13 @@ NORM_FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class Comparison:
-    """One recorded number or tensor. ``error`` and ``tolerance`` are absolute."""
+    """One recorded number or tensor.
+
+    Attributes:
+        name: in the file.
+        error: largest absolute difference.
+        tolerance: largest absolute difference that is accepted.
+    """
 
     name: str
     error: float
@@ -41,11 +47,19 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
+        """Whether the error is within the tolerance."""
         return self.error <= self.tolerance  # False for NaN
 
 
 def run_parity(path: str | Path, device: str = "cpu") -> list[Comparison]:
     """Compare every ``out.``, ``loss.`` and ``grad.`` of a golden file, and every gradient norm of its JSON.
+
+    Args:
+        path: the safetensors file; its JSON file, if any, has the same stem.
+        device: on which the model runs.
+
+    Returns:
+        One comparison for each recorded tensor and norm.
 
     Raises:
         UserError: the file cannot be read, or holds no golden case.
@@ -101,7 +115,12 @@ def compute(weights: Mapping[str, Tensor], given: Mapping[str, Tensor], device: 
     """Every output, loss and gradient of a golden case, under the names of the file.
 
     Args:
-        weights: tensors under the published names. given: the inputs, without their ``in.``.
+        weights: tensors under the published names.
+        given: the inputs, without their ``in.``.
+        device: on which the model runs.
+
+    Returns:
+        Tensors by name.
 
     Raises:
         KeyError: an input that the case needs is not given.
@@ -110,9 +129,9 @@ def compute(weights: Mapping[str, Tensor], given: Mapping[str, Tensor], device: 
     given = {name: tensor.to(device) for name, tensor in given.items()}
     if "patch_token_mask" in given:
         given["patch_token_mask"] = given["patch_token_mask"].bool()
-    model.objectives = ObjectiveConfig.published("glscl" if "patch_token_mask" in given else "scl")
-    # The published code's frame norm is recorded apart, "for the record"; the case's own loss is over features.
-    model.objectives = _with(model.objectives, frame_norm="features")
+    objectives = ObjectiveConfig.published("glscl" if "patch_token_mask" in given else "scl")
+    # The case's loss normalises over features; the loss with the published code's norm over frames is recorded apart.
+    model.objectives = replace(objectives, frame_norm="features")
     video = "video" in given
     out = _video_case(model, given) if video else _image_case(model, given)
     model.zero_grad()
@@ -120,10 +139,6 @@ def compute(weights: Mapping[str, Tensor], given: Mapping[str, Tensor], device: 
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
     out.update({"grad.scl_step." + k: v for k, v in split_to_reference(model.config, gradients).items()})
     return out
-
-
-def _with(objectives: ObjectiveConfig, **changes) -> ObjectiveConfig:
-    return ObjectiveConfig(**{**asdict(objectives), **changes})
 
 
 def _views(
@@ -248,7 +263,8 @@ def _video_case(model: SCLModel, given: Mapping[str, Tensor]) -> dict[str, Tenso
             masked_text.text_cls, masked_image.text_cls, temperature=temperature
         ),
     }
-    out["loss.scl_step_total"] = sum(out[f"loss.{n}_loss"] for n in ("mlm", "con", "scl_text", "scl_image"))
+    mlm_loss, text_loss, image_loss = (out[f"loss.{name}_loss"] for name in ("mlm", "scl_text", "scl_image"))
+    out["loss.scl_step_total"] = mlm_loss + con + text_loss + image_loss
     over_frames = L.masked_vision_semantic_completion(
         masked_image.image.cls, masked_text.image.cls, temperature=temperature, frame_norm="published"
     )
@@ -257,7 +273,15 @@ def _video_case(model: SCLModel, given: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def format_table(rows: list[Comparison], *, everything: bool = False) -> str:
-    """The comparisons as text: outputs, losses and gradients each on a line, norms in one unless they fail."""
+    """Format comparisons as text: outputs, losses and gradients one a line, norms in one line unless they fail.
+
+    Args:
+        rows: the comparisons.
+        everything: list every norm too.
+
+    Returns:
+        Lines of text.
+    """
     shown = [r for r in rows if everything or not r.name.startswith("norm.") or not r.ok]
     width = max((len(r.name) for r in shown), default=4)
     lines = [f"{'':2} {'name':{width}} {'error':>9} {'tolerance':>9}"]
