@@ -31,7 +31,8 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, forms: tuple[str, s
     if 0 in query.shape[-3 if same_length else -2 :]:
         sizes = "a length, H and D" if same_length else "H and D"
         raise ValueError(f"query: got shape {tuple(query.shape)}, expected {forms[0]} with {sizes} of at least 1")
-    _checks.same_dtype("query", cast_like(query), key=cast_like(key), value=cast_like(value))
+    cast_query, cast_key, cast_value = autocast_like(query, key, value)
+    _checks.same_dtype("query", cast_query, key=cast_key, value=cast_value)
     length = query.shape[-3] if same_length else key.shape[-3] if key.ndim == dimensions else None
     _checks.shape(forms[1], (*query.shape[:-3], length, *query.shape[-2:]), key=key, value=value)
     _checks.same_device("query", query, key=key, value=value)
@@ -111,19 +112,27 @@ def plan_heads(
     Returns:
         The path "triton", "sdpa" or "eager".
     """
-    given = [cast_like(tensor) for tensor in tensors if tensor is not None]
+    given = autocast_like(*tensors)
     choice = select_backend(*given, backend=backend, unsupported=kernel_problems(head_dim, softmax_scale))
     if choice.path == "triton" or resolve_backend(backend) != "auto" or given[0].device.type != "cpu":
         return choice
     return Choice("eager", choice.reasons + sdpa_problems) if sdpa_problems else choice.via("sdpa", sdpa)
 
 
-def cast_like(tensor: Tensor) -> Tensor:
-    """A tensor of the dtype and device of ``autocast(tensor)``, for checks and plans, without the cost of the cast."""
+def autocast_all(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """``autocast`` of tensors on one device."""
+    return tuple(map(autocast, tensors)) if _autocasts(tensors[0]) else tensors
+
+
+def autocast_like(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Tensors of the dtypes and devices of ``autocast_all``, without the cost of a cast; None is dropped."""
+    given = tuple(tensor for tensor in tensors if tensor is not None)
+    return tuple(autocast(tensor.new_empty(0)) for tensor in given) if given and _autocasts(given[0]) else given
+
+
+def _autocasts(tensor: Tensor) -> bool:
     kind = tensor.device.type
-    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
-        return autocast(tensor.new_empty(0))
-    return tensor
+    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 
 def contiguous_channels(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sclkern import reference
 from sclkern.ops._attention import (
+    autocast_all,
     check_numbers,
     check_padding_mask,
     check_tensors,
@@ -20,7 +21,7 @@ from sclkern.ops._attention import (
     sdpa_attention,
 )
 from sclkern.ops._registration import kernels, public_op, register
-from sclkern.ops.dispatch import Choice, autocast, logged, select_backend
+from sclkern.ops.dispatch import Choice, logged, select_backend
 from sclkern.random import seed_tensor
 
 
@@ -69,7 +70,7 @@ def attention(
         RuntimeError: second derivatives of the kernel; ``backend="eager"`` has them.
     """
     check(query, key, value, key_padding_mask, dropout_p, softmax_scale, seed)
-    query, key, value = autocast(query), autocast(key), autocast(value)
+    query, key, value = autocast_all(query, key, value)
     scale = resolve_scale(query.shape[-1], softmax_scale)
     options: dict[str, Any] = {"dropout_p": dropout_p, "softmax_scale": scale, "seed": seed}
     path = logged("attention", plan(query, key, value, **options, backend=backend)).path

@@ -10,11 +10,18 @@ from torch import Tensor
 
 from sclkern import reference
 from sclkern.ops import _checks
-from sclkern.ops._attention import cast_like, check_numbers, check_padding_mask, kernel_problems, resolve_scale
+from sclkern.ops._attention import (
+    autocast_all,
+    autocast_like,
+    check_numbers,
+    check_padding_mask,
+    kernel_problems,
+    resolve_scale,
+)
 from sclkern.ops._registration import kernels, public_op, register
 from sclkern.ops.attention import attention
 from sclkern.ops.attention import plan as plan_attention
-from sclkern.ops.dispatch import Choice, autocast, logged, resolve_backend, select_backend
+from sclkern.ops.dispatch import Choice, logged, resolve_backend, select_backend
 from sclkern.random import seed_tensor
 from sclkern.reference.cross_attention import absorb_into_keys
 
@@ -97,9 +104,8 @@ def cross_attention(
     """
     numbers = dropout_p, softmax_scale, seed
     check(x, context, in_weight, in_bias, out_weight, out_bias, num_heads, key_padding_mask, *numbers, absorb)
-    x, context, in_weight, in_bias = autocast(x), autocast(context), autocast(in_weight), autocast(in_bias)
-    out_weight, out_bias = autocast(out_weight), autocast(out_bias)
-    tensors = x, context, in_weight, in_bias, out_weight, out_bias
+    tensors = autocast_all(x, context, in_weight, in_bias, out_weight, out_bias)
+    x, context, in_weight, in_bias, out_weight, out_bias = tensors
     options: dict[str, Any] = {"dropout_p": dropout_p, "softmax_scale": softmax_scale, "seed": seed}
     choice = plan(*tensors, num_heads=num_heads, **options, absorb=absorb, backend=backend)
     path = logged("cross_attention", choice).path
@@ -161,10 +167,10 @@ def plan(
     """The path of these arguments; see ``sclkern.ops.explain``."""
     tensors = x, context, in_weight, in_bias, out_weight, out_bias
     if x is None or context is None or num_heads is None:
-        return select_backend(*(None if t is None else cast_like(t) for t in tensors), backend=backend)
+        return select_backend(*autocast_like(*tensors), backend=backend)
     numbers: dict[str, Any] = {"dropout_p": dropout_p, "softmax_scale": softmax_scale, "backend": backend}
     lengths = x.shape[1], context.shape[1], x.shape[2]
-    form, choice, _ = plan_form(*lengths, num_heads, *tensors, absorb=absorb, **numbers)
+    form, choice, _ = plan_form(*lengths, num_heads, x, context, absorb=absorb, **numbers)
     if form != "never":
         return choice
     query, key = (tensor.unflatten(-1, (num_heads, -1)) for tensor in (x, context))
@@ -219,7 +225,7 @@ def _candidates(
     forms = list(problems) if absorb == "auto" else [absorb]
     if absorb == "auto" and resolve_backend(backend) == "triton":
         forms = [form for form in forms if not problems[form]] or ["never"]
-    given = [cast_like(tensor) for tensor in tensors if tensor is not None]
+    given = autocast_like(*tensors)
     choices = {form: select_backend(*given, backend=backend, unsupported=problems[form]) for form in forms}
     if dropout_p > 0 and "never" in choices and choices["never"].path == "triton":
         # Without a kernel the dropout mask costs many small launches.
@@ -240,9 +246,13 @@ def _reason(form: str, length: int, absorb: str, costs: dict[str, float], choice
         return f"absorbed into the {length} {form}: {costs[form]:.2f} of the plain multiply-adds"
     if absorb == "never":
         return "nothing absorbed, as requested"
-    others = (f"{other} would take {costs[other]:.2f}" for other in ("keys", "queries") if other in choices)
-    excluded = (f"{other} have no kernel" for other in ("keys", "queries") if other not in choices)
-    return f"nothing absorbed: {', '.join((*others, *excluded))} of the plain multiply-adds"
+    others = [
+        f"{other} would take {costs[other]:.2f} of the plain multiply-adds"
+        if other in choices
+        else f"{other} have no kernel for this"
+        for other in ("keys", "queries")
+    ]
+    return f"nothing absorbed: {', '.join(others)}"
 
 
 def absorbing_problems(num_keys: int, num_heads: int) -> tuple[str, ...]:
@@ -271,8 +281,8 @@ def check(
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, Lq, W) with W of at least 1")
     weights = {"in_weight": in_weight, "in_bias": in_bias, "out_weight": out_weight, "out_bias": out_bias}
     _checks.floating(context=context, **weights)
-    weights_cast = {name: cast_like(tensor) for name, tensor in weights.items()}
-    _checks.same_dtype("x", cast_like(x), context=cast_like(context), **weights_cast)
+    first, *others = autocast_like(x, context, *weights.values())
+    _checks.same_dtype("x", first, **dict(zip(("context", *weights), others, strict=True)))
     _checks.shape("(B, Lk, W)", (batch, None, width), context=context)
     _checks.shape("(3 W, W)", (3 * width, width), in_weight=in_weight)
     _checks.shape("(3 W,)", (3 * width,), in_bias=in_bias)

@@ -8,7 +8,7 @@ from torch import Tensor
 from sclkern import reference
 from sclkern.ops import _checks
 from sclkern.ops._attention import (
-    check_numbers,
+    autocast_all,
     check_tensors,
     contiguous_channels,
     fake_gradients,
@@ -19,7 +19,7 @@ from sclkern.ops._attention import (
 from sclkern.ops._registration import kernels, public_op, register
 from sclkern.ops.attention import attention
 from sclkern.ops.attention import plan as plan_attention
-from sclkern.ops.dispatch import Choice, autocast, logged, select_backend
+from sclkern.ops.dispatch import Choice, logged, select_backend
 
 
 @public_op
@@ -57,7 +57,7 @@ def frame_attention(
         RuntimeError: second derivatives of the kernel and of PyTorch's attention; ``backend="eager"`` has them.
     """
     check(query, key, value, num_frames, softmax_scale)
-    query, key, value = autocast(query), autocast(key), autocast(value)
+    query, key, value = autocast_all(query, key, value)
     if _is_plain(query, num_frames):
         return attention(query, key, value, softmax_scale=softmax_scale, backend=backend)  # type: ignore[return-value]
     scale = resolve_scale(query.shape[-1], softmax_scale)
@@ -95,7 +95,8 @@ def check(query: Tensor, key: Tensor, value: Tensor, num_frames: int, softmax_sc
             f"num_frames: got {num_frames} for a length of {query.shape[1]}, expected a divisor of it: length = "
             "num_frames * (1 + patches)"
         )
-    check_numbers(0.0, softmax_scale, None, query.device, 0, 0)
+    if softmax_scale is not None:
+        _checks.number("softmax_scale", softmax_scale)
 
 
 def _is_plain(query: Tensor, num_frames: int) -> bool:

@@ -10,10 +10,17 @@ from torch import Tensor
 
 from sclkern import reference
 from sclkern.ops import _checks
-from sclkern.ops._attention import check_numbers, check_tensors, plan_heads, resolve_scale, sdpa_attention
+from sclkern.ops._attention import (
+    autocast_all,
+    check_numbers,
+    check_tensors,
+    plan_heads,
+    resolve_scale,
+    sdpa_attention,
+)
 from sclkern.ops._registration import public_op
 from sclkern.ops.attention import run_kernel
-from sclkern.ops.dispatch import Choice, autocast, logged, may_read, select_backend
+from sclkern.ops.dispatch import Choice, logged, may_read, select_backend
 
 
 @public_op
@@ -64,7 +71,7 @@ def packed_attention(
     """
     numbers = dropout_p, softmax_scale, seed
     check(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *numbers)
-    query, key, value = autocast(query), autocast(key), autocast(value)
+    query, key, value = autocast_all(query, key, value)
     packing = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k
     scale = resolve_scale(query.shape[-1], softmax_scale)
     options: dict[str, Any] = {"dropout_p": dropout_p, "softmax_scale": scale, "seed": seed}
@@ -108,6 +115,8 @@ def check(
         name, limit = f"cu_seqlens_{side}", f"max_seqlen_{side}"
         _checks.dtype(torch.int32, **{name: cu_seqlens})
         _checks.shape("(B + 1,)", (cu_seqlens_q.shape[0] if side == "k" else None,), **{name: cu_seqlens})
+        if cu_seqlens.shape[0] == 0:
+            raise ValueError(f"{name}: got shape (0,), expected (B + 1,), of at least one element")
         _checks.same_device("query", query, **{name: cu_seqlens})
         _checks.integer(limit, max_seqlen, 0)
         if may_read(cu_seqlens):

@@ -57,7 +57,7 @@ def test_a_temperature_outside_its_range_comes_back(stored, used):
     assert loss.temperature.grad.isfinite() and loss.temperature.grad != 0
 
 
-def test_state_is_the_learnable_temperature_alone():
+def test_state_is_only_the_learnable_temperature():
     assert not nn.CompletionLoss().state_dict()
     loss = nn.CompletionLoss(0.2, learnable=True)
     assert list(loss.state_dict()) == ["temperature"] and loss.temperature.shape == ()

@@ -22,7 +22,7 @@ def test_computes_what_torch_does(biased, backend, dtype, assert_same):
     assert_same(ours, theirs, *inputs, dtype=dtype)
 
 
-def test_drops_in_training_alone():
+def test_drops_only_in_training():
     norm, (x, residual) = nn.DropoutAddLayerNorm(8, dropout=1.0), torch.randn(2, 5, 8)
     plain = Plain(8)
     torch.testing.assert_close(norm(x, residual), plain(torch.zeros_like(x), residual))

@@ -186,7 +186,7 @@ def test_a_place_keeps_its_draw_when_lengths_grow():
 
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.97])
-def test_the_share_dropped_is_that_asked_for(dropout_p):
+def test_the_dropped_share_is_dropout_p(dropout_p):
     draws = reference.attention_dropout_mask(2, 4, 100, 200, dropout_p=dropout_p, seed=9).double()
     assert abs(1 - draws.mean().item() - dropout_p) < 4.5 * math.sqrt(dropout_p * (1 - dropout_p) / draws.numel())
     # Each of the eight places that share one call of the generator.

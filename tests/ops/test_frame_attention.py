@@ -20,7 +20,7 @@ SHAPES = [
     (2, 1, 32), (3, 2, 64), (2, 15, 32), (3, 16, 32), (2, 17, 128), (3, 31, 32), (2, 32, 64), (2, 33, 32), (3, 34, 32),
     (2, 63, 32), (2, 64, 32), (3, 65, 32), (3, 66, 64), (2, 127, 32), (2, 129, 64), (5, 65, 32), (17, 2, 32),
 ]  # fmt: skip
-# What each process alone can tell.
+# The process that interprets kernels leaves the other paths to the usual one.
 HERE = ["triton"] if interpreted() else [*BACKENDS, "auto"]
 NAMES = ("out", "grad_query", "grad_key", "grad_value")
 

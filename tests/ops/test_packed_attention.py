@@ -262,6 +262,7 @@ Q, CU = torch.zeros(3, 1, 32), torch.tensor([0, 2, 3], dtype=torch.int32)
             r"cu_seqlens_k: got shape \(2,\), expected \(B \+ 1,\) = \(3,\)",
         ),
         ({"cu_seqlens_k": CU[None]}, ValueError, r"cu_seqlens_k: got shape \(1, 3\), expected \(B \+ 1,\)"),
+        ({"cu_seqlens_q": CU[:0]}, ValueError, r"cu_seqlens_q: got shape \(0,\), expected \(B \+ 1,\)"),
         ({"cu_seqlens_q": CU.to("meta")}, ValueError, r"cu_seqlens_q: got device meta"),
         ({"cu_seqlens_q": CU + 1}, ValueError, r"cu_seqlens_q: got \[1, 3, 4\], expected 0, then ascending"),
         ({"cu_seqlens_k": CU * 2}, ValueError, r"cu_seqlens_k: got \[0, 4, 6\], expected .* at most 3"),
