@@ -90,6 +90,13 @@ main(["configs"])
     assert lines[0] == "{" and names == {line.split()[0] for line in lines[lines.index("}") + 1 :]}
 
 
+def test_the_entry_point_is_installed(site, tmp_path):
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(site), "HOME": str(tmp_path)}
+    command = [sys.executable, site / "bin" / "sclkern", "--version"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "sclkern 0.1.0\n"), done.stderr
+
+
 LINK = re.compile(r"\]\((?!https?:|#)[^)]*\)")
 
 

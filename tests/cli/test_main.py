@@ -58,6 +58,12 @@ print(sorted(name for name in loaded if name.startswith("sclkern")))
     assert "usage: sclkern bench static" in "\n".join(lines)
 
 
+def test_the_module_for_torchrun_is_pretrain():
+    with run_python("-m", "sclkern.pretrain", "--help", stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.read().startswith("usage: sclkern pretrain ")
+    assert process.returncode == 0
+
+
 def test_overrides_may_stand_on_both_sides_of_options():
     options = parse(["plan", "run.seed=1", "--json", "run.max_steps=2", "--frames", "2", "run.batch_size=4"])
     assert options.overrides == ["run.seed=1", "run.max_steps=2", "run.batch_size=4"]

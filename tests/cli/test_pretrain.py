@@ -38,7 +38,7 @@ def test_metrics_hold_every_step_and_validation(finished):
     assert all(m[name] > 0 for m in metrics if m["kind"] == "train" for name in ("pairs_per_second", "data_seconds"))
 
 
-def test_report_tells_first_and_last_losses_and_recalls(finished):
+def test_report_has_first_and_last_losses_and_recalls(finished):
     report = (finished / "report.md").read_text()
     metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     train = [m for m in metrics if m["kind"] == "train"]
@@ -50,7 +50,7 @@ def test_report_tells_first_and_last_losses_and_recalls(finished):
                 assert any(gallery in r and direction in r and f"| {method} |" in r for r in report.splitlines())
 
 
-def test_pictures_are_not_blank(finished):
+def test_plots_are_not_blank(finished):
     for name in ("losses.png", "attention.png"):
         pixels = matplotlib.image.imread(finished / name)
         assert pixels.shape[0] > 200 and pixels[..., :3].std() > 0.05, name
@@ -116,11 +116,11 @@ def fails(tmp_path, capsys):
         output = changes.pop("run__output_dir", tmp_path / "run")
         status = main(["pretrain", *overrides(output, **changes), *args])
         lines = capsys.readouterr().err.strip().splitlines()
-        told = [line for line in lines if line.startswith("sclkern pretrain: error: ")]
-        assert (status, len(told)) == (2, 1), lines
-        assert told[0] == lines[-1] and not any("Traceback" in line for line in lines)
+        errors = [line for line in lines if line.startswith("sclkern pretrain: error: ")]
+        assert (status, len(errors)) == (2, 1), lines
+        assert errors[0] == lines[-1] and not any("Traceback" in line for line in lines)
         for pattern in patterns:
-            assert pattern in told[0], told[0]
+            assert pattern in errors[0], errors[0]
 
     return check
 
@@ -172,13 +172,13 @@ def test_caption_without_tokens(fails, tmp_path, caption):
 
 def test_more_than_one_percent_undecodable(fails, tmp_path):
     pairs = rows()
-    pairs[5]["image"] = b"no picture"
+    pairs[5]["image"] = b"no image"
     fails("1 of 40 images cannot be decoded", "mine.arrow row 5", "1 %", **data(tmp_path, pairs, run__max_steps=20))
 
 
 def test_a_few_undecodable_are_counted_and_named(tmp_path, caplog):
     pairs = rows(120)
-    pairs[5]["image"] = b"no picture"
+    pairs[5]["image"] = b"no image"
     write_pairs(tmp_path / "good.arrow", rows(8))
     settings = data(tmp_path, pairs, run__max_steps=15, data__val_tables="[good]")
     assert main(["pretrain", *overrides(tmp_path / "run", **settings)]) == 0
@@ -187,7 +187,7 @@ def test_a_few_undecodable_are_counted_and_named(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_picture_smaller_than_a_patch(fails, tmp_path, workers):
+def test_image_smaller_than_a_patch(fails, tmp_path, workers):
     pairs = rows(16)
     pairs[2]["image"] = image_file(size=(40, 9))
     fails("mine.arrow row 2", "40 x 9", "patch", **data(tmp_path, pairs, data__num_workers=workers))
@@ -237,7 +237,7 @@ def test_an_unknown_device(fails, device):
     fails(f"device: got '{device}'", run__device=device)
 
 
-def test_one_pair_has_no_false_image(fails, tmp_path):
+def test_one_pair_has_no_negative_image(fails, tmp_path):
     fails("run.batch_size: got 1, expected 2 or more", run__batch_size=1)
     settings = data(tmp_path, rows(20))
     write_pairs(tmp_path / "one.arrow", rows(1))
@@ -249,16 +249,16 @@ def test_a_recipe_the_model_cannot_train(fails):
     fails("heads", "['itc', 'mlm']", model__heads="[itm]")
 
 
-def test_undecodable_held_out_pictures_stop_the_run_and_keep_the_weights(fails, tmp_path):
+def test_undecodable_held_out_images_stop_the_run_and_keep_the_weights(fails, tmp_path):
     pairs = rows()
-    write_pairs(tmp_path / "bad.arrow", [{**pairs[0], "image": b"no picture"}, *pairs[1:]])
+    write_pairs(tmp_path / "bad.arrow", [{**pairs[0], "image": b"no image"}, *pairs[1:]])
     fails("1 of 40 images cannot be decoded", "bad.arrow row 0", **data(tmp_path, pairs, data__val_tables="[bad]"))
     assert (tmp_path / "run" / "checkpoints" / "latest.pt").exists()
 
 
-def test_a_few_undecodable_held_out_pictures_are_counted(tmp_path):
+def test_a_few_undecodable_held_out_images_are_counted(tmp_path):
     pairs = rows(120)
-    write_pairs(tmp_path / "bad.arrow", [{**pairs[0], "image": b"no picture"}, *pairs[1:]])
+    write_pairs(tmp_path / "bad.arrow", [{**pairs[0], "image": b"no image"}, *pairs[1:]])
     settings = data(tmp_path, pairs, data__val_tables="[bad]", evaluation__attention_images=119)
     assert main(["pretrain", *overrides(tmp_path / "run", run__max_steps=1, **settings)]) == 0
     assert "Undecodable held-out images, skipped: 1" in (tmp_path / "run" / "report.md").read_text()
