@@ -15,10 +15,4 @@ from sclkern.ops.masking import select_patches as select_patches
 from sclkern.ops.masking import select_tokens as select_tokens
 from sclkern.ops.packed_attention import packed_attention as packed_attention
 
-for _function in (
-    attention, completion_loss, cross_attention, dropout_add_layer_norm, embed_patches, frame_attention,
-    linear_cross_entropy, mask_text, packed_attention, select_patches, select_tokens,
-):  # fmt: skip
-    OPS[_function.__name__] = _function
-
 __all__ = ["OPS", "explain", *OPS]

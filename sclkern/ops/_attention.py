@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sclkern.ops import _checks
-from sclkern.ops.dispatch import Choice, autocast, resolve_backend, select_backend
+from sclkern.ops.dispatch import Choice, autocast, select_backend, takes_cpu_form
 from sclkern.reference.attention import check_dropout_lengths
 
 HEAD_DIMS = (32, 64, 128)
@@ -92,13 +92,9 @@ def kernel_problems(head_dim: int, softmax_scale: float | None) -> tuple[str, ..
 
 
 def plan_heads(
-    tensors: tuple[Tensor | None, ...],
-    head_dim: int,
-    softmax_scale: float | None,
-    backend: str,
-    sdpa: str,
+    tensors: tuple[Tensor | None, ...], head_dim: int, softmax_scale: float | None, backend: str, sdpa: str,
     sdpa_problems: tuple[str, ...] = (),
-) -> Choice:
+) -> Choice:  # fmt: skip
     """The path of an attention op: its kernel, PyTorch's attention on a CPU, or the definition.
 
     Args:
@@ -114,7 +110,7 @@ def plan_heads(
     """
     given = autocast_like(*tensors)
     choice = select_backend(*given, backend=backend, unsupported=kernel_problems(head_dim, softmax_scale))
-    if choice.path == "triton" or resolve_backend(backend) != "auto" or given[0].device.type != "cpu":
+    if not takes_cpu_form(choice, backend, given[0]):
         return choice
     return Choice("eager", choice.reasons + sdpa_problems) if sdpa_problems else choice.via("sdpa", sdpa)
 
@@ -166,6 +162,6 @@ def sdpa_attention(
     return out.transpose(1, 2)
 
 
-def fake_gradients(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, ...]:
+def fake_gradients(query: Tensor, key: Tensor, value: Tensor, **_: object) -> tuple[Tensor, ...]:
     """Gradients of query, key and value as the kernels allocate them."""
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)

@@ -211,10 +211,6 @@ def _tensor(name: str, value: Any) -> Tensor:
 
 
 def _range(kind: str, lowest: float, highest: float) -> str:
-    if lowest == -math.inf and highest == math.inf:
-        return kind
     if highest == math.inf:
-        return f"{kind} of at least {lowest}"
-    if lowest == -math.inf:
-        return f"{kind} of at most {highest}"
+        return kind if lowest == -math.inf else f"{kind} of at least {lowest}"
     return f"{kind} from {lowest} to {highest}"

@@ -70,15 +70,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Choice:
         raise ValueError(f"op: got {op!r}, expected one of {', '.join(sorted(OPS))}")
     function = OPS[op]
     module = inspect.getmodule(function)
-    if not hasattr(module, "check_" + op) and "public_op" not in vars(module):
-        return _unconverted(op, module, *args)
     call = inspect.signature(function).bind_partial(*args, **kwargs)
-    missing = [
-        name
-        for name, parameter in call.signature.parameters.items()
-        if parameter.default is parameter.empty and name not in call.arguments
-    ]
     call.apply_defaults()
+    missing = [name for name in call.signature.parameters if name not in call.arguments]
     plan, check = (getattr(module, f"{kind}_{op}", None) or getattr(module, kind) for kind in ("plan", "check"))
     if missing:
         choice: Choice = plan(**call.arguments, **dict.fromkeys(missing))
@@ -90,12 +84,12 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Choice:
 def register(
     name: str,
     forward: Callable[..., Any],
-    *,
     fake: Callable[..., Any],
-    outputs: tuple[str, ...] = ("out",),
     backward: Callable[..., Any] | None = None,
     fake_backward: Callable[..., Any] | None = None,
-    gradients: tuple[str, ...] = (),
+    *,
+    outputs: str = "out",
+    gradients: str = "",
     derive: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     finish: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None,
     cpu: Callable[..., Any] | None = None,
@@ -111,12 +105,12 @@ def register(
     Args:
         name: of the op and of the public function.
         forward: runs the launchers; its annotations are the op's schema.
-        fake: allocates what ``forward`` returns.
-        outputs: names of what ``forward`` returns, in its order.
+        fake: allocates what ``forward`` returns; it is called by keyword, so it names what it needs and takes ``**_``.
         backward: runs the launchers of the backward; annotated too. None for an op without gradient.
-        fake_backward: allocates what ``backward`` returns.
-        gradients: inputs that have a gradient, in the order in which ``backward`` returns them. It returns none for an
-            optional input that was None.
+        fake_backward: allocates what ``backward`` returns, likewise.
+        outputs: names of what ``forward`` returns, in its order, separated by spaces.
+        gradients: names of the inputs that have a gradient, in the order in which ``backward`` returns them. It returns
+            none for an optional input that was None.
         derive: from all inputs and outputs by name, values to save beside or in place of them.
         finish: from the results of ``backward``, the gradients; for results that two inputs share, because an op's
             results may not share memory.
@@ -132,7 +126,7 @@ def register(
     if backward is None:
         return op
     backward_op = _define(f"{name}_backward", backward, fake_backward, cpu_backward)
-    setup, gradient = _autograd(op, backward_op, outputs, gradients, derive, finish)
+    setup, gradient = _autograd(op, backward_op, outputs.split(), gradients.split(), derive, finish)
 
     def no_second_derivative(ctx: Any, *_: Tensor | None) -> None:
         raise RuntimeError(NO_SECOND_DERIVATIVE.format(name))
@@ -152,8 +146,6 @@ def register(
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
             return gradient(ctx, *grads)
 
-    Function.__name__ = Function.__qualname__ = name
-
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return op(*inputs)
@@ -162,10 +154,7 @@ def register(
     return call
 
 
-def _define(
-    name: str, function: Callable[..., Any], fake: Callable[..., Any] | None, cpu: Callable[..., Any] | None
-) -> Any:
-    assert fake is not None, f"{name}: a fake function is missing"
+def _define(name: str, function: Callable[..., Any], fake: Any, cpu: Callable[..., Any] | None) -> Any:
     schema = torch.library.infer_schema(function, mutates_args=())
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -180,8 +169,14 @@ def _define(
     _LIBRARY.impl(name, launch, "CUDA")
     if cpu is not None or interpreted():
         _LIBRARY.impl(name, on_cpu, "CPU")
-    torch.library.register_fake(f"sclkern::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.sclkern, name).default
+    op = getattr(torch.ops.sclkern, name).default
+    names = [argument.name for argument in op._schema.arguments]
+
+    def fake_by_name(*arguments: Any) -> Any:
+        return fake(**dict(zip(names, arguments, strict=True)))
+
+    torch.library.register_fake(f"sclkern::{name}", fake_by_name, lib=_LIBRARY)
+    return op
 
 
 def interpretable(*arguments: Any) -> bool:
@@ -191,54 +186,43 @@ def interpretable(*arguments: Any) -> bool:
 
 
 def _autograd(
-    op: Any,
-    backward_op: Any,
-    outputs: tuple[str, ...],
-    gradients: tuple[str, ...],
+    op: Any, backward_op: Any, outputs: list[str], gradients: list[str],
     derive: Callable[[dict[str, Any]], dict[str, Any]] | None,
     finish: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None,
-) -> tuple[Callable[..., None], Callable[..., Any]]:
+) -> tuple[Callable[..., None], Callable[..., Any]]:  # fmt: skip
     """The functions ``setup_context`` and ``backward`` of an op, from the names of its backward's parameters."""
     inputs = [argument.name for argument in op._schema.arguments]
     names = (*inputs, *outputs)
-    parameters = backward_op._schema.arguments
-    saved = [p for p in parameters if not p.name.startswith(("grad_", "needs_"))]
-    tensors = [p.name for p in saved if "Tensor" in str(p.type)]
-    constants = [p.name for p in saved if "Tensor" not in str(p.type)]
-    incoming = [p.name.removeprefix("grad_") for p in parameters if p.name.startswith("grad_")]
-    constant_outputs = [i for i, output in enumerate(outputs) if output not in incoming]
+    parameters = {p.name: "Tensor" in str(p.type) for p in backward_op._schema.arguments}
+    tensors = [n for n, is_tensor in parameters.items() if is_tensor and not n.startswith("grad_")]
+    constants = [n for n, is_tensor in parameters.items() if not (is_tensor or n.startswith("needs_"))]
+    needed = [n.removeprefix("needs_") for n in parameters if n.startswith("needs_")]
+    not_differentiable = [i for i, output in enumerate(outputs) if f"grad_{output}" not in parameters]
     positions = [inputs.index(name) for name in gradients]
-    # Where each argument of the backward comes from: a list and the position in it.
-    sources = []
-    for parameter in parameters:
-        name = parameter.name
-        if name.startswith("grad_"):
-            sources.append((0, outputs.index(name.removeprefix("grad_"))))
-        elif name.startswith("needs_"):
-            sources.append((1, inputs.index(name.removeprefix("needs_"))))
-        else:
-            sources.append((2, tensors.index(name)) if name in tensors else (3, constants.index(name)))
+    incoming = [f"grad_{output}" for output in outputs]
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         results = output if isinstance(output, tuple) else (output,)
         values = dict(zip(names, (*inputs, *results), strict=True))
         ctx.given = [inputs[i] is not None for i in positions]
-        if constant_outputs:
-            ctx.mark_non_differentiable(*(results[i] for i in constant_outputs))
+        ctx.mark_non_differentiable(*[results[i] for i in not_differentiable])
         # Otherwise zeros are allocated and filled for every output that nothing reads.
         ctx.set_materialize_grads(False)
         if derive is not None:
             values |= derive(values)
         ctx.save_for_backward(*[values[name] for name in tensors])
-        ctx.constants = [values[name] for name in constants]
+        ctx.constants = {name: values[name] for name in constants}
 
     def gradient(ctx: Any, *grads: Tensor | None) -> Any:
         found: list[Tensor | None] = [None] * len(inputs)
         if all(grad is None for grad in grads):
             return tuple(found)
         needs = ctx.needs_input_grad
-        lists = grads, needs, ctx.saved_tensors, ctx.constants
-        arguments = [lists[which][position] for which, position in sources]
+        values = dict(zip(tensors, ctx.saved_tensors, strict=True)) | ctx.constants
+        values |= dict(zip(incoming, grads, strict=True))
+        for name in needed:
+            values[f"needs_{name}"] = needs[inputs.index(name)]
+        arguments = [values[name] for name in parameters]
         if torch.is_grad_enabled():
             results = backward_op(*arguments)
         else:
@@ -251,23 +235,3 @@ def _autograd(
         return tuple(found)
 
     return setup, gradient
-
-
-def _unconverted(op: str, module: Any, *tensors: Tensor) -> Choice:
-    from sclkern.ops.dispatch import choose
-
-    tensors = tuple(tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.is_floating_point())
-    if not tensors:
-        raise ValueError("tensors: got none, expected the inputs of the op")
-    if op == "cross_attention":
-        return module.explain(*tensors)
-    unsupported = None
-    if op in ("attention", "frame_attention", "packed_attention"):
-        unsupported = module.unsupported(tensors[0], 1.0)
-    elif op == "dropout_add_layer_norm":
-        unsupported = module.unsupported(tensors[0])
-    elif op == "embed_patches":
-        unsupported = module.unsupported(*tensors[:2])
-    elif op in ("mask_text", "select_patches", "select_tokens"):
-        tensors = tuple(tensor.new_empty((0,), dtype=torch.float32) for tensor in tensors)
-    return choose(*tensors, unsupported=unsupported)

@@ -172,18 +172,10 @@ def _backward(
     return kernels.attention_backward.attention_backward(*tensors, dropout_p, softmax_scale, packing)
 
 
-def _fake(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, **_: object) -> tuple[Tensor, Tensor]:
     # Not numel(), which would tie a compiled graph to this length.
     rows = math.prod(query.shape[:-2])
     return query.new_empty(query.shape), query.new_empty((query.shape[-2], rows), dtype=torch.float32)
 
 
-_op = register(
-    "attention",
-    _forward,
-    fake=_fake,
-    outputs=("out", "lse"),
-    backward=_backward,
-    fake_backward=fake_gradients,
-    gradients=("query", "key", "value"),
-)
+_op = register("attention", _forward, _fake, _backward, fake_gradients, outputs="out lse", gradients="query key value")

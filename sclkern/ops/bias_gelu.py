@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -37,11 +37,10 @@ def bias_gelu(
     if logged("bias_gelu", plan(x, bias, approximate=approximate, backend=backend)).path == "eager":
         return reference.bias_gelu(x, bias, approximate=approximate)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
-    out: Tensor = _op(rows, bias.contiguous(), approximate)
-    return out.reshape(x.shape)
+    return _op(rows, bias.contiguous(), approximate).reshape(x.shape)
 
 
-def plan(x: Tensor, bias: Tensor | None, *, approximate: str = "none", backend: str = "auto") -> Choice:
+def plan(x: Tensor | None, bias: Tensor | None, *, backend: str = "auto", **_: Any) -> Choice:
     """The path of these arguments; see ``sclkern.ops.explain``."""
     return select_backend(x, bias, backend=backend)
 
@@ -64,19 +63,12 @@ def _backward(grad_out: Tensor, x: Tensor, bias: Tensor, approximate: str) -> tu
     return kernels.bias_gelu.bias_gelu_backward(grad_out.contiguous(), x, bias, kind)
 
 
-def _fake(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
+def _fake(x: Tensor, **_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _fake_backward(grad_out: Tensor, x: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+def _fake_backward(x: Tensor, bias: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), bias.new_empty(bias.shape)
 
 
-_op = register(
-    "bias_gelu",
-    _forward,
-    fake=_fake,
-    backward=_backward,
-    fake_backward=_fake_backward,
-    gradients=("x", "bias"),
-)
+_op = register("bias_gelu", _forward, _fake, _backward, _fake_backward, gradients="x bias")

@@ -14,7 +14,7 @@ from sclkern.distributed import gather as gather_rows
 from sclkern.ops import _checks
 from sclkern.ops import completion_loss_tiled as tiled
 from sclkern.ops._registration import NO_SECOND_DERIVATIVE, kernels, public_op, register
-from sclkern.ops.dispatch import Choice, logged, resolve_backend, select_backend
+from sclkern.ops.dispatch import Choice, logged, select_backend, takes_cpu_form
 
 DIRECTIONS = ("both", "recovered_to_complete")
 REDUCTIONS = ("mean", "sum", "none")
@@ -87,21 +87,13 @@ def completion_loss(
         if world > 1:
             recovered, complete = (_gather_rows(x, -2, group, gather) for x in (recovered, complete))
             valid = None if valid is None else _gather_rows(valid, -1, group, gather)
-        return reference.completion_loss(
-            recovered.to(precise),
-            complete.to(precise),
-            temperature=temperature,
-            directions=directions,
-            reduction=reduction,
-            valid=valid,
-            eps=eps,
-        )
+        options: dict[str, Any] = {"directions": directions, "reduction": reduction, "valid": valid, "eps": eps}
+        recovered, complete = recovered.to(precise), complete.to(precise)
+        return reference.completion_loss(recovered, complete, temperature=temperature, **options)
     learnable = isinstance(temperature, Tensor) and temperature.requires_grad and torch.is_grad_enabled()
-    if isinstance(temperature, Tensor):
-        temperature = temperature.to(precise)
-    else:
+    if not isinstance(temperature, Tensor):
         temperature = torch.full((), temperature, dtype=precise, device=recovered.device)
-    both, rows = directions == "both", recovered.shape[-2]
+    temperature, both, rows = temperature.to(precise), directions == "both", recovered.shape[-2]
     shape = (recovered.shape[:-2].numel(), *recovered.shape[-2:])
     features = [x.reshape(shape).contiguous() for x in (recovered, complete)]
     mask = None if valid is None else valid.reshape(shape[:2]).contiguous()
@@ -117,20 +109,15 @@ def completion_loss(
 
 
 def plan(
-    recovered: Tensor,
-    complete: Tensor | None,
-    *,
-    group: dist.ProcessGroup | None = None,
-    gather: str | None = "exact",
-    backend: str = "auto",
-    **_: Any,
-) -> Choice:
+    recovered: Tensor | None, complete: Tensor | None, *, group: dist.ProcessGroup | None = None,
+    gather: str | None = "exact", backend: str = "auto", **_: Any,
+) -> Choice:  # fmt: skip
     """The path of these arguments; see ``sclkern.ops.explain``."""
     if recovered is not None and complete is not None and recovered.dtype != complete.dtype:
         dtype = torch.promote_types(recovered.dtype, complete.dtype)
         recovered, complete = recovered.to(dtype), complete.to(dtype)
     choice = select_backend(recovered, complete, backend=backend)
-    if choice.path == "triton" or recovered.device.type != "cpu" or resolve_backend(backend) == "eager":
+    if recovered is None or not takes_cpu_form(choice, backend, recovered):
         return choice
     if gather is not None and world_size(group) > 1:
         return choice.via("tiled", "across ranks a CPU computes this rank's tiles alone")
@@ -140,20 +127,13 @@ def plan(
 
 
 def check(
-    recovered: Tensor,
-    complete: Tensor,
-    temperature: float | Tensor,
-    directions: str,
-    reduction: str,
-    valid: Tensor | None,
-    eps: float,
-    gather: str | None,
-) -> None:
+    recovered: Tensor, complete: Tensor, temperature: float | Tensor, directions: str, reduction: str,
+    valid: Tensor | None, eps: float, gather: str | None,
+) -> None:  # fmt: skip
     """Raise for arguments that no path takes."""
     _checks.floating(recovered=recovered, complete=complete)
     _checks.rank("(N, D) or (G, N, D)", (2, 3), recovered=recovered)
-    form = "(N, D)" if recovered.ndim == 2 else "(G, N, D)"
-    _checks.shape(form, recovered.shape, complete=complete)
+    _checks.shape("(N, D) or (G, N, D)", recovered.shape, complete=complete)
     if isinstance(temperature, Tensor):
         _checks.floating(temperature=temperature)
         _checks.shape("()", (), temperature=temperature)
@@ -161,7 +141,7 @@ def check(
         _checks.positive("temperature", temperature)
     if valid is not None:
         _checks.dtype(torch.bool, valid=valid)
-        _checks.shape("(N,)" if recovered.ndim == 2 else "(G, N)", recovered.shape[:-1], valid=valid)
+        _checks.shape("(N,) or (G, N)", recovered.shape[:-1], valid=valid)
     _checks.same_device("recovered", recovered, complete=complete, temperature=temperature, valid=valid)
     _checks.positive("eps", eps)
     _checks.choice("directions", directions, DIRECTIONS)
@@ -178,24 +158,15 @@ class _AcrossRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        recovered: Tensor,
-        complete: Tensor,
-        temperature: Tensor,
-        valid: Tensor | None,
-        both: bool,
-        learnable: bool,
-        eps: float,
-        group: dist.ProcessGroup | None,
-        scale: int,
-    ) -> tuple[Tensor, Tensor | None]:
+        ctx: Any, recovered: Tensor, complete: Tensor, temperature: Tensor, valid: Tensor | None, both: bool,
+        learnable: bool, eps: float, group: dist.ProcessGroup | None, scale: int,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         rows = recovered.shape[1]
         ctx.offset, ctx.eps, ctx.scale, ctx.learnable = dist.get_rank(group) * rows, eps, scale, learnable
         features = stack(torch.stack([recovered, complete]), group).permute(1, 2, 0, 3, 4).flatten(2, 3)
         valid = None if valid is None else stack(valid, group).transpose(0, 1).flatten(1, 2)
-        losses, positive, lse, spread, rnorm = torch.ops.sclkern.completion_loss(
-            *features.unbind(), temperature, valid, both, learnable, eps, ctx.offset, rows
-        )
+        arguments = temperature, valid, both, learnable, eps, ctx.offset, rows
+        losses, positive, lse, spread, rnorm = torch.ops.sclkern.completion_loss(*features.unbind(), *arguments)
         # The gradient of a row needs the log-sum-exp of every column, that of the temperature the sums of all rows.
         statistics = stack(torch.cat([losses[None], lse, spread]), group).permute(1, 2, 0, 3).flatten(2, 3)
         all_losses, lse, spread = statistics.split([1, len(lse), len(spread)])
@@ -210,45 +181,26 @@ class _AcrossRanks(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND_DERIVATIVE.format("completion_loss"))
         needs = *ctx.needs_input_grad[:2], ctx.needs_input_grad[2] and ctx.learnable
-        gradients = torch.ops.sclkern.completion_loss_backward(
-            grad, *ctx.saved_tensors, ctx.eps, ctx.offset, ctx.rows, *needs[:2]
-        )
+        numbers = ctx.eps, ctx.offset, ctx.rows, *needs[:2]
+        gradients = torch.ops.sclkern.completion_loss_backward(grad, *ctx.saved_tensors, *numbers)
         factors = ctx.scale, ctx.scale, 1
         scaled = (g * factor if need else None for g, factor, need in zip(gradients, factors, needs, strict=True))
         return *scaled, None, None, None, None, None, None
 
 
 def _forward(
-    recovered: Tensor,
-    complete: Tensor,
-    temperature: Tensor,
-    valid: Tensor | None,
-    both: bool,
-    learnable: bool,
-    eps: float,
-    offset: int,
-    rows: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    recovered: Tensor, complete: Tensor, temperature: Tensor, valid: Tensor | None, both: bool, learnable: bool,
+    eps: float, offset: int, rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     launch = kernels.completion_loss.completion_loss_forward
     return launch(recovered, complete, temperature, valid, both, learnable, eps, offset, rows)
 
 
 def _backward(
-    grad_losses: Tensor,
-    recovered: Tensor,
-    complete: Tensor,
-    temperature: Tensor,
-    valid: Tensor | None,
-    positive: Tensor,
-    lse: Tensor,
-    spread: Tensor,
-    rnorm: Tensor,
-    eps: float,
-    offset: int,
-    rows: int,
-    needs_recovered: bool,
-    needs_complete: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_losses: Tensor, recovered: Tensor, complete: Tensor, temperature: Tensor, valid: Tensor | None,
+    positive: Tensor, lse: Tensor, spread: Tensor, rnorm: Tensor, eps: float, offset: int, rows: int,
+    needs_recovered: bool, needs_complete: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     launchers = kernels.completion_loss_backward
     gradients = [recovered.new_empty(0), complete.new_empty(0)]
     # Backward may be called under autocast, which would round the product of float32 features.
@@ -258,10 +210,9 @@ def _backward(
         for i, needed in enumerate((needs_recovered, needs_complete)):
             if needed:
                 x, y = (recovered, complete) if i == 0 else (complete, recovered)
-                gradients[i] = launchers.completion_loss_gradient(
-                    x, y, temperature, valid, weights[i], weights[1 - i], anchors[i], anchors[1 - i], rnorm[i],
-                    rnorm[1 - i], eps, offset, rows,
-                )  # fmt: skip
+                statistics = [t[j] for t in (weights, anchors, rnorm) for j in (i, 1 - i)]
+                launch = launchers.completion_loss_gradient
+                gradients[i] = launch(x, y, temperature, valid, *statistics, eps, offset, rows)
     return gradients[0], gradients[1], _temperature_gradient(weight, temperature, spread)
 
 
@@ -271,87 +222,40 @@ def _temperature_gradient(weight: Tensor, temperature: Tensor, spread: Tensor) -
     return -(weight * spread).sum() / temperature if len(spread) else temperature.new_empty(0)
 
 
-def _tiled_forward(recovered: Tensor, complete: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    with torch.autocast("cpu", enabled=False):
-        return tiled.forward(recovered, complete, *arguments)
-
-
 def _tiled_backward(
-    grad_losses: Tensor,
-    recovered: Tensor,
-    complete: Tensor,
-    temperature: Tensor,
-    valid: Tensor | None,
-    positive: Tensor,
-    lse: Tensor,
-    spread: Tensor,
-    rnorm: Tensor,
-    *arguments: Any,
-) -> tuple[Tensor, ...]:
+    grad_losses: Tensor, recovered: Tensor, complete: Tensor, temperature: Tensor, valid: Tensor | None,
+    positive: Tensor, lse: Tensor, spread: Tensor, rnorm: Tensor, *arguments: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     weight = grad_losses * torch.sigmoid(lse - positive)
     if valid is not None:
         weight.masked_fill_(~valid, 0.0)
-    with torch.autocast("cpu", enabled=False):
-        gradients = tiled.backward(recovered, complete, temperature, valid, weight, lse, rnorm, *arguments)
+    gradients = tiled.backward(recovered, complete, temperature, valid, weight, lse, rnorm, *arguments)
     return *gradients, _temperature_gradient(weight, temperature, spread)
 
 
 def _fake(
-    recovered: Tensor,
-    complete: Tensor,
-    temperature: Tensor,
-    valid: Tensor | None,
-    both: bool,
-    learnable: bool,
-    eps: float,
-    offset: int,
-    rows: int,
+    recovered: Tensor, temperature: Tensor, both: bool, learnable: bool, rows: int, **_: Any
 ) -> tuple[Tensor, ...]:
     groups, length = recovered.shape[:2]
     directions = 2 if both else 1
-    shapes = (
-        (groups, rows),
-        (groups, length),
-        (directions, groups, rows),
-        (directions * learnable, groups, rows),
-        (2, groups, length),
-    )
+    own, all_rows = (groups, rows), (groups, length)
+    shapes = own, all_rows, (directions, *own), (directions * learnable, *own), (2, *all_rows)
     return tuple(temperature.new_empty(shape) for shape in shapes)
 
 
 def _fake_backward(
-    grad_losses: Tensor,
-    recovered: Tensor,
-    complete: Tensor,
-    temperature: Tensor,
-    valid: Tensor | None,
-    positive: Tensor,
-    lse: Tensor,
-    spread: Tensor,
-    rnorm: Tensor,
-    eps: float,
-    offset: int,
-    rows: int,
-    needs_recovered: bool,
-    needs_complete: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    recovered: Tensor, complete: Tensor, temperature: Tensor, spread: Tensor, rows: int, needs_recovered: bool,
+    needs_complete: bool, **_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     shape = recovered.shape[0], rows, recovered.shape[2]
-    return (
-        recovered.new_empty(shape if needs_recovered else 0),
-        complete.new_empty(shape if needs_complete else 0),
-        temperature.new_empty(() if len(spread) else 0),
-    )
+    grad_recovered = recovered.new_empty(shape if needs_recovered else 0)
+    grad_complete = complete.new_empty(shape if needs_complete else 0)
+    return grad_recovered, grad_complete, temperature.new_empty(() if len(spread) else 0)
 
 
 # The gradient of a window of rows needs the statistics of the other windows: ``_AcrossRanks`` exchanges them.
 _op = register(
-    "completion_loss",
-    _forward,
-    fake=_fake,
-    outputs=("losses", "positive", "lse", "spread", "rnorm"),
-    backward=_backward,
-    fake_backward=_fake_backward,
-    gradients=("recovered", "complete", "temperature"),
-    cpu=_tiled_forward,
-    cpu_backward=_tiled_backward,
-)
+    "completion_loss", _forward, _fake, _backward, _fake_backward,
+    outputs="losses positive lse spread rnorm", gradients="recovered complete temperature",
+    cpu=tiled.forward, cpu_backward=_tiled_backward,
+)  # fmt: skip

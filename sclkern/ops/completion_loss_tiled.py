@@ -18,17 +18,11 @@ _EXCLUDED = -1e30
 _PLAIN_EXPONENTIALS = 40.0
 
 
+@torch.autocast("cpu", enabled=False)
 def forward(
-    recovered: Tensor,
-    complete: Tensor,
-    temperature: Tensor,
-    valid: Tensor | None,
-    both: bool,
-    learnable: bool,
-    eps: float,
-    offset: int,
-    rows: int,
-) -> tuple[Tensor, ...]:
+    recovered: Tensor, complete: Tensor, temperature: Tensor, valid: Tensor | None, both: bool, learnable: bool,
+    eps: float, offset: int, rows: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The op ``sclkern::completion_loss`` (see its launcher), in float32 or the wider dtype of the temperature."""
     shape, precise = recovered.shape[:2], temperature.dtype
     window = slice(offset, offset + rows)
@@ -69,28 +63,15 @@ def forward(
     # Of a row without negatives the logarithm is infinite.
     lse += total.log().clamp_min_(_EXCLUDED)
     losses = F.softplus(lse - positive[:, window]).sum(0)
-    return (
-        losses,
-        positive,
-        lse,
-        spread / total.clamp_min_(torch.finfo(precise).tiny) if learnable else spread[:0].clone(),
-        rnorm,
-    )
+    spread = spread / total.clamp_min_(torch.finfo(precise).tiny) if learnable else spread[:0].clone()
+    return losses, positive, lse, spread, rnorm
 
 
+@torch.autocast("cpu", enabled=False)
 def backward(
-    recovered: Tensor,
-    complete: Tensor,
-    temperature: Tensor,
-    valid: Tensor | None,
-    weight: Tensor,
-    lse: Tensor,
-    rnorm: Tensor,
-    eps: float,
-    offset: int,
-    rows: int,
-    *needed: bool,
-) -> list[Tensor]:
+    recovered: Tensor, complete: Tensor, temperature: Tensor, valid: Tensor | None, weight: Tensor, lse: Tensor,
+    rnorm: Tensor, eps: float, offset: int, rows: int, *needed: bool,
+) -> list[Tensor]:  # fmt: skip
     """Gradients (G, rows, D) of the window of both sides, empty where not needed; weight and lse (directions, G, N)
     as in the kernels."""
     groups, length, width = recovered.shape
@@ -103,12 +84,8 @@ def backward(
         if not targets:
             continue
         for group, block, x, y, similarity in _tiles(features, temperature, valid, rnorm, first, window):
-            shares = [
-                (lse[d, group, block, None], weight[d, group, block, None])
-                if d == first
-                else (lse[d, group], weight[d, group])
-                for d in range(len(lse))
-            ]
+            at = [(d, group, block, None) if d == first else (d, group) for d in range(len(lse))]
+            shares = [(lse[index], weight[index]) for index in at]
             if plain:
                 # A row without negatives, of lowest log-sum-exp, has weight 0.
                 factors = [w * torch.exp(-s.clamp_min(-2 * _PLAIN_EXPONENTIALS)) for s, w in shares]
@@ -145,13 +122,9 @@ def _passes(directions: int, length: int, rows: int) -> list[tuple[int, tuple[in
 
 
 def _tiles(
-    features: tuple[Tensor, Tensor],
-    temperature: Tensor,
-    valid: Tensor | None,
-    rnorm: Tensor,
-    first: int,
+    features: tuple[Tensor, Tensor], temperature: Tensor, valid: Tensor | None, rnorm: Tensor, first: int,
     window: slice,
-) -> Iterator[tuple[int, slice, Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[int, slice, Tensor, Tensor, Tensor]]:  # fmt: skip
     """Row blocks of the window, group by group: group, rows, both sides normalised, and the similarities, of which the
     diagonal and invalid rows are excluded."""
     groups, length, _ = features[0].shape

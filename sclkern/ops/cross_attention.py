@@ -326,19 +326,13 @@ def _backward(
     return grad_x, grad_score_weight, grad_score_bias, grad_value_weight, grad_out_bias
 
 
-def _fake(x: Tensor, *_: object) -> Tensor:
+def _fake(x: Tensor, **_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _fake_backward(grad_out: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.new_empty(tensor.shape) for tensor in inputs[:5])
+def _fake_backward(**tensors: Any) -> tuple[Tensor, ...]:
+    return tuple(tensors[name].new_empty(tensors[name].shape) for name in GRADIENTS.split())
 
 
-_op = register(
-    "cross_attention",
-    _forward,
-    fake=_fake,
-    backward=_backward,
-    fake_backward=_fake_backward,
-    gradients=("x", "score_weight", "score_bias", "value_weight", "out_bias"),
-)
+GRADIENTS = "x score_weight score_bias value_weight out_bias"
+_op = register("cross_attention", _forward, _fake, _backward, _fake_backward, gradients=GRADIENTS)

@@ -24,9 +24,7 @@ LOG_CHOICES = "dispatch" in os.environ.get("SCLKERN_LOG", "").split(",")
 _logger = logging.getLogger("sclkern.dispatch")
 _logged: set[tuple[str, Choice]] = set()
 if LOG_CHOICES:
-    _handler = logging.StreamHandler()
-    _handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-    _logger.addHandler(_handler)
+    _logger.addHandler(logging.StreamHandler())
     _logger.setLevel(logging.INFO)
 
 
@@ -115,14 +113,9 @@ def select_backend(
         raise ValueError(f"{source}: got {backend!r}, expected one of {', '.join(BACKENDS)}")
     if backend == "eager":
         return Choice("eager", (f"requested by {source}",))
-    devices = [device] if device is not None else []
-    dtypes = []
-    for tensor in tensors:
-        if tensor is not None:
-            if tensor.device not in devices:
-                devices.append(tensor.device)
-            if tensor.dtype not in dtypes:
-                dtypes.append(tensor.dtype)
+    given = [tensor for tensor in tensors if tensor is not None]
+    devices = list(dict.fromkeys([tensor.device for tensor in given] + ([] if device is None else [device])))
+    dtypes = list(dict.fromkeys([tensor.dtype for tensor in given]))
     if not devices:
         raise ValueError("tensors: got none, expected an input of the op")
     problems = (*unsupported, *_problems(devices, dtypes))
@@ -149,17 +142,14 @@ def _problems(devices: list[torch.device], dtypes: list[torch.dtype]) -> tuple[s
     return tuple(problems)
 
 
+def takes_cpu_form(choice: Choice, backend: str, tensor: Tensor) -> bool:
+    """Whether a CPU may take a faster form of the definition: nobody requested another path by name."""
+    return choice.path == "eager" and resolve_backend(backend) == "auto" and tensor.device.type == "cpu"
+
+
 def logged(op: str, choice: Choice) -> Choice:
     """``choice``, logged the first time that ``op`` makes it under ``SCLKERN_LOG=dispatch``."""
     if LOG_CHOICES and not torch.compiler.is_compiling() and (op, choice) not in _logged:
         _logged.add((op, choice))
-        _logger.info("%s takes path %r: %s", op, choice.path, "; ".join(choice.reasons))
+        _logger.info("sclkern.dispatch: %s takes path %r: %s", op, choice.path, "; ".join(choice.reasons))
     return choice
-
-
-# Until every op is converted.
-def choose(*tensors: Tensor, backend: str = "auto", unsupported: str | None = None) -> Choice:
-    return select_backend(*tensors, backend=backend, unsupported=() if unsupported is None else (unsupported,))
-
-
-asked = resolve_backend

@@ -69,37 +69,19 @@ def dropout_add_layer_norm(
     check(x, residual, weight, bias, x_bias, dropout_p, eps, seed, return_sum)
     options: dict[str, Any] = {"x_bias": x_bias, "dropout_p": dropout_p, "eps": eps, "seed": seed}
     options["return_sum"] = return_sum
-    choice = logged("dropout_add_layer_norm", plan(x, residual, weight, bias, **options, backend=backend))
-    if choice.path == "eager":
+    if logged("dropout_add_layer_norm", plan(x, residual, weight, bias, **options, backend=backend)).path == "eager":
         return reference.dropout_add_layer_norm(x, residual, weight, bias, **options)
-    out, total, *_ = _op(
-        _rows(x),
-        _rows(residual),
-        weight.contiguous(),
-        bias.contiguous(),
-        None if x_bias is None else x_bias.contiguous(),
-        seed_tensor(seed, x.device) if dropout_p > 0 else None,
-        float(dropout_p),
-        float(eps),
-        return_sum,
-    )
+    parameters = weight.contiguous(), bias.contiguous(), None if x_bias is None else x_bias.contiguous()
+    seed = seed_tensor(seed, x.device) if dropout_p > 0 else None
+    out, total, *_ = _op(_rows(x), _rows(residual), *parameters, seed, float(dropout_p), float(eps), return_sum)
     out = out.reshape(x.shape)
     return (out, total.reshape(x.shape)) if return_sum else out
 
 
 def plan(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    x_bias: Tensor | None = None,
-    dropout_p: float = 0.0,
-    eps: float = 1e-5,
-    seed: int | Tensor | None = None,
-    return_sum: bool = False,
-    backend: str = "auto",
-) -> Choice:
+    x: Tensor | None, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, *,
+    x_bias: Tensor | None = None, backend: str = "auto", **_: Any,
+) -> Choice:  # fmt: skip
     """The path of these arguments; see ``sclkern.ops.explain``."""
     unsupported: tuple[str, ...] = ()
     if x is not None and x.shape[-1] > MAX_COLUMNS:
@@ -108,16 +90,9 @@ def plan(
 
 
 def check(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x_bias: Tensor | None,
-    dropout_p: float,
-    eps: float,
-    seed: int | Tensor | None,
-    return_sum: bool,
-) -> None:
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None, dropout_p: float, eps: float,
+    seed: int | Tensor | None, return_sum: bool,
+) -> None:  # fmt: skip
     """Raise for arguments that no path takes."""
     _checks.floating(x=x, residual=residual, weight=weight, bias=bias, **_checks.given(x_bias=x_bias))
     _checks.rank("(..., D)", range(1, 65), x=x)
@@ -135,55 +110,28 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _forward(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x_bias: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    eps: float,
-    return_sum: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None, seed: Tensor | None,
+    dropout_p: float, eps: float, return_sum: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     launch = kernels.dropout_add_layer_norm.dropout_add_layer_norm_forward
     out, total, mean, rstd = launch(x, residual, weight, bias, x_bias, seed, dropout_p, eps, return_sum)
     return out, _empty_if_none(total, x), mean, rstd
 
 
 def _backward(
-    grad_out: Tensor | None,
-    grad_total: Tensor | None,
-    x: Tensor | None,
-    residual: Tensor | None,
-    total: Tensor | None,
-    weight: Tensor,
-    x_bias: Tensor | None,
-    seed: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dropout_p: float,
-    x_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out: Tensor | None, grad_total: Tensor | None, x: Tensor | None, residual: Tensor | None,
+    total: Tensor | None, weight: Tensor, x_bias: Tensor | None, seed: Tensor | None, mean: Tensor, rstd: Tensor,
+    dropout_p: float, x_dtype: torch.dtype, residual_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if grad_out is None:
         # Only where nothing reads the norm, for which a kernel of its own would not pay.
         assert total is not None
         grad_out = torch.zeros_like(total, dtype=x_dtype)
-    grad_x, grad_residual, sums = kernels.dropout_add_layer_norm.dropout_add_layer_norm_backward(
-        grad_out.contiguous(),
-        None if grad_total is None or total is None else grad_total.contiguous(),
-        x,
-        residual,
-        total,
-        weight,
-        x_bias,
-        seed,
-        mean,
-        rstd,
-        dropout_p,
-        x_dtype,
-        residual_dtype,
-    )
+    # The sum that is not returned is empty, and so is its gradient.
+    grad_total = None if grad_total is None or total is None else grad_total.contiguous()
+    tensors = grad_out.contiguous(), grad_total, x, residual, total, weight, x_bias, seed, mean, rstd
+    launch = kernels.dropout_add_layer_norm.dropout_add_layer_norm_backward
+    grad_x, grad_residual, sums = launch(*tensors, dropout_p, x_dtype, residual_dtype)
     return _empty_if_none(grad_x, grad_residual), grad_residual, sums
 
 
@@ -192,17 +140,7 @@ def _empty_if_none(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty((0, like.shape[1])) if tensor is None else tensor
 
 
-def _fake(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    x_bias: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    eps: float,
-    return_sum: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(x: Tensor, residual: Tensor, return_sum: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wider = torch.promote_types(x.dtype, residual.dtype)
     out = x.new_empty(x.shape, dtype=x.dtype if return_sum else wider)
     total = x.new_empty(x.shape, dtype=wider) if return_sum else None
@@ -211,20 +149,9 @@ def _fake(
 
 
 def _fake_backward(
-    grad_out: Tensor | None,
-    grad_total: Tensor | None,
-    x: Tensor | None,
-    residual: Tensor | None,
-    total: Tensor | None,
-    weight: Tensor,
-    x_bias: Tensor | None,
-    seed: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    dropout_p: float,
-    x_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+    weight: Tensor, x_bias: Tensor | None, seed: Tensor | None, mean: Tensor, x_dtype: torch.dtype,
+    residual_dtype: torch.dtype, **_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     shape = mean.shape[0], weight.shape[0]
     grad_residual = mean.new_empty(shape, dtype=residual_dtype)
     needs_own_grad_x = seed is not None or x_dtype != residual_dtype
@@ -246,13 +173,6 @@ def _finish(results: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 _op = register(
-    "dropout_add_layer_norm",
-    _forward,
-    fake=_fake,
-    outputs=("out", "total", "mean", "rstd"),
-    backward=_backward,
-    fake_backward=_fake_backward,
-    gradients=("x", "residual", "weight", "bias", "x_bias"),
-    derive=_saved,
-    finish=_finish,
-)
+    "dropout_add_layer_norm", _forward, _fake, _backward, _fake_backward,
+    outputs="out total mean rstd", gradients="x residual weight bias x_bias", derive=_saved, finish=_finish,
+)  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,8 +67,7 @@ def embed_patches(
     check(images, weight, position, cls, temporal, keep, replace, mask_token, norm_weight, norm_bias, eps)
     # A model hands over the mask token that it has, whether or not a step replaces anything.
     mask_token = None if replace is None else mask_token
-    under_autocast = is_autocast(weight)
-    weight = autocast(weight)
+    under_autocast, weight = is_autocast(weight), autocast(weight)
     optional: dict[str, Tensor | None] = {"temporal": temporal, "keep": keep, "replace": replace}
     optional |= {"mask_token": mask_token, "norm_weight": norm_weight, "norm_bias": norm_bias}
     choice = plan(images, weight, position, cls, **optional, eps=eps, backend=backend)
@@ -78,25 +79,14 @@ def embed_patches(
     # Under autocast a norm is float32, as torch's own is.
     dtype = torch.float32 if under_autocast and norm_weight is not None else dtype
     tensors = (None if t is None else t.contiguous() for t in (weight, position, cls, *optional.values()))
-    out: Tensor = _op(images, *tensors, float(eps), dtype)[0]
-    return out
+    return _op(images, *tensors, float(eps), dtype)[0]
 
 
 def plan(
-    images: Tensor,
-    weight: Tensor | None,
-    position: Tensor | None,
-    cls: Tensor | None,
-    *,
-    temporal: Tensor | None = None,
-    keep: Tensor | None = None,
-    replace: Tensor | None = None,
-    mask_token: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-5,
-    backend: str = "auto",
-) -> Choice:
+    images: Tensor | None, weight: Tensor | None, position: Tensor | None, cls: Tensor | None, *,
+    temporal: Tensor | None = None, replace: Tensor | None = None, mask_token: Tensor | None = None,
+    norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, backend: str = "auto", **_: Any,
+) -> Choice:  # fmt: skip
     """The path of these arguments; see ``sclkern.ops.explain``."""
     unsupported: list[str] = []
     if images is not None and images.requires_grad and torch.is_grad_enabled():
@@ -112,18 +102,10 @@ def plan(
 
 
 def check(
-    images: Tensor,
-    weight: Tensor,
-    position: Tensor,
-    cls: Tensor,
-    temporal: Tensor | None,
-    keep: Tensor | None,
-    replace: Tensor | None,
-    mask_token: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
+    images: Tensor, weight: Tensor, position: Tensor, cls: Tensor, temporal: Tensor | None, keep: Tensor | None,
+    replace: Tensor | None, mask_token: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
     eps: float,
-) -> None:
+) -> None:  # fmt: skip
     """Raise for arguments that no path takes."""
     optional = {"temporal": temporal, "mask_token": mask_token, "norm_weight": norm_weight, "norm_bias": norm_bias}
     floating = {"weight": weight, "position": position, "cls": cls, **_checks.given(**optional)}
@@ -136,18 +118,15 @@ def check(
     batch, frames, channels, height, width = images.shape
     size = weight.shape[-1] if weight.ndim == 4 else 0
     if size == 0 or weight.shape[0] == 0 or weight.shape[1:] != (channels, size, size) or height % size or width % size:
-        raise ValueError(
-            f"weight: got shape {tuple(weight.shape)}, expected (D, C, p, p) with p a divisor of S, for images of "
-            f"shape (B, F, C, S, S) = {tuple(images.shape)}"
-        )
+        expected = f"(D, C, p, p) with p a divisor of S for images (B, F, C, S, S) = {tuple(images.shape)}"
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected {expected}")
     columns, patches = weight.shape[0], (height // size) * (width // size)
     _checks.shape("(D,)", (columns,), cls=cls, mask_token=mask_token, norm_weight=norm_weight, norm_bias=norm_bias)
     _checks.shape("(1 + P, D)", (1 + patches, columns), position=position)
     _checks.shape("(B, P)", (batch, patches), replace=replace)
     if temporal is not None and (temporal.ndim != 2 or temporal.shape[0] < frames or temporal.shape[1] != columns):
-        raise ValueError(
-            f"temporal: got shape {tuple(temporal.shape)}, expected (F or more, D) with F = {frames}, D = {columns}"
-        )
+        expected = f"(F or more, D) with F = {frames}, D = {columns}"
+        raise ValueError(f"temporal: got shape {tuple(temporal.shape)}, expected {expected}")
     if keep is not None and (keep.ndim != 2 or keep.shape[0] != batch or keep.shape[1] > patches):
         raise ValueError(f"keep: got shape {tuple(keep.shape)}, expected (B, K) with B = {batch}, K up to {patches}")
     if replace is not None and mask_token is None:
@@ -164,19 +143,10 @@ def check(
 
 
 def _forward(
-    images: Tensor,
-    weight: Tensor,
-    position: Tensor,
-    cls: Tensor,
-    temporal: Tensor | None,
-    keep: Tensor | None,
-    replace: Tensor | None,
-    mask_token: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    images: Tensor, weight: Tensor, position: Tensor, cls: Tensor, temporal: Tensor | None, keep: Tensor | None,
+    replace: Tensor | None, mask_token: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     launchers = kernels.embed_patches
     parameters = {"position": position, "cls": cls, "temporal": temporal, "keep": keep, "replace": replace}
     parameters |= {"mask_token": mask_token, "norm_weight": norm_weight, "norm_bias": norm_bias}
@@ -190,27 +160,15 @@ def _forward(
 
 
 def _backward(
-    grad_out: Tensor,
-    images: Tensor,
-    weight: Tensor,
-    position: Tensor,
-    cls: Tensor,
-    temporal: Tensor | None,
-    keep: Tensor | None,
-    replace: Tensor | None,
-    mask_token: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    tokens: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-) -> list[Tensor]:
+    grad_out: Tensor, images: Tensor, weight: Tensor, position: Tensor, cls: Tensor, temporal: Tensor | None,
+    keep: Tensor | None, replace: Tensor | None, mask_token: Tensor | None, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, tokens: Tensor, mean: Tensor, rstd: Tensor,
+) -> list[Tensor]:  # fmt: skip
     parameters = {"position": position, "cls": cls, "temporal": temporal, "keep": keep, "replace": replace}
     parameters |= {"mask_token": mask_token, "norm_weight": norm_weight, "norm_bias": norm_bias}
     with torch.autocast(images.device.type, enabled=False):
-        sums = kernels.embed_patches_backward.add_and_normalise_backward(
-            grad_out.contiguous(), tokens, parameters, mean, rstd, images.shape[1]
-        )
+        launch = kernels.embed_patches_backward.add_and_normalise_backward
+        sums = launch(grad_out.contiguous(), tokens, parameters, mean, rstd, images.shape[1])
         patches = kernels.embed_patches.unfold_patches(images, weight.shape[-1], weight.dtype, keep, replace)
         grad_weight = (sums["tokens"].T @ patches).reshape(weight.shape)
     sums["cls"] = sums["position"][0]
@@ -218,60 +176,27 @@ def _backward(
         unused = temporal.shape[0] - images.shape[1]
         sums["temporal"] = torch.nn.functional.pad(sums["temporal"], (0, 0, 0, unused))
     # A copy of the row that is the gradient of cls: the results of an op share no memory.
-    learned = [(name, parameters[name]) for name in GRADIENTS[1:]]
+    learned = [(name, parameters[name]) for name in GRADIENTS.split()[1:]]
     return [grad_weight] + [sums[n].to(t.dtype, copy=n == "cls") for n, t in learned if t is not None]
 
 
 def _fake(
-    images: Tensor,
-    weight: Tensor,
-    position: Tensor,
-    cls: Tensor,
-    temporal: Tensor | None,
-    keep: Tensor | None,
-    replace: Tensor | None,
-    mask_token: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    images: Tensor, weight: Tensor, position: Tensor, keep: Tensor | None, norm_weight: Tensor | None,
+    dtype: torch.dtype, **_: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     samples, frames = images.shape[:2]
     columns, kept = weight.shape[0], position.shape[0] - 1 if keep is None else keep.shape[1]
     rows = 0 if norm_weight is None else samples * frames * (kept + 1)
-    return (
-        images.new_empty((samples, frames * (kept + 1), columns), dtype=dtype),
-        weight.new_empty((0 if norm_weight is None else samples * frames * kept, columns)),
-        images.new_empty((rows,), dtype=torch.float32),
-        images.new_empty((rows,), dtype=torch.float32),
-    )
+    out = images.new_empty((samples, frames * (kept + 1), columns), dtype=dtype)
+    tokens = weight.new_empty((0 if norm_weight is None else samples * frames * kept, columns))
+    return out, tokens, *(images.new_empty((rows,), dtype=torch.float32) for _ in range(2))
 
 
-def _fake_backward(
-    grad_out: Tensor,
-    images: Tensor,
-    weight: Tensor,
-    position: Tensor,
-    cls: Tensor,
-    temporal: Tensor | None,
-    keep: Tensor | None,
-    replace: Tensor | None,
-    mask_token: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    *statistics: Tensor,
-) -> list[Tensor]:
-    learned = (weight, position, cls, temporal, mask_token, norm_weight, norm_bias)
-    return [tensor.new_empty(tensor.shape) for tensor in learned if tensor is not None]
+def _fake_backward(**tensors: Any) -> list[Tensor]:
+    return [tensors[n].new_empty(tensors[n].shape) for n in GRADIENTS.split() if tensors[n] is not None]
 
 
-GRADIENTS = ("weight", "position", "cls", "temporal", "mask_token", "norm_weight", "norm_bias")
+GRADIENTS = "weight position cls temporal mask_token norm_weight norm_bias"
 _op = register(
-    "embed_patches",
-    _forward,
-    fake=_fake,
-    outputs=("out", "tokens", "mean", "rstd"),
-    backward=_backward,
-    fake_backward=_fake_backward,
-    gradients=GRADIENTS,
+    "embed_patches", _forward, _fake, _backward, _fake_backward, outputs="out tokens mean rstd", gradients=GRADIENTS
 )

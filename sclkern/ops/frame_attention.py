@@ -119,9 +119,7 @@ def _sdpa_frame_attention(query: Tensor, key: Tensor, value: Tensor, num_frames:
 
 
 # The log-sum-exp has base 2, the kernel's own.
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, num_frames: int, softmax_scale: float
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _forward(query: Tensor, key: Tensor, value: Tensor, num_frames: int, softmax_scale: float) -> tuple[Tensor, Tensor]:
     return kernels.frame_attention.frame_attention_forward(query, key, value, num_frames, softmax_scale)
 
 
@@ -133,17 +131,11 @@ def _backward(
     return kernels.frame_attention.frame_attention_backward(*tensors, num_frames, softmax_scale)
 
 
-def _fake(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _fake(query: Tensor, **_: object) -> tuple[Tensor, Tensor]:
     batch, length, heads, _head_dim = query.shape
     return query.new_empty(query.shape), query.new_empty((batch, heads, length), dtype=torch.float32)
 
 
 _op = register(
-    "frame_attention",
-    _forward,
-    fake=_fake,
-    outputs=("out", "lse"),
-    backward=_backward,
-    fake_backward=fake_gradients,
-    gradients=("query", "key", "value"),
+    "frame_attention", _forward, _fake, _backward, fake_gradients, outputs="out lse", gradients="query key value"
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 from sclkern import reference
 from sclkern.ops import _checks
 from sclkern.ops._registration import interpretable, kernels, public_op, register
-from sclkern.ops.dispatch import Choice, autocast, logged, may_read, resolve_backend, select_backend
+from sclkern.ops.dispatch import Choice, autocast, logged, may_read, select_backend, takes_cpu_form
 
 REDUCTIONS = ("mean", "sum", "none")
 # Logits in memory at once. On a GPU 134 MB in bfloat16, less than the weight's own float32 gradient at V = 50265 and
@@ -65,7 +65,7 @@ def linear_cross_entropy(
     """
     hidden, weight, bias = autocast(hidden), autocast(weight), None if bias is None else autocast(bias)
     check(hidden, weight, bias, labels, ignore_index, reduction, return_hits)
-    if logged("linear_cross_entropy", plan(hidden, weight, bias, labels, backend=backend)).path == "eager":
+    if logged("linear_cross_entropy", plan(hidden, weight, bias, backend=backend)).path == "eager":
         options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction, "return_hits": return_hits}
         return reference.linear_cross_entropy(hidden, weight, bias, labels, **options)
     rows = hidden.reshape(labels.numel(), hidden.shape[-1])
@@ -75,19 +75,11 @@ def linear_cross_entropy(
 
 
 def plan(
-    hidden: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    labels: Tensor | None,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    return_hits: bool = False,
-    backend: str = "auto",
+    hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, *, backend: str = "auto", **_: Any
 ) -> Choice:
     """The path of these arguments; see ``sclkern.ops.explain``."""
     choice = select_backend(*(None if t is None else autocast(t) for t in (hidden, weight, bias)), backend=backend)
-    if choice.path == "triton" or hidden.device.type != "cpu" or resolve_backend(backend) == "eager":
+    if hidden is None or not takes_cpu_form(choice, backend, hidden):
         return choice
     if weight is not None and hidden.shape[:-1].numel() * weight.shape[0] > MAX_EAGER_LOGITS:
         return choice.via("tiled", f"above {MAX_EAGER_LOGITS} logits a CPU works in tiles")
@@ -95,14 +87,9 @@ def plan(
 
 
 def check(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int,
-    reduction: str,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, reduction: str,
     return_hits: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Raise for arguments that no path takes."""
     _checks.floating(hidden=hidden, weight=weight, **_checks.given(bias=bias))
     _checks.dtype(torch.int64, labels=labels)
@@ -121,9 +108,8 @@ def check(
     if may_read(labels):
         wrong = ((labels < 0) | (labels >= weight.shape[0])) & (labels != ignore_index)
         if wrong.any():
-            raise ValueError(
-                f"labels: got {labels[wrong][0].item()}, expected 0 to {weight.shape[0] - 1} or {ignore_index}"
-            )
+            expected = f"0 to {weight.shape[0] - 1} or {ignore_index}"
+            raise ValueError(f"labels: got {labels[wrong][0].item()}, expected {expected}")
 
 
 def _padded(columns: int) -> int:
@@ -132,12 +118,7 @@ def _padded(columns: int) -> int:
 
 
 def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int,
-    reduction: str,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, hits, count of the mean, lse and margin of each row (2, R), and the logits if they fit in one piece."""
     launchers, (count, vocabulary) = _launchers(hidden), (hidden.shape[0], weight.shape[0])
@@ -162,20 +143,10 @@ def _forward(
 
 
 def _backward(
-    grad_loss: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    divisor: Tensor,
-    saved: Tensor,
-    logits: Tensor,
-    ignore_index: int,
-    reduction: str,
-    needs_hidden: bool,
-    needs_weight: bool,
+    grad_loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, divisor: Tensor,
+    saved: Tensor, logits: Tensor, ignore_index: int, reduction: str, needs_hidden: bool, needs_weight: bool,
     needs_bias: bool,
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     launchers, (count, vocabulary) = _launchers(hidden), (hidden.shape[0], weight.shape[0])
     bias = None if bias is None else bias.contiguous()
     saved_logits = logits.shape[0] == count
@@ -197,19 +168,10 @@ def _backward(
             width = part.stop - first
             if not saved_logits:
                 torch.mm(hidden, weight[part].T, out=logits[:, :width])
-            launchers.gradient(
-                grad_loss,
-                divisor if reduction == "mean" else None,
-                logits,
-                None if bias is None else bias[part],
-                labels,
-                *saved,
-                ignore_index,
-                first,
-                grad_logits,
-                grad_bias[part] if needs_bias else None,
-                width,
-            )
+            count_of_mean, part_bias = divisor if reduction == "mean" else None, None if bias is None else bias[part]
+            results = grad_logits, grad_bias[part] if needs_bias else None
+            rows = labels, *saved, ignore_index
+            launchers.gradient(grad_loss, count_of_mean, logits, part_bias, *rows, first, *results, width)
             if needs_weight:
                 torch.mm(grad_logits[:, :width].T, inputs, out=grad_weight[part])
             if needs_hidden and saved_logits:
@@ -221,23 +183,14 @@ def _backward(
 
 
 def _launchers(hidden: Tensor) -> Any:
-    if hidden.device.type == "cpu" and not interpretable(hidden):
-        return _CPU
-    return kernels.linear_cross_entropy
+    return kernels.linear_cross_entropy if hidden.device.type != "cpu" or interpretable(hidden) else _CPU
 
 
 # What the launchers of sclkern.kernels.linear_cross_entropy compute, on a CPU, with the same arguments.
 def _statistics(
-    logits: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int,
-    losses: Tensor,
-    lse: Tensor,
-    margin: Tensor,
-    hits: Tensor,
-    columns: int,
-) -> None:
+    logits: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, losses: Tensor, lse: Tensor,
+    margin: Tensor, hits: Tensor, columns: int,
+) -> None:  # fmt: skip
     logits[:, columns:] = 0.0
     logits = _with_bias(logits, bias, lse.dtype, columns)
     used = labels != ignore_index
@@ -246,12 +199,9 @@ def _statistics(
     positive = logits.gather(1, label)[:, 0]
     hits.copy_((logits.argmax(1) == labels) & used)
     others = logits.scatter_(1, label, -torch.inf).logsumexp(1)
-    for out, values in (
-        (losses, F.softplus(others - positive)),
-        (lse, torch.logaddexp(others, positive)),
-        (margin, others - positive),
-    ):
-        out.copy_(values.masked_fill_(~known, torch.nan).masked_fill_(~used, 0.0))
+    values = F.softplus(others - positive), torch.logaddexp(others, positive), others - positive
+    for out, value in zip((losses, lse, margin), values, strict=True):
+        out.copy_(value.masked_fill_(~known, torch.nan).masked_fill_(~used, 0.0))
 
 
 def _reduce(
@@ -262,19 +212,9 @@ def _reduce(
 
 
 def _logit_gradient(
-    grad: Tensor,
-    count: Tensor | None,
-    logits: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    lse: Tensor,
-    margin: Tensor,
-    ignore_index: int,
-    first_column: int,
-    grad_logits: Tensor,
-    grad_bias: Tensor | None,
-    columns: int,
-) -> None:
+    grad: Tensor, count: Tensor | None, logits: Tensor, bias: Tensor | None, labels: Tensor, lse: Tensor,
+    margin: Tensor, ignore_index: int, first_column: int, grad_logits: Tensor, grad_bias: Tensor | None, columns: int,
+) -> None:  # fmt: skip
     share = _with_bias(logits, bias, lse.dtype, columns).sub_(lse[:, None]).exp_()
     label = labels - first_column
     rows = ((label >= 0) & (label < columns)).nonzero()[:, 0]
@@ -294,9 +234,7 @@ def _with_bias(logits: Tensor, bias: Tensor | None, dtype: torch.dtype, columns:
 _CPU = SimpleNamespace(statistics=_statistics, reduce=_reduce, gradient=_logit_gradient)
 
 
-def _fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, reduction: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake(hidden: Tensor, weight: Tensor, reduction: str, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     count, vocabulary = hidden.shape[0], weight.shape[0]
     new = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32)).new_empty
     saved_logits = count <= max(1, MAX_LOGITS.get(hidden.device.type, MAX_LOGITS["cuda"]) // vocabulary)
@@ -304,31 +242,13 @@ def _fake(
     return new(count if reduction == "none" else ()), new((), dtype=torch.int64), new(()), new((2, count)), logits
 
 
-def _fake_backward(
-    grad_loss: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    divisor: Tensor,
-    saved: Tensor,
-    logits: Tensor,
-    ignore_index: int,
-    reduction: str,
-    *needs: bool,
-) -> list[Tensor]:
-    pairs = zip((hidden, weight, bias), needs, strict=True)
-    return [t.new_empty(t.shape if need else 0) for t, need in pairs if t is not None]
+def _fake_backward(**values: Any) -> list[Tensor]:
+    given = [(values[n], values[f"needs_{n}"]) for n in GRADIENTS.split() if values[n] is not None]
+    return [tensor.new_empty(tensor.shape if needed else 0) for tensor, needed in given]
 
 
+GRADIENTS = "hidden weight bias"
 _op = register(
-    "linear_cross_entropy",
-    _forward,
-    fake=_fake,
-    outputs=("loss", "hits", "divisor", "saved", "logits"),
-    backward=_backward,
-    fake_backward=_fake_backward,
-    gradients=("hidden", "weight", "bias"),
-    cpu=_forward,
-    cpu_backward=_backward,
-)
+    "linear_cross_entropy", _forward, _fake, _backward, _fake_backward,
+    outputs="loss hits divisor saved logits", gradients=GRADIENTS, cpu=_forward, cpu_backward=_backward,
+)  # fmt: skip

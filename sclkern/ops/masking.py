@@ -56,8 +56,7 @@ def select_patches(
     device = _device(seed, device)
     if logged("select_patches", choice).path == "eager":
         return reference.select_patches(num_patches, keep_ratio, batch, seed=seed, device=device)
-    kept: Tensor = _select_patches_op(seed_tensor(seed, device), num_patches, float(keep_ratio), batch)
-    return kept
+    return _select_patches_op(seed_tensor(seed, device), num_patches, float(keep_ratio), batch)
 
 
 @public_op
@@ -91,8 +90,7 @@ def select_tokens(
     device = _device(seed, device)
     if logged("select_tokens", choice).path == "eager":
         return reference.select_tokens(num_patches, ratio, batch, seed=seed, device=device)
-    selected: Tensor = _select_tokens_op(seed_tensor(seed, device), num_patches, float(ratio), batch)
-    return selected
+    return _select_tokens_op(seed_tensor(seed, device), num_patches, float(ratio), batch)
 
 
 @public_op
@@ -132,17 +130,9 @@ def mask_text(
         TypeError: an argument has the wrong type. ValueError: wrong shape, device or range, or unknown kind or backend.
     """
     check_mask_text(ids, lengths, kind, ratio, mask_id, vocab_size, seed, published)
-    if logged("mask_text", plan_mask_text(ids, lengths, backend=backend)).path == "eager":
-        return reference.mask_text(
-            ids,
-            lengths,
-            kind=kind,
-            ratio=ratio,
-            mask_id=mask_id,
-            vocab_size=vocab_size,
-            seed=seed,
-            published=published,
-        )
+    if logged("mask_text", plan_mask_text(ids, backend=backend)).path == "eager":
+        options: dict[str, Any] = {"mask_id": mask_id, "vocab_size": vocab_size, "seed": seed, "published": published}
+        return reference.mask_text(ids, lengths, kind=kind, ratio=ratio, **options)
     ids = ids if ids.stride(1) == 1 else ids.contiguous()
     seed = seed_tensor(seed, ids.device)
     read, selected = _mask_text_op(
@@ -152,33 +142,18 @@ def mask_text(
 
 
 def plan_select_patches(
-    num_patches: int | None,
-    keep_ratio: float | None = None,
-    batch: int | None = None,
-    *,
-    seed: int | Tensor | None = None,
-    device: torch.device | str = "cpu",
-    backend: str = "auto",
-) -> Choice:
+    num_patches: int | None, *_: object, seed: int | Tensor | None = None, device: torch.device | str = "cpu",
+    backend: str = "auto", **__: object,
+) -> Choice:  # fmt: skip
     """The path of these arguments; see ``sclkern.ops.explain``."""
     unsupported = _too_wide(num_patches, MAX_PATCHES, "patches")
     return select_backend(device=_device(seed, device), backend=backend, unsupported=unsupported)
 
 
-def plan_select_tokens(
-    num_patches: int | None,
-    ratio: float | None = None,
-    batch: int | None = None,
-    *,
-    seed: int | Tensor | None = None,
-    device: torch.device | str = "cpu",
-    backend: str = "auto",
-) -> Choice:
-    """The path of these arguments; see ``sclkern.ops.explain``."""
-    return plan_select_patches(num_patches, ratio, batch, seed=seed, device=device, backend=backend)
+plan_select_tokens = plan_select_patches
 
 
-def plan_mask_text(ids: Tensor | None, lengths: Tensor | None = None, *, backend: str = "auto", **_: Any) -> Choice:
+def plan_mask_text(ids: Tensor | None, *, backend: str = "auto", **_: Any) -> Choice:
     """The path of these arguments; see ``sclkern.ops.explain``."""
     if ids is None:
         return select_backend(backend=backend)
@@ -200,35 +175,24 @@ def check_select_patches(
     num_patches: int, keep_ratio: float, batch: int, seed: int | Tensor, device: torch.device | str
 ) -> None:
     """Raise for arguments that no path takes."""
-    _check_selection(num_patches, "keep_ratio", keep_ratio, batch, seed, device)
+    _checks.probability("keep_ratio", keep_ratio)
+    check_select_tokens(num_patches, keep_ratio, batch, seed, device)
 
 
 def check_select_tokens(
     num_patches: int, ratio: float, batch: int, seed: int | Tensor, device: torch.device | str
 ) -> None:
     """Raise for arguments that no path takes."""
-    _check_selection(num_patches, "ratio", ratio, batch, seed, device)
-
-
-def _check_selection(
-    num_patches: int, name: str, ratio: float, batch: int, seed: int | Tensor, device: torch.device | str
-) -> None:
     _checks.integer("num_patches", num_patches, 1)
-    _checks.probability(name, ratio)
+    _checks.probability("ratio", ratio)
     _checks.integer("batch", batch, 0)
     _checks.seed(seed, torch.device(device), optional=False)
 
 
 def check_mask_text(
-    ids: Tensor,
-    lengths: Tensor,
-    kind: str,
-    ratio: float,
-    mask_id: int,
-    vocab_size: int,
-    seed: int | Tensor,
+    ids: Tensor, lengths: Tensor, kind: str, ratio: float, mask_id: int, vocab_size: int, seed: int | Tensor,
     published: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Raise for arguments that no path takes."""
     _checks.dtype(torch.int64, ids=ids, lengths=lengths)
     _checks.rank("(B, L)", (2,), ids=ids)
@@ -255,30 +219,24 @@ def _select_tokens(seed: Tensor, num_patches: int, ratio: float, batch: int) -> 
 
 
 def _mask_text(
-    ids: Tensor,
-    lengths: Tensor,
-    seed: Tensor,
-    completion: bool,
-    ratio: float,
-    mask_id: int,
-    vocab_size: int,
+    ids: Tensor, lengths: Tensor, seed: Tensor, completion: bool, ratio: float, mask_id: int, vocab_size: int,
     published: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return kernels.masking.mask_text(ids, lengths, seed, completion, ratio, mask_id, vocab_size, published)
 
 
-_select_patches_op = register(
-    "select_patches",
-    _select_patches,
-    fake=lambda seed, num_patches, keep_ratio, batch: seed.new_empty((batch, kept_patches(num_patches, keep_ratio))),
-)
-_select_tokens_op = register(
-    "select_tokens",
-    _select_tokens,
-    fake=lambda seed, num_patches, ratio, batch: seed.new_empty((batch, num_patches), dtype=torch.bool),
-)
-_mask_text_op = register(
-    "mask_text",
-    _mask_text,
-    fake=lambda ids, *_: (ids.new_empty(ids.shape), ids.new_empty(ids.shape, dtype=torch.bool)),
-)
+def _fake_patches(seed: Tensor, num_patches: int, keep_ratio: float, batch: int) -> Tensor:
+    return seed.new_empty((batch, kept_patches(num_patches, keep_ratio)))
+
+
+def _fake_tokens(seed: Tensor, num_patches: int, batch: int, **_: object) -> Tensor:
+    return seed.new_empty((batch, num_patches), dtype=torch.bool)
+
+
+def _fake_text(ids: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+    return ids.new_empty(ids.shape), ids.new_empty(ids.shape, dtype=torch.bool)
+
+
+_select_patches_op = register("select_patches", _select_patches, _fake_patches)
+_select_tokens_op = register("select_tokens", _select_tokens, _fake_tokens)
+_mask_text_op = register("mask_text", _mask_text, _fake_text)

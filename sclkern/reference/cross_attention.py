@@ -185,6 +185,3 @@ def dropout(p: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
         return F.dropout(p, dropout_p)
     keep = attention_dropout_mask(*p.shape, dropout_p=dropout_p, seed=seed, device=p.device)
     return p.masked_fill(~keep, 0.0) * attention_dropout_threshold(dropout_p)[1]
-
-
-dropped = dropout

@@ -9,6 +9,7 @@ import sclkern
 
 FOLDER = Path(sclkern.__file__).parent / "ops"
 MAX_LINES = 1800
+QUOTES = 3 * chr(34)
 MARKS = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING}
 
 
@@ -26,7 +27,10 @@ def lines_of_code(text: str) -> int:
 
 
 def test_counting():
-    text = '"""A module."""\n\n# A comment.\ndef f(\n    x,  # code\n):\n    """Text\n    text."""\n    return """a\nb"""\n'
+    text = "\n".join([QUOTES + "A module." + QUOTES, "", "# A comment.", "def f(", "    x,  # code", "):"])
+    text += "\n".join(
+        ["", "    " + QUOTES + "Two", "    lines." + QUOTES, "    return " + QUOTES + "a", "b" + QUOTES, ""]
+    )
     assert lines_of_code(text) == 5
 
 
