@@ -120,7 +120,8 @@ class ObjectiveConfig:
     @property
     def uses_negative_images(self) -> bool:
         """Whether an objective reads negative images: the view of ITM, or another with image variant "matching"."""
-        return any(outputs.view.image == "matching" for each in self.selected for outputs in each.outputs)
+        views = [outputs.view for objective in self.selected for outputs in objective.outputs]
+        return any(view.image == "matching" for view in views)
 
     @property
     def dataset_negatives(self) -> bool:

@@ -29,7 +29,7 @@ def masked_vision_semantic_completion(
     backend: str = "auto",
 ) -> Tensor:
     """Contrast the image CLS recovered from a masked image and the whole caption with the image CLS of the whole image,
-    for each frame index apart, averaged over frames (published objectives.py, compute_scl and compute_scl_video).
+    separately for each frame index, averaged over frames (published objectives.py, compute_scl and compute_scl_video).
 
     Args:
         recovered: (B, F, D), fused CLS of the view with dropped patches.

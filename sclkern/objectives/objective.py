@@ -90,7 +90,7 @@ def register(objective: Objective) -> Objective:
     """
     if OBJECTIVES.get(objective.name, objective) != objective:
         raise ValueError(f"objective {objective.name!r} is registered already; choose another name")
-    known = {outputs.view.name: outputs.view for each in OBJECTIVES.values() for outputs in each.outputs}
+    known = {outputs.view.name: outputs.view for other in OBJECTIVES.values() for outputs in other.outputs}
     for outputs in objective.outputs:
         if known.get(outputs.view.name, outputs.view) != outputs.view:
             raise ValueError(

@@ -27,11 +27,11 @@ IMAGE_TOKENS: tuple[ImageTokens, ...] = get_args(ImageTokens)
 
 
 def check_known(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raise a ``ValueError`` unless a word belongs to the vocabulary.
+    """Raise a ``ValueError`` unless a name belongs to the vocabulary.
 
     Args:
-        name: of the field, for the message.
-        value: the word.
+        name: the field, for the message.
+        value: the name.
         known: the vocabulary.
     """
     if value not in known:

@@ -154,8 +154,8 @@ def _embed_image(
     if variant == "negative":
         image = batch["false_image"].index_select(0, masks.negative_rows)
     elif variant == "mixed":
-        own = drawn(masks.itm_labels, "itm_labels").bool().view(-1, *[1] * (image.ndim - 1))
-        image = torch.where(own, image, batch["false_image"])
+        matches = drawn(masks.itm_labels, "itm_labels").bool().view(-1, *[1] * (image.ndim - 1))
+        image = torch.where(matches, image, batch["false_image"])
     keep = drawn(masks.keep, "keep") if variant == "dropped" else None
     replace = drawn(masks.replace, "replace") if variant == "token_masked" else None
     return network.vision.embed(image, keep=keep, replace=replace)

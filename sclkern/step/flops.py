@@ -46,11 +46,11 @@ class Length:
     """Tokens of a sequence.
 
     Attributes:
-        tokens: those that there are.
+        count: without padding.
         padded: with the padding that an absorbed cross-attention works on.
     """
 
-    tokens: int
+    count: int
     padded: int
 
 
@@ -59,14 +59,14 @@ class Stream:
     """One stream of one view in the fusion encoder.
 
     Attributes:
-        own: its tokens.
-        other: the tokens of the other stream.
+        tokens: its tokens.
+        context: the tokens of the other stream.
         read: how many of its tokens the losses read.
         is_text: whether it is the text stream.
     """
 
-    own: Length
-    other: Length
+    tokens: Length
+    context: Length
     read: int
     is_text: bool
 
@@ -142,7 +142,7 @@ class Counter:
         return ratio if ratio <= MAX_COST_RATIO else 1.0
 
     def _attend(self, queries: Length, keys: Length, longest: tuple[int, int], *, text_keys: bool) -> float:
-        """Attention with projections of its own for queries and keys.
+        """FLOPs of attention whose queries and keys have separate projections.
 
         Args:
             queries: of this view.
@@ -158,11 +158,11 @@ class Counter:
             return 0.0
         if self.plan.step.absorb == "never" or not self.plan.step.pack or self._cost_ratio(*longest) == 1:
             # Packed text keys are projected together with those of the other views, read or not.
-            projected = queries.tokens or (self.plan.step.pack and text_keys)
-            return self._plain(queries.tokens, keys.tokens if projected else 0)
+            projected = queries.count or (self.plan.step.pack and text_keys)
+            return self._plain(queries.count, keys.count if projected else 0)
         # An absorbed sub-layer works on padded captions.
         ratio = self._cost_ratio(queries.padded, keys.padded)
-        return ratio * self._plain(queries.padded, keys.padded) if queries.tokens else 0.0
+        return ratio * self._plain(queries.padded, keys.padded) if queries.count else 0.0
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -176,7 +176,7 @@ class Counter:
         return Part(f"image {image.name}", share * tokens, share * (deep + embedding), share * (2 * deep + embedding))
 
     def _text(self, text: TextEncoding) -> Part:
-        tokens = self.caption.tokens
+        tokens = self.caption.count
         layer = self._self_attention(tokens) + self._feed_forward(tokens)
         flops = self.config.text_layers * layer + self.square * tokens
         return Part(f"text {text.name}", tokens, flops, 2 * flops)
@@ -190,15 +190,15 @@ class Counter:
         )
 
     def _view(self, view: PlannedView) -> Part:
-        streams, every = self._streams(view), [self._streams(each) for each in self.plan.views]
+        streams, every = self._streams(view), [self._streams(other) for other in self.plan.views]
         whole, last, learned = [], [], []
         for number, stream in enumerate(streams):
             same = [pair[number] for pair in every]
-            longest = max(s.own.padded for s in same), max(s.other.padded for s in same)
+            longest = max(s.tokens.padded for s in same), max(s.context.padded for s in same)
             in_full = (
-                self._self_attention(stream.own.tokens)
-                + self._attend(stream.own, stream.other, longest, text_keys=not stream.is_text)
-                + self._feed_forward(stream.own.tokens)
+                self._self_attention(stream.tokens.count)
+                + self._attend(stream.tokens, stream.context, longest, text_keys=not stream.is_text)
+                + self._feed_forward(stream.tokens.count)
             )
             whole.append(in_full)
             if self.plan.step.prune_last_layer:
@@ -212,7 +212,7 @@ class Counter:
         before = (self.config.fusion_layers - 1) * sum(whole)
         if not self.config.fusion_layers:
             before, last, learned = 0, [], []
-        tokens = self.caption.tokens + streams[0].other.tokens
+        tokens = self.caption.count + streams[0].context.count
         return Part(f"fusion {view.name}", tokens, before + sum(last), 2 * (before + sum(learned)))
 
     def _pruned(self, stream: Stream, same: list[Stream]) -> float:
@@ -220,16 +220,18 @@ class Counter:
         queries, most = Length(stream.read, stream.read), max(s.read for s in same)
         # Image tokens are those of the views of which the stream is read; text tokens those of all.
         read = [s for s in same if s.read]
-        own = max((s.own.padded for s in (same if stream.is_text else read)), default=0)
-        other = max((s.other.padded for s in (read if stream.is_text else same)), default=0)
+        tokens = max((s.tokens.padded for s in (same if stream.is_text else read)), default=0)
+        context = max((s.context.padded for s in (read if stream.is_text else same)), default=0)
         return (
-            self._attend(queries, stream.own, (most, own), text_keys=stream.is_text)
-            + self._attend(queries, stream.other, (most, other), text_keys=not stream.is_text)
+            self._attend(queries, stream.tokens, (most, tokens), text_keys=stream.is_text)
+            + self._attend(queries, stream.context, (most, context), text_keys=not stream.is_text)
             + self._feed_forward(stream.read)
         )
 
     def _heads(self) -> Part:
-        heads = [each.flops(self.config, self.capacity) for each in self.objectives.selected if each.flops]
+        heads = [
+            objective.flops(self.config, self.capacity) for objective in self.objectives.selected if objective.flops
+        ]
         read = any("mlm" in view.text_outputs for view in self.plan.views)
         flops = sum(heads)
         return Part("heads", self.capacity["mlm"] if read else 0, flops, 2 * flops)
@@ -268,8 +270,8 @@ def describe_plan(
     sizes = {"caption_tokens": caption_tokens, "num_frames": num_frames}
     padded = caption_tokens if step.pack else config.max_text_len
     parts = Counter(config, objectives, plan, padded_tokens=padded, **sizes).parts()
-    apart = make_plan(objectives, StepConfig.published())
-    separate = Counter(config, objectives, apart, padded_tokens=config.max_text_len, **sizes).parts()
+    separate_plan = make_plan(objectives, StepConfig.published())
+    separate = Counter(config, objectives, separate_plan, padded_tokens=config.max_text_len, **sizes).parts()
     total, whole = (sum(part.total for part in every) for every in (parts, separate))
     kept = kept_bytes(config, objectives, step, padded_tokens=padded, **sizes)
     separate_kept = kept_bytes(config, objectives, StepConfig.published(), padded_tokens=config.max_text_len, **sizes)

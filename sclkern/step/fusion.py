@@ -155,10 +155,10 @@ def fuse_views(
     fuse = _fuse_packed if plan.step.pack else _fuse_padded
     outputs = fuse(network, inputs, batch, prune=plan.step.prune_last_layer)
     text, image_tokens = {}, {}
-    for given, output in zip(inputs, outputs, strict=True):
-        name, positions = given.view.name, by_size[given.image.shape[1]]
-        text[name] = text_positions.split(output.text, given.view.text_outputs)
-        image_tokens[name] = positions.split(output.image, given.view.image_outputs)
+    for entry, output in zip(inputs, outputs, strict=True):
+        name, positions = entry.view.name, by_size[entry.image.shape[1]]
+        text[name] = text_positions.split(output.text, entry.view.text_outputs)
+        image_tokens[name] = positions.split(output.image, entry.view.image_outputs)
     return FusedTokens(text, image_tokens)
 
 
@@ -167,9 +167,9 @@ def _view_image(view: PlannedView, encodings: Encodings, masks: StepMasks, simil
     if view.negatives == "merged":
         return image.index_copy(0, masks.negative_rows, encodings.images["negative"])
     if view.negatives == "rows":
-        own = drawn(masks.itm_labels, "itm_labels").bool()
-        rows = torch.arange(len(own), device=own.device)
-        return image[torch.where(own, rows, negative_images(masks, similarity))]
+        matches = drawn(masks.itm_labels, "itm_labels").bool()
+        rows = torch.arange(len(matches), device=matches.device)
+        return image[torch.where(matches, rows, negative_images(masks, similarity))]
     return image
 
 
@@ -179,10 +179,10 @@ def _fuse_padded(
     """One padded call of the fusion encoder for each view."""
     text_layout, image_layout = Padded(batch["text_mask"].bool()), Padded()
     outputs = []
-    for given in inputs:
-        text_rows, image_rows = Rows(given.text_index, Padded()), Rows(given.image_index, Padded())
-        text = given.text + network.modality.weight[TEXT_TYPE]
-        image = given.image + network.modality.weight[IMAGE_TYPE]
+    for entry in inputs:
+        text_rows, image_rows = Rows(entry.text_index, Padded()), Rows(entry.image_index, Padded())
+        text = entry.text + network.modality.weight[TEXT_TYPE]
+        image = entry.image + network.modality.weight[IMAGE_TYPE]
         if prune:
             whole = Section(0, len(image), image_layout)
             selection = OutputSelection(text_rows, image_rows, whole, whole)
@@ -201,13 +201,13 @@ def _fuse_packed(
     mask = batch["text_mask"].bool()
     rows = len(mask)
     order, text_layout = pack(mask.repeat(len(inputs), 1), len(inputs) * text_tokens(batch))
-    text = torch.cat([given.text for given in inputs]).flatten(0, 1).index_select(0, order)
+    text = torch.cat([entry.text for entry in inputs]).flatten(0, 1).index_select(0, order)
     text = text + network.modality.weight[TEXT_TYPE]
-    groups = tuple((rows, given.image.shape[1]) for given in inputs)
+    groups = tuple((rows, entry.image.shape[1]) for entry in inputs)
     image_layout = packed_layout(groups, 1, mask.device)
-    image = torch.cat([given.image.flatten(0, 1) for given in inputs]) + network.modality.weight[IMAGE_TYPE]
+    image = torch.cat([entry.image.flatten(0, 1) for entry in inputs]) + network.modality.weight[IMAGE_TYPE]
 
-    text_index, image_index = [given.text_index for given in inputs], [given.image_index for given in inputs]
+    text_index, image_index = [entry.text_index for entry in inputs], [entry.image_index for entry in inputs]
     text_rows = _packed_rows(text_index, text_layout.cu_seqlens, len(text))
     if prune:
         text_context, _ = _image_section(inputs, rows, lambda view: bool(view.text_outputs))
@@ -232,9 +232,9 @@ def _image_section(
 ) -> tuple[Section, Packed]:
     """The packed image tokens of the views of which a stream is read, which are neighbours, and their layout, in which
     the other views have no token."""
-    read = [number for number, given in enumerate(inputs) if is_read(given.view)]
+    read = [number for number, entry in enumerate(inputs) if is_read(entry.view)]
     first, last = (read[0], read[-1] + 1) if read else (0, 0)
-    lengths = [given.image.shape[1] for given in inputs]
+    lengths = [entry.image.shape[1] for entry in inputs]
     groups = tuple((rows, length if first <= i < last else 0) for i, length in enumerate(lengths))
     start, stop = (rows * sum(lengths[:end]) for end in (first, last))
     layout = packed_layout(groups, 1, inputs[0].image.device)

@@ -84,12 +84,14 @@ def run_step(
     inputs = _loss_inputs(network, objectives, plan, encodings, batch, masks)
     similarity = text_to_image_similarity(inputs) if objectives.hard_negatives else None
     # Losses of unimodal features do not wait for fusion.
-    outputs = {each.name: _run_loss(each, inputs) for each in objectives.selected if not each.outputs}
+    outputs = {
+        objective.name: _run_loss(objective, inputs) for objective in objectives.selected if not objective.outputs
+    }
     if plan.views:
         with phase("fusion"):
             fused = fuse_views(network, plan, encodings, batch, masks, inputs.text_positions, similarity)
         inputs.text_tokens, inputs.image_tokens = fused.text, fused.image
-    outputs |= {each.name: _run_loss(each, inputs) for each in objectives.selected if each.outputs}
+    outputs |= {objective.name: _run_loss(objective, inputs) for objective in objectives.selected if objective.outputs}
     return _weighted_sum(objectives, outputs)
 
 

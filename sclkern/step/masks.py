@@ -196,11 +196,11 @@ def negative_images(masks: StepMasks, similarity: Tensor | None) -> Tensor:
     """
     keys = drawn(masks.itm_keys, "itm_keys")
     rows = keys.shape[0]
-    own = torch.arange(rows, device=keys.device)
+    row = torch.arange(rows, device=keys.device)
     if similarity is None:
-        return (own + 1 + below(keys, rows - 1)) % rows
-    chances = similarity.detach().float().masked_fill(own[:, None] == own, -torch.inf).softmax(-1).cumsum(-1)
+        return (row + 1 + below(keys, rows - 1)) % rows
+    chances = similarity.detach().float().masked_fill(row[:, None] == row, -torch.inf).softmax(-1).cumsum(-1)
     point = keys.double() * 2.0**-32 * chances[:, -1].double()
     chosen = torch.searchsorted(chances.double(), point[:, None], right=True)[:, 0].clamp_max(rows - 1)
     # Rounding can land on the row's own image, whose share is zero.
-    return torch.where(chosen == own, (own + 1) % rows, chosen)
+    return torch.where(chosen == row, (row + 1) % rows, chosen)

@@ -50,11 +50,11 @@ def kept_bytes(
         ids = torch.empty(rows, padded_tokens, dtype=torch.int64)
         tensors = {"image": image, "false_image": image, "text_ids": ids, "text_mask": ids.bool()}
         batch = {**tensors, "text_tokens": rows * caption_tokens}
-        given = {t.untyped_storage()._cdata for t in (*network.parameters(), *tensors.values())}
+        not_counted = {t.untyped_storage()._cdata for t in (*network.parameters(), *tensors.values())}
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in given:
+            if storage._cdata not in not_counted:
                 # The tensor stays, so that no other storage takes its place in memory.
                 kept[storage._cdata] = storage.nbytes(), tensor
             return tensor

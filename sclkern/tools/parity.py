@@ -98,42 +98,42 @@ def run_parity(path: str | Path, device: str = "cpu") -> list[Comparison]:
     return rows
 
 
-def _compare(name: str, value: Tensor, recorded: Tensor, given: Mapping[str, Tensor]) -> Comparison:
+def _compare(name: str, value: Tensor, recorded: Tensor, inputs: Mapping[str, Tensor]) -> Comparison:
     value, recorded = value.detach().float().cpu(), recorded.float()
     if value.numel() != recorded.numel():
         raise UserError(f"{name}: computed shape {tuple(value.shape)}, the file has {tuple(recorded.shape)}")
     difference = (value.reshape(recorded.shape) - recorded).abs()
     magnitude = recorded.abs()
     if name.endswith(".text_feats"):  # what a padded position holds is undefined
-        token = given["text_mask"].bool()
+        token = inputs["text_mask"].bool()
         difference, magnitude = difference[token], magnitude[token]
     tolerance = VALUE_TOLERANCE * max(1.0, magnitude.max().item())
     return Comparison(name, difference.max().item(), tolerance)
 
 
-def compute(weights: Mapping[str, Tensor], given: Mapping[str, Tensor], device: str = "cpu") -> dict[str, Tensor]:
+def compute(weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor], device: str = "cpu") -> dict[str, Tensor]:
     """Every output, loss and gradient of a golden case, under the names of the file.
 
     Args:
         weights: tensors under the published names.
-        given: the inputs, without their ``in.``.
+        inputs: the inputs, without their ``in.``.
         device: on which the model runs.
 
     Returns:
         Tensors by name.
 
     Raises:
-        KeyError: an input that the case needs is not given.
+        KeyError: an input that the case needs is missing.
     """
-    model = SCLModel.from_reference(weights, max_text_len=given["text_ids"].shape[1]).eval().to(device)
-    given = {name: tensor.to(device) for name, tensor in given.items()}
-    if "patch_token_mask" in given:
-        given["patch_token_mask"] = given["patch_token_mask"].bool()
-    objectives = ObjectiveConfig.published("glscl" if "patch_token_mask" in given else "scl")
-    # The case's loss normalises over features; the loss with the published code's norm over frames is recorded apart.
+    model = SCLModel.from_reference(weights, max_text_len=inputs["text_ids"].shape[1]).eval().to(device)
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    if "patch_token_mask" in inputs:
+        inputs["patch_token_mask"] = inputs["patch_token_mask"].bool()
+    objectives = ObjectiveConfig.published("glscl" if "patch_token_mask" in inputs else "scl")
+    # The case's loss normalises over features; the loss with the published norm over frames is recorded beside it.
     model.objectives = replace(objectives, frame_norm="features")
-    video = "video" in given
-    out = _video_case(model, given) if video else _image_case(model, given)
+    video = "video" in inputs
+    out = _video_case(model, inputs) if video else _image_case(model, inputs)
     model.zero_grad()
     out["loss.scl_step_total"].backward()
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
@@ -142,18 +142,18 @@ def compute(weights: Mapping[str, Tensor], given: Mapping[str, Tensor], device: 
 
 
 def _views(
-    model: SCLModel, given: Mapping[str, Tensor], image: Tensor
+    model: SCLModel, inputs: Mapping[str, Tensor], image: Tensor
 ) -> tuple[dict[str, FusedFeatures], dict[str, Tensor]]:
     """The fused views of a case by name, and its unimodal outputs."""
-    mask = given["text_mask"].bool()
-    whole_text, whole_image = model.encode_text(given["text_ids"], mask), model.encode_image(image)
+    mask = inputs["text_mask"].bool()
+    whole_text, whole_image = model.encode_text(inputs["text_ids"], mask), model.encode_image(image)
     views = {
         "complete": model.run_fusion(whole_text, mask, whole_image),
-        "masked_image": model.run_fusion(whole_text, mask, model.encode_image(image, keep=given["keep_ids"])),
-        "masked_text": model.run_fusion(model.encode_text(given["text_ids_scl"], mask), mask, whole_image),
+        "masked_image": model.run_fusion(whole_text, mask, model.encode_image(image, keep=inputs["keep_ids"])),
+        "masked_text": model.run_fusion(model.encode_text(inputs["text_ids_scl"], mask), mask, whole_image),
     }
-    if "patch_token_mask" in given:
-        replaced = model.encode_image(image, replace=given["patch_token_mask"])
+    if "patch_token_mask" in inputs:
+        replaced = model.encode_image(image, replace=inputs["patch_token_mask"])
         views["token_masked"] = model.run_fusion(whole_text, mask, replaced)
     text_proj, image_proj = model.project(whole_text[:, 0], whole_image.cls)
     unimodal = {
@@ -179,38 +179,38 @@ def _named_outputs(
     return out
 
 
-def _masks(given: Mapping[str, Tensor]) -> StepMasks:
-    rows, length = given["text_ids"].shape
-    completed = given.get("text_scl_mask", given["text_ids_scl"].ne(given["text_ids"])).bool()
-    zeros = given["text_ids"].new_zeros(rows)
-    labels = given.get("itm_labels", zeros + 1)
+def _masks(inputs: Mapping[str, Tensor]) -> StepMasks:
+    rows, length = inputs["text_ids"].shape
+    completed = inputs.get("text_scl_mask", inputs["text_ids_scl"].ne(inputs["text_ids"])).bool()
+    zeros = inputs["text_ids"].new_zeros(rows)
+    labels = inputs.get("itm_labels", zeros + 1)
     return StepMasks(
-        keep=given["keep_ids"],
-        replace=given.get("patch_token_mask"),
-        mlm=MaskedText(given["text_ids_mlm"], given["text_labels_mlm"].ne(-100)),
-        completion=MaskedText(given["text_ids_scl"], completed),
+        keep=inputs["keep_ids"],
+        replace=inputs.get("patch_token_mask"),
+        mlm=MaskedText(inputs["text_ids_mlm"], inputs["text_labels_mlm"].ne(-100)),
+        completion=MaskedText(inputs["text_ids_scl"], completed),
         mlm_capacity=length,
         completion_capacity=length,
-        replace_capacity=given["patch_token_mask"].shape[1] if "patch_token_mask" in given else 0,
+        replace_capacity=inputs["patch_token_mask"].shape[1] if "patch_token_mask" in inputs else 0,
         itm_labels=labels,
         itm_keys=zeros,
         num_negatives=int((labels == 0).sum()),
     )
 
 
-def _image_case(model: SCLModel, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    image, mask = given["image"], given["text_mask"].bool()
-    views, unimodal = _views(model, given, image)
+def _image_case(model: SCLModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    image, mask = inputs["image"], inputs["text_mask"].bool()
+    views, unimodal = _views(model, inputs, image)
     out = _named_outputs(model, views, unimodal)
-    batch = {"image": image, "false_image": given["false_image"], "text_ids": given["text_ids"], "text_mask": mask}
-    masks = _masks(given)
+    batch = {"image": image, "false_image": inputs["false_image"], "text_ids": inputs["text_ids"], "text_mask": mask}
+    masks = _masks(inputs)
     losses = run_step(model, model.objectives, model.step, batch, masks)
-    own = given["itm_labels"].bool()
-    text = model.encode_text(given["text_ids"], mask)
-    matching = model.encode_image(torch.where(own[:, None, None, None], image, given["false_image"]))
+    matches = inputs["itm_labels"].bool()
+    text = model.encode_text(inputs["text_ids"], mask)
+    matching = model.encode_image(torch.where(matches[:, None, None, None], image, inputs["false_image"]))
     out["out.itm_logits"] = model.itm_head(model.pool(*model.run_fusion(text, mask, matching).cls))
-    mlm = model.run_fusion(model.encode_text(given["text_ids_mlm"], mask), mask, model.encode_image(image))
-    out["out.mlm_logits_at_labels"] = model.mlm_head(mlm.text[given["text_labels_mlm"].ne(-100)])
+    mlm = model.run_fusion(model.encode_text(inputs["text_ids_mlm"], mask), mask, model.encode_image(image))
+    out["out.mlm_logits_at_labels"] = model.mlm_head(mlm.text[inputs["text_labels_mlm"].ne(-100)])
     pooled = model.pool(*views["complete"].cls)
     weight = model.objectives.itc_weight
     out |= {
@@ -229,31 +229,31 @@ def _image_case(model: SCLModel, given: Mapping[str, Tensor]) -> dict[str, Tenso
         out["out.rank_scores"] = model.rank_head(pooled)[:, 0]
     if "vqa" in model.config.heads:
         out["out.vqa_logits"] = model.vqa_head(pooled)
-        if "vqa_targets" in given:
-            out["loss.vqa_loss"] = L.visual_question_answering(out["out.vqa_logits"], given["vqa_targets"])
+        if "vqa_targets" in inputs:
+            out["loss.vqa_loss"] = L.visual_question_answering(out["out.vqa_logits"], inputs["vqa_targets"])
     if "nlvr2" in model.config.heads:
-        second = model.run_fusion(text, mask, model.encode_image(given["false_image"]), image_type=2)
+        second = model.run_fusion(text, mask, model.encode_image(inputs["false_image"]), image_type=2)
         logits = model.nlvr2_head(torch.cat([pooled, model.pool(*second.cls)], dim=-1))
         out["out.nlvr2_logits"] = logits
         out["loss.nlvr2_loss"] = L.visual_reasoning(logits, torch.arange(len(logits), device=logits.device) % 2)
     return out
 
 
-def _video_case(model: SCLModel, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    views, unimodal = _views(model, given, given["video"])
+def _video_case(model: SCLModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    views, unimodal = _views(model, inputs, inputs["video"])
     out = _named_outputs(model, views, unimodal)
-    mask = given["text_mask"].bool()
-    mlm = model.run_fusion(model.encode_text(given["text_ids_mlm"], mask), mask, model.encode_image(given["video"]))
+    mask = inputs["text_mask"].bool()
+    mlm = model.run_fusion(model.encode_text(inputs["text_ids_mlm"], mask), mask, model.encode_image(inputs["video"]))
     masked_image, masked_text = views["masked_image"], views["masked_text"]
     temperature = model.objectives.temperature
     head = model.mlm_head
-    out["out.mlm_logits_at_labels"] = head(mlm.text[given["text_labels_mlm"].ne(-100)])
+    out["out.mlm_logits_at_labels"] = head(mlm.text[inputs["text_labels_mlm"].ne(-100)])
     con = model.objectives.itc_weight * L.image_text_contrast(
         unimodal["unimodal.image_proj"], unimodal["unimodal.text_proj"], model.contrast_temperature()
     )
     out |= {
         "loss.mlm_loss": L.masked_language_modeling(
-            head.transform(mlm.text), head.decoder.weight, head.decoder.bias, given["text_labels_mlm"]
+            head.transform(mlm.text), head.decoder.weight, head.decoder.bias, inputs["text_labels_mlm"]
         )[0],
         "loss.con_loss": con,
         "loss.scl_image_loss": L.masked_vision_semantic_completion(
