@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import os
 import platform
 from importlib import metadata
@@ -147,8 +146,7 @@ def _choice(op: str, dtype: torch.dtype, device: str) -> str:
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             inputs[name] = value.to(dtype)
-    call = inspect.signature(ops.OPS[op]).bind(**inputs)
     try:
-        return str(ops.explain(op, *call.args, **call.kwargs))
+        return str(ops.explain(op, **inputs))
     except ValueError as error:  # the environment requests a backend that cannot run
         return f"error: {error}"
