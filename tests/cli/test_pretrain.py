@@ -259,7 +259,7 @@ def test_undecodable_held_out_images_stop_the_run_and_keep_the_weights(fails, tm
 def test_a_few_undecodable_held_out_images_are_counted(tmp_path):
     pairs = rows(120)
     write_pairs(tmp_path / "bad.arrow", [{**pairs[0], "image": b"no image"}, *pairs[1:]])
-    settings = data(tmp_path, pairs, data__val_tables="[bad]", evaluation__attention_images=119)
+    settings = data(tmp_path, pairs, data__val_tables="[bad]")
     assert main(["pretrain", *overrides(tmp_path / "run", run__max_steps=1, **settings)]) == 0
     assert "Undecodable held-out images, skipped: 1" in (tmp_path / "run" / "report.md").read_text()
 

@@ -39,7 +39,7 @@ def test_stopping_half_way_changes_nothing(pretraining, tmp_path, accumulation):
 
 
 def test_resuming_in_the_next_epoch_changes_nothing(pretraining, tmp_path):
-    # 119 pictures of the test split make 12 batches of 16 or so: the run crosses from the first epoch to the second.
+    # The test split makes about 12 batches of 16: the run crosses from the first epoch to the second.
     data = {"data__train_split": "test", "run__batch_size": 16, "run__max_steps": 16, "model__text_layers": 0}
     data |= {"model__vision_layers": 0, "model__fusion_layers": 1, "evaluation__rerank": 0}
     pretraining("whole", **data).run()
@@ -64,18 +64,16 @@ def test_rows_of_steps_that_run_again_are_replaced(pretraining, tmp_path):
     assert rows[2]["total"] != 1.0
 
 
-def test_killed_at_any_moment(arguments, command, tmp_path):
-    process = command(arguments("whole", run__max_steps=14))
-    assert process.wait(300) == 0, process.stderr.read()
-
+def test_killed_at_any_moment(arguments, command, pretraining, tmp_path):
+    assert pretraining("whole", run__max_steps=10).run()
     chance = random.Random(0)
     latest = tmp_path / "killed" / "checkpoints" / "latest.pt"
     kills = 0
     for _ in range(40):
-        process = command([*arguments("killed", run__max_steps=14), "--resume"])
+        process = command([*arguments("killed", run__max_steps=10), "--resume"])
         before = latest.stat().st_mtime_ns if latest.exists() else -1
-        # Most of a short run is start-up: wait until this process has saved, so that however slow the machine is there
-        # is an end, then for some part of a few steps.
+        # Most of a short run is start-up. Wait until this process has saved, so that the test ends however slow the
+        # machine is, then for a part of a few steps.
         while process.poll() is None and (latest.stat().st_mtime_ns if latest.exists() else -1) <= before:
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.3))
@@ -159,14 +157,14 @@ def test_the_remedy_for_a_run_that_diverged_works(pretraining, tmp_path):
     assert {group["base_lr"] for group in run.optimizer.param_groups} == {1e-4, 5e-4}
 
 
-@pytest.mark.parametrize("keep", [0, 100, 0.5, 0.999])
-def test_a_checkpoint_cut_short_is_refused(pretraining, tmp_path, keep):
-    pretraining(run__stop_at=2).run()
+def test_a_checkpoint_cut_short_is_refused(pretraining, tmp_path):
+    pretraining(run__stop_at=1).run()
     latest = tmp_path / "run" / "checkpoints" / "latest.pt"
     content = latest.read_bytes()
-    latest.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
-    with pytest.raises(UserError, match=r"latest\.pt: not a whole checkpoint"):
-        pretraining(resume=True)
+    for size in (0, 100, len(content) // 2, int(0.999 * len(content))):
+        latest.write_bytes(content[:size])
+        with pytest.raises(UserError, match=r"latest\.pt: not a whole checkpoint"):
+            pretraining(resume=True)
 
 
 def test_a_resumed_run_does_not_need_the_weights_it_started_from(pretraining, tmp_path):
