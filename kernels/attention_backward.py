@@ -1,10 +1,14 @@
 """The backward of attention: probabilities are computed again from the log-sum-exp; no atomics, so results repeat.
 
-Two launches, one by queries and one by keys; a single one where one tile holds all queries or all keys (``ALONE``),
-which then writes the gradients of the other side directly. Dimensions and ``cu_seqlens`` as in ``attention``.
+Two launches, one by queries and one by keys; a single one where one tile holds all queries or all keys
+(``SINGLE_TILE``), which then writes the gradients of the other side directly. Dimensions and ``cu_seqlens`` as in
+``attention``.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -12,78 +16,57 @@ import triton.language as tl
 from torch import Tensor
 
 from sclkern.kernels.attention import (
-    GROUP_ROWS,
-    GROUP_WARPS,
-    LENGTHS,
+    DYNAMIC_ARGS,
     LOG2_E,
-    TILES,
     Packing,
     arguments,
-    clear_rest,
     entry,
-    existing_keys,
-    kept,
+    key_mask,
     load_lse_2,
     load_rows,
-    origin,
-    sequence,
+    sequence_bounds,
+    sequence_ptr,
     sizes,
     store_rows,
-    tile,
-    tiles,
-    warps,
+    zero_tail,
 )
-
-# As LARGEST_FORWARD and FORWARD_PER_WARP; smaller, because two or three accumulators are held.
-LARGEST_BACKWARD = {2: ((64, 32), (64, 32)), 4: ((32, 32), (16, 32))}
-BACKWARD_PER_WARP = {2: 640, 4: 512}
-# Two bytes, by kernel and ALONE: rows of a program that have four warps at most, by D. Two groups that share 64 rows
-# would each issue the addresses, barriers and exchanges of a whole tile. Beside: instructions a score with dropout for
-# D 64, and why others have more. Read from machine code for sm_90, as the tiles are; not measured on a GPU yet.
-ONE_GROUP = {
-    # 64 x 32: 30, and more warps fit; in 64 x 64 on 8 warps 43.
-    ("query", False): {32: (64, 32), 64: (64, 32), 128: (64, 32)},
-    # 32 x 64: 38; in 64 x 64 on 8 warps 58. 32 x 32 of D 32: 248 registers; D 128: two accumulators of 64 x 128 spill.
-    ("key", False): {32: (64,), 64: (64, 32), 128: ()},
-    # 32 x 64: 50; on 8 warps 75. Of 64 queries: 254 registers.
-    ("query", True): {32: (32, 16), 64: (32, 16), 128: (32, 16)},
-    # 64 x 16: 94; on 8 warps 150. Of 32 and 64 keys: up to 255 registers.
-    ("key", True): {32: (16,), 64: (16,), 128: ()},
-}
-# Most scores of a step of the key kernel where it holds the gradient of the queries too, by D: more would spill.
-ALONE_SCORES = {2: {32: 1024, 64: 2048, 128: 512}, 4: {32: 256, 64: 256, 128: 256}}
+from sclkern.kernels.config import Configs, LaunchConfig, resolve, select
+from sclkern.kernels.dropout import dropout_keep_mask
+from sclkern.kernels.launch import launch
 
 
 @triton.jit
 def score_gradients(
     query, key, value, grad_out, lse_2, delta, valid, seed, batch_head, row, first_key, scale, threshold, keep_scale,
-    DROPOUT: tl.constexpr, BLOCK_KEYS: tl.constexpr, KEY_AXIS: tl.constexpr,
+    DROPOUT: tl.constexpr, BLOCK_KEYS: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities that dropout left and the gradient of the scores, in the dtype of the operands.
+    """Probabilities after dropout and the gradient of the scores, in the dtype of the operands.
 
-    (queries, keys) where ``KEY_AXIS`` is 1, (keys, queries) where it is 0.
+    (queries, keys), or (keys, queries) where ``TRANSPOSED``.
     """
-    if KEY_AXIS == 1:
+    KEY_AXIS: tl.constexpr = 0 if TRANSPOSED else 1  # of the scores
+    if not TRANSPOSED:
         scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-        grad_weights = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
+        grad_p = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
     else:
         scores = tl.dot(key, tl.trans(query), input_precision="ieee")
-        grad_weights = tl.dot(value, tl.trans(grad_out), input_precision="ieee")
+        grad_p = tl.dot(value, tl.trans(grad_out), input_precision="ieee")
     scores = scores * (scale * LOG2_E) - tl.expand_dims(lse_2, KEY_AXIS)
     # Before the exponential: padding scores 0, and 2 to the power of 0 - lse can overflow.
-    weights = tl.exp2(tl.where(tl.expand_dims(valid, 1 - KEY_AXIS), scores, -float("inf")))
-    used = weights
+    p = tl.exp2(tl.where(tl.expand_dims(valid, 1 - KEY_AXIS), scores, -float("inf")))
+    p_dropped = p
     if DROPOUT:
-        keep = kept(seed, batch_head, row, first_key, threshold, BLOCK_KEYS)
-        if KEY_AXIS == 0:
+        group = first_key // 8 + tl.arange(0, BLOCK_KEYS // 8)
+        keep = dropout_keep_mask(seed, batch_head, row[:, None], group[None, :], threshold)
+        if TRANSPOSED:
             keep = tl.trans(keep)
-        used = tl.where(keep, weights, 0.0)
-        grad_weights = tl.where(keep, grad_weights * keep_scale, 0.0)
-    grad_scores = weights * (grad_weights - tl.expand_dims(delta, KEY_AXIS))
-    return used.to(grad_out.dtype), grad_scores.to(query.dtype)
+        p_dropped = tl.where(keep, p, 0.0)
+        grad_p = tl.where(keep, grad_p * keep_scale, 0.0)
+    grad_scores = p * (grad_p - tl.expand_dims(delta, KEY_AXIS))
+    return p_dropped.to(grad_out.dtype), grad_scores.to(query.dtype)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=DYNAMIC_ARGS)
 def attention_backward_query_kernel(
     grad_out_ptr,  # (B, Lq, H, D) or (T, H, D)
     query_ptr,  # as grad_out
@@ -119,11 +102,11 @@ def attention_backward_query_kernel(
     scale,
     threshold,
     keep_scale,
-    HEAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
-    ALONE: tl.constexpr,  # one tile holds all queries: keys and values get their gradients here as well
-    KEY_AXIS: tl.constexpr,  # of the scores, see backward_plan
+    SINGLE_TILE: tl.constexpr,  # one tile holds all queries: keys and values get their gradients here as well
+    TRANSPOSED: tl.constexpr,  # scores are (keys, queries)
 ):
     tiles = tl.cdiv(queries, BLOCK_QUERIES)
     tile = tl.program_id(0) % tiles
@@ -132,64 +115,65 @@ def attention_backward_query_kernel(
     # fmt: off
     if cu_seqlens_q_ptr is not None:  # noqa: SIM102, None has no operator
         if tl.program_id(0) + heads * tiles >= tl.num_programs(0):
-            clear_rest(grad_query_ptr, cu_seqlens_q_ptr, batch, query_rows, tile, tiles, head, heads,
-                       HEAD, BLOCK_QUERIES)
-            if ALONE:
-                clear_rest(grad_key_ptr, cu_seqlens_k_ptr, batch, key_rows, tile, tiles, head, heads, HEAD, BLOCK_KEYS)
-                clear_rest(grad_value_ptr, cu_seqlens_k_ptr, batch, key_rows, tile, tiles, head, heads,
-                           HEAD, BLOCK_KEYS)
+            zero_tail(grad_query_ptr, cu_seqlens_q_ptr, batch, query_rows, tile, tiles, head, heads,
+                      HEAD_DIM, BLOCK_QUERIES)
+            if SINGLE_TILE:
+                zero_tail(grad_key_ptr, cu_seqlens_k_ptr, batch, key_rows, tile, tiles, head, heads,
+                          HEAD_DIM, BLOCK_KEYS)
+                zero_tail(grad_value_ptr, cu_seqlens_k_ptr, batch, key_rows, tile, tiles, head, heads,
+                          HEAD_DIM, BLOCK_KEYS)
             return
-    first_query, queries = sequence(cu_seqlens_q_ptr, batch, queries)
-    first_key, keys = sequence(cu_seqlens_k_ptr, batch, keys)
-    # The first tile stays: alone, it owes zeros to the other side of an empty sequence.
+    first_query, queries = sequence_bounds(cu_seqlens_q_ptr, batch, queries)
+    first_key, keys = sequence_bounds(cu_seqlens_k_ptr, batch, keys)
+    # The first tile stays: as a single tile it owes zeros to the other side of an empty sequence.
     if tile * BLOCK_QUERIES >= tl.maximum(queries, 1):
         return
     row = tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     inside = row < queries
-    query_ptr = origin(query_ptr, cu_seqlens_q_ptr, batch, first_query, head,
-                       query_batch_stride, query_row_stride, query_head_stride)
-    grad_out_ptr = origin(grad_out_ptr, cu_seqlens_q_ptr, batch, first_query, head,
-                          grad_out_batch_stride, grad_out_row_stride, grad_out_head_stride)
-    key_ptr = origin(key_ptr, cu_seqlens_k_ptr, batch, first_key, head,
-                     key_batch_stride, key_row_stride, key_head_stride)
-    value_ptr = origin(value_ptr, cu_seqlens_k_ptr, batch, first_key, head,
-                       value_batch_stride, value_row_stride, value_head_stride)
+    query_ptr = sequence_ptr(query_ptr, cu_seqlens_q_ptr, batch, first_query, head,
+                             query_batch_stride, query_row_stride, query_head_stride)
+    grad_out_ptr = sequence_ptr(grad_out_ptr, cu_seqlens_q_ptr, batch, first_query, head,
+                                grad_out_batch_stride, grad_out_row_stride, grad_out_head_stride)
+    key_ptr = sequence_ptr(key_ptr, cu_seqlens_k_ptr, batch, first_key, head,
+                           key_batch_stride, key_row_stride, key_head_stride)
+    value_ptr = sequence_ptr(value_ptr, cu_seqlens_k_ptr, batch, first_key, head,
+                             value_batch_stride, value_row_stride, value_head_stride)
     # fmt: on
-    query = load_rows(query_ptr, row, inside, query_row_stride, HEAD)
-    grad_out = load_rows(grad_out_ptr, row, inside, grad_out_row_stride, HEAD)
-    out = load_rows(out_ptr + (first_query * heads + head) * HEAD, row, inside, heads * HEAD, HEAD)
+    query = load_rows(query_ptr, row, inside, query_row_stride, HEAD_DIM)
+    grad_out = load_rows(grad_out_ptr, row, inside, grad_out_row_stride, HEAD_DIM)
+    out = load_rows(out_ptr + (first_query * heads + head) * HEAD_DIM, row, inside, heads * HEAD_DIM, HEAD_DIM)
     delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
-    statistics = head * query_rows + first_query + row
-    lse_2 = load_lse_2(lse_ptr, statistics, inside)
-    if not ALONE:
-        tl.store(delta_ptr + statistics, delta, mask=inside)
+    stats = head * query_rows + first_query + row
+    lse_2 = load_lse_2(lse_ptr, stats, inside)
+    if not SINGLE_TILE:
+        tl.store(delta_ptr + stats, delta, mask=inside)
     seed = 0 if seed_ptr is None else tl.load(seed_ptr)
-    grad_query = tl.zeros((BLOCK_QUERIES, HEAD) if KEY_AXIS == 1 else (HEAD, BLOCK_QUERIES), tl.float32)
+    grad_query = tl.zeros((HEAD_DIM, BLOCK_QUERIES) if TRANSPOSED else (BLOCK_QUERIES, HEAD_DIM), tl.float32)
     for start in range(0, keys, BLOCK_KEYS):
         column = start + tl.arange(0, BLOCK_KEYS)
-        valid = existing_keys(mask_ptr, batch, column, keys)
-        key = load_rows(key_ptr, column, valid, key_row_stride, HEAD)
-        value = load_rows(value_ptr, column, valid, value_row_stride, HEAD)
-        used, grad_scores = score_gradients(
+        valid = key_mask(mask_ptr, batch, column, keys)
+        key = load_rows(key_ptr, column, valid, key_row_stride, HEAD_DIM)
+        value = load_rows(value_ptr, column, valid, value_row_stride, HEAD_DIM)
+        p_dropped, grad_scores = score_gradients(
             query, key, value, grad_out, lse_2, delta, valid, seed, batch_head, row, start, scale, threshold,
-            keep_scale, seed_ptr is not None, BLOCK_KEYS, KEY_AXIS,
+            keep_scale, seed_ptr is not None, BLOCK_KEYS, TRANSPOSED,
         )  # fmt: skip
-        if KEY_AXIS == 1:
+        if not TRANSPOSED:
             grad_query = tl.dot(grad_scores, key, grad_query, input_precision="ieee")
         else:
             grad_query = tl.dot(tl.trans(key), grad_scores, grad_query, input_precision="ieee")
-        if ALONE:
-            if KEY_AXIS == 1:
-                used, grad_scores = tl.trans(used), tl.trans(grad_scores)
-            grad_value = tl.dot(used, grad_out, input_precision="ieee") * keep_scale
+        if SINGLE_TILE:
+            if not TRANSPOSED:
+                p_dropped, grad_scores = tl.trans(p_dropped), tl.trans(grad_scores)
+            grad_value = tl.dot(p_dropped, grad_out, input_precision="ieee") * keep_scale
             grad_key = tl.dot(grad_scores, query, input_precision="ieee") * scale
-            store_rows(grad_value_ptr, grad_value, first_key, column, keys, head, heads, HEAD)
-            store_rows(grad_key_ptr, grad_key, first_key, column, keys, head, heads, HEAD)
-    grad_query = grad_query if KEY_AXIS == 1 else tl.trans(grad_query)
-    store_rows(grad_query_ptr, grad_query * scale, first_query, row, queries, head, heads, HEAD)
+            store_rows(grad_value_ptr, grad_value, first_key, column, keys, head, heads, HEAD_DIM)
+            store_rows(grad_key_ptr, grad_key, first_key, column, keys, head, heads, HEAD_DIM)
+    grad_query = tl.trans(grad_query) if TRANSPOSED else grad_query
+    store_rows(grad_query_ptr, grad_query * scale, first_query, row, queries, head, heads, HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=DYNAMIC_ARGS)
 def attention_backward_key_kernel(
     grad_out_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seed_ptr, out_ptr,
     lse_ptr, delta_ptr, grad_query_ptr, grad_key_ptr, grad_value_ptr, heads, queries, keys, query_rows, key_rows,
@@ -197,9 +181,9 @@ def attention_backward_key_kernel(
     query_batch_stride, query_row_stride, query_head_stride,
     key_batch_stride, key_row_stride, key_head_stride,
     value_batch_stride, value_row_stride, value_head_stride,
-    scale, threshold, keep_scale, HEAD: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    ALONE: tl.constexpr,  # one tile holds all keys: queries get their gradient here as well, and delta is not read
-    KEY_AXIS: tl.constexpr,
+    scale, threshold, keep_scale, HEAD_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    SINGLE_TILE: tl.constexpr,  # one tile holds all keys: queries get their gradient here too, and delta is not read
+    TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(keys, BLOCK_KEYS)
     tile = tl.program_id(0) % tiles
@@ -208,95 +192,109 @@ def attention_backward_key_kernel(
     # fmt: off
     if cu_seqlens_k_ptr is not None:  # noqa: SIM102, None has no operator
         if tl.program_id(0) + heads * tiles >= tl.num_programs(0):
-            clear_rest(grad_key_ptr, cu_seqlens_k_ptr, batch, key_rows, tile, tiles, head, heads, HEAD, BLOCK_KEYS)
-            clear_rest(grad_value_ptr, cu_seqlens_k_ptr, batch, key_rows, tile, tiles, head, heads, HEAD, BLOCK_KEYS)
-            if ALONE:
-                clear_rest(grad_query_ptr, cu_seqlens_q_ptr, batch, query_rows, tile, tiles, head, heads,
-                           HEAD, BLOCK_QUERIES)
+            zero_tail(grad_key_ptr, cu_seqlens_k_ptr, batch, key_rows, tile, tiles, head, heads, HEAD_DIM, BLOCK_KEYS)
+            zero_tail(grad_value_ptr, cu_seqlens_k_ptr, batch, key_rows, tile, tiles, head, heads, HEAD_DIM, BLOCK_KEYS)
+            if SINGLE_TILE:
+                zero_tail(grad_query_ptr, cu_seqlens_q_ptr, batch, query_rows, tile, tiles, head, heads,
+                          HEAD_DIM, BLOCK_QUERIES)
             return
-    first_query, queries = sequence(cu_seqlens_q_ptr, batch, queries)
-    first_key, keys = sequence(cu_seqlens_k_ptr, batch, keys)
-    # The first tile stays: alone, it owes zeros to the other side of an empty sequence.
+    first_query, queries = sequence_bounds(cu_seqlens_q_ptr, batch, queries)
+    first_key, keys = sequence_bounds(cu_seqlens_k_ptr, batch, keys)
+    # The first tile stays: as a single tile it owes zeros to the other side of an empty sequence.
     if tile * BLOCK_KEYS >= tl.maximum(keys, 1):
         return
     column = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
-    valid = existing_keys(mask_ptr, batch, column, keys)
-    query_ptr = origin(query_ptr, cu_seqlens_q_ptr, batch, first_query, head,
-                       query_batch_stride, query_row_stride, query_head_stride)
-    grad_out_ptr = origin(grad_out_ptr, cu_seqlens_q_ptr, batch, first_query, head,
-                          grad_out_batch_stride, grad_out_row_stride, grad_out_head_stride)
-    key_ptr = origin(key_ptr, cu_seqlens_k_ptr, batch, first_key, head,
-                     key_batch_stride, key_row_stride, key_head_stride)
-    value_ptr = origin(value_ptr, cu_seqlens_k_ptr, batch, first_key, head,
-                       value_batch_stride, value_row_stride, value_head_stride)
+    valid = key_mask(mask_ptr, batch, column, keys)
+    query_ptr = sequence_ptr(query_ptr, cu_seqlens_q_ptr, batch, first_query, head,
+                             query_batch_stride, query_row_stride, query_head_stride)
+    grad_out_ptr = sequence_ptr(grad_out_ptr, cu_seqlens_q_ptr, batch, first_query, head,
+                                grad_out_batch_stride, grad_out_row_stride, grad_out_head_stride)
+    key_ptr = sequence_ptr(key_ptr, cu_seqlens_k_ptr, batch, first_key, head,
+                           key_batch_stride, key_row_stride, key_head_stride)
+    value_ptr = sequence_ptr(value_ptr, cu_seqlens_k_ptr, batch, first_key, head,
+                             value_batch_stride, value_row_stride, value_head_stride)
     # fmt: on
-    key = load_rows(key_ptr, column, valid, key_row_stride, HEAD)
-    value = load_rows(value_ptr, column, valid, value_row_stride, HEAD)
+    key = load_rows(key_ptr, column, valid, key_row_stride, HEAD_DIM)
+    value = load_rows(value_ptr, column, valid, value_row_stride, HEAD_DIM)
     seed = 0 if seed_ptr is None else tl.load(seed_ptr)
-    grad_key = tl.zeros((BLOCK_KEYS, HEAD) if KEY_AXIS == 0 else (HEAD, BLOCK_KEYS), tl.float32)
-    grad_value = tl.zeros((BLOCK_KEYS, HEAD) if KEY_AXIS == 0 else (HEAD, BLOCK_KEYS), tl.float32)
+    grad_key = tl.zeros((BLOCK_KEYS, HEAD_DIM) if TRANSPOSED else (HEAD_DIM, BLOCK_KEYS), tl.float32)
+    grad_value = tl.zeros((BLOCK_KEYS, HEAD_DIM) if TRANSPOSED else (HEAD_DIM, BLOCK_KEYS), tl.float32)
     for start in range(0, queries, BLOCK_QUERIES):
         row = start + tl.arange(0, BLOCK_QUERIES)
         inside = row < queries
-        query = load_rows(query_ptr, row, inside, query_row_stride, HEAD)
-        grad_out = load_rows(grad_out_ptr, row, inside, grad_out_row_stride, HEAD)
-        statistics = head * query_rows + first_query + row
-        lse_2 = load_lse_2(lse_ptr, statistics, inside)
-        if ALONE:
-            out = load_rows(out_ptr + (first_query * heads + head) * HEAD, row, inside, heads * HEAD, HEAD)
+        query = load_rows(query_ptr, row, inside, query_row_stride, HEAD_DIM)
+        grad_out = load_rows(grad_out_ptr, row, inside, grad_out_row_stride, HEAD_DIM)
+        stats = head * query_rows + first_query + row
+        lse_2 = load_lse_2(lse_ptr, stats, inside)
+        if SINGLE_TILE:
+            out = load_rows(out_ptr + (first_query * heads + head) * HEAD_DIM, row, inside, heads * HEAD_DIM, HEAD_DIM)
             delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
         else:
-            delta = tl.load(delta_ptr + statistics, mask=inside, other=0.0)
-        used, grad_scores = score_gradients(
+            delta = tl.load(delta_ptr + stats, mask=inside, other=0.0)
+        p_dropped, grad_scores = score_gradients(
             query, key, value, grad_out, lse_2, delta, valid, seed, batch_head, row, tile * BLOCK_KEYS, scale,
-            threshold, keep_scale, seed_ptr is not None, BLOCK_KEYS, KEY_AXIS,
+            threshold, keep_scale, seed_ptr is not None, BLOCK_KEYS, TRANSPOSED,
         )  # fmt: skip
-        if KEY_AXIS == 1:
-            grad_value = tl.dot(tl.trans(grad_out), used, grad_value, input_precision="ieee")
+        if not TRANSPOSED:
+            grad_value = tl.dot(tl.trans(grad_out), p_dropped, grad_value, input_precision="ieee")
             grad_key = tl.dot(tl.trans(query), grad_scores, grad_key, input_precision="ieee")
             grad_query = tl.dot(grad_scores, key, input_precision="ieee")
         else:
-            grad_value = tl.dot(used, grad_out, grad_value, input_precision="ieee")
+            grad_value = tl.dot(p_dropped, grad_out, grad_value, input_precision="ieee")
             grad_key = tl.dot(grad_scores, query, grad_key, input_precision="ieee")
-            if ALONE:
+            if SINGLE_TILE:
                 grad_query = tl.trans(tl.dot(tl.trans(key), grad_scores, input_precision="ieee"))
-        if ALONE:
-            store_rows(grad_query_ptr, grad_query * scale, first_query, row, queries, head, heads, HEAD)
-    grad_key = grad_key if KEY_AXIS == 0 else tl.trans(grad_key)
-    grad_value = grad_value if KEY_AXIS == 0 else tl.trans(grad_value)
-    store_rows(grad_key_ptr, grad_key * scale, first_key, column, keys, head, heads, HEAD)
-    store_rows(grad_value_ptr, grad_value * keep_scale, first_key, column, keys, head, heads, HEAD)
+        if SINGLE_TILE:
+            store_rows(grad_query_ptr, grad_query * scale, first_query, row, queries, head, heads, HEAD_DIM)
+    grad_key = grad_key if TRANSPOSED else tl.trans(grad_key)
+    grad_value = grad_value if TRANSPOSED else tl.trans(grad_value)
+    store_rows(grad_key_ptr, grad_key * scale, first_key, column, keys, head, heads, HEAD_DIM)
+    store_rows(grad_value_ptr, grad_value * keep_scale, first_key, column, keys, head, heads, HEAD_DIM)
 
 
-def backward_plan(queries: int, keys: int, head: int, dtype: torch.dtype, largest: dict) -> list[tuple]:
-    """The launches: kernel, rows that are spread over programs, their tile, and the configuration."""
-    by_query = tiles(queries, keys, head, dtype, largest)
-    by_key = tiles(keys, queries, head, dtype, largest)
-    # A length of 0 has no kernel of its own to write the zeros of the other side, so it is never "alone".
-    keys_alone = 0 < keys <= by_key[0] and queries > 0
-    queries_alone = 0 < queries <= by_query[0] and keys > 0 and not keys_alone
-    plan = []
-    for name, wanted, rows, others, (block, other_block), alone in (
-        ("query", not keys_alone, queries, keys, by_query, queries_alone),
-        ("key", not queries_alone, keys, queries, by_key, keys_alone),
-    ):
-        # Rows that are spread over programs are those of the products; alone they may be fewer than GROUP_ROWS: then
-        # the others are, and channels. Four bytes use the ordinary cores, and would spill.
-        turned = alone and dtype.itemsize == 2 and (name == "query" or block < GROUP_ROWS)
-        if alone and dtype.itemsize == 2 and head < 128:
-            other_block = tile(others, GROUP_ROWS)
-        if alone and name == "key":
-            other_block = max(TILES[-1], min(other_block, ALONE_SCORES[dtype.itemsize][head] // block))
-        block_queries, block_keys = (block, other_block) if name == "query" else (other_block, block)
-        configuration = {"HEAD": head, "BLOCK_QUERIES": block_queries, "BLOCK_KEYS": block_keys, "ALONE": alone}
-        configuration["KEY_AXIS"] = int((name == "query") != turned)
-        configuration["num_warps"] = warps(block_queries, block_keys, head, dtype, BACKWARD_PER_WARP)
-        if dtype.itemsize == 2 and block in ONE_GROUP[name, alone][head]:
-            configuration["num_warps"] = min(configuration["num_warps"], GROUP_WARPS)
-        if wanted:
-            kernel = attention_backward_query_kernel if name == "query" else attention_backward_key_kernel
-            plan.append((kernel, rows, block, configuration))
-    return plan
+@dataclass(frozen=True)
+class BackwardLaunch:
+    """One launch of the backward.
+
+    Attributes:
+        kernel: the jit function.
+        config: its configuration.
+        tiles: tiles of one head and sequence, each a program.
+    """
+
+    kernel: Any
+    config: LaunchConfig
+    tiles: int
+
+
+def backward_launches(configs: tuple[LaunchConfig, ...], queries: int, keys: int) -> list[BackwardLaunch]:
+    """The launches of one call.
+
+    Args:
+        configs: both kernels', or that of the one that runs alone (``SINGLE_TILE``).
+        queries: the largest number of queries of a sequence.
+        keys: the largest number of keys of a sequence.
+
+    Returns:
+        One or two launches.
+
+    Raises:
+        ValueError: some gradient would not be written, or be written twice.
+    """
+    kernels = {
+        kernel.fn.__name__: kernel for kernel in (attention_backward_query_kernel, attention_backward_key_kernel)
+    }
+    alone = [bool(config["SINGLE_TILE"]) for config in configs]
+    if alone not in ([True], [False, False]) or len({config.kernel for config in configs}) < len(configs):
+        raise ValueError(
+            f"config: got {'; '.join(map(str, configs))}, expected both kernels without SINGLE_TILE or one with it"
+        )
+    launches = []
+    for config in configs:
+        by_query = config.kernel == attention_backward_query_kernel.fn.__name__
+        rows, block = (queries, config["BLOCK_QUERIES"]) if by_query else (keys, config["BLOCK_KEYS"])
+        launches.append(BackwardLaunch(kernels[config.kernel], config, triton.cdiv(rows, block)))
+    return launches
 
 
 def attention_backward(
@@ -311,29 +309,41 @@ def attention_backward(
     dropout_p: float,
     softmax_scale: float,
     packing: Packing | None = None,
-    largest: dict = LARGEST_BACKWARD,
+    config: Configs = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, contiguous; shapes as ``attention_forward`` takes and returns them."""
-    gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value)]
-    tensors = {"grad_out": grad_out, "query": query, "key": key, "value": value, "mask": mask, "seed": seed, "out": out}
-    names = ("delta", "grad_query", "grad_key", "grad_value")
-    written = dict(zip(names, (torch.empty_like(lse), *gradients), strict=True))
-    shared = arguments(packing, dropout_p, softmax_scale, **tensors, lse=lse, **written)
-    batch, queries, keys = sizes(query, key, packing)
-    for kernel, rows, block, configuration in backward_plan(queries, keys, query.shape[-1], query.dtype, largest):
-        programs = batch * query.shape[-2] * triton.cdiv(rows, block)
-        if programs:
-            kernel[(programs,)](**shared, **configuration)
-    return tuple(gradients)
-
-
-AHEAD_OF_TIME = [
-    entry(kernel, dtype, configuration, packed)
-    for queries, keys, head, dtype, packed in (
-        *((*lengths, 64, torch.bfloat16, False) for lengths in ((325, 325), (13, 325), (325, 13), (65, 65), (13, 13))),
-        *((*lengths, 64, torch.bfloat16, True) for lengths in ((325, 325), (325, 13))),
-        (325, 325, 128, torch.bfloat16, False),
-        (325, 325, 64, torch.float32, False),
+    grad_query, grad_key, grad_value = (
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value)
     )
-    for kernel, _, _, configuration in backward_plan(queries, keys, head, dtype, LARGEST_BACKWARD)
+    shared = arguments(
+        packing, dropout_p, softmax_scale, grad_out=grad_out, query=query, key=key, value=value, mask=mask, seed=seed,
+        out=out, lse=lse, delta=torch.empty_like(lse), grad_query=grad_query, grad_key=grad_key, grad_value=grad_value,
+    )  # fmt: skip
+    batch, queries, keys = sizes(query, key, packing)
+    heads, head_dim = query.shape[-2:]
+    names = ("attention_backward_query_kernel", "attention_backward_key_kernel")
+    configs = resolve(config, names, query, queries=queries, keys=keys, head_dim=head_dim)
+    for one in backward_launches(configs, queries, keys):
+        programs = batch * heads * one.tiles
+        if programs:
+            launch(one.kernel, (programs,), one.config, HEAD_DIM=head_dim, **shared)
+    return grad_query, grad_key, grad_value
+
+
+# (queries, keys, head_dim, dtype, packed) of what the static checks compile.
+STATIC_SHAPES = [
+    *((*lengths, 64, torch.bfloat16, False) for lengths in ((325, 325), (13, 325), (325, 13), (65, 65), (13, 13))),
+    *((*lengths, 64, torch.bfloat16, True) for lengths in ((325, 325), (325, 13))),
+    (325, 325, 128, torch.bfloat16, False),
+    (325, 325, 64, torch.float32, False),
 ]
+
+
+def ahead_of_time(arch: str) -> list[dict[str, Any]]:
+    """What the static checks compile for an architecture."""
+    entries = []
+    for queries, keys, head_dim, dtype, packed in STATIC_SHAPES:
+        configs = select("attention", "backward", dtype, arch, queries=queries, keys=keys, head_dim=head_dim)
+        for one in backward_launches(configs, queries, keys):
+            entries.append(entry(one.kernel, one.config, dtype, head_dim, packed))
+    return entries

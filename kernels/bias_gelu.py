@@ -5,17 +5,18 @@ R rows, D columns. Arithmetic in float32, whatever the tensors hold.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sclkern.kernels.config import LaunchConfig, resolve, select
+from sclkern.kernels.launch import launch, static_entry
+
 EXACT, TANH, QUICK = 0, 1, 2
 KINDS = {"none": EXACT, "tanh": TANH, "quick": QUICK}
-
-# A tile of 8 rows of 256 columns: 16-byte loads for each thread, and 1/8 of the partial sums that single rows would
-# leave for the bias gradient. Not yet tuned on a GPU.
-BLOCK_ROWS, BLOCK_COLUMNS, NUM_WARPS = 8, 256, 4
 
 
 @triton.jit
@@ -89,16 +90,20 @@ def bias_gelu_backward_kernel(
     tl.store(partial_ptr + block * columns + offset, tl.sum(grad_x, axis=0), mask=offset < columns)
 
 
-def _grid(rows: int, columns: int) -> tuple[int, int]:
-    return triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(columns, BLOCK_COLUMNS)
+def _grid(rows: int, columns: int, config: LaunchConfig) -> tuple[int, int]:
+    return triton.cdiv(rows, config["BLOCK_ROWS"]), triton.cdiv(columns, config["BLOCK_COLUMNS"])
 
 
-def bias_gelu_forward(x: Tensor, bias: Tensor, kind: int) -> Tensor:
+def bias_gelu_forward(x: Tensor, bias: Tensor, kind: int, config: LaunchConfig | None = None) -> Tensor:
     """x (R, D) with contiguous rows, bias (D,): gelu(x + bias) (R, D) in the dtype of x."""
     rows, columns = x.shape
+    (chosen,) = resolve(config, ("bias_gelu_forward_kernel",), x)
     out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     if out.numel():
-        bias_gelu_forward_kernel[_grid(rows, columns)](
+        launch(
+            bias_gelu_forward_kernel,
+            _grid(rows, columns, chosen),
+            chosen,
             x_ptr=x,
             bias_ptr=bias,
             out_ptr=out,
@@ -107,22 +112,24 @@ def bias_gelu_forward(x: Tensor, bias: Tensor, kind: int) -> Tensor:
             x_row_stride=x.stride(0),
             out_row_stride=out.stride(0),
             KIND=kind,
-            BLOCK_ROWS=BLOCK_ROWS,
-            BLOCK_COLUMNS=BLOCK_COLUMNS,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
         )
     return out
 
 
-def bias_gelu_backward(grad_out: Tensor, x: Tensor, bias: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+def bias_gelu_backward(
+    grad_out: Tensor, x: Tensor, bias: Tensor, kind: int, config: LaunchConfig | None = None
+) -> tuple[Tensor, Tensor]:
     """Gradients of x (R, D) and bias (D,), in their dtypes; the bias gradient is summed in a fixed order in float32."""
     rows, columns = x.shape
-    grid = _grid(rows, columns)
+    (chosen,) = resolve(config, ("bias_gelu_backward_kernel",), x)
+    grid = _grid(rows, columns, chosen)
     grad_x = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     partial = torch.empty((grid[0], columns), dtype=torch.float32, device=x.device)
     if grad_x.numel():
-        bias_gelu_backward_kernel[grid](
+        launch(
+            bias_gelu_backward_kernel,
+            grid,
+            chosen,
             grad_out_ptr=grad_out,
             x_ptr=x,
             bias_ptr=bias,
@@ -134,34 +141,17 @@ def bias_gelu_backward(grad_out: Tensor, x: Tensor, bias: Tensor, kind: int) -> 
             x_row_stride=x.stride(0),
             grad_x_row_stride=grad_x.stride(0),
             KIND=kind,
-            BLOCK_ROWS=BLOCK_ROWS,
-            BLOCK_COLUMNS=BLOCK_COLUMNS,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
         )
     return grad_x, partial.sum(0).to(bias.dtype)
 
 
-# What the static checks compile: kernel, argument types, constants, warps.
-AHEAD_OF_TIME = [
-    {
-        "kernel": bias_gelu_forward_kernel,
-        "signature": {"x_ptr": "*bf16", "bias_ptr": "*fp32", "out_ptr": "*bf16"},
-        "constants": {"KIND": kind, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS},
-        "num_warps": NUM_WARPS,
-        "divisible": ("columns", "x_row_stride", "out_row_stride"),
-    }
-    for kind in KINDS.values()
-] + [
-    {
-        "kernel": bias_gelu_backward_kernel,
-        "signature": {
-            "grad_out_ptr": "*bf16", "x_ptr": "*bf16", "bias_ptr": "*fp32", "grad_x_ptr": "*bf16",
-            "partial_ptr": "*fp32",
-        },
-        "constants": {"KIND": kind, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS},
-        "num_warps": NUM_WARPS,
-        "divisible": ("columns", "grad_out_row_stride", "x_row_stride", "grad_x_row_stride"),
-    }
-    for kind in KINDS.values()
-]  # fmt: skip
+def ahead_of_time(arch: str) -> list[dict[str, Any]]:
+    """What the static checks compile for an architecture."""
+    halves = ("grad_out_ptr", "x_ptr", "out_ptr", "grad_x_ptr")
+    signature = dict.fromkeys(halves, "*bf16") | dict.fromkeys(("bias_ptr", "partial_ptr"), "*fp32")
+    divisible = ("columns", "grad_out_row_stride", "x_row_stride", "out_row_stride", "grad_x_row_stride")
+    entries = []
+    for pass_, kernel in (("forward", bias_gelu_forward_kernel), ("backward", bias_gelu_backward_kernel)):
+        (config,) = select("bias_gelu", pass_, torch.bfloat16, arch)
+        entries += [static_entry(kernel, config, signature, divisible=divisible, KIND=kind) for kind in KINDS.values()]
+    return entries

@@ -7,24 +7,16 @@ so that reruns are equal to the bit.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sclkern.kernels.completion_loss_tiles import EXCLUDED, HALF, SINGLE, dots, entry, rows_taking_part, tile
-
-# Rows of the kernel that reads each feature once.
-NORM = {"BLOCK_ROWS": 8, "BLOCK_WIDTH": 128}
-MERGE = {"BLOCK_ROWS": 32, "BLOCK_SPLITS": 32}
-ROW_WARPS = 4
-# Float32 statistics take 16 warps: on 8, Triton 3.8 limits a thread to 128 registers, and 28 bytes spill.
-SINGLE_STATISTICS = SINGLE | {"num_warps": 16}
-# Columns are split until there are two programs for each of an H200's 132 multiprocessors; a constant, so that the
-# order of the sums does not depend on the machine.
-PROGRAMS = 264
-# Partial sums of columns held at once, of each kind: 64 MiB.
-COLUMN_SUMS = 2**24
+from sclkern.kernels.completion_loss_tiles import EXCLUDED, dots, entry, rows_taking_part, tile
+from sclkern.kernels.config import Configs, of_kernel, resolve, select
+from sclkern.kernels.launch import launch
 
 
 @triton.jit
@@ -213,6 +205,7 @@ def completion_loss_forward(
     eps: float,
     offset: int,
     rows: int,
+    config: Configs = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """recovered, complete (G, N, D) contiguous; temperature () float32; valid (G, N) bool, contiguous.
 
@@ -220,16 +213,22 @@ def completion_loss_forward(
     rows) and rnorm (2, G, N).
     """
     groups, length, width = recovered.shape
+    names = ("completion_loss_norm_kernel", "completion_loss_statistics_kernel", "completion_loss_merge_kernel")
+    configs = resolve(config, names, recovered)
+    norm, statistics, merging = (of_kernel(configs, name) for name in names)
     directions = 2 if both else 1
-    kwargs = {"dtype": torch.float32, "device": recovered.device}
+    kwargs: dict[str, Any] = {"dtype": torch.float32, "device": recovered.device}
     losses, positive = torch.empty((groups, rows), **kwargs), torch.empty((groups, length), **kwargs)
     lse, rnorm = torch.empty((directions, groups, rows), **kwargs), torch.empty((2, groups, length), **kwargs)
     mean_spread = torch.empty((directions if spread else 0, groups, rows), **kwargs)
     if not losses.numel():
         return losses, positive, lse, mean_spread, rnorm
     valid = None if valid is None else valid.view(torch.uint8)
-    common = {"valid_ptr": valid, "temperature_ptr": temperature, "WIDTH": width}
-    completion_loss_norm_kernel[(triton.cdiv(groups * length, NORM["BLOCK_ROWS"]),)](
+    common: dict[str, Any] = {"valid_ptr": valid, "temperature_ptr": temperature, "WIDTH": width}
+    launch(
+        completion_loss_norm_kernel,
+        (triton.cdiv(groups * length, norm["BLOCK_ROWS"]),),
+        norm,
         recovered_ptr=recovered,
         complete_ptr=complete,
         rnorm_ptr=rnorm,
@@ -237,14 +236,14 @@ def completion_loss_forward(
         rows=groups * length,
         eps=eps,
         **common,
-        **NORM,
-        num_warps=ROW_WARPS,
-        enable_fp_fusion=True,
     )
 
     def merge(sums: Tensor, direction: int, last: bool = True) -> None:
         count = groups * rows
-        completion_loss_merge_kernel[(triton.cdiv(count, MERGE["BLOCK_ROWS"]),)](
+        launch(
+            completion_loss_merge_kernel,
+            (triton.cdiv(count, merging["BLOCK_ROWS"]),),
+            merging,
             maximum_ptr=sums[0],
             total_ptr=sums[1],
             spread_ptr=sums[2] if spread else None,
@@ -258,21 +257,19 @@ def completion_loss_forward(
             offset=offset,
             rows=rows,
             splits=sums.shape[1],
-            **MERGE,
-            num_warps=ROW_WARPS,
-            enable_fp_fusion=True,
         )
 
     # Where the window is everything, the tiles of one direction are those of the other.
     shared = both and rows == length
-    tiles = SINGLE_STATISTICS if recovered.dtype == torch.float32 else HALF
-    blocks, column_blocks = triton.cdiv(rows, tiles["BLOCK_X"]), triton.cdiv(length, tiles["BLOCK_Y"])
-    strip = min(blocks, max(1, COLUMN_SUMS // (groups * length))) if shared else blocks
-    split_blocks = triton.cdiv(column_blocks, min(column_blocks, triton.cdiv(PROGRAMS, strip * groups)))
+    blocks, column_blocks = triton.cdiv(rows, statistics["BLOCK_X"]), triton.cdiv(length, statistics["BLOCK_Y"])
+    strip = min(blocks, max(1, statistics["COLUMN_SUMS"] // (groups * length))) if shared else blocks
+    # Columns are split until there are so many programs; a constant of the table, so that sums have a fixed order.
+    most_splits = min(column_blocks, triton.cdiv(statistics["PROGRAMS"], strip * groups))
+    split_blocks = triton.cdiv(column_blocks, most_splits)
     splits = triton.cdiv(column_blocks, split_blocks)
     kinds = 3 if spread else 2
     partial = torch.empty((kinds, splits, groups * rows), **kwargs)
-    columns = torch.empty((kinds, 1 + strip, groups * length), **kwargs) if shared else None
+    columns: Any = torch.empty((kinds, 1 + strip, groups * length), **kwargs) if shared else None
     if shared:
         columns[0, 0] = EXCLUDED.value
         columns[1:, 0] = 0.0
@@ -280,7 +277,10 @@ def completion_loss_forward(
         x, y = (recovered, complete) if direction == 0 else (complete, recovered)
         for first in range(0, blocks, strip):
             here = min(strip, blocks - first)
-            completion_loss_statistics_kernel[(here * groups, splits)](
+            launch(
+                completion_loss_statistics_kernel,
+                (here * groups, splits),
+                statistics,
                 x_ptr=x,
                 y_ptr=y,
                 x_rnorm_ptr=rnorm[direction],
@@ -297,10 +297,8 @@ def completion_loss_forward(
                 rows=rows,
                 first_block=first,
                 blocks=here,
-                split_columns=split_blocks * tiles["BLOCK_Y"],
+                split_columns=split_blocks * statistics["BLOCK_Y"],
                 **common,
-                **tiles,
-                enable_fp_fusion=True,
             )
             if first + here == blocks:
                 merge(partial, direction)
@@ -309,13 +307,16 @@ def completion_loss_forward(
     return losses, positive, lse, mean_spread, rnorm
 
 
-_ROWS_ALONE = {"column_maximum_ptr": None, "column_total_ptr": None, "column_spread_ptr": None}
-# What the static checks compile: kernel, argument types, constants, warps.
-AHEAD_OF_TIME = [
-    entry(completion_loss_norm_kernel, "bf16", num_warps=ROW_WARPS, **NORM),
-    entry(completion_loss_merge_kernel, "bf16", num_warps=ROW_WARPS, **MERGE),
-    entry(completion_loss_merge_kernel, "bf16", num_warps=ROW_WARPS, lse_ptr=None, **MERGE),
-    entry(completion_loss_statistics_kernel, "bf16", **HALF),
-    entry(completion_loss_statistics_kernel, "bf16", **_ROWS_ALONE, **HALF),
-    entry(completion_loss_statistics_kernel, "fp32", **SINGLE_STATISTICS),
-]
+def ahead_of_time(arch: str) -> list[dict[str, Any]]:
+    """What the static checks compile for an architecture."""
+    norm, half, merge = select("completion_loss", "forward", torch.bfloat16, arch)
+    _, single, _ = select("completion_loss", "forward", torch.float32, arch)
+    without_columns = dict.fromkeys(("column_maximum_ptr", "column_total_ptr", "column_spread_ptr"))
+    return [
+        entry(completion_loss_norm_kernel, norm, "bf16"),
+        entry(completion_loss_merge_kernel, merge, "bf16"),
+        entry(completion_loss_merge_kernel, merge, "bf16", lse_ptr=None),
+        entry(completion_loss_statistics_kernel, half, "bf16"),
+        entry(completion_loss_statistics_kernel, half, "bf16", **without_columns),
+        entry(completion_loss_statistics_kernel, single, "fp32"),
+    ]

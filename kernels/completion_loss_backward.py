@@ -3,26 +3,22 @@
 With G_ij the gradient of the loss by the similarity s_ij (j other than i), the gradient of a row is
 sum_j G_ij y_j / |y_j| - pull_i y_i / |y_i|, projected away from the row: pull_i = sum of the row's and the column's
 softmax over the other pairs, taken from the statistics, so that a confident positive cancels nothing, and added in
-float32. G is held for a strip of rows at a time (``WORKSPACE`` elements), and cuBLAS multiplies it. Each element of a
-similarity is computed once for each side, whatever D is: 4 N^2 D operations a side.
+float32. G is held for a strip of rows at a time (``WORKSPACE`` elements, of the launch configuration), and cuBLAS
+multiplies it. Each element of a similarity is computed once for each side, whatever D is: 4 N^2 D operations a side.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sclkern.kernels.completion_loss_tiles import SINGLE, dots, entry, rows_taking_part
-
-# Few enough warps for two programs on a multiprocessor: one stores while the other multiplies. Not yet tuned on a GPU.
-TILES = {"BLOCK_X": 128, "BLOCK_Y": 64, "BLOCK_K": 64, "num_warps": 4}
-FINISH = {"BLOCK_ROWS": 8, "BLOCK_WIDTH": 128}
-ANCHOR = {"BLOCK_ROWS": 512}
-FINISH_WARPS = 4
-# Weights held at once: 128 MiB in half precision.
-WORKSPACE = 2**26
+from sclkern.kernels.completion_loss_tiles import dots, entry, rows_taking_part
+from sclkern.kernels.config import Configs, LaunchConfig, of_kernel, resolve, select
+from sclkern.kernels.launch import launch
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -186,20 +182,23 @@ def _product(weights: Tensor, features: Tensor) -> Tensor:
     return torch.bmm(weights.float(), features.float())
 
 
-def completion_loss_anchors(grad: Tensor, valid: Tensor | None, positive: Tensor, lse: Tensor) -> Tensor:
+def completion_loss_anchors(
+    grad: Tensor, valid: Tensor | None, positive: Tensor, lse: Tensor, config: LaunchConfig | None = None
+) -> Tensor:
     """(directions, G, N) float32: how far each term of the loss is from 0 as its gradient sees it."""
+    (chosen,) = resolve(config, ("completion_loss_anchor_kernel",), lse)
     weight = torch.empty_like(lse)
     if weight.numel():
-        completion_loss_anchor_kernel[(triton.cdiv(grad.numel(), ANCHOR["BLOCK_ROWS"]), len(lse))](
+        launch(
+            completion_loss_anchor_kernel,
+            (triton.cdiv(grad.numel(), chosen["BLOCK_ROWS"]), len(lse)),
+            chosen,
             grad_ptr=grad,
             valid_ptr=None if valid is None else valid.view(torch.uint8),
             positive_ptr=positive,
             lse_ptr=lse,
             weight_ptr=weight,
             count=grad.numel(),
-            **ANCHOR,
-            num_warps=FINISH_WARPS,
-            enable_fp_fusion=True,
         )
     return weight
 
@@ -218,6 +217,7 @@ def completion_loss_gradient(
     eps: float,
     offset: int,
     rows: int,
+    config: Configs = None,
 ) -> Tensor:
     """Gradient (G, rows, D) of the window of x (G, N, D) in its dtype; weight and lse (G, N) of a direction that is not
     wanted are None. For float32, ``torch.backends.cuda.matmul`` decides on TF32 in the product of weights and features
@@ -226,10 +226,13 @@ def completion_loss_gradient(
     grad_x = torch.empty((groups, rows, width), dtype=x.dtype, device=x.device)
     if not grad_x.numel():
         return grad_x
-    tiles = SINGLE if x.dtype == torch.float32 else TILES
+    names = ("completion_loss_weights_kernel", "completion_loss_finish_kernel")
+    configs = resolve(config, names, x)
+    weighing, finish = (of_kernel(configs, name) for name in names)
     scale = _row_scale(x_weight, y_weight, y_rnorm) if x.dtype == torch.float16 else None
-    strip = min(rows, max(1, WORKSPACE // length // tiles["BLOCK_X"]) * tiles["BLOCK_X"])
-    together = min(groups, max(1, WORKSPACE // (strip * length)))
+    workspace, block_x = weighing["WORKSPACE"], weighing["BLOCK_X"]
+    strip = min(rows, max(1, workspace // length // block_x) * block_x)
+    together = min(groups, max(1, workspace // (strip * length)))
     # Rows of the workspace on 16 bytes, for cuBLAS.
     eighths = triton.cdiv(length, 8)
     weights = torch.empty((together, strip, eighths * 8), dtype=x.dtype, device=x.device)
@@ -243,12 +246,15 @@ def completion_loss_gradient(
             "x_rnorm_ptr": x_rnorm, "y_rnorm_ptr": y_rnorm, "x_weight_ptr": x_weight, "y_weight_ptr": y_weight,
             "scale_ptr": scale,
         }  # fmt: skip
-        common = {name: None if tensor is None else tensor[here] for name, tensor in per_row.items()}
-        common |= {"temperature_ptr": temperature, "length": length, "WIDTH": width, "enable_fp_fusion": True}
+        common: dict[str, Any] = {name: None if tensor is None else tensor[here] for name, tensor in per_row.items()}
+        common |= {"temperature_ptr": temperature, "length": length, "WIDTH": width}
         for start in range(0, rows, strip):
             height = min(strip, rows - start)
-            blocks = triton.cdiv(height, tiles["BLOCK_X"])
-            completion_loss_weights_kernel[(blocks * count, triton.cdiv(length, tiles["BLOCK_Y"]))](
+            blocks = triton.cdiv(height, block_x)
+            launch(
+                completion_loss_weights_kernel,
+                (blocks * count, triton.cdiv(length, weighing["BLOCK_Y"])),
+                weighing,
                 x_lse_ptr=None if x_lse is None else x_lse[here],
                 y_lse_ptr=None if y_lse is None else y_lse[here],
                 weights_ptr=weights,
@@ -258,9 +264,11 @@ def completion_loss_gradient(
                 strip=strip,
                 eighths=eighths,
                 **common,
-                **tiles,
             )
-            completion_loss_finish_kernel[(triton.cdiv(count * height, FINISH["BLOCK_ROWS"]),)](
+            launch(
+                completion_loss_finish_kernel,
+                (triton.cdiv(count * height, finish["BLOCK_ROWS"]),),
+                finish,
                 push_ptr=_product(weights[:count, :height, :length], features[here]),
                 grad_x_ptr=grad_x[here],
                 count=count * height,
@@ -270,17 +278,18 @@ def completion_loss_gradient(
                 window_offset=start,
                 eps=eps,
                 **common,
-                **FINISH,
-                num_warps=FINISH_WARPS,
             )
     return grad_x
 
 
-# What the static checks compile: kernel, argument types, constants, warps.
-AHEAD_OF_TIME = [
-    entry(completion_loss_anchor_kernel, "bf16", num_warps=FINISH_WARPS, **ANCHOR),
-    entry(completion_loss_weights_kernel, "bf16", valid_ptr=None, scale_ptr=None, **TILES),
-    entry(completion_loss_weights_kernel, "fp16", **TILES),
-    entry(completion_loss_weights_kernel, "fp32", scale_ptr=None, **SINGLE),
-    entry(completion_loss_finish_kernel, "bf16", num_warps=FINISH_WARPS, scale_ptr=None, **FINISH),
-]
+def ahead_of_time(arch: str) -> list[dict[str, Any]]:
+    """What the static checks compile for an architecture."""
+    anchor, half, finish = select("completion_loss", "backward", torch.bfloat16, arch)
+    _, single, _ = select("completion_loss", "backward", torch.float32, arch)
+    return [
+        entry(completion_loss_anchor_kernel, anchor, "bf16"),
+        entry(completion_loss_weights_kernel, half, "bf16", valid_ptr=None, scale_ptr=None),
+        entry(completion_loss_weights_kernel, half, "fp16"),
+        entry(completion_loss_weights_kernel, single, "fp32", scale_ptr=None),
+        entry(completion_loss_finish_kernel, finish, "bf16", scale_ptr=None),
+    ]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
-# Rows and columns of a tile of similarities, chunk of features for its dots. IEEE float32 dots run without tensor
-# cores and hold their operands in registers, hence the smaller share of a warp. Not yet tuned on a GPU.
-HALF = {"BLOCK_X": 128, "BLOCK_Y": 64, "BLOCK_K": 64, "num_warps": 8}
-SINGLE = {"BLOCK_X": 64, "BLOCK_Y": 64, "BLOCK_K": 16, "num_warps": 8}
+from sclkern.kernels.config import LaunchConfig
+from sclkern.kernels.launch import static_entry
 
 # Not minus infinity, whose differences are NaN; far below any similarity, and a sum of many is still finite.
 EXCLUDED = tl.constexpr(-1e30)
@@ -51,11 +51,11 @@ _FLOATS = (
 )  # fmt: skip
 
 
-def entry(kernel, features: str, num_warps: int, **constants) -> dict:
-    """An entry of ``AHEAD_OF_TIME`` at the model's width."""
+def entry(kernel: Any, config: LaunchConfig, features: str, **constants: Any) -> dict[str, Any]:
+    """What the static checks compile, at the model's width."""
     names = ("recovered_ptr", "complete_ptr", "x_ptr", "y_ptr", "weights_ptr", "grad_x_ptr")
     signature = {name: "*fp32" for name in _FLOATS} | {"valid_ptr": "*u8", "eps": "fp32"}
     signature |= {name: f"*{features}" for name in names}
     constants |= {"WIDTH": 768} if "WIDTH" in kernel.arg_names else {}
-    signature = {name: kind for name, kind in signature.items() if name in kernel.arg_names and name not in constants}
-    return {"kernel": kernel, "signature": signature, "constants": constants, "num_warps": num_warps}
+    signature = {name: kind for name, kind in signature.items() if name not in constants}
+    return static_entry(kernel, config, signature, **constants)

@@ -14,20 +14,17 @@ backward differentiates what the forward computed.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sclkern.kernels.config import LaunchConfig, resolve, select
+from sclkern.kernels.launch import launch, static_entry
 from sclkern.random import STREAM_FEATURES
 from sclkern.reference import feature_dropout_scale, feature_dropout_threshold
-
-# 8 columns a thread: a 16-byte load in half precision, one Philox call whose mask needs no exchange between threads,
-# and half the registers of 16. Not yet tuned on a GPU.
-COLUMNS_PER_WARP = 256
-# Three float32 partial sums for 32 rows, written and read, add 0.75 bytes to the 10 that a backward in half precision
-# moves for each element; more rows would leave a batch of captions with too few programs. Not yet tuned on a GPU.
-ROWS_PER_PROGRAM = 32
 
 
 @triton.jit
@@ -218,14 +215,6 @@ def dropout_add_layer_norm_backward_kernel(
         tl.store(partial_ptr + 2 * columns, tl.sum(grad_x_bias, axis=0), mask=offset < columns)
 
 
-def configuration(columns: int) -> dict[str, int]:
-    """Tile and warps for D columns: whole rows, 4 warps up to 1024 columns and 16 for 4096."""
-    block = max(16, triton.next_power_of_2(columns))
-    warps = max(4, block // COLUMNS_PER_WARP)
-    block_rows = min(ROWS_PER_PROGRAM, warps * COLUMNS_PER_WARP // block)
-    return {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block, "num_warps": warps}
-
-
 def dropout_add_layer_norm_forward(
     x: Tensor,
     residual: Tensor,
@@ -236,6 +225,7 @@ def dropout_add_layer_norm_forward(
     dropout_p: float,
     eps: float,
     return_sum: bool = False,
+    config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Launch the forward kernel.
 
@@ -249,6 +239,7 @@ def dropout_add_layer_norm_forward(
         dropout_p: dropout probability.
         eps: added to the variance.
         return_sum: whether the sum is written.
+        config: launch configuration, None for the selected one.
 
     Returns:
         The norm (R, D), in the dtype of x with ``return_sum``, otherwise in the wider dtype of x and residual; the sum
@@ -261,8 +252,11 @@ def dropout_add_layer_norm_forward(
     mean = torch.empty((rows,), dtype=torch.float32, device=x.device)
     rstd = torch.empty((rows,), dtype=torch.float32, device=x.device)
     if out.numel():
-        config = configuration(columns)
-        dropout_add_layer_norm_forward_kernel[(triton.cdiv(rows, config["BLOCK_ROWS"]),)](
+        (chosen,) = resolve(config, ("dropout_add_layer_norm_forward_kernel",), x, columns=columns)
+        launch(
+            dropout_add_layer_norm_forward_kernel,
+            (triton.cdiv(rows, chosen["BLOCK_ROWS"]),),
+            chosen,
             x_ptr=x,
             residual_ptr=residual,
             weight_ptr=weight,
@@ -279,8 +273,6 @@ def dropout_add_layer_norm_forward(
             scale=feature_dropout_scale(dropout_p),
             eps=eps,
             STREAM=STREAM_FEATURES,
-            enable_fp_fusion=True,
-            **config,
         )
     return out, total, mean, rstd
 
@@ -299,6 +291,7 @@ def dropout_add_layer_norm_backward(
     dropout_p: float,
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype,
+    config: LaunchConfig | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Launch the backward kernel.
 
@@ -316,6 +309,7 @@ def dropout_add_layer_norm_backward(
         dropout_p: as in the forward.
         x_dtype: dtype of x.
         residual_dtype: dtype of residual.
+        config: launch configuration, None for the selected one.
 
     Returns:
         The gradients of x and of residual (R, D), in their dtypes; None for that of x where the two are equal, which is
@@ -323,14 +317,17 @@ def dropout_add_layer_norm_backward(
         one float32 tensor (2 or 3, D).
     """
     rows, columns = grad_out.shape
-    config = configuration(columns)
-    programs, sums = triton.cdiv(rows, ROWS_PER_PROGRAM), 2 if x_bias is None else 3
+    (chosen,) = resolve(config, ("dropout_add_layer_norm_backward_kernel",), grad_out, columns=columns)
+    programs, sums = triton.cdiv(rows, chosen["ROWS_PER_PROGRAM"]), 2 if x_bias is None else 3
     needs_own_grad_x = seed is not None or x_dtype != residual_dtype
     grad_residual = torch.empty((rows, columns), dtype=residual_dtype, device=grad_out.device)
     grad_x = torch.empty((rows, columns), dtype=x_dtype, device=grad_out.device) if needs_own_grad_x else None
     partial = torch.empty((programs, sums, columns), dtype=torch.float32, device=grad_out.device)
     if grad_residual.numel():
-        dropout_add_layer_norm_backward_kernel[(programs,)](
+        launch(
+            dropout_add_layer_norm_backward_kernel,
+            (programs,),
+            chosen,
             grad_out_ptr=grad_out,
             grad_total_ptr=grad_total,
             x_ptr=x,
@@ -348,53 +345,43 @@ def dropout_add_layer_norm_backward(
             columns=columns,
             threshold=feature_dropout_threshold(dropout_p),
             scale=feature_dropout_scale(dropout_p),
-            ROWS_PER_PROGRAM=ROWS_PER_PROGRAM,
             STREAM=STREAM_FEATURES,
-            enable_fp_fusion=True,
-            **config,
         )
     return grad_x, grad_residual, partial.sum(0)
 
 
-def _entries(columns: int, stream: str | None, absent: tuple[str, ...]) -> list[dict]:
+def _entries(arch: str, columns: int, stream: str | None, absent: tuple[str, ...]) -> list[dict[str, Any]]:
     """Both kernels for bfloat16 rows, with the sum beside a residual ``stream`` of that type, or without the sum."""
-    constants = configuration(columns)
-    warps = constants.pop("num_warps")
-    constants["STREAM"] = STREAM_FEATURES
     absent += ("total_ptr", "grad_total_ptr") if stream is None else ()
+    recomputed = () if stream is None else ("x_ptr", "residual_ptr")
     branch = ("x_ptr", "out_ptr", "grad_out_ptr", "grad_x_ptr")
     streams = ("residual_ptr", "total_ptr", "grad_total_ptr", "grad_residual_ptr")
     singles = ("weight_ptr", "bias_ptr", "x_bias_ptr", "mean_ptr", "rstd_ptr", "partial_ptr")
     signature = dict.fromkeys(branch, "*bf16") | dict.fromkeys(streams, f"*{stream or 'bf16'}")
     signature |= dict.fromkeys(singles, "*fp32") | {"seed_ptr": "*i64", "scale": "fp32", "eps": "fp32"}
-    recomputed = () if stream is None else ("x_ptr", "residual_ptr")
+    entries = []
+    for pass_, kernel, names in (
+        ("forward", dropout_add_layer_norm_forward_kernel, absent),
+        ("backward", dropout_add_layer_norm_backward_kernel, absent + recomputed),
+    ):
+        (config,) = select("dropout_add_layer_norm", pass_, torch.bfloat16, arch, columns=columns)
+        constants = {"STREAM": STREAM_FEATURES} | {name: None for name in names if name in kernel.arg_names}
+        entry = static_entry(kernel, config, signature, divisible=["columns"], **constants)
+        entries.append(entry | {"features": "bf16" if stream is None else f"bf16+{stream} sum"})
+    return entries
+
+
+def ahead_of_time(arch: str) -> list[dict[str, Any]]:
+    """What the static checks compile for an architecture.
+
+    Without the sum: the width of the model with everything and with nothing, and the widest row. With the sum: the
+    vision encoder under autocast; all in bfloat16; and everything.
+    """
     return [
-        {
-            "kernel": kernel,
-            "features": "bf16" if stream is None else f"bf16+{stream} sum",
-            "signature": signature,
-            "constants": constants | more | {name: None for name in names if name in kernel.arg_names},
-            "num_warps": warps,
-            "divisible": ("columns",),
-        }
-        for kernel, more, names in (
-            (dropout_add_layer_norm_forward_kernel, {}, absent),
-            (
-                dropout_add_layer_norm_backward_kernel,
-                {"ROWS_PER_PROGRAM": ROWS_PER_PROGRAM},
-                absent + recomputed,
-            ),
-        )
+        *_entries(arch, 768, None, ()),
+        *_entries(arch, 768, None, ("x_bias_ptr", "seed_ptr", "grad_x_ptr")),
+        *_entries(arch, 4096, None, ()),
+        *_entries(arch, 768, "fp32", ("x_bias_ptr", "seed_ptr")),
+        *_entries(arch, 768, "bf16", ("x_bias_ptr", "seed_ptr", "grad_x_ptr")),
+        *_entries(arch, 768, "fp32", ()),
     ]
-
-
-# What the static checks compile. Without the sum: the width of the model with everything and with nothing, and the
-# widest row. With the sum: the vision encoder under autocast; all in bfloat16; and everything.
-AHEAD_OF_TIME = [
-    *_entries(768, None, ()),
-    *_entries(768, None, ("x_bias_ptr", "seed_ptr", "grad_x_ptr")),
-    *_entries(4096, None, ()),
-    *_entries(768, "fp32", ("x_bias_ptr", "seed_ptr")),
-    *_entries(768, "bf16", ("x_bias_ptr", "seed_ptr", "grad_x_ptr")),
-    *_entries(768, "fp32", ()),
-]

@@ -6,14 +6,19 @@ frame of a sample, and a row one slot of a group. Arithmetic in float32.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Whole rows in registers, 8 columns a thread. Not yet tuned on a GPU.
-COLUMNS_PER_WARP = 256
-LENGTHS = ["samples", "frames", "kept", "patches"]
+from sclkern.kernels.config import LaunchConfig, resolve, select
+from sclkern.kernels.launch import launch, static_entry
+
+# Integers that differ from batch to batch: one compiled kernel serves them all.
+DYNAMIC_ARGS = ["samples", "frames", "kept", "patches"]
 
 
 @triton.jit
@@ -50,7 +55,7 @@ def embedded(
     return total, replaced
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=DYNAMIC_ARGS)
 def unfold_patches_kernel(
     images_ptr,  # (B, F, CHANNELS, S, S)
     keep_ptr,  # (B, K) int64, or None
@@ -83,7 +88,7 @@ def unfold_patches_kernel(
     tl.store(place, pixels.to(patches_ptr.dtype.element_ty), mask=element < elements)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=DYNAMIC_ARGS)
 def embed_patches_forward_kernel(
     tokens_ptr,  # (B * F * K, D)
     position_ptr,  # (1 + P, D)
@@ -126,13 +131,13 @@ def embed_patches_forward_kernel(
     tl.store(out_ptr + row * columns + column, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def row_configuration(columns: int) -> dict[str, int]:
-    block = max(16, triton.next_power_of_2(columns))
-    return {"BLOCK": block, "num_warps": max(4, block // COLUMNS_PER_WARP)}
-
-
 def unfold_patches(
-    images: Tensor, size: int, dtype: torch.dtype, keep: Tensor | None, replace: Tensor | None
+    images: Tensor,
+    size: int,
+    dtype: torch.dtype,
+    keep: Tensor | None,
+    replace: Tensor | None,
+    config: LaunchConfig | None = None,
 ) -> Tensor:
     """images (B, F, C, S, S), any strides: (B * F * K, C * size * size) of ``dtype``, zero where ``replace`` (B, P)."""
     samples, frames, channels, height, width = images.shape
@@ -143,7 +148,11 @@ def unfold_patches(
     out = torch.empty((samples * frames * kept, elements), dtype=dtype, device=images.device)
     if out.numel():
         strides = zip(("sample", "frame", "channel", "y", "x"), images.stride(), strict=True)
-        unfold_patches_kernel[(out.shape[0],)](
+        (chosen,) = resolve(config, ("unfold_patches_kernel",), out, columns=elements)
+        launch(
+            unfold_patches_kernel,
+            (out.shape[0],),
+            chosen,
             images_ptr=images,
             keep_ptr=keep,
             replace_ptr=replace,
@@ -154,18 +163,31 @@ def unfold_patches(
             patches_per_line=per_line,
             CHANNELS=channels,
             SIZE=size,
-            enable_fp_fusion=True,
             **{f"{name}_stride": stride for name, stride in strides},
-            **row_configuration(elements),
         )
     return out
 
 
 def add_and_normalise(
-    tokens: Tensor, parameters: dict[str, Tensor | None], samples: int, frames: int, eps: float, dtype: torch.dtype
+    tokens: Tensor,
+    parameters: Mapping[str, Any],
+    samples: int,
+    frames: int,
+    eps: float,
+    dtype: torch.dtype,
+    config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens (B * F * K, D); ``parameters`` by name, each contiguous or None: position, cls, temporal, keep, replace,
-    mask_token, norm_weight and norm_bias.
+    """Launch what a token gets after the matrix product.
+
+    Args:
+        tokens: (B * F * K, D).
+        parameters: position, cls, temporal, keep, replace, mask_token, norm_weight and norm_bias by name, each
+            contiguous or None.
+        samples: B.
+        frames: F.
+        eps: added to the variance.
+        dtype: of the output.
+        config: launch configuration, None for the selected one.
 
     Returns:
         (B, F * (1 + K), D) of ``dtype``; mean and 1 / deviation of its rows (rows,) float32, empty without
@@ -178,7 +200,11 @@ def add_and_normalise(
     statistics = 0 if parameters["norm_weight"] is None else rows
     mean, rstd = (torch.empty((statistics,), dtype=torch.float32, device=tokens.device) for _ in range(2))
     if rows:
-        embed_patches_forward_kernel[(rows,)](
+        (chosen,) = resolve(config, ("embed_patches_forward_kernel",), tokens, columns=columns)
+        launch(
+            embed_patches_forward_kernel,
+            (rows,),
+            chosen,
             tokens_ptr=tokens,
             out_ptr=out,
             mean_ptr=mean,
@@ -188,33 +214,33 @@ def add_and_normalise(
             patches=patches,
             columns=columns,
             eps=eps,
-            enable_fp_fusion=True,
             **{f"{name}_ptr": tensor for name, tensor in parameters.items()},
-            **row_configuration(columns),
         )
     return out, mean, rstd
 
 
-def ahead_of_time(kernel: triton.JITFunction, absent: set[str], tokens: str = "bf16", **constants: int) -> dict:
-    """An entry of ``AHEAD_OF_TIME`` for D = 768: float32 beside tokens of that dtype, None for what is absent."""
+def entry(kernel: Any, config: LaunchConfig, absent: set[str], tokens: str, **constants: Any) -> dict[str, Any]:
+    """What the static checks compile: float32 beside tokens of that dtype, None for what is absent."""
     kinds = dict.fromkeys(("tokens_ptr", "grad_tokens_ptr", "patches_ptr"), f"*{tokens}")
     kinds |= {"keep_ptr": "*i64", "replace_ptr": "*i1", "slots_ptr": "*i32", "eps": "fp32"}
     pointers = {name for name in kernel.arg_names if name.endswith("_ptr")}
-    return {
-        "kernel": kernel,
-        "signature": dict.fromkeys(pointers, "*fp32") | kinds,
-        "constants": dict.fromkeys(sorted(pointers & absent)) | constants,
-        "num_warps": 4,
-        "divisible": [name for name in ("columns", "channel_stride", "y_stride") if name in kernel.arg_names],
-    }
+    constants = dict.fromkeys(sorted(pointers & absent)) | constants
+    divisible = ("columns", "channel_stride", "y_stride")
+    return static_entry(kernel, config, dict.fromkeys(pointers, "*fp32") | kinds, divisible=divisible, **constants)
 
 
-# A picture of which patches are dropped, and a whole clip of which some are replaced.
-PICTURE = {"temporal_ptr", "replace_ptr", "mask_token_ptr", "temporal_sum_ptr", "mask_token_sum_ptr"}
+# What is absent for an image of which patches are dropped, and for a whole clip of which some are replaced.
+IMAGE = {"temporal_ptr", "replace_ptr", "mask_token_ptr", "temporal_sum_ptr", "mask_token_sum_ptr"}
 CLIP = {"keep_ptr"}
-AHEAD_OF_TIME = [
-    ahead_of_time(unfold_patches_kernel, PICTURE, x_stride=1, CHANNELS=3, SIZE=16, BLOCK=1024),
-    ahead_of_time(embed_patches_forward_kernel, PICTURE, BLOCK=1024),
-    ahead_of_time(embed_patches_forward_kernel, CLIP, BLOCK=1024),
-    ahead_of_time(embed_patches_forward_kernel, CLIP, "fp32", BLOCK=1024),
-]
+
+
+def ahead_of_time(arch: str) -> list[dict[str, Any]]:
+    """What the static checks compile: rows of 768."""
+    unfold, half = select("embed_patches", "forward", torch.bfloat16, arch, columns=768)
+    _, single = select("embed_patches", "forward", torch.float32, arch, columns=768)
+    return [
+        entry(unfold_patches_kernel, unfold, IMAGE, "bf16", x_stride=1, CHANNELS=3, SIZE=16),
+        entry(embed_patches_forward_kernel, half, IMAGE, "bf16"),
+        entry(embed_patches_forward_kernel, half, CLIP, "bf16"),
+        entry(embed_patches_forward_kernel, single, CLIP, "fp32"),
+    ]

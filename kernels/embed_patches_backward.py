@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sclkern.kernels.embed_patches import CLIP, LENGTHS, PICTURE, ahead_of_time, embedded, patch_of, row_configuration
-
-# A program sums 16 slots of one frame; one of the position gradient reads 16 rows of 128 columns at a time. Not yet
-# tuned on a GPU.
-SLOTS, POSITION_ROWS, POSITION_COLUMNS, INVERSE = 16, 16, 128, 64
+from sclkern.kernels.config import Configs, of_kernel, resolve, select
+from sclkern.kernels.embed_patches import CLIP, DYNAMIC_ARGS, IMAGE, embedded, entry, patch_of
+from sclkern.kernels.launch import launch
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=DYNAMIC_ARGS)
 def embed_patches_backward_kernel(
     grad_out_ptr,  # (B * F * (1 + K), D)
     tokens_ptr,  # (B * F * K, D); read, as what makes up a row with them, with normalisation only
@@ -92,7 +93,7 @@ def embed_patches_backward_kernel(
         tl.store(mask_token_sum_ptr + place, mask_token_sum, mask=inside)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=DYNAMIC_ARGS)
 def invert_keep_kernel(
     keep_ptr,  # (B, K) int64
     slots_ptr,  # (B, 1 + P) int32: the slot of a position in its frames, -1 where it is in none
@@ -106,12 +107,12 @@ def invert_keep_kernel(
     for start in range(0, kept, BLOCK):
         index = start + tl.arange(0, BLOCK)
         patch = tl.load(keep_ptr + sample * kept + index, mask=index < kept, other=-2)
-        found = tl.where(position[:, None] == patch[None, :] + 1, index[None, :] + 1, -1)
-        slots = tl.maximum(slots, tl.max(found, axis=1))
+        matching = tl.where(position[:, None] == patch[None, :] + 1, index[None, :] + 1, -1)
+        slots = tl.maximum(slots, tl.max(matching, axis=1))
     tl.store(slots_ptr + sample * (patches + 1) + position, slots, mask=position <= patches)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=DYNAMIC_ARGS)
 def position_gradient_kernel(
     grad_total_ptr,  # (B * F * (1 + K), D)
     slots_ptr,  # (B, 1 + P) int32, or None where all patches are kept
@@ -144,23 +145,36 @@ def position_gradient_kernel(
 def add_and_normalise_backward(
     grad_out: Tensor,
     tokens: Tensor,
-    parameters: dict[str, Tensor | None],
+    parameters: Mapping[str, Any],
     mean: Tensor,
     rstd: Tensor,
     frames: int,
+    config: Configs = None,
 ) -> dict[str, Tensor | None]:
-    """grad_out (B, F * (1 + K), D) contiguous; tokens (B * F * K, D), read with normalisation only.
+    """Launch the backward of ``add_and_normalise``.
+
+    Args:
+        grad_out: (B, F * (1 + K), D) contiguous.
+        tokens: (B * F * K, D), read with normalisation only.
+        parameters: as of the forward.
+        mean: what the forward returned.
+        rstd: what the forward returned.
+        frames: F.
+        config: launch configurations, None for the selected ones.
 
     Returns:
-        Gradients by name, float32 but for that of the tokens, which has their dtype: "tokens" (B * F * K, D),
-        "position" (1 + P, D), whose row 0 is that of the CLS as well, "temporal" (F, D), "mask_token", "norm_weight"
-        and "norm_bias" (D,), None where there is no such parameter. Each is summed in an order that depends on the
-        shapes alone.
+        Gradients by name, float32 except that of the tokens, which has their dtype: "tokens" (B * F * K, D), "position"
+        (1 + P, D), whose row 0 is that of the CLS as well, "temporal" (F, D), "mask_token", "norm_weight" and
+        "norm_bias" (D,), None where there is no such parameter. Each is summed in an order that depends on the shapes
+        alone.
     """
     samples, _, columns = grad_out.shape
     keep, patches = parameters["keep"], parameters["position"].shape[0] - 1
     kept = patches if keep is None else keep.shape[1]
-    programs_per_group = triton.cdiv(kept + 1, SLOTS)
+    names = ("embed_patches_backward_kernel", "invert_keep_kernel", "position_gradient_kernel")
+    configs = resolve(config, names, tokens, columns=columns)
+    row, invert, gradient = (of_kernel(configs, name) for name in names)
+    programs_per_group = triton.cdiv(kept + 1, row["SLOTS"])
     programs = samples * frames * programs_per_group
     normalised = parameters["norm_weight"] is not None
     sums = {
@@ -175,7 +189,10 @@ def add_and_normalise_backward(
     grad_position = torch.empty((patches + 1, columns), dtype=torch.float32, device=tokens.device)
     counts = {"kept": kept, "patches": patches}
     if programs:
-        embed_patches_backward_kernel[(programs,)](
+        launch(
+            embed_patches_backward_kernel,
+            (programs,),
+            row,
             grad_out_ptr=grad_out,
             tokens_ptr=tokens,
             mean_ptr=mean,
@@ -184,31 +201,26 @@ def add_and_normalise_backward(
             grad_total_ptr=grad_total if normalised else None,
             frames=frames,
             columns=columns,
-            SLOTS=SLOTS,
-            enable_fp_fusion=True,
             **{f"{name}_sum_ptr": tensor for name, tensor in sums.items()},
             **{f"{name}_ptr": tensor for name, tensor in parameters.items() if name != "norm_bias"},
             **counts,
-            **row_configuration(columns),
         )
     slots = None
     if keep is not None:
         slots = torch.empty((samples, patches + 1), dtype=torch.int32, device=tokens.device)
         if samples:
-            invert_keep_kernel[(samples, triton.cdiv(patches + 1, INVERSE))](
-                keep_ptr=keep, slots_ptr=slots, BLOCK=INVERSE, num_warps=4, enable_fp_fusion=True, **counts
-            )
-    position_gradient_kernel[(patches + 1, triton.cdiv(columns, POSITION_COLUMNS))](
+            grid = (samples, triton.cdiv(patches + 1, invert["BLOCK"]))
+            launch(invert_keep_kernel, grid, invert, keep_ptr=keep, slots_ptr=slots, **counts)
+    launch(
+        position_gradient_kernel,
+        (patches + 1, triton.cdiv(columns, gradient["BLOCK_COLUMNS"])),
+        gradient,
         grad_total_ptr=grad_total,
         slots_ptr=slots,
         grad_position_ptr=grad_position,
         samples=samples,
         frames=frames,
         columns=columns,
-        BLOCK_ROWS=POSITION_ROWS,
-        BLOCK_COLUMNS=POSITION_COLUMNS,
-        num_warps=4,
-        enable_fp_fusion=True,
         **counts,
     )
     of_frames = sums.pop("temporal")
@@ -218,10 +230,14 @@ def add_and_normalise_backward(
     return gradients | {"tokens": grad_tokens, "position": grad_position, "temporal": of_frames}
 
 
-AHEAD_OF_TIME = [
-    ahead_of_time(embed_patches_backward_kernel, PICTURE, SLOTS=SLOTS, BLOCK=1024),
-    ahead_of_time(embed_patches_backward_kernel, CLIP, SLOTS=SLOTS, BLOCK=1024),
-    ahead_of_time(embed_patches_backward_kernel, CLIP, "fp32", SLOTS=SLOTS, BLOCK=1024),
-    ahead_of_time(invert_keep_kernel, set(), BLOCK=INVERSE),
-    ahead_of_time(position_gradient_kernel, set(), BLOCK_ROWS=POSITION_ROWS, BLOCK_COLUMNS=POSITION_COLUMNS),
-]
+def ahead_of_time(arch: str) -> list[dict[str, Any]]:
+    """What the static checks compile: rows of 768."""
+    half, invert, gradient = select("embed_patches", "backward", torch.bfloat16, arch, columns=768)
+    single, *_ = select("embed_patches", "backward", torch.float32, arch, columns=768)
+    return [
+        entry(embed_patches_backward_kernel, half, IMAGE, "bf16"),
+        entry(embed_patches_backward_kernel, half, CLIP, "bf16"),
+        entry(embed_patches_backward_kernel, single, CLIP, "fp32"),
+        entry(invert_keep_kernel, invert, set(), "bf16"),
+        entry(position_gradient_kernel, gradient, set(), "bf16"),
+    ]

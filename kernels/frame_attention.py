@@ -1,44 +1,42 @@
 """Attention of a video frame by frame: a frame's CLS sees every token, a patch those of its own frame.
 
-B batch, F frames, P patches, L = F * (1 + P) tokens, frame by frame and CLS first, H heads, D channels of a head.
+B batch, F frames, P patches, L = F * (1 + P) tokens, frame by frame and CLS first, H heads, D head_dim.
 Statistics and accumulators in float32; scores are recomputed in the backward, never stored.
 
 A program has a tile of patch rows of one frame, or a shared tile: CLS rows of all frames and, beside each, the last
-``rest`` patches of its frame. A shared tile walks over all tokens in any case, so the few patches that would leave a
-tile of their own almost empty (196 = 3 * 64 + 4) cost nothing there.
+``rest`` patches of its frame. A shared tile reads all tokens anyway, so the few patches that would leave a tile
+of their own almost empty (196 = 3 * 64 + 4) cost nothing there.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sclkern.kernels.config import Configs, LaunchConfig, of_kernel, resolve, select
+from sclkern.kernels.launch import launch, static_entry
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-# (rows, keys, warps) by bytes of an element, for D up to 64 and for 128. Two bytes: the side that a program keeps has
-# the 64 rows that an sm_90 tensor core takes, so that F CLS rows, fewer than 64, are padded to them rather than given
-# to the slower 16-row instructions; 128 would leave a quarter of the tiles empty at 196 patches. Four bytes: IEEE
-# products run on the ordinary cores. The other side is what fits in 240 registers. Not yet tuned on a GPU.
-BY_ROW = {2: ((64, 64, 4), (64, 32, 4)), 4: ((32, 32, 8), (16, 32, 8))}
-BY_KEY = {2: ((32, 64, 4), (32, 64, 8)), 4: ((32, 32, 8), (32, 16, 8))}
-
 # Products of lengths come as arguments, since in 32 bits a kernel's own could wrap.
-LENGTHS = ["shared_programs", "shared_tiles", "heads", "frames", "tokens", "length", "rest"]
+DYNAMIC_ARGS = ["shared_programs", "shared_tiles", "heads", "frames", "tokens", "length", "rest"]
 
 
 @triton.jit
-def load_rows(head_ptr, row, inside, row_stride, HEAD: tl.constexpr):
+def load_rows(head_ptr, row, inside, row_stride, HEAD_DIM: tl.constexpr):
     """(rows, D) of one head; zero where ``inside`` (rows,) is False."""
-    offset = row.to(tl.int64)[:, None] * row_stride + tl.arange(0, HEAD)[None, :]
+    offset = row.to(tl.int64)[:, None] * row_stride + tl.arange(0, HEAD_DIM)[None, :]
     return tl.load(head_ptr + offset, mask=inside[:, None], other=0.0)
 
 
 @triton.jit
-def store_rows(ptr, values, batch, head, row, inside, length, heads, HEAD: tl.constexpr):
+def store_rows(ptr, values, batch, head, row, inside, length, heads, HEAD_DIM: tl.constexpr):
     """Into one head of a contiguous (B, length, H, D)."""
-    offset = ((batch * length + row.to(tl.int64)[:, None]) * heads + head) * HEAD + tl.arange(0, HEAD)[None, :]
+    offset = ((batch * length + row.to(tl.int64)[:, None]) * heads + head) * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
     tl.store(ptr + offset, values.to(ptr.dtype.element_ty), mask=inside[:, None])
 
 
@@ -56,31 +54,31 @@ def tile_of_rows(
         batch_head = program // shared_tiles
         place += program % shared_tiles * BLOCK_ROWS
         inside = place < frames * (1 + rest)
-        own, nth = place // (1 + rest), place % (1 + rest)
-        row = own.to(tl.int64) * tokens + tl.where(nth == 0, 0, tokens - rest - 1 + nth)
+        frame_of_row, nth = place // (1 + rest), place % (1 + rest)
+        row = frame_of_row.to(tl.int64) * tokens + tl.where(nth == 0, 0, tokens - rest - 1 + nth)
         # A row that does not exist counts as a CLS, so that no softmax is empty.
-        own = tl.where(inside & (nth > 0), own, -1)
+        frame_of_row = tl.where(inside & (nth > 0), frame_of_row, -1)
         first, keys = 0, length
     else:
         program -= shared_programs
         tiles = tl.cdiv(tokens - 1 - rest, BLOCK_ROWS)
-        batch_head, own = program // tiles // frames, program // tiles % frames
-        first, keys = own.to(tl.int64) * tokens, tokens
+        batch_head, frame_of_row = program // tiles // frames, program // tiles % frames
+        first, keys = frame_of_row.to(tl.int64) * tokens, tokens
         patch = 1 + (program % tiles).to(tl.int64) * BLOCK_ROWS + place
         row, inside = first + patch, patch < tokens - rest
-    return batch_head, row, inside, own, first, keys
+    return batch_head, row, inside, frame_of_row, first, keys
 
 
 @triton.jit
-def attended(own, column, keys, tokens, SHARED: tl.constexpr):
+def frame_mask(frame_of_row, column, keys, tokens, SHARED: tl.constexpr):
     """(rows, columns) bool in a shared tile; in others (1, columns), since all their rows see the same."""
     valid = (column < keys)[None, :]
     if SHARED:
-        valid = valid & ((own == -1)[:, None] | (own[:, None] == (column // tokens)[None, :]))
+        valid = valid & ((frame_of_row == -1)[:, None] | (frame_of_row[:, None] == (column // tokens)[None, :]))
     return valid
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=DYNAMIC_ARGS)
 def frame_attention_forward_kernel(
     query_ptr,  # (B, L, H, D)
     key_ptr,  # (B, L, H, D)
@@ -92,46 +90,46 @@ def frame_attention_forward_kernel(
     key_batch_stride, key_row_stride, key_head_stride,
     value_batch_stride, value_row_stride, value_head_stride,
     scale,
-    HEAD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     scale_2 = scale * LOG2_E
     # Unrolled, so that the loop of patch tiles is compiled without the mask of shared ones.
     for SHARED in tl.static_range(2):
         if (program < shared_programs) == (SHARED == 1):
-            batch_head, row, inside, own, first, keys = tile_of_rows(
+            batch_head, row, inside, frame_of_row, first, keys = tile_of_rows(
                 program, shared_programs, shared_tiles, frames, tokens, length, rest, SHARED, BLOCK_ROWS
             )  # fmt: skip
             batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
             query_of_head = query_ptr + batch * query_batch_stride + head * query_head_stride
             key_of_head = key_ptr + batch * key_batch_stride + head * key_head_stride + first * key_row_stride
             value_of_head = value_ptr + batch * value_batch_stride + head * value_head_stride + first * value_row_stride
-            query = load_rows(query_of_head, row, inside, query_row_stride, HEAD)
-            highest = tl.full((BLOCK_ROWS,), -float("inf"), tl.float32)
-            total = tl.zeros((BLOCK_ROWS,), tl.float32)
-            out = tl.zeros((BLOCK_ROWS, HEAD), tl.float32)
+            query = load_rows(query_of_head, row, inside, query_row_stride, HEAD_DIM)
+            m_i = tl.full((BLOCK_ROWS,), -float("inf"), tl.float32)
+            l_i = tl.zeros((BLOCK_ROWS,), tl.float32)
+            out = tl.zeros((BLOCK_ROWS, HEAD_DIM), tl.float32)
             for start in range(0, keys, BLOCK_KEYS):
                 column = start + tl.arange(0, BLOCK_KEYS)
                 exists = column < keys
-                key = load_rows(key_of_head, column, exists, key_row_stride, HEAD)
-                value = load_rows(value_of_head, column, exists, value_row_stride, HEAD)
+                key = load_rows(key_of_head, column, exists, key_row_stride, HEAD_DIM)
+                value = load_rows(value_of_head, column, exists, value_row_stride, HEAD_DIM)
                 scores = tl.dot(query, tl.trans(key), input_precision="ieee")
-                scores = tl.where(attended(own, column, keys, tokens, SHARED), scores, -float("inf"))
-                raised = tl.maximum(highest, tl.max(scores, 1) * scale_2)
-                pivot = raised
+                scores = tl.where(frame_mask(frame_of_row, column, keys, tokens, SHARED), scores, -float("inf"))
+                m_new = tl.maximum(m_i, tl.max(scores, 1) * scale_2)
+                pivot = m_new
                 if SHARED:
                     # A patch that has not met its frame yet would compute -inf - -inf.
-                    pivot = tl.where(raised == -float("inf"), 0.0, raised)
-                weights = tl.exp2(scores * scale_2 - pivot[:, None])
-                correction = tl.exp2(highest - pivot)
-                total = total * correction + tl.sum(weights, 1)
-                out = tl.dot(weights.to(value.dtype), value, out * correction[:, None], input_precision="ieee")
-                highest = raised
-            store_rows(out_ptr, out / total[:, None], batch, head, row, inside, length, heads, HEAD)
-            tl.store(lse_ptr + batch_head.to(tl.int64) * length + row, highest + tl.log2(total), mask=inside)
+                    pivot = tl.where(m_new == -float("inf"), 0.0, m_new)
+                p = tl.exp2(scores * scale_2 - pivot[:, None])
+                alpha = tl.exp2(m_i - pivot)
+                l_i = l_i * alpha + tl.sum(p, 1)
+                out = tl.dot(p.to(value.dtype), value, out * alpha[:, None], input_precision="ieee")
+                m_i = m_new
+            store_rows(out_ptr, out / l_i[:, None], batch, head, row, inside, length, heads, HEAD_DIM)
+            tl.store(lse_ptr + batch_head.to(tl.int64) * length + row, m_i + tl.log2(l_i), mask=inside)
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=DYNAMIC_ARGS)
 def frame_attention_backward_query_kernel(
     grad_out_ptr,  # (B, L, H, D)
     query_ptr,  # (B, L, H, D)
@@ -147,12 +145,12 @@ def frame_attention_backward_query_kernel(
     key_batch_stride, key_row_stride, key_head_stride,
     value_batch_stride, value_row_stride, value_head_stride,
     scale,
-    HEAD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     for SHARED in tl.static_range(2):
         if (program < shared_programs) == (SHARED == 1):
-            batch_head, row, inside, own, first, keys = tile_of_rows(
+            batch_head, row, inside, frame_of_row, first, keys = tile_of_rows(
                 program, shared_programs, shared_tiles, frames, tokens, length, rest, SHARED, BLOCK_ROWS
             )  # fmt: skip
             batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
@@ -160,27 +158,27 @@ def frame_attention_backward_query_kernel(
             query_of_head = query_ptr + batch * query_batch_stride + head * query_head_stride
             key_of_head = key_ptr + batch * key_batch_stride + head * key_head_stride + first * key_row_stride
             value_of_head = value_ptr + batch * value_batch_stride + head * value_head_stride + first * value_row_stride
-            out_of_head = out_ptr + (batch * length * heads + head) * HEAD
-            query = load_rows(query_of_head, row, inside, query_row_stride, HEAD)
-            grad_out = load_rows(grad_out_of_head, row, inside, grad_out_row_stride, HEAD)
-            out = load_rows(out_of_head, row, inside, heads * HEAD, HEAD)
+            out_of_head = out_ptr + (batch * length * heads + head) * HEAD_DIM
+            query = load_rows(query_of_head, row, inside, query_row_stride, HEAD_DIM)
+            grad_out = load_rows(grad_out_of_head, row, inside, grad_out_row_stride, HEAD_DIM)
+            out = load_rows(out_of_head, row, inside, heads * HEAD_DIM, HEAD_DIM)
             delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
             statistics = batch_head.to(tl.int64) * length + row
             tl.store(delta_ptr + statistics, delta, mask=inside)
             lse_2 = tl.load(lse_ptr + statistics, mask=inside, other=float("inf"))
-            grad_query = tl.zeros((BLOCK_ROWS, HEAD), tl.float32)
+            grad_query = tl.zeros((BLOCK_ROWS, HEAD_DIM), tl.float32)
             for start in range(0, keys, BLOCK_KEYS):
                 column = start + tl.arange(0, BLOCK_KEYS)
                 exists = column < keys
-                key = load_rows(key_of_head, column, exists, key_row_stride, HEAD)
-                value = load_rows(value_of_head, column, exists, value_row_stride, HEAD)
+                key = load_rows(key_of_head, column, exists, key_row_stride, HEAD_DIM)
+                value = load_rows(value_of_head, column, exists, value_row_stride, HEAD_DIM)
                 scores = tl.dot(query, tl.trans(key), input_precision="ieee") * (scale * LOG2_E) - lse_2[:, None]
                 # Before the exponential: a key that does not exist scores 0, and exp2(0 - lse) can overflow.
-                weights = tl.exp2(tl.where(attended(own, column, keys, tokens, SHARED), scores, -float("inf")))
-                grad_weights = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
-                grad_scores = (weights * (grad_weights - delta[:, None])).to(key.dtype)
+                p = tl.exp2(tl.where(frame_mask(frame_of_row, column, keys, tokens, SHARED), scores, -float("inf")))
+                grad_p = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
+                grad_scores = (p * (grad_p - delta[:, None])).to(key.dtype)
                 grad_query = tl.dot(grad_scores, key, grad_query, input_precision="ieee")
-            store_rows(grad_query_ptr, grad_query * scale, batch, head, row, inside, length, heads, HEAD)
+            store_rows(grad_query_ptr, grad_query * scale, batch, head, row, inside, length, heads, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=["heads", "frames", "tokens", "length"])
@@ -199,7 +197,7 @@ def frame_attention_backward_key_kernel(
     key_batch_stride, key_row_stride, key_head_stride,
     value_batch_stride, value_row_stride, value_head_stride,
     scale,
-    HEAD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(tokens, BLOCK_KEYS)
     tile, frame = tl.program_id(0) % tiles, tl.program_id(0) // tiles % frames
@@ -212,30 +210,30 @@ def frame_attention_backward_key_kernel(
     first, patches = frame.to(tl.int64) * tokens, tokens - 1
     token = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     exists, column = token < tokens, first + token
-    key = load_rows(key_of_head, column, exists, key_row_stride, HEAD)
-    value = load_rows(value_of_head, column, exists, value_row_stride, HEAD)
-    grad_key = tl.zeros((BLOCK_KEYS, HEAD), tl.float32)
-    grad_value = tl.zeros((BLOCK_KEYS, HEAD), tl.float32)
+    key = load_rows(key_of_head, column, exists, key_row_stride, HEAD_DIM)
+    value = load_rows(value_of_head, column, exists, value_row_stride, HEAD_DIM)
+    grad_key = tl.zeros((BLOCK_KEYS, HEAD_DIM), tl.float32)
+    grad_value = tl.zeros((BLOCK_KEYS, HEAD_DIM), tl.float32)
     # Who attends to these keys, as one list: the patches of their frame, then the CLS rows of all frames.
     for start in range(0, patches + frames, BLOCK_ROWS):
         place = start + tl.arange(0, BLOCK_ROWS)
         inside = place < patches + frames
         row = tl.where(place < patches, first + 1 + place, (place - patches).to(tl.int64) * tokens)
-        query = load_rows(query_of_head, row, inside, query_row_stride, HEAD)
-        grad_out = load_rows(grad_out_of_head, row, inside, grad_out_row_stride, HEAD)
+        query = load_rows(query_of_head, row, inside, query_row_stride, HEAD_DIM)
+        grad_out = load_rows(grad_out_of_head, row, inside, grad_out_row_stride, HEAD_DIM)
         statistics = batch_head.to(tl.int64) * length + row
         # A row that does not exist gets the probability 0. A key that does not exist only reaches rows of the
         # accumulators that are not stored.
         lse_2 = tl.load(lse_ptr + statistics, mask=inside, other=float("inf"))
         delta = tl.load(delta_ptr + statistics, mask=inside, other=0.0)
         # Held as (keys, rows), so that the products that accumulate need no transposed probabilities.
-        weights = tl.exp2(tl.dot(key, tl.trans(query), input_precision="ieee") * (scale * LOG2_E) - lse_2[None, :])
-        grad_weights = tl.dot(value, tl.trans(grad_out), input_precision="ieee")
-        grad_value = tl.dot(weights.to(grad_out.dtype), grad_out, grad_value, input_precision="ieee")
-        grad_scores = (weights * (grad_weights - delta[None, :])).to(query.dtype)
+        p = tl.exp2(tl.dot(key, tl.trans(query), input_precision="ieee") * (scale * LOG2_E) - lse_2[None, :])
+        grad_p = tl.dot(value, tl.trans(grad_out), input_precision="ieee")
+        grad_value = tl.dot(p.to(grad_out.dtype), grad_out, grad_value, input_precision="ieee")
+        grad_scores = (p * (grad_p - delta[None, :])).to(query.dtype)
         grad_key = tl.dot(grad_scores, query, grad_key, input_precision="ieee")
-    store_rows(grad_key_ptr, grad_key * scale, batch, head, column, exists, length, heads, HEAD)
-    store_rows(grad_value_ptr, grad_value, batch, head, column, exists, length, heads, HEAD)
+    store_rows(grad_key_ptr, grad_key * scale, batch, head, column, exists, length, heads, HEAD_DIM)
+    store_rows(grad_value_ptr, grad_value, batch, head, column, exists, length, heads, HEAD_DIM)
 
 
 def shared_patches(frames: int, tokens: int, rows: int, keys: int) -> int:
@@ -252,34 +250,36 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
     return {f"{name}_{place}_stride": t.stride(i) for name, t in tensors.items() for place, i in places}
 
 
-def _constants(tiles: tuple[int, int, int], head: int) -> dict[str, int]:
-    return {"HEAD": head, "BLOCK_ROWS": tiles[0], "BLOCK_KEYS": tiles[1], "num_warps": tiles[2]}
-
-
-def _launch_by_row(kernel, query: Tensor, frames: int, **arguments) -> None:
-    batch, length, heads, head = query.shape
-    tokens = length // frames
-    rows, keys, _ = tiles = BY_ROW[query.dtype.itemsize][head == 128]
-    rest = shared_patches(frames, tokens, rows, keys)
+def _launch_by_row(kernel: Any, config: LaunchConfig, query: Tensor, frames: int, **arguments: Any) -> None:
+    batch, length, heads, head_dim = query.shape
+    tokens, rows = length // frames, config["BLOCK_ROWS"]
+    rest = shared_patches(frames, tokens, rows, config["BLOCK_KEYS"])
     shared_tiles = triton.cdiv(frames * (1 + rest), rows)
-    kernel[(batch * heads * (shared_tiles + frames * triton.cdiv(tokens - 1 - rest, rows)),)](
-        query_ptr=query, shared_programs=batch * heads * shared_tiles, shared_tiles=shared_tiles, heads=heads,
-        frames=frames, tokens=tokens, length=length, rest=rest, **arguments, **_constants(tiles, head),
-        enable_fp_fusion=True,
+    programs = batch * heads * (shared_tiles + frames * triton.cdiv(tokens - 1 - rest, rows))
+    launch(
+        kernel, (programs,), config, query_ptr=query, shared_programs=batch * heads * shared_tiles,
+        shared_tiles=shared_tiles, heads=heads, frames=frames, tokens=tokens, length=length, rest=rest,
+        HEAD_DIM=head_dim, **arguments,
     )  # fmt: skip
 
 
 def frame_attention_forward(
-    query: Tensor, key: Tensor, value: Tensor, frames: int, softmax_scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    frames: int,
+    softmax_scale: float,
+    config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(B, L, H, D) each, channels contiguous, L a multiple of ``frames`` above 0: out, and base-2 LSE (B, H, L)."""
-    batch, length, heads, _ = query.shape
+    """(B, L, H, D) each, rows contiguous, L a positive multiple of ``frames``: out, and base-2 LSE (B, H, L)."""
+    batch, length, heads, head_dim = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
+    (chosen,) = resolve(config, ("frame_attention_forward_kernel",), query, head_dim=head_dim)
     if lse.numel():
         _launch_by_row(
-            frame_attention_forward_kernel, query, frames, key_ptr=key, value_ptr=value, out_ptr=out, lse_ptr=lse,
-            scale=softmax_scale, **_strides(query=query, key=key, value=value),
+            frame_attention_forward_kernel, chosen, query, frames, key_ptr=key, value_ptr=value, out_ptr=out,
+            lse_ptr=lse, scale=softmax_scale, **_strides(query=query, key=key, value=value),
         )  # fmt: skip
     return out, lse
 
@@ -293,49 +293,54 @@ def frame_attention_backward(
     lse: Tensor,
     frames: int,
     softmax_scale: float,
+    config: Configs = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, contiguous, in two launches."""
-    batch, length, heads, head = query.shape
+    batch, length, heads, head_dim = query.shape
     grad_query, grad_key, grad_value = (
         torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value)
     )
+    names = ("frame_attention_backward_query_kernel", "frame_attention_backward_key_kernel")
+    configs = resolve(config, names, query, head_dim=head_dim)
+    by_query, by_key = (of_kernel(configs, name) for name in names)
     if lse.numel():
         delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
-        arguments = {
+        arguments: dict[str, Any] = {
             "grad_out_ptr": grad_out, "key_ptr": key, "value_ptr": value, "lse_ptr": lse, "delta_ptr": delta,
             "scale": softmax_scale, **_strides(grad_out=grad_out, query=query, key=key, value=value),
         }  # fmt: skip
         _launch_by_row(
-            frame_attention_backward_query_kernel, query, frames, out_ptr=out, grad_query_ptr=grad_query, **arguments
+            frame_attention_backward_query_kernel, by_query, query, frames, out_ptr=out, grad_query_ptr=grad_query,
+            **arguments,
         )  # fmt: skip
-        tiles, tokens = BY_KEY[query.dtype.itemsize][head == 128], length // frames
-        frame_attention_backward_key_kernel[(batch * heads * frames * triton.cdiv(tokens, tiles[1]),)](
-            query_ptr=query, grad_key_ptr=grad_key, grad_value_ptr=grad_value, heads=heads, frames=frames,
-            tokens=tokens, length=length, **arguments, **_constants(tiles, head), enable_fp_fusion=True,
+        tokens = length // frames
+        programs = batch * heads * frames * triton.cdiv(tokens, by_key["BLOCK_KEYS"])
+        launch(
+            frame_attention_backward_key_kernel, (programs,), by_key, query_ptr=query, grad_key_ptr=grad_key,
+            grad_value_ptr=grad_value, heads=heads, frames=frames, tokens=tokens, length=length, HEAD_DIM=head_dim,
+            **arguments,
         )  # fmt: skip
     return grad_query, grad_key, grad_value
 
 
-def _entry(kernel, dtype: str, head: int, tiles: tuple[int, int, int]) -> dict:
-    constants = _constants(tiles, head)
-    warps = constants.pop("num_warps")
-    statistics = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32"}
-    return {
-        "kernel": kernel,
-        "signature": {name: dtype for name in kernel.arg_names if name.endswith("_ptr")} | statistics,
-        "constants": constants,
-        "num_warps": warps,
-        "divisible": [name for name in kernel.arg_names if name.endswith("_stride")],
-    }
+def _entry(kernel: Any, config: LaunchConfig, dtype: str) -> dict[str, Any]:
+    signature = {name: dtype for name in kernel.arg_names if name.endswith("_ptr")}
+    signature |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32"}
+    strides = [name for name in kernel.arg_names if name.endswith("_stride")]
+    return static_entry(kernel, config, signature, divisible=strides, HEAD_DIM=64)
 
 
-# What the static checks compile.
-AHEAD_OF_TIME = [
-    _entry(kernel, dtype, 64, table[size][0])
-    for dtype, size in (("*bf16", 2), ("*fp32", 4))
-    for kernel, table in (
-        (frame_attention_forward_kernel, BY_ROW),
-        (frame_attention_backward_query_kernel, BY_ROW),
-        (frame_attention_backward_key_kernel, BY_KEY),
+def ahead_of_time(arch: str) -> list[dict[str, Any]]:
+    """What the static checks compile for an architecture."""
+    kernels = (
+        frame_attention_forward_kernel,
+        frame_attention_backward_query_kernel,
+        frame_attention_backward_key_kernel,
     )
-]
+    entries = []
+    for name, dtype in (("*bf16", torch.bfloat16), ("*fp32", torch.float32)):
+        configs = [
+            c for pass_ in ("forward", "backward") for c in select("frame_attention", pass_, dtype, arch, head_dim=64)
+        ]
+        entries += [_entry(kernel, config, name) for kernel, config in zip(kernels, configs, strict=True)]
+    return entries

@@ -6,20 +6,17 @@ the bias is added here. Arithmetic in float32, whatever the logits hold.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sclkern.kernels.completion_loss import softplus
+from sclkern.kernels.config import LaunchConfig, resolve, select
+from sclkern.kernels.launch import launch, static_entry
 
-# A row a program: 125 rows of 50265 logits are one wave of an H200's 132 multiprocessors, and a split row would cost a
-# second launch. 16 warps hold 16 KB of a row in flight. Not yet tuned on a GPU.
-ROW_COLUMNS, ROW_WARPS = 8192, 16
-# A block of columns a program, which walks all rows: it owns their bias gradient, so that nothing is added up twice.
-# 393 programs at V = 50265. Not yet tuned on a GPU.
-BLOCK_ROWS, BLOCK_COLUMNS, GRADIENT_WARPS = 32, 128, 4
-REDUCE_ROWS, REDUCE_WARPS = 1024, 4
 # Columns of 128 bytes in bfloat16. V itself may be odd: cuBLAS then takes its kernels for unaligned operands, and
 # Triton loads of 2 bytes.
 ALIGNMENT = tl.constexpr(64)
@@ -174,10 +171,15 @@ def statistics(
     margin: Tensor,
     hits: Tensor,
     columns: int,
+    config: LaunchConfig | None = None,
 ) -> None:
     """Fill losses, lse, margin (R,) float32 and hits (R,) int32 from logits (R, W) contiguous, bias (W,) and labels."""
+    (chosen,) = resolve(config, ("linear_cross_entropy_rows_kernel",), logits)
     if len(logits):
-        linear_cross_entropy_rows_kernel[(len(logits),)](
+        launch(
+            linear_cross_entropy_rows_kernel,
+            (len(logits),),
+            chosen,
             logits_ptr=logits,
             bias_ptr=bias,
             labels_ptr=labels,
@@ -188,17 +190,20 @@ def statistics(
             columns=columns,
             width=logits.shape[1],
             ignore_index=ignore_index,
-            BLOCK=ROW_COLUMNS,
-            num_warps=ROW_WARPS,
-            enable_fp_fusion=True,
         )
 
 
-def reduce(losses: Tensor, hits: Tensor, labels: Tensor, ignore_index: int, mean: bool) -> tuple[Tensor, ...]:
+def reduce(
+    losses: Tensor, hits: Tensor, labels: Tensor, ignore_index: int, mean: bool, config: LaunchConfig | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The loss () float32, the rows that are not ignored (at least 1) () float32, the hits () int64; in fixed order."""
     loss, count = (torch.empty((), dtype=torch.float32, device=losses.device) for _ in range(2))
     hit_count = torch.empty((), dtype=torch.int64, device=losses.device)
-    linear_cross_entropy_reduce_kernel[(1,)](
+    (chosen,) = resolve(config, ("linear_cross_entropy_reduce_kernel",), losses)
+    launch(
+        linear_cross_entropy_reduce_kernel,
+        (1,),
+        chosen,
         losses_ptr=losses,
         hits_ptr=hits,
         labels_ptr=labels,
@@ -208,9 +213,6 @@ def reduce(losses: Tensor, hits: Tensor, labels: Tensor, ignore_index: int, mean
         rows=len(losses),
         ignore_index=ignore_index,
         MEAN=mean,
-        BLOCK=REDUCE_ROWS,
-        num_warps=REDUCE_WARPS,
-        enable_fp_fusion=True,
     )
     return loss, count, hit_count
 
@@ -228,13 +230,18 @@ def gradient(
     grad_logits: Tensor,
     grad_bias: Tensor | None,
     columns: int,
+    config: LaunchConfig | None = None,
 ) -> None:
     """Fill grad_logits (R, W) and grad_bias (columns,) from logits (R, W), columns of the vocabulary from first_column.
 
     grad is that of the loss (), divided by count, or of the losses (R,) of any stride.
     """
+    (chosen,) = resolve(config, ("linear_cross_entropy_gradient_kernel",), logits)
     if len(logits):
-        linear_cross_entropy_gradient_kernel[(triton.cdiv(logits.shape[1], BLOCK_COLUMNS),)](
+        launch(
+            linear_cross_entropy_gradient_kernel,
+            (triton.cdiv(logits.shape[1], chosen["BLOCK_COLUMNS"]),),
+            chosen,
             grad_ptr=grad,
             count_ptr=count,
             logits_ptr=logits,
@@ -250,38 +257,26 @@ def gradient(
             width=logits.shape[1],
             grad_stride=grad.stride(0) if grad.ndim else 0,
             ignore_index=ignore_index,
-            BLOCK_ROWS=BLOCK_ROWS,
-            BLOCK_COLUMNS=BLOCK_COLUMNS,
-            num_warps=GRADIENT_WARPS,
-            enable_fp_fusion=True,
         )
     elif grad_bias is not None:
         grad_bias.zero_()
 
 
-def _entry(kernel, logits: str, warps: int, **constants) -> dict:
+def _entry(kernel: Any, config: LaunchConfig, logits: str, **constants: Any) -> dict[str, Any]:
     kinds = {"labels_ptr": "*i64", "hits_ptr": "*i32", "hit_count_ptr": "*i64"}
     kinds |= {name: f"*{logits}" for name in ("logits_ptr", "bias_ptr", "grad_logits_ptr", "grad_bias_ptr")}
     kinds = {name: kinds.get(name, "*fp32") for name in kernel.arg_names if name.endswith("_ptr")}
-    return {
-        "kernel": kernel,
-        "signature": {name: kind for name, kind in kinds.items() if name not in constants},
-        "constants": constants,
-        "num_warps": warps,
-        "divisible": ["width"] if "width" in kernel.arg_names else [],
-    }
+    return static_entry(kernel, config, kinds, divisible=["width"], **constants)
 
 
-# What the static checks compile: kernel, argument types, constants, warps.
-AHEAD_OF_TIME = [_entry(linear_cross_entropy_reduce_kernel, "bf16", REDUCE_WARPS, MEAN=True, BLOCK=REDUCE_ROWS)]
-for _dtype in ("bf16", "fp32"):
-    AHEAD_OF_TIME += [
-        _entry(linear_cross_entropy_rows_kernel, _dtype, ROW_WARPS, BLOCK=ROW_COLUMNS),
-        _entry(
-            linear_cross_entropy_gradient_kernel,
-            _dtype,
-            GRADIENT_WARPS,
-            BLOCK_ROWS=BLOCK_ROWS,
-            BLOCK_COLUMNS=BLOCK_COLUMNS,
-        ),
-    ]
+def ahead_of_time(arch: str) -> list[dict[str, Any]]:
+    """What the static checks compile for an architecture."""
+    entries: list[dict[str, Any]] = []
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        rows, reduced = select("linear_cross_entropy", "forward", dtype, arch)
+        (grads,) = select("linear_cross_entropy", "backward", dtype, arch)
+        if not entries:
+            entries.append(_entry(linear_cross_entropy_reduce_kernel, reduced, name, MEAN=True))
+        entries.append(_entry(linear_cross_entropy_rows_kernel, rows, name))
+        entries.append(_entry(linear_cross_entropy_gradient_kernel, grads, name))
+    return entries

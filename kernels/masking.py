@@ -6,16 +6,20 @@ as int64 so that every comparison is signed.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sclkern.kernels.config import LaunchConfig, resolve, select
+from sclkern.kernels.launch import launch, static_entry
 from sclkern.random import STREAM_COMPLETION, STREAM_MLM, STREAM_PATCHES, STREAM_TOKENS
 
-# A program holds its row in registers: two for each element and thread. 16 draws at a time against 1024 places fill
-# 128 of them. Not yet tuned on a GPU.
-MIN_COLUMNS, MAX_PATCHES, MAX_TOKENS, NUM_WARPS = 64, 4096, 1024, 4
+# The widest rows; a program holds one in registers.
+MAX_PATCHES, MAX_TOKENS = 4096, 1024
+# Draws against a row at a time.
 DRAWS = tl.constexpr(16)
 
 
@@ -96,7 +100,7 @@ def mask_text_kernel(
     draws,  # of the padded width, for the published "mlm"
     ratio: tl.float64,
     COMPLETION: tl.constexpr,
-    REFERENCE: tl.constexpr,
+    PUBLISHED: tl.constexpr,
     STREAM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -110,7 +114,7 @@ def mask_text_kernel(
     expected = words.to(tl.float64) * ratio
     if COMPLETION:
         count = expected.to(tl.int64) + 1
-        if REFERENCE:
+        if PUBLISHED:
             hits = tl.zeros((BLOCK,), tl.int32)
             for start in range(0, width, DRAWS):
                 index = start + tl.arange(0, DRAWS)
@@ -123,7 +127,7 @@ def mask_text_kernel(
             selected = smallest(key, is_word, count)
         replaced = tl.zeros((BLOCK,), tl.int64) + mask_id
     else:
-        if REFERENCE:
+        if PUBLISHED:
             selected = smallest(key, inside, draws) & is_word
         else:
             selected = smallest(key, is_word, tl.maximum((expected + 0.5).to(tl.int64), 1))
@@ -135,40 +139,38 @@ def mask_text_kernel(
     tl.store(selected_ptr + place, selected, mask=inside)
 
 
-def _block(columns: int) -> int:
-    return max(MIN_COLUMNS, triton.next_power_of_2(columns))
-
-
-def select_patches(seed: Tensor, patches: int, count: int, batch: int) -> Tensor:
+def select_patches(seed: Tensor, patches: int, count: int, batch: int, config: LaunchConfig | None = None) -> Tensor:
     """(B, count) int64, ascending; ``seed`` (1,) int64; ``count`` up to ``patches``, which is up to ``MAX_PATCHES``."""
     out = torch.empty((batch, count), dtype=torch.int64, device=seed.device)
     if out.numel():
-        select_patches_kernel[(batch,)](
+        (chosen,) = resolve(config, ("select_patches_kernel",), seed, columns=patches)
+        launch(
+            select_patches_kernel,
+            (batch,),
+            chosen,
             seed_ptr=seed,
             out_ptr=out,
             patches=patches,
             count=count,
             STREAM=STREAM_PATCHES,
-            BLOCK=_block(patches),
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
         )
     return out
 
 
-def select_tokens(seed: Tensor, patches: int, count: int, batch: int) -> Tensor:
+def select_tokens(seed: Tensor, patches: int, count: int, batch: int, config: LaunchConfig | None = None) -> Tensor:
     """(B, P) bool with ``count`` True in each row; ``seed`` (1,) int64; at most ``MAX_PATCHES`` patches."""
     out = torch.empty((batch, patches), dtype=torch.bool, device=seed.device)
     if out.numel():
-        select_tokens_kernel[(batch,)](
+        (chosen,) = resolve(config, ("select_tokens_kernel",), seed, columns=patches)
+        launch(
+            select_tokens_kernel,
+            (batch,),
+            chosen,
             seed_ptr=seed,
             out_ptr=out,
             patches=patches,
             count=count,
             STREAM=STREAM_TOKENS,
-            BLOCK=_block(patches),
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
         )
     return out
 
@@ -181,9 +183,21 @@ def mask_text(
     ratio: float,
     mask_id: int,
     vocab_size: int,
-    reference: bool,
+    published: bool,
+    config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """ids (B, L) int64 with contiguous rows, L up to ``MAX_TOKENS``; lengths (B,) int64 contiguous; seed (1,) int64.
+    """Launch the kernel.
+
+    Args:
+        ids: (B, L) int64 with contiguous rows, L up to ``MAX_TOKENS``.
+        lengths: (B,) int64, contiguous.
+        seed: (1,) int64.
+        completion: mask for completion, otherwise for MLM.
+        ratio: of the tokens that are selected.
+        mask_id: id of the mask token.
+        vocab_size: random replacements are below it.
+        published: as the published code draws.
+        config: launch configuration, None for the selected one.
 
     Returns:
         The ids that the model reads (B, L) int64 and the selected positions (B, L) bool.
@@ -192,7 +206,13 @@ def mask_text(
     out = torch.empty((rows, width), dtype=torch.int64, device=ids.device)
     selected = torch.empty((rows, width), dtype=torch.bool, device=ids.device)
     if out.numel():
-        mask_text_kernel[(rows,)](
+        (chosen,) = resolve(config, ("mask_text_kernel",), ids, columns=width)
+        launch(
+            mask_text_kernel,
+            (rows,),
+            chosen,
+            # The product and the sum that rounds it are two roundings, as in the reference: one would change counts.
+            False,
             ids_ptr=ids,
             lengths_ptr=lengths,
             seed_ptr=seed,
@@ -205,43 +225,33 @@ def mask_text(
             draws=max(1, round(width * ratio)),
             ratio=ratio,
             COMPLETION=completion,
-            REFERENCE=reference,
+            PUBLISHED=published,
             STREAM=STREAM_COMPLETION if completion else STREAM_MLM,
-            BLOCK=_block(width),
-            num_warps=NUM_WARPS,
-            # The product and the sum that rounds it are two roundings, as in the reference: one would change counts.
-            enable_fp_fusion=False,
         )
     return out, selected
 
 
-# What the static checks compile: 324 patches, captions of 50 tokens, and the widest that the kernels take.
-AHEAD_OF_TIME = [
-    {
-        "kernel": kernel,
-        "signature": {"seed_ptr": "*i64", "out_ptr": out},
-        "constants": {"STREAM": stream, "BLOCK": block},
-        "num_warps": NUM_WARPS,
-    }
-    for kernel, out, stream, block in (
-        (select_patches_kernel, "*i64", STREAM_PATCHES, 512),
-        (select_patches_kernel, "*i64", STREAM_PATCHES, MAX_PATCHES),
-        (select_tokens_kernel, "*i1", STREAM_TOKENS, 512),
-    )
-] + [
-    {
-        "kernel": mask_text_kernel,
-        "signature": {
-            "ids_ptr": "*i64", "lengths_ptr": "*i64", "seed_ptr": "*i64", "out_ptr": "*i64", "selected_ptr": "*i1",
-            "ratio": "fp64",
-        },
-        "constants": {
-            "COMPLETION": completion, "REFERENCE": published, "BLOCK": block,
-            "STREAM": STREAM_COMPLETION if completion else STREAM_MLM,
-        },
-        "num_warps": NUM_WARPS,
-    }
-    for completion, published, block in (
-        (False, False, 64), (True, False, 64), (False, True, 64), (True, True, 64), (True, True, MAX_TOKENS),
-    )
-]  # fmt: skip
+def ahead_of_time(arch: str) -> list[dict[str, Any]]:
+    """What the static checks compile: 324 patches, captions of 50 tokens, and the widest that the kernels take."""
+    entries = []
+    for op, kernel, out, stream, columns in (
+        ("select_patches", select_patches_kernel, "*i64", STREAM_PATCHES, 324),
+        ("select_patches", select_patches_kernel, "*i64", STREAM_PATCHES, MAX_PATCHES),
+        ("select_tokens", select_tokens_kernel, "*i1", STREAM_TOKENS, 324),
+    ):
+        (config,) = select(op, "forward", torch.int64, arch, columns=columns)
+        entries.append(static_entry(kernel, config, {"seed_ptr": "*i64", "out_ptr": out}, STREAM=stream))
+    signature = dict.fromkeys(("ids_ptr", "lengths_ptr", "seed_ptr", "out_ptr"), "*i64")
+    signature |= {"selected_ptr": "*i1", "ratio": "fp64"}
+    for completion, published, columns in (
+        (False, False, 50),
+        (True, False, 50),
+        (False, True, 50),
+        (True, True, 50),
+        (True, True, MAX_TOKENS),
+    ):
+        (config,) = select("mask_text", "forward", torch.int64, arch, columns=columns)
+        stream = STREAM_COMPLETION if completion else STREAM_MLM
+        constants = {"COMPLETION": completion, "PUBLISHED": published, "STREAM": stream}
+        entries.append(static_entry(mask_text_kernel, config, signature, **constants))
+    return entries

@@ -71,7 +71,7 @@ def stages() -> list[Stage]:
         # Each tensor is an allocation of its own, so that a write past the end is detected.
         separate = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         all_stages.append(Stage(f"sanitizer/{tool}", "sanitizer", [smoke], 1, prefix=prefix, environment=separate))
-    all_stages.append(Stage("tune", "tune", ["benchmarks.tune"], 1, module=True))
+    all_stages.append(Stage("tune", "tune", ["benchmarks.tuning"], 1, module=True))
     training = ["benchmarks.training.pretraining", "--ways", "fused,eager,graphs", "--profile"]
     all_stages.append(Stage("training", "training", training, 6, module=True))
     return all_stages

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "tuning.md").read_text()
-PLAN = json.loads((ROOT / "benchmarks" / "candidates.json").read_text())["candidates"]
+PLAN = json.loads((ROOT / "benchmarks" / "tuning" / "candidates.json").read_text())["candidates"]
 # Instructions that an H200 issues in a microsecond: four a multiprocessor and cycle.
 RATE = 132 * 4 * 1.755e3
 LENGTH, HEADS = 325, 64 * 12

@@ -165,14 +165,22 @@ def test_drops_what_the_mask_says(backend, seed):
 def test_dropout_and_results_do_not_depend_on_tiles():
     from sclkern.kernels.attention import attention_forward
     from sclkern.kernels.attention_backward import attention_backward
+    from sclkern.kernels.config import LaunchConfig
 
     query, key, value, mask, grad = inputs(40, 40, heads=1)
     value = torch.eye(40, 32, device=DEVICE).view(1, 40, 1, 32).expand(2, -1, -1, -1).contiguous()
     seed = torch.tensor([11], device=DEVICE)
     results = []
-    for largest in ({4: ((16, 16),)}, {4: ((64, 64),)}):
-        out, lse = attention_forward(query, key, value, mask, seed, 0.5, 0.2, largest=largest)
-        gradients = attention_backward(grad, query, key, value, mask, seed, out, lse, 0.5, 0.2, largest=largest)
+    for block in (16, 64):
+        tiles = {"BLOCK_QUERIES": block, "BLOCK_KEYS": block, "num_warps": 4}
+        config = LaunchConfig.of("attention_forward_kernel", TRANSPOSED=0, **tiles)
+        out, lse = attention_forward(query, key, value, mask, seed, 0.5, 0.2, config=config)
+        # A tile of 64 holds all 40 keys, so that their kernel runs alone.
+        single = int(block == 64)
+        by_key = LaunchConfig.of("attention_backward_key_kernel", TRANSPOSED=1, SINGLE_TILE=single, **tiles)
+        by_query = LaunchConfig.of("attention_backward_query_kernel", TRANSPOSED=0, SINGLE_TILE=0, **tiles)
+        configs = (by_key,) if single else (by_query, by_key)
+        gradients = attention_backward(grad, query, key, value, mask, seed, out, lse, 0.5, 0.2, config=configs)
         results.append((out, lse, *gradients))
     assert torch.equal(results[0][0] != 0, results[1][0] != 0)
     for a, b in zip(*results, strict=True):

@@ -93,7 +93,7 @@ def test_eager_has_double_backward_and_the_kernel_says_so():
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_tiles_fit_the_lengths():
-    from sclkern.kernels import attention as kernels
+    from sclkern.kernels import config_rules as kernels
 
     lengths = {1: 16, 13: 16, 17: 32, 50: 64, 65: 32, 128: 128, 325: 128, 0: 16}
     assert {length: kernels.tile(length, 128) for length in lengths} == lengths
@@ -102,14 +102,11 @@ def test_tiles_fit_the_lengths():
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_the_backward_has_few_configurations_each_of_one_group_of_warps_where_that_fits():
-    from sclkern.kernels import attention_backward as kernels
+    from sclkern.kernels.config import select
 
     def plan(queries, keys, head=64, dtype=torch.bfloat16):
-        launches = kernels.backward_plan(queries, keys, head, dtype, kernels.LARGEST_BACKWARD)
-        names = ("BLOCK_QUERIES", "BLOCK_KEYS", "num_warps")
-        return [
-            (kernel.fn.__name__.split("_")[2], *map(configuration.get, names)) for kernel, *_, configuration in launches
-        ]
+        configs = select("attention", "backward", dtype, "sm_90", queries=queries, keys=keys, head_dim=head)
+        return [(c.kernel.split("_")[2], c["BLOCK_QUERIES"], c["BLOCK_KEYS"], c.num_warps) for c in configs]
 
     assert plan(325, 325) == [("query", 64, 32, 4), ("key", 32, 64, 4)]
     assert plan(325, 325, head=128) == [("query", 64, 32, 4), ("key", 32, 64, 8)]
@@ -175,5 +172,5 @@ def test_no_length_is_in_a_compiled_kernel():
         found = {p.name: p for p in kernel.params}
         for name in ("queries", "keys", "query_rows", "key_rows", "heads"):
             assert found[name].do_not_specialize and not found[name].is_constexpr, (kernel, name)
-        fixed = {"HEAD", "BLOCK_QUERIES", "BLOCK_KEYS", "ALONE", "KEY_AXIS"}
+        fixed = {"HEAD_DIM", "BLOCK_QUERIES", "BLOCK_KEYS", "SINGLE_TILE", "TRANSPOSED"}
         assert {name for name, p in found.items() if p.is_constexpr} <= fixed

@@ -202,14 +202,23 @@ def test_any_shape_mask_and_dtype(data):
         assert (a - t).abs().max() <= precision * t.abs().max() + 1e-5, name
 
 
-@pytest.mark.parametrize("both", [True, False])
-def test_a_window_has_its_part_of_the_whole(both, monkeypatch):
-    """What one rank computes; and, in the kernels, sums of columns and weights of a few rows at a time."""
-    if KERNELS_RUN:
-        from sclkern.kernels import completion_loss, completion_loss_backward
+@pytest.fixture
+def small_workspaces():
+    """In the kernels, sums of columns and weights of a few rows at a time."""
+    if not KERNELS_RUN:
+        yield
+        return
+    from sclkern.kernels.config import override
 
-        monkeypatch.setattr(completion_loss, "COLUMN_SUMS", 300)
-        monkeypatch.setattr(completion_loss_backward, "WORKSPACE", 9000)
+    statistics, weights = ["completion_loss_statistics_kernel"], ["completion_loss_weights_kernel"]
+    with override(statistics, COLUMN_SUMS=300), override(weights, WORKSPACE=9000):
+        yield
+
+
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.usefixtures("small_workspaces")
+def test_a_window_has_its_part_of_the_whole(both):
+    """What one rank computes."""
     groups, length, width = 2, 150, 5
     inputs, temperature = features((groups, length, width)), torch.tensor(0.1, device=DEVICE, requires_grad=True)
     valid, upstream = torch.rand(groups, length, device=DEVICE) < 0.8, torch.randn(groups, length, device=DEVICE)

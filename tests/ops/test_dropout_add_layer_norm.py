@@ -95,14 +95,14 @@ def test_eager_and_kernel_drop_the_same_elements(columns):
 
 
 @needs_kernels
-def test_mask_does_not_depend_on_the_tile(monkeypatch):
-    from sclkern.kernels import dropout_add_layer_norm as kernels
+def test_mask_does_not_depend_on_the_tile():
+    from sclkern.kernels.config import override
 
+    kernels = ("dropout_add_layer_norm_forward_kernel", "dropout_add_layer_norm_backward_kernel")
     first = masks(20, 24, 0.5, 2**40 + 1, "triton")
-    usual = kernels.configuration(24)
     for changed in ({"BLOCK_ROWS": 2}, {"BLOCK_COLUMNS": 128, "BLOCK_ROWS": 8}):
-        monkeypatch.setattr(kernels, "configuration", lambda _, changed=changed: usual | changed)
-        assert torch.equal(first, masks(20, 24, 0.5, 2**40 + 1, "triton"))
+        with override(kernels, **changed):
+            assert torch.equal(first, masks(20, 24, 0.5, 2**40 + 1, "triton"))
 
 
 def test_mask_of_a_place_does_not_depend_on_the_shape():

@@ -23,7 +23,8 @@ def run(options: argparse.Namespace) -> int:
     file = Path(options.budget) if options.budget else static_budget.BUDGET
     if options.check and not file.exists():
         raise UserError(f"--budget: {file} does not exist; --update writes it")
-    rows = static_budget.measure(static.kernels(), dict.fromkeys((*static.REQUIRED_TARGETS, *options.target)))
+    targets = dict.fromkeys((*static.REQUIRED_TARGETS, *options.target))
+    rows = static_budget.measure(static_budget.compilations(targets, every=options.all_targets))
     budget = static_budget.read_budget(file)
     if options.update:
         budget = static_budget.updated(rows, budget)

@@ -30,7 +30,7 @@ _CARRIED = re.compile(r"(%[\w$.-]+) = (%[\w$.-]+(?:#\d+)?)")
 
 @dataclass(frozen=True)
 class Wraps:
-    """What holds a product that can wrap, told by its line."""
+    """A value that holds a product that can wrap, identified by its line."""
 
     line: str
 
@@ -41,7 +41,7 @@ Kind = int | str | Wraps
 def wrapping_addresses(ttir: str) -> list[str]:
     """The products in 32 bits of the code (stage "ttir") that can wrap and reach the offset of an address."""
     kinds: dict[str, Kind] = {}
-    found: dict[str, None] = {}
+    wrapping: dict[str, None] = {}
     for line in ttir.splitlines():
         line = _LOCATION.sub("", line)
         if "tt.func" in line:
@@ -51,9 +51,9 @@ def wrapping_addresses(ttir: str) -> list[str]:
         operation, rest = match.groups()[1:] if match else ("scf.for" if "scf.for" in line else "", line)
         if operation == "scf.for":
             # Loop variables by their kinds at the start: pointers and sums carry what their own offsets bring.
-            induction = re.search(r"(%[\w$.-]+) = (%[\w$.-]+(?:#\d+)?) to", line)
-            kinds[induction[1]] = POSITION
-            carried = [pair for pair in _CARRIED.findall(line) if pair[0] not in (induction[1], match and match[1])]
+            induction = _searched(r"(%[\w$.-]+) = (%[\w$.-]+(?:#\d+)?) to", line)
+            kinds[induction] = POSITION
+            carried = [pair for pair in _CARRIED.findall(line) if pair[0] not in (induction, match and match[1])]
             kinds |= {name: _join([kinds.get(start, POSITION), POSITION]) for name, start in carried}
             continue
         if not match:
@@ -61,10 +61,10 @@ def wrapping_addresses(ttir: str) -> list[str]:
         values = [kinds.get(value.split("#")[0], POSITION) for value in _VALUE.findall(rest)]
         if operation == "tt.addptr":
             if isinstance(values[-1], Wraps):
-                found[values[-1].line] = None
-            values = values[:1]  # a pointer is clean again: what is wrong with it has been told
+                wrapping[values[-1].line] = None
+            values = values[:1]  # a pointer is clean again: what is wrong with it is in the list already
         kinds[match[1]] = _kind(operation, rest, values, Wraps(line.strip()))
-    return list(found)
+    return list(wrapping)
 
 
 def _kind(operation: str, rest: str, values: list[Kind], wraps: Wraps) -> Kind:
@@ -72,7 +72,7 @@ def _kind(operation: str, rest: str, values: list[Kind], wraps: Wraps) -> Kind:
         number = re.match(r"(?:dense<)?(-?\d+)>? :", rest)
         return abs(int(number[1])) if number else POSITION
     if operation == "tt.make_range":
-        return int(re.search(r"end = (\d+)", rest)[1])
+        return int(_searched(r"end = (\d+)", rest))
     if operation in ("tt.get_program_id", "tt.get_num_programs"):
         return NUMBER
     if operation in ("tt.load", "tt.addptr"):
@@ -80,12 +80,13 @@ def _kind(operation: str, rest: str, values: list[Kind], wraps: Wraps) -> Kind:
     if operation in ("arith.cmpi", "arith.cmpf"):
         return 1  # random words are meant to wrap, and only what they are compared with leads to an address
     if operation in ("arith.muli", "arith.shli"):
-        return _product(*values, operation == "arith.shli", wraps) if _narrow(rest) else _join(values)
+        return _product(values[0], values[1], operation == "arith.shli", wraps) if _narrow(rest) else _join(values)
     if operation in ("arith.divsi", "arith.divui", "arith.remsi", "arith.remui"):
         return next((value for value in values if isinstance(value, Wraps)), values[0])
     if operation in ("arith.addi", "arith.subi"):
-        if all(isinstance(value, int) for value in values):
-            return sum(values)
+        bounds = [value for value in values if isinstance(value, int)]
+        if len(bounds) == len(values):
+            return sum(bounds)
         if "tensor" not in rest and NUMBER in values and all(v in (NUMBER, SIZE) or isinstance(v, int) for v in values):
             return NUMBER
     return _join(values)
@@ -111,13 +112,22 @@ def _product(first: Kind, second: Kind, shift: bool, wraps: Wraps) -> Kind:
 
 def _narrow(rest: str) -> bool:
     """Whether the type at the end of the line, plain or of the elements of a tensor, has at most 32 bits."""
-    return re.search(r"(?:^|[ x<])i(\d+)[>\s]*$", rest)[1] != "64"
+    return _searched(r"(?:^|[ x<])i(\d+)[>\s]*$", rest) != "64"
+
+
+def _searched(pattern: str, text: str) -> str:
+    """The first group of a pattern that the text has."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"intermediate code: got {text!r}, expected {pattern}")
+    return match[1]
 
 
 def _join(values: list[Kind]) -> Kind:
-    if told := [value for value in values if isinstance(value, Wraps)]:
-        return told[0]
-    if all(isinstance(value, int) for value in values) and values:
-        return max(values)
+    if wraps := [value for value in values if isinstance(value, Wraps)]:
+        return wraps[0]
+    bounds = [value for value in values if isinstance(value, int)]
+    if bounds and len(bounds) == len(values):
+        return max(bounds)
     named = {value for value in values if not isinstance(value, int)}
     return named.pop() if len(named) == 1 else POSITION

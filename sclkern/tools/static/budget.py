@@ -16,9 +16,16 @@ from typing import Any
 
 import triton
 
+from sclkern.tools.static import compilation
 from sclkern.tools.static.addresses import wrapping_addresses
-from sclkern.tools.static.compilation import REQUIRED_TARGETS, Resources, compile_entry, entry_name, resources
-from sclkern.tools.static.workers import Failed, pool, portable, restored, submit
+from sclkern.tools.static.compilation import (
+    Resources,
+    compile_entry,
+    entry_name,
+    resources,
+    shared_memory_problem,
+)
+from sclkern.tools.static.workers import Failed, portable, restored, submit
 
 TRITON = ".".join(triton.__version__.split(".")[:2])
 BUDGET = Path(__file__).parents[3] / "benchmarks" / "static_budget.json"
@@ -31,44 +38,97 @@ WIDTH_SLACK = 0.9
 KEPT = ("registers", "shared", "hgmma", "hmma", "warps", "instructions")
 
 
+@dataclass(frozen=True)
+class Compilation:
+    """A kernel in a configuration, and what it is compiled for.
+
+    Attributes:
+        name: of the entry.
+        entry: as ``compilation.kernels`` describes it.
+        targets: compiled for these.
+        limits: by target, those whose shared memory has to hold it, itself among them.
+    """
+
+    name: str
+    entry: dict[str, Any]
+    targets: tuple[str, ...]
+    limits: dict[str, tuple[str, ...]]
+
+
 @dataclass
 class Row:
-    """One entry: its resources on sm_90 (None if it does not compile), the operand types of its ``tl.dot``, offsets in
-    32 bits that can wrap, and the error of each target it does not compile for."""
+    """What came of one ``Compilation``.
+
+    Attributes:
+        name: of the entry.
+        used: its resources on sm_90; None if it is not launched there or does not compile.
+        dots: the operand types of its ``tl.dot``, on sm_90.
+        wrapping: offsets in 32 bits that can wrap, on sm_90.
+        errors: by target, the whole error if it does not compile, or why it cannot be launched.
+        targets: launched on these, sm_90 among them for those of the budget.
+    """
 
     name: str
     used: Resources | None = None
     dots: list[str] = field(default_factory=list)
     wrapping: list[str] = field(default_factory=list)
     errors: dict[str, str] = field(default_factory=dict)
+    targets: list[str] = field(default_factory=lambda: ["sm_90"])
 
 
-def measure(entries: list[dict[str, Any]], targets: Iterable[str] = REQUIRED_TARGETS) -> list[Row]:
-    """Compile the entries for the targets, sm_90 among them, on all cores."""
-    names = [entry_name(entry) for entry in entries]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{name}: two entries of this name, expected one")
-    with pool() as workers:
-        jobs = [
-            [(target, submit(workers, _compile, portable(entry), target)) for target in targets] for entry in entries
-        ]
-        rows = []
-        for name, of_targets in zip(names, jobs, strict=True):
-            row = Row(name)
-            for target, job in of_targets:
-                result = job.result()
-                if isinstance(result, Failed):
-                    row.errors[target] = result.error
-                elif target == "sm_90":
-                    row.used, row.dots, row.wrapping = result
-            rows.append(row)
+def compilations(targets: Iterable[str] = compilation.REQUIRED_TARGETS, every: bool = False) -> list[Compilation]:
+    """Every kernel in each configuration that a launcher selects on one of the targets.
+
+    Args:
+        targets: names of ``compilation.TARGETS``.
+        every: compile for each target, also where another target's code stands for it (``compilation.STAND_INS``).
+
+    Returns:
+        Those of sm_90 first, in the order of ``compilation.kernels``.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    launched: dict[str, list[str]] = {}
+    for target in sorted(targets, key=lambda name: name != "sm_90"):
+        for entry in compilation.kernels(target):
+            name = entry_name(entry)
+            entries.setdefault(name, entry)
+            if target not in launched.setdefault(name, []):
+                launched[name].append(target)
+    planned = []
+    for name, entry in entries.items():
+        limits: dict[str, list[str]] = {}
+        for target in launched[name]:
+            stand_in = compilation.STAND_INS.get(target, target)
+            limits.setdefault(target if every or stand_in not in launched[name] else stand_in, []).append(target)
+        planned.append(Compilation(name, entry, tuple(limits), {t: tuple(of) for t, of in limits.items()}))
+    return planned
+
+
+def measure(planned: Iterable[Compilation]) -> list[Row]:
+    """Compile on all cores."""
+    jobs = [
+        (one, [(target, submit(_compile, portable(one.entry), target)) for target in one.targets]) for one in planned
+    ]
+    rows = []
+    for one, of_targets in jobs:
+        row = Row(one.name, targets=[name for names in one.limits.values() for name in names])
+        for target, job in of_targets:
+            result = job.result()
+            if isinstance(result, Failed):
+                row.errors[target] = f"does not compile: {result.error}"
+                continue
+            shared, inspected = result
+            problems = {name: shared_memory_problem(shared, name) for name in one.limits[target]}
+            row.errors |= {name: problem for name, problem in problems.items() if problem}
+            if inspected:
+                row.used, row.dots, row.wrapping = inspected
+        rows.append(row)
     return rows
 
 
-def _compile(entry: dict[str, Any], target: str) -> tuple[Resources, list[str], list[str]] | None:
+def _compile(entry: dict[str, Any], target: str) -> tuple[int, tuple[Resources, list[str], list[str]] | None]:
     compiled = compile_entry(restored(entry), target)
-    return inspect(compiled) if target == "sm_90" else None
+    return compiled.metadata.shared, inspect(compiled) if target == "sm_90" else None
 
 
 def inspect(compiled: Any) -> tuple[Resources, list[str], list[str]]:
@@ -85,7 +145,7 @@ def load_width(loads: dict[int, int]) -> float:
 
 def broken_rules(row: Row, reason: str | None = None) -> list[str]:
     """What holds for every kernel and not for this one; a ``reason`` excuses products without wgmma."""
-    problems = [f"{target}: does not compile: {error}" for target, error in row.errors.items()]
+    problems = [f"{target}: {error}" for target, error in row.errors.items()]
     if row.used is None:
         return problems
     used = row.used
@@ -120,12 +180,14 @@ def worse(used: Resources, budget: dict[str, Any]) -> list[str]:
 
 def check(rows: list[Row], budget: dict[str, Any]) -> list[str]:
     """One line for each figure that breaks a rule or got worse, and for each entry on one side only."""
-    kernels, names = budget["kernels"], {row.name for row in rows}
+    kernels, names = budget["kernels"], {row.name for row in rows if "sm_90" in row.targets}
     problems = []
     for row in rows:
         own = kernels.get(row.name)
         found = broken_rules(row, own and own.get("reason"))
-        if own is None:
+        if row.name not in names:
+            pass  # not launched on sm_90, of which alone there is a budget
+        elif own is None:
             found.append("not in the budget")
         elif row.used is not None and budget["triton"] == TRITON:
             found += worse(row.used, own)
@@ -167,6 +229,8 @@ def format_table(rows: list[Row]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
+        if "sm_90" not in row.targets:
+            continue
         if row.used is None:
             lines.append(f"| `{row.name}` | does not compile |")
             continue

@@ -16,18 +16,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from sclkern.kernels.config import ARCHITECTURES, SHARED_MEMORY
 from sclkern.tools.specs import SPECS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
     "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
+# Whose launch configurations a target has that has no table of its own.
+TABLE_OF = {"gfx950": "gfx942"}
 # What every kernel must compile for; the others on request.
-REQUIRED_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+REQUIRED_TARGETS = ARCHITECTURES
+# Triton makes the same code for these as for the target beside them (the tensor-core instructions of sm_80) and takes
+# as much shared memory. A kernel that both launch in one configuration is compiled once, unless all are asked for.
+STAND_INS = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80"}
 MODULES = tuple(dict.fromkeys(module for spec in SPECS.values() for module in spec.kernels))
 
 
@@ -55,14 +63,17 @@ class Resources:
     loop: int = 0
 
 
-def kernels() -> list[dict[str, Any]]:
-    """Every kernel in the configurations that are launched: ``AHEAD_OF_TIME`` of the modules of ``sclkern.kernels``.
+def kernels(target: str = "sm_90") -> list[dict[str, Any]]:
+    """Every kernel in the configurations that its launcher selects on a target: ``ahead_of_time`` of the modules of
+    ``sclkern.kernels``.
 
-    An entry has ``kernel``, ``signature`` (types of the pointers and of scalars that are not int32), ``constants`` and
-    ``num_warps``; ``divisible`` may name integers that are multiples of 16 at the real shapes, such as strides;
-    ``features`` may name the float types, where the narrowest does not tell two entries apart.
+    An entry has ``kernel``, ``signature`` (types of the pointers and of scalars that are not int32), ``constants``,
+    ``num_warps`` and ``num_stages``; ``divisible`` may name integers that are multiples of 16 at the real shapes, such
+    as strides; ``features`` may name the float types, where the narrowest does not tell two entries apart.
     """
-    return [entry for name in MODULES for entry in importlib.import_module(f"sclkern.kernels.{name}").AHEAD_OF_TIME]
+    arch = TABLE_OF.get(target, target)
+    modules = (importlib.import_module(f"sclkern.kernels.{name}") for name in MODULES)
+    return [entry for module in modules for entry in module.ahead_of_time(arch)]
 
 
 def entry_name(entry: dict[str, Any]) -> str:
@@ -71,7 +82,8 @@ def entry_name(entry: dict[str, Any]) -> str:
     narrowest = next((kind for kind in ("bf16", "fp16", "fp32") if f"*{kind}" in used), "int")
     features = entry.get("features", narrowest)
     constants = "".join(f"{name}={value}," for name, value in entry["constants"].items())
-    return f"{entry['kernel'].fn.__name__}[{features},{constants}warps={entry['num_warps']}]"
+    stages = "" if entry.get("num_stages") is None else f",stages={entry['num_stages']}"
+    return f"{entry['kernel'].fn.__name__}[{features},{constants}warps={entry['num_warps']}{stages}]"
 
 
 def compile_entry(entry: dict[str, Any], target: str) -> Any:
@@ -90,7 +102,17 @@ def compile_entry(entry: dict[str, Any], target: str) -> Any:
         attrs=aligned,
     )
     options = {"num_warps": entry["num_warps"], "enable_fp_fusion": True}
+    if entry.get("num_stages") is not None:
+        options["num_stages"] = entry["num_stages"]
     return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def shared_memory_problem(shared: int, target: str) -> str | None:
+    """What is wrong where a block takes more shared memory than a target has."""
+    most = SHARED_MEMORY.get(target)
+    if most is None or shared <= most:
+        return None
+    return f"shared memory: {shared} bytes, expected at most {most} on {target}"
 
 
 def resources(compiled: Any) -> Resources:

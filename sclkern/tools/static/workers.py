@@ -6,6 +6,7 @@ the same time share a recursion count, and one of them may fail (gh-106905).
 
 from __future__ import annotations
 
+import functools
 import os
 import traceback
 from collections.abc import Callable, Iterable
@@ -25,17 +26,25 @@ class Failed:
     error: str
 
 
-def pool(workers: int | None = None) -> ProcessPoolExecutor:
-    """Processes for ``submit``, one a core by default; each imports Triton once, with its first job.
+@functools.cache
+def pool() -> ProcessPoolExecutor:
+    """The processes for ``submit``, at most one a core, until this process ends; each imports Triton and torch once.
 
     Spawned, because a fork would copy the locks of torch's threads.
     """
-    return ProcessPoolExecutor(workers or len(os.sched_getaffinity(0)), get_context("spawn"))
+    return ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn"))
 
 
-def submit(executor: ProcessPoolExecutor, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+def close() -> None:
+    """End the processes of ``pool``; what was submitted and not begun is cancelled."""
+    if pool.cache_info().currsize:
+        pool().shutdown(wait=False, cancel_futures=True)
+        pool.cache_clear()
+
+
+def submit(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
     """A future of ``function(*arguments)`` in a worker, or of ``Failed``; a module-level function, plain arguments."""
-    return executor.submit(_caught, function, arguments)
+    return pool().submit(_caught, function, arguments)
 
 
 def _caught(function: Callable[..., Any], arguments: Iterable[Any]) -> Any:

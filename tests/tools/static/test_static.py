@@ -27,9 +27,21 @@ from static_probes import (
 from sclkern.cli import main
 from sclkern.tools.static import compilation as static
 from sclkern.tools.static.addresses import wrapping_addresses
-from sclkern.tools.static.budget import BUDGET, Row, broken_rules, check, inspect, measure, read_budget, worse
+from sclkern.tools.static.budget import (
+    BUDGET,
+    Compilation,
+    Row,
+    broken_rules,
+    check,
+    compilations,
+    inspect,
+    measure,
+    read_budget,
+    worse,
+)
 from sclkern.tools.static.compilation import compile_entry, entry_name, resident_blocks
 
+COMPILATIONS = {planned.name: planned for planned in compilations()}
 ENTRIES = {entry_name(entry): entry for entry in static.kernels()}
 
 
@@ -37,11 +49,11 @@ ENTRIES = {entry_name(entry): entry for entry in static.kernels()}
 def rows(request):
     """By name, the entries that the selected tests ask for, compiled together."""
     calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    names = dict.fromkeys(params["name"] for params in calls if params.get("name") in ENTRIES)
-    return {row.name: row for row in measure([ENTRIES[name] for name in names])}
+    names = dict.fromkeys(params["name"] for params in calls if params.get("name") in COMPILATIONS)
+    return {row.name: row for row in measure([COMPILATIONS[name] for name in names])}
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("name", COMPILATIONS)
 def test_compiles_for_every_target(rows, name):
     assert rows[name].errors == {}
 
@@ -99,14 +111,34 @@ def test_spills_and_registers_are_told():
     assert worse(used, dataclasses.asdict(used) | {"load_width": 2.0}) == ["registers: 255, expected at most 240"]
 
 
+def planned(entry, *targets):
+    return Compilation(entry_name(entry), entry, targets, {target: (target,) for target in targets})
+
+
 def test_a_kernel_that_does_not_compile_is_told_and_stops_nothing():
     wrong = probe(tiny_product) | {"signature": {"x_ptr": "*bf16", "out_ptr": "i32"}}
-    first, second = measure([wrong, probe(rows_in_64_bits)], ["sm_90", "gfx942"])
+    first, second = measure([planned(entry, "sm_90", "gfx942") for entry in (wrong, probe(rows_in_64_bits))])
     assert set(first.errors) == {"sm_90", "gfx942"} and first.used is None
     # The whole error: the place in the source, and what is wrong there.
     assert all("def tiny_product" in error and "CompilationError" in error for error in first.errors.values())
     assert all("caused by: AttributeError" in error for error in first.errors.values())
     assert second.errors == {} and second.used.registers > 0
+
+
+def test_each_target_is_checked_in_the_configuration_that_it_selects():
+    for target in static.REQUIRED_TARGETS:
+        chosen = {entry_name(entry) for entry in static.kernels(target)}
+        assert chosen == {name for name, one in COMPILATIONS.items() if any(target in of for of in one.limits.values())}
+    every = compilations(every=True)
+    assert all(set(one.targets) == {name for of in one.limits.values() for name in of} for one in every)
+    assert sum(len(one.targets) for one in every) > sum(len(one.targets) for one in COMPILATIONS.values())
+
+
+def test_too_much_shared_memory_is_told_for_the_target_that_lacks_it():
+    wide = probe(tiny_product, block=128, warps=8) | {"signature": {"x_ptr": "*fp32", "out_ptr": "*fp32"}}
+    (row,) = measure([Compilation("wide", wide, ("sm_80",), {"sm_80": ("sm_80", "sm_86")})])
+    assert row.targets == ["sm_80", "sm_86"] and list(row.errors) == ["sm_86"]
+    assert row.errors["sm_86"].startswith("shared memory: ") and row.errors["sm_86"].endswith("at most 101376 on sm_86")
 
 
 @pytest.mark.parametrize(
@@ -121,7 +153,7 @@ def test_what_fits_a_multiprocessor(warps, registers, shared, blocks):
 @pytest.fixture
 def one_kernel(monkeypatch, tmp_path):
     """The budget file of a package with a single kernel."""
-    monkeypatch.setattr(static, "kernels", lambda: [probe(tiny_product)])
+    monkeypatch.setattr(static, "kernels", lambda target: [probe(tiny_product)])
     file = tmp_path / "budget.json"
     assert main(["bench", "static", "--update", "--budget", str(file)]) == 0
     return file

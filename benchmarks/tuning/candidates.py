@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from sclkern.kernels.config import KERNELS
 from sclkern.tools.specs import SPECS, Size
 
 # The packed images of the step's vision encoder, which the benchmarks of packed captions do not have.
@@ -16,13 +17,44 @@ STEP_SIZES = {
 }
 
 
+# The kernels that a choice is about, of those that an op and pass launch.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "attention forward": ("attention_forward_kernel",),
+    "attention by query": ("attention_backward_query_kernel",),
+    "attention by key": ("attention_backward_key_kernel",),
+    "bias_gelu": ("bias_gelu_forward_kernel", "bias_gelu_backward_kernel"),
+    "norm forward": ("dropout_add_layer_norm_forward_kernel",),
+    "norm backward": ("dropout_add_layer_norm_backward_kernel",),
+    "cross_attention": ("cross_attention_forward_kernel", "cross_attention_backward_kernel"),
+    "similarities": ("completion_loss_statistics_kernel",),
+    "splits": ("completion_loss_statistics_kernel",),
+    "weights": ("completion_loss_weights_kernel",),
+    "workspace": ("completion_loss_weights_kernel",),
+    "words": ("linear_cross_entropy_rows_kernel", "linear_cross_entropy_gradient_kernel"),
+    "frames by row": ("frame_attention_forward_kernel", "frame_attention_backward_query_kernel"),
+    "frames by key": ("frame_attention_backward_key_kernel",),
+    "embedding": ("unfold_patches_kernel", "embed_patches_forward_kernel", "embed_patches_backward_kernel"),
+    "masks": ("select_patches_kernel", "mask_text_kernel"),
+}
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """``values`` of a choice, a key of ``launches.CHOICES``; none are the present ones."""
+    """A configuration to try.
+
+    Attributes:
+        op: name of the op.
+        size: size of the benchmark.
+        pass_: "forward" or "backward".
+        choice: a key of ``CHOICES``.
+        values: constants, launcher numbers, warps and stages that differ from what is selected; none are the present.
+        predicted: time over that of the present configuration, a guess.
+        reason: why.
+    """
 
     op: str
     size: Size
-    part: str
+    pass_: str
     choice: str
     values: dict[str, int] = field(default_factory=dict, hash=False)
     predicted: float = 1.0
@@ -30,14 +62,20 @@ class Candidate:
 
     @property
     def group(self) -> tuple[str, str, str, str]:
-        return self.op, self.size.name, self.part, self.choice
+        return self.op, self.size.name, self.pass_, self.choice
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Those of the choice that this pass launches."""
+        op = "attention" if self.op == "packed_attention" else self.op
+        return tuple(name for name in CHOICES[self.choice] if name in KERNELS[op, self.pass_])
 
     @property
     def config(self) -> str:
         return ",".join(f"{name}={value}" for name, value in self.values.items()) or "present"
 
     def __str__(self) -> str:
-        return "/".join((self.op, self.size.name.replace(" ", "-"), "bfloat16", self.part, self.choice, self.config))
+        return "/".join((self.op, self.size.name.replace(" ", "-"), "bfloat16", self.pass_, self.choice, self.config))
 
 
 def _block(queries: int, keys: int, warps: int, stages: int | None = None) -> dict[str, int]:
@@ -51,7 +89,7 @@ def _x_y_k(x: int, y: int, k: int, warps: int, stages: int | None = None) -> dic
 
 
 def _rows(rows: int, columns: int, warps: int) -> dict[str, int]:
-    return {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "NUM_WARPS": warps}
+    return {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns, "num_warps": warps}
 
 
 # (values, predicted, reason), most promising first. Those of attention follow from the instructions that all programs
@@ -173,13 +211,13 @@ CROSS_FORWARD: Space = [
     ({"CHANNELS": 64, "num_stages": 2}, 0.92, "half of the steps over 768 channels, lines of 128 bytes"),
     ({"num_stages": 4}, 0.97, "a stage more in flight: one program of 8 warps hides little"),
     ({"CHANNELS": 16, "num_stages": 4}, 1.10, "twice the steps, in lines of 32 bytes"),
-    ({"COLUMNS": 128, "GROUPS": 3}, 0.95, "half of the products, each twice as wide"),
+    ({"COLUMNS": 128}, 0.95, "half of the products, each twice as wide"),
 ]
 CROSS_BACKWARD: Space = [
     ({"CHANNELS": 64, "num_stages": 2}, 0.92, "half of the steps over 768 channels, lines of 128 bytes"),
     ({"num_stages": 4}, 0.97, "a stage more in flight: one program of 8 warps hides little"),
-    ({"MAX_HELD": 6}, 0.95, "x and the output's gradient read once"),
-    ({"MAX_HELD": 2}, 1.03, "x and the output's gradient read three times, not twice"),
+    ({"HELD": 6}, 0.95, "x and the output's gradient read once"),
+    ({"HELD": 2}, 1.03, "x and the output's gradient read three times, not twice"),
 ]
 SIMILARITIES: Space = [
     (_x_y_k(128, 128, 64, 8), 0.85, "a product of 128 x 128 reads 2/3 of the bytes a product that 128 x 64 does"),
@@ -204,14 +242,14 @@ SPLITS: Space = [
     ({"PROGRAMS": 528}, 1.00, "smaller last wave, more splits to merge"),
 ]
 WORDS: Space = [
-    ({"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128, "GRADIENT_WARPS": 4}, 0.97, "half of the registers: more programs"),
-    ({"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 64, "GRADIENT_WARPS": 4}, 0.97, "786 programs instead of 393"),
-    ({"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 256, "GRADIENT_WARPS": 4}, 1.03, "197 programs, longer lines"),
+    ({"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128, "num_warps": 4}, 0.97, "half of the registers: more programs"),
+    ({"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 64, "num_warps": 4}, 0.97, "786 programs instead of 393"),
+    ({"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 256, "num_warps": 4}, 1.03, "197 programs, longer lines"),
 ]
 WORDS_FORWARD: Space = [
-    ({"ROW_COLUMNS": 4096, "ROW_WARPS": 16}, 1.00, "loads of 16 bytes once a step, fewer registers"),
-    ({"ROW_COLUMNS": 8192, "ROW_WARPS": 32}, 0.97, "a row has a multiprocessor for itself: all its warps"),
-    ({"ROW_COLUMNS": 16384, "ROW_WARPS": 32}, 0.97, "the same with more in flight"),
+    ({"BLOCK": 4096, "num_warps": 16}, 1.00, "loads of 16 bytes once a step, fewer registers"),
+    ({"BLOCK": 8192, "num_warps": 32}, 0.97, "a row has a multiprocessor for itself: all its warps"),
+    ({"BLOCK": 16384, "num_warps": 32}, 0.97, "the same with more in flight"),
 ]
 FRAMES_BY_ROW: Space = [
     ({"BLOCK_KEYS": 32}, 0.97, "pads 197 keys to 224, not 256"),
@@ -231,8 +269,8 @@ EMBEDDING_BACKWARD: Space = [
     ({"num_warps": 2}, 1.00, "sums over a row exchange between two warps"),
 ]
 MASKS: Space = [
-    ({"NUM_WARPS": 1}, 1.00, "no exchange between warps; bound by the launch"),
-    ({"NUM_WARPS": 2}, 1.0, "so"),
+    ({"num_warps": 1}, 1.00, "no exchange between warps; bound by the launch"),
+    ({"num_warps": 2}, 1.0, "so"),
 ]
 
 # (op, size, pass, choice, space), most important for the step first.
@@ -278,8 +316,8 @@ _TABLE = [
 def groups() -> list[list[Candidate]]:
     """Most important first; in each the present configuration, then the others by promise."""
     found = []
-    for op, name, part, choice, space in _TABLE:
+    for op, name, pass_, choice, space in _TABLE:
         size = next(s for s in (*SPECS[op].sizes, *STEP_SIZES.get(op, ())) if s.name == name)
-        found.append([Candidate(op, size, part, choice)])
-        found[-1] += [Candidate(op, size, part, choice, *values) for values in space]
+        found.append([Candidate(op, size, pass_, choice)])
+        found[-1] += [Candidate(op, size, pass_, choice, *values) for values in space]
     return found

@@ -20,11 +20,14 @@ from sclkern.ops.dispatch import interpreted
 if interpreted():
     pytest.skip("an interpreted kernel is not launched", allow_module_level=True)
 
-from benchmarks import candidates, launches, tune
-from benchmarks.candidates import Candidate
 from benchmarks.harness import timing, verification
+from benchmarks.tuning import __main__ as program
+from benchmarks.tuning import candidates, launches, run
+from benchmarks.tuning.candidates import Candidate
+from benchmarks.tuning.plan import MAX_REGISTERS, PLAN, examined, plan_table, survivors
+from benchmarks.tuning.report import report
 from sclkern.errors import UserError
-from sclkern.kernels import attention, attention_backward, completion_loss
+from sclkern.kernels.config import LAUNCHER_NUMBERS
 from sclkern.tools.bench import records
 from sclkern.tools.bench.roofline import H200
 from sclkern.tools.specs import Size
@@ -33,16 +36,6 @@ from sclkern.tools.static.compilation import longest_loop
 ROOT = Path(__file__).parents[2]
 GROUPS = candidates.groups()
 FORWARD = next(group for group in GROUPS if group[0].group[:3] == ("attention", "325", "forward"))
-# As kernels call what a candidate names otherwise.
-RENAMED = {
-    "NUM_WARPS": "num_warps",
-    "ROW_COLUMNS": "BLOCK",
-    "ROW_WARPS": "num_warps",
-    "GRADIENT_WARPS": "num_warps",
-    "MAX_HELD": "HELD",
-}
-# Of the grid or of the strides of a launch.
-NOT_CONSTANTS = ("WORKSPACE", "PROGRAMS")
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: "/".join(group[0].group))
@@ -51,9 +44,9 @@ def test_every_candidate_reaches_the_launch(group):
     for candidate in group[1:]:
         found = launches.changed(candidate, present)
         assert found, f"{candidate}: launches what the present configuration does"
-        wanted = {RENAMED.get(n, n): v for n, v in candidate.values.items() if n not in NOT_CONSTANTS}
-        kernels = [launch for launch in found if wanted.items() <= launch.constants.items()]
-        assert kernels, (str(candidate), [launch.constants for launch in found])
+        wanted = {name: v for name, v in candidate.values.items() if name not in LAUNCHER_NUMBERS}
+        kernels = [launch for launch in found if wanted.items() <= launch.arguments.items()]
+        assert kernels, (str(candidate), [launch.config for launch in found])
         seen.add(tuple(launch.key for launch in found))
     assert len(seen) == len(group) - 1, "two candidates launch the same"
     # Nothing stays behind.
@@ -67,13 +60,10 @@ def test_present_configurations_come_first_and_names_are_unique():
     assert all(candidate.predicted > 0 and candidate.reason for group in GROUPS for candidate in group)
 
 
-def test_a_name_that_is_gone_is_an_error(monkeypatch):
-    monkeypatch.delattr(attention, "forward_configuration")
-    with (
-        pytest.raises(AttributeError, match=r"sclkern\.kernels\.attention\.forward_configuration: gone"),
-        launches.replaced(FORWARD[1]),
-    ):
-        pass
+def test_a_name_that_a_kernel_does_not_have_is_an_error():
+    wrong = dataclasses.replace(FORWARD[1], values={"BLOCK_ROWS": 64})
+    with pytest.raises(ValueError, match="attention_forward_kernel: got BLOCK_ROWS, expected some of BLOCK_QUERIES"):
+        launches.launches(wrong)
 
 
 def test_a_kernel_that_is_not_launched_is_an_error():
@@ -83,40 +73,31 @@ def test_a_kernel_that_is_not_launched_is_an_error():
         launches.launches(Candidate("attention", small, "backward", "attention by query", {"num_warps": 4}))
 
 
-def test_an_error_inside_puts_everything_back():
-    before = attention_backward.backward_plan, completion_loss.HALF
-    for choice, values in (("attention by key", {"num_warps": 4}), ("similarities", {"BLOCK_X": 64})):
-        candidate = dataclasses.replace(GROUPS[0][0], choice=choice, values=values)
-        with pytest.raises(KeyError), launches.replaced(candidate):
-            assert (attention_backward.backward_plan, completion_loss.HALF) != before
-            raise KeyError
-    assert (attention_backward.backward_plan, completion_loss.HALF) == before
+def test_an_error_inside_leaves_nothing_behind():
+    before = [launch.key for launch in launches.launches(FORWARD[0])]
+    with pytest.raises(KeyError), launches.configured(FORWARD[1]):
+        assert [launch.key for launch in launches.launches(FORWARD[0])] != before
+        raise KeyError
+    assert [launch.key for launch in launches.launches(FORWARD[0])] == before
 
 
 INTERPRETED = """
-from benchmarks.candidates import Candidate
 from benchmarks.harness import verification
 from benchmarks.harness.op_cases import IMPLEMENTATIONS, Case
-from benchmarks.launches import replaced
+from benchmarks.tuning.candidates import Candidate
+from benchmarks.tuning.launches import configured, launches
 from sclkern.tools.specs import Size
-from sclkern.kernels import bias_gelu
 import torch
 
-grids, kernel = [], bias_gelu.bias_gelu_backward_kernel
-
-class Caught:
-    def __getitem__(self, grid):
-        grids.append(grid)
-        return kernel[grid]
-
-bias_gelu.bias_gelu_backward_kernel = Caught()
 size = Size("5", {"T": 5}, 1)
 case = Case("bias_gelu", size, torch.float32, IMPLEMENTATIONS["bias_gelu"][0], "backward")
 for values in ({}, {"BLOCK_ROWS": 2, "BLOCK_COLUMNS": 1024}):
-    with replaced(Candidate("bias_gelu", size, "backward", "bias_gelu", values)):
+    candidate = Candidate("bias_gelu", size, "backward", "bias_gelu", values)
+    (launch,) = launches(candidate)
+    print(launch.grid)
+    with configured(candidate):
         verification.clear_caches()
         assert verification.verify(case)["error"] < 1e-6
-print(grids)
 """
 
 
@@ -126,11 +107,11 @@ def test_a_candidate_computes_the_same_in_the_interpreter():
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     # 5 rows in tiles of 8 and of 2, 3072 columns in tiles of 256 and of 1024.
-    assert done.stdout.split("\n")[0] == "[(1, 12), (3, 3)]"
+    assert done.stdout.split("\n")[:2] == ["(1, 12)", "(3, 3)"]
 
 
 def test_the_plan_has_every_candidate():
-    plan = json.loads(tune.PLAN.read_text())
+    plan = json.loads(PLAN.read_text())
     rows = {row["case"]: row for row in plan["candidates"]}
     every = {str(c): c for group in GROUPS for c in group}
     assert rows.keys() == every.keys(), "`python -m benchmarks.tune --plan` writes it anew"
@@ -144,25 +125,25 @@ def test_the_plan_has_every_candidate():
 def test_what_spills_is_dropped():
     group = [Candidate("linear_cross_entropy", GROUPS[0][0].size, "forward", "words")]
     group = [dataclasses.replace(group[0], size=Size("125", {"N": 125}, 1))]
-    group.append(dataclasses.replace(group[0], values={"ROW_COLUMNS": 32768, "ROW_WARPS": 8}))
-    present, greedy = tune.examined([group])
-    assert present["dropped"] is None and present["kernels"][0]["registers"] <= tune.MOST_REGISTERS
+    group.append(dataclasses.replace(group[0], values={"BLOCK": 32768, "num_warps": 8}))
+    present, greedy = examined([group])
+    assert present["dropped"] is None and present["kernels"][0]["registers"] <= MAX_REGISTERS
     assert "spills" in greedy["dropped"]
-    table = tune.plan_table([present, greedy])
+    table = plan_table([present, greedy])
     assert "| linear_cross_entropy | 1 | 0 |" in table
 
 
 def test_groups_are_chosen_by_name():
-    (first, *_) = chosen = tune.selected("attention", "325")
+    (first, *_) = chosen = program.selected("attention", "325")
     assert {group[0].op for group in chosen} == {"attention"} and first[0].size.name == "325"
     with pytest.raises(UserError, match="--op: got nothing, expected some of attention"):
-        tune.selected("nothing", None)
+        program.selected("nothing", None)
     with pytest.raises(UserError, match="no candidate"):
-        tune.selected("bias_gelu", "4x197")
+        program.selected("bias_gelu", "4x197")
 
 
 def test_a_cut_off_run_has_the_most_promising_of_every_group():
-    order = tune.ordered(GROUPS)
+    order = run.ordered(GROUPS)
     assert [group[0].group for group in order[: len(GROUPS)]] == [group[0].group for group in GROUPS]
     assert all(not group[0].values for group in order)
     once = [str(c) for group in order for c in group[1:]]
@@ -189,16 +170,16 @@ def measured(monkeypatch, tmp_path):
     monkeypatch.setattr(timing, "on_device", device)
     times = []
 
-    def run(group, outcomes, lost=False, done=None, seconds=60.0):
+    def measured_run(group, outcomes, lost=False, done=None, seconds=60.0):
         times[:] = outcomes
 
         def record(case, **values):
             records.append(case, results=tmp_path, **values)
 
-        tune.tune([group], time.monotonic() + seconds, "now", H200, {}, done or {}, record, lambda: lost)
+        run.tune([group], time.monotonic() + seconds, "now", H200, {}, done or {}, record, lambda: lost)
         return records.read([tmp_path]) if any(tmp_path.iterdir()) else []
 
-    return run
+    return measured_run
 
 
 def test_every_outcome_is_recorded(measured):
@@ -206,11 +187,11 @@ def test_every_outcome_is_recorded(measured):
     assert [row["outcome"] for row in rows] == ["measured", "measured", "wrong", "failed", "measured"]
     assert [row["case"] for row in rows] == [f"tune/{candidate}" for candidate in FORWARD[:5]]
     assert rows[1]["ratio"] == pytest.approx(0.8) and rows[1]["predicted"] == FORWARD[1].predicted
-    assert 0 < rows[1]["roofline_fraction"] < 1 and rows[1]["sets"] == ["attention.forward_configuration"]
+    assert 0 < rows[1]["roofline_fraction"] < 1 and rows[1]["sets"] == ["attention_forward_kernel"]
     assert "seconds" not in rows[2] and rows[3]["problem"] == "RuntimeError: out of resources: shared memory"
-    told = tune.report(rows)
+    told = report(rows)
     assert "| attention | 325 | forward | attention forward | 100.0 | 30% |" in told
-    change = f"{FORWARD[1].config} in sclkern.kernels.attention.forward_configuration (20% less time)"
+    change = f"{FORWARD[1].config} for attention_forward_kernel in kernels/config_tables.py (20% less time)"
     assert f"- attention 325 forward: {change}" in told
     assert "wrong, out is off by 1.0" in told and "failed, RuntimeError" in told
 
@@ -218,12 +199,12 @@ def test_every_outcome_is_recorded(measured):
 def test_without_the_present_configuration_there_is_nothing_to_compare(measured):
     rows = measured(FORWARD[:4], ["wrong"])
     assert [row["outcome"] for row in rows] == ["wrong"]
-    assert "keep" not in tune.report(rows) and "wrong, out is off by 1.0" in tune.report(rows)
+    assert "keep" not in report(rows) and "wrong, out is off by 1.0" in report(rows)
 
 
 def test_what_is_not_faster_is_kept(measured):
-    told = tune.report(measured(GROUPS[0][:2], [100e-6, 98.5e-6]))
-    assert "keep the present one (the best other takes 0.98 of it)" in told and "in sclkern.kernels" not in told
+    told = report(measured(GROUPS[0][:2], [100e-6, 98.5e-6]))
+    assert "keep the present one (the best other takes 0.98 of it)" in told and "config_tables" not in told
 
 
 def test_a_lost_context_ends_the_process_and_another_goes_on(measured):
@@ -245,9 +226,9 @@ def test_without_time_nothing_is_begun(measured):
 
 def test_the_report_is_that_of_the_files(measured, tmp_path, capsys):
     measured(GROUPS[0][:2], [100e-6, 80e-6])
-    assert tune.main(["--report", str(tmp_path)]) == 0
+    assert program.main(["--report", str(tmp_path)]) == 0
     assert "To change:" in capsys.readouterr().out
-    assert tune.report([]) == "No records of tuning."
+    assert report([]) == "No records of tuning."
 
 
 @pytest.fixture
@@ -257,22 +238,21 @@ def device(measured, monkeypatch, tmp_path):
     records.environment()  # remembered, as that of this machine
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(records, "device_name", lambda: "gpu")
-    monkeypatch.setattr(tune, "context_is_lost", lambda: False)
+    monkeypatch.setattr(program, "context_is_lost", lambda: False)
     monkeypatch.setattr(verification, "verify", lambda case: {"error": 0.0})
     monkeypatch.setattr(timing, "on_device", lambda case: {"device_quartiles": [1e-3] * 3})
     rates = {"copy_bytes_per_second": 4e12, "matrix_flops_per_second": {"bfloat16": 8e14}}
-    monkeypatch.setattr(tune.roofline, "measure", lambda: rates)
+    monkeypatch.setattr(program.roofline, "measure", lambda: rates)
     monkeypatch.setattr(os, "execv", lambda program, command: commands.append(command))
-    with launches.target():
-        yield tmp_path / "gpu", commands
+    return tmp_path / "gpu", commands
 
 
 def test_a_run_measures_what_the_plan_left_and_reports(device, tmp_path, capsys):
     arguments = ["--op", "linear_cross_entropy", "--results", str(tmp_path)]
-    assert tune.main(["--budget", "60", *arguments]) == 0
+    assert program.main(["--budget", "300", *arguments]) == 0
     rows = [row for row in records.read([device[0]]) if row["case"].startswith("tune/")]
-    left = tune.survivors()
-    wanted = {str(c) for group in tune.selected("linear_cross_entropy", None) for c in group}
+    left = survivors()
+    wanted = {str(c) for group in program.selected("linear_cross_entropy", None) for c in group}
     assert {row["case"] for row in rows} == {f"tune/{name}" for name in wanted & left}
     assert len(wanted & left) < len(wanted)
     told = capsys.readouterr().out
@@ -284,29 +264,26 @@ def test_after_a_lost_context_the_run_goes_on_in_another_process(device, tmp_pat
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(timing, "on_device", broken)
-    monkeypatch.setattr(tune, "context_is_lost", lambda: True)
-    tune.main(["--budget", "60", "--op", "mask_text", "--results", str(tmp_path)])
+    monkeypatch.setattr(program, "context_is_lost", lambda: True)
+    program.main(["--budget", "300", "--op", "mask_text", "--results", str(tmp_path)])
     (row,) = (row for row in records.read([device[0]]) if row["case"].startswith("tune/"))
     (command,) = device[1]
     assert row["outcome"] == "failed" and "illegal memory access" in row["problem"]
-    assert command[command.index("--run") + 1] == row["run"] and 0 < int(command[command.index("--budget") + 1]) <= 60
+    assert command[command.index("--run") + 1] == row["run"] and 0 < int(command[command.index("--budget") + 1]) <= 300
     # What failed is not tried again, and without the present configuration there is nothing to compare.
-    monkeypatch.setattr(tune, "context_is_lost", lambda: False)
-    monkeypatch.setattr(tune, "measure", lambda candidate: pytest.fail("measured again"))
-    assert tune.main(command[3:]) == 0
+    monkeypatch.setattr(program, "context_is_lost", lambda: False)
+    monkeypatch.setattr(run, "measure", lambda candidate: pytest.fail("measured again"))
+    assert program.main(command[3:]) == 0
 
 
 def test_what_is_compiled_beforehand_is_what_will_be_launched():
     masks, norm = GROUPS[-1][:2], next(g for g in GROUPS if g[0].choice == "norm forward")[:1]
-    with launches.target():
-        pool, jobs = tune.precompile([masks, norm, masks])
-        pool.shutdown()
-        for candidate in masks:
-            (kernel,) = (job.result() for job in jobs[candidate])
-            assert kernel.metadata.num_warps == candidate.values.get("NUM_WARPS", 4)
-            assert launches.compiled(launches.launches(candidate)[0]) is kernel
+    jobs = run.precompile([masks, norm, masks])
+    for candidate in masks:
+        ((compiled,),) = (job.result() for job in jobs[candidate])
+        assert compiled.num_warps == candidate.values.get("num_warps", 4)
     # With dropout and without.
-    assert len({id(job.result()) for job in jobs[norm[0]]}) == 2
+    assert len({compiled.hash for job in jobs[norm[0]] for compiled in job.result()}) == 2
 
 
 def test_the_longest_loop_is_counted():
@@ -318,5 +295,5 @@ def test_the_longest_loop_is_counted():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is measured")
 def test_without_a_gpu_nothing_is_measured(capsys):
-    assert tune.main(["--budget", "1"]) == 2
+    assert program.main(["--budget", "1"]) == 2
     assert "--plan needs none" in capsys.readouterr().out

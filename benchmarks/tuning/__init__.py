@@ -1,0 +1,1 @@
+"""Launch configurations beside the selected ones: examined without a GPU, measured on one. See docs/tuning.md."""

@@ -1,0 +1,273 @@
+"""The launch configuration of every kernel on every architecture, with the reason of each.
+
+``SM_90`` is the whole table; the others are that of another architecture with what differs, which is written out. A
+reason begins with "predicted" until a GPU has measured it: predictions are read from machine code (docs/tuning.md).
+
+Attention at 325 x 325, bfloat16, head_dim 64 on sm_90, as an example: the largest tile of the forward is (128, 64), and
+``tile`` pads 325 to 384 with both, so the launch has BLOCK_QUERIES 128, BLOCK_KEYS 64 and 8 warps; the backward by
+query has 64 x 32 on 4 warps, the backward by key 32 x 64 on 4 warps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sclkern.kernels.config_rules import (
+    AttentionBackward,
+    AttentionForward,
+    Entry,
+    Rule,
+    by_head_dim,
+    by_itemsize,
+    covers_columns,
+    fixed,
+    rows_of_warps,
+    single_tile_holds_all,
+    whole_programs,
+    whole_rows,
+)
+
+Table = dict[str, Entry]
+
+# Keys of largest tiles: (bytes of an element, head_dim), 64 for head_dim up to 64.
+_FORWARD = AttentionForward(
+    largest={(2, 64): (128, 64), (2, 128): (128, 32), (4, 64): (64, 32), (4, 128): (32, 32)},
+    per_warp={2: 2048, 4: 512},
+)
+_BY_QUERY = AttentionBackward(
+    side="query",
+    largest={(2, 64): (64, 32), (2, 128): (64, 32), (4, 64): (32, 32), (4, 128): (16, 32)},
+    per_warp={2: 640, 4: 512},
+    one_warpgroup={
+        # 64 x 32: 30 instructions a score with dropout, and more warps fit; 64 x 64 on 8 warps: 43.
+        (False, 32): (64, 32), (False, 64): (64, 32), (False, 128): (64, 32),
+        # 32 x 64: 50; on 8 warps 75. 64 queries would take 254 registers.
+        (True, 32): (32, 16), (True, 64): (32, 16), (True, 128): (32, 16),
+    },
+    single_tile_scores={},
+)  # fmt: skip
+_BY_KEY = AttentionBackward(
+    side="key",
+    largest=_BY_QUERY.largest,
+    per_warp=_BY_QUERY.per_warp,
+    one_warpgroup={
+        # 32 x 64: 38 instructions a score; 64 x 64 on 8 warps: 58. 32 x 32 of head_dim 32 takes 248 registers; for
+        # head_dim 128 two accumulators of 64 x 128 spill.
+        (False, 32): (64,), (False, 64): (64, 32), (False, 128): (),
+        # 64 x 16: 94; on 8 warps 150. 32 and 64 keys take up to 255 registers.
+        (True, 32): (16,), (True, 64): (16,), (True, 128): (),
+    },
+    single_tile_scores={(2, 32): 1024, (2, 64): 2048, (2, 128): 512, (4, 32): 256, (4, 64): 256, (4, 128): 256},
+)  # fmt: skip
+_ATTENTION = ("BLOCK_QUERIES", "BLOCK_KEYS", "TRANSPOSED")
+_BACKWARD = (*_ATTENTION, "SINGLE_TILE")
+_SIDES = ("BLOCK_ROWS", "BLOCK_KEYS")
+_CROSS = ("ROWS", "COLUMNS", "CHANNELS")
+_DOTS = ("BLOCK_X", "BLOCK_Y", "BLOCK_K")
+_GELU = fixed(BLOCK_ROWS=8, BLOCK_COLUMNS=256, num_warps=4)
+_MASK = whole_rows("BLOCK", least_columns=64, columns_per_warp=2**20)
+
+
+def _mask(reason: str) -> Entry:
+    return Entry(_MASK, reason, ("BLOCK",), problem=covers_columns("BLOCK"))
+
+
+SM_90: Table = {
+    "attention_forward_kernel": Entry(
+        _FORWARD,
+        "predicted: the largest tiles that keep the accumulators in registers; float32 runs on the ordinary cores",
+        _ATTENTION,
+        ("TRANSPOSED",),
+    ),
+    "attention_backward_query_kernel": Entry(
+        _BY_QUERY,
+        "predicted: two accumulators, so smaller tiles than the forward; one warpgroup for each 64 rows",
+        _BACKWARD,
+        ("TRANSPOSED", "SINGLE_TILE"),
+        single_tile_holds_all("query"),
+    ),
+    "attention_backward_key_kernel": Entry(
+        _BY_KEY,
+        "predicted: three accumulators, so smaller tiles than the forward; one warpgroup for each 64 rows",
+        _BACKWARD,
+        ("TRANSPOSED", "SINGLE_TILE"),
+        single_tile_holds_all("key"),
+    ),
+    "frame_attention_forward_kernel": Entry(
+        by_head_dim({(2, 64): (64, 64, 4), (2, 128): (64, 32, 4), (4, 64): (32, 32, 8), (4, 128): (16, 32, 8)}),
+        "predicted: 64 rows fill wgmma, so that F CLS rows are padded to them; 128 would leave a quarter of the tiles "
+        "empty at 196 patches",
+        _SIDES,
+    ),
+    "frame_attention_backward_query_kernel": Entry(
+        by_head_dim({(2, 64): (64, 64, 4), (2, 128): (64, 32, 4), (4, 64): (32, 32, 8), (4, 128): (16, 32, 8)}),
+        "predicted: as the forward, within 240 registers",
+        _SIDES,
+    ),
+    "frame_attention_backward_key_kernel": Entry(
+        by_head_dim({(2, 64): (32, 64, 4), (2, 128): (32, 64, 8), (4, 64): (32, 32, 8), (4, 128): (32, 16, 8)}),
+        "predicted: 64 keys fill wgmma; as many rows as 240 registers hold",
+        _SIDES,
+    ),
+    "cross_attention_forward_kernel": Entry(
+        by_itemsize(
+            {"ROWS": 64, "COLUMNS": 64, "CHANNELS": 32, "num_warps": 8},
+            {"ROWS": 16, "COLUMNS": 64, "CHANNELS": 16, "num_warps": 8},
+        ),
+        "predicted: 64 rows fill wgmma; float32 operands lie in registers; 4 warps would spill",
+        _CROSS,
+    ),
+    "cross_attention_backward_kernel": Entry(
+        by_itemsize(
+            {"ROWS": 64, "COLUMNS": 64, "CHANNELS": 32, "HELD": 3, "num_warps": 8},
+            {"ROWS": 16, "COLUMNS": 64, "CHANNELS": 16, "HELD": 3, "num_warps": 8},
+        ),
+        "predicted: as the forward; three score tiles at once, beside gradients that the forward does not have",
+        (*_CROSS, "HELD"),
+        ("HELD",),
+    ),
+    "completion_loss_norm_kernel": Entry(
+        fixed(BLOCK_ROWS=8, BLOCK_WIDTH=128, num_warps=4),
+        "predicted: each feature is read once, 16 bytes a thread",
+        ("BLOCK_ROWS", "BLOCK_WIDTH"),
+    ),
+    "completion_loss_statistics_kernel": Entry(
+        by_itemsize(
+            {"BLOCK_X": 128, "BLOCK_Y": 64, "BLOCK_K": 64, "num_warps": 8, "PROGRAMS": 264, "COLUMN_SUMS": 2**24},
+            {"BLOCK_X": 64, "BLOCK_Y": 64, "BLOCK_K": 16, "num_warps": 16, "PROGRAMS": 264, "COLUMN_SUMS": 2**24},
+        ),
+        "predicted: two programs for each of an H200's 132 multiprocessors, 64 MiB of column sums of each kind; "
+        "float32 on 8 warps spills with Triton 3.8",
+        (*_DOTS, "PROGRAMS", "COLUMN_SUMS"),
+    ),
+    "completion_loss_merge_kernel": Entry(
+        fixed(BLOCK_ROWS=32, BLOCK_SPLITS=32, num_warps=4),
+        "predicted: too small to matter",
+        ("BLOCK_ROWS", "BLOCK_SPLITS"),
+    ),
+    "completion_loss_anchor_kernel": Entry(
+        fixed(BLOCK_ROWS=512, num_warps=4), "predicted: too small to matter", ("BLOCK_ROWS",)
+    ),
+    "completion_loss_weights_kernel": Entry(
+        by_itemsize(
+            {"BLOCK_X": 128, "BLOCK_Y": 64, "BLOCK_K": 64, "num_warps": 4, "WORKSPACE": 2**26},
+            {"BLOCK_X": 64, "BLOCK_Y": 64, "BLOCK_K": 16, "num_warps": 8, "WORKSPACE": 2**26},
+        ),
+        "predicted: few enough warps for two programs on a multiprocessor, one stores while the other multiplies; "
+        "128 MiB of weights in half precision",
+        (*_DOTS, "WORKSPACE"),
+    ),
+    "completion_loss_finish_kernel": Entry(
+        fixed(BLOCK_ROWS=8, BLOCK_WIDTH=128, num_warps=4),
+        "predicted: 16 bytes a thread",
+        ("BLOCK_ROWS", "BLOCK_WIDTH"),
+    ),
+    "linear_cross_entropy_rows_kernel": Entry(
+        fixed(BLOCK=8192, num_warps=16),
+        "predicted: 125 rows of 50,265 logits are one wave of 132 multiprocessors, and a split row would cost a second "
+        "launch; 16 warps hold 16 KB of a row in flight",
+        ("BLOCK",),
+    ),
+    "linear_cross_entropy_reduce_kernel": Entry(
+        fixed(BLOCK=1024, num_warps=4), "predicted: too small to matter", ("BLOCK",)
+    ),
+    "linear_cross_entropy_gradient_kernel": Entry(
+        fixed(BLOCK_ROWS=32, BLOCK_COLUMNS=128, num_warps=4),
+        "predicted: 393 programs at 50,265 columns, each with the bias gradient of its columns",
+        ("BLOCK_ROWS", "BLOCK_COLUMNS"),
+    ),
+    "dropout_add_layer_norm_forward_kernel": Entry(
+        rows_of_warps(most_rows=32),
+        "predicted: 8 columns a thread are a 16-byte load in half precision and one Philox call, without exchange",
+        ("BLOCK_ROWS", "BLOCK_COLUMNS"),
+        problem=covers_columns("BLOCK_COLUMNS"),
+    ),
+    "dropout_add_layer_norm_backward_kernel": Entry(
+        rows_of_warps(most_rows=32, ROWS_PER_PROGRAM=32),
+        "predicted: three float32 partial sums for 32 rows add 0.75 bytes to the 10 that each element moves; more rows "
+        "would leave a batch of captions with too few programs",
+        ("BLOCK_ROWS", "BLOCK_COLUMNS", "ROWS_PER_PROGRAM"),
+        problem=whole_programs,
+    ),
+    "bias_gelu_forward_kernel": Entry(
+        _GELU, "predicted: 16-byte loads for each thread", ("BLOCK_ROWS", "BLOCK_COLUMNS")
+    ),
+    "bias_gelu_backward_kernel": Entry(
+        _GELU,
+        "predicted: 16-byte loads, and 1/8 of the partial sums that single rows would leave",
+        ("BLOCK_ROWS", "BLOCK_COLUMNS"),
+    ),
+    "unfold_patches_kernel": Entry(
+        whole_rows("BLOCK"), "predicted: a patch a program, 8 elements a thread", ("BLOCK",),
+        problem=covers_columns("BLOCK"),
+    ),
+    "embed_patches_forward_kernel": Entry(
+        whole_rows("BLOCK"), "predicted: a row a program, 8 columns a thread", ("BLOCK",),
+        problem=covers_columns("BLOCK"),
+    ),
+    "embed_patches_backward_kernel": Entry(
+        whole_rows("BLOCK", SLOTS=16), "predicted: 16 slots share their partial sums", ("BLOCK", "SLOTS"),
+        problem=covers_columns("BLOCK"),
+    ),
+    "invert_keep_kernel": Entry(fixed(BLOCK=64, num_warps=4), "predicted: too small to matter", ("BLOCK",)),
+    "position_gradient_kernel": Entry(
+        fixed(BLOCK_ROWS=16, BLOCK_COLUMNS=128, num_warps=4),
+        "predicted: 16 rows of 128 columns in flight",
+        ("BLOCK_ROWS", "BLOCK_COLUMNS"),
+    ),
+    "select_patches_kernel": _mask("predicted: a row in registers, two words for each element and thread"),
+    "select_tokens_kernel": _mask("predicted: as select_patches"),
+    "mask_text_kernel": _mask("predicted: as select_patches; 16 draws against 1024 positions fill 128 registers"),
+}  # fmt: skip
+
+
+def _with(table: Table, reason: str, **rules: Rule) -> Table:
+    """The table with other rules of some kernels (named without "_kernel"), for one reason."""
+    names = {f"{name}_kernel": rule for name, rule in rules.items()}
+    return table | {name: replace(table[name], rule=rule, reason=reason) for name, rule in names.items()}
+
+
+# Everything in ``SM_90`` fits 163 KB; two kernels would spill without wgmma, whose operands stay in shared memory.
+_SMALLER_BACKWARD = {**_BY_QUERY.largest, (2, 128): (32, 32)}
+SM_80: Table = _with(
+    _with(
+        SM_90,
+        "predicted: half of the rows, because without wgmma 64 rows of scores spill",
+        cross_attention_forward=by_itemsize(
+            {"ROWS": 32, "COLUMNS": 64, "CHANNELS": 32, "num_warps": 8},
+            {"ROWS": 16, "COLUMNS": 64, "CHANNELS": 16, "num_warps": 8},
+        ),
+        cross_attention_backward=by_itemsize(
+            {"ROWS": 32, "COLUMNS": 64, "CHANNELS": 32, "HELD": 3, "num_warps": 8},
+            {"ROWS": 16, "COLUMNS": 64, "CHANNELS": 16, "HELD": 3, "num_warps": 8},
+        ),
+    ),
+    "predicted: tiles of 32 for head_dim 128, because without wgmma 64 rows spill",
+    attention_backward_query=replace(_BY_QUERY, largest=_SMALLER_BACKWARD),
+    attention_backward_key=replace(_BY_KEY, largest=_SMALLER_BACKWARD),
+)
+# 99 KB of shared memory a block: what sm_80 launches takes at most 86 KB.
+SM_86: Table = SM_80
+SM_89: Table = SM_86
+SM_100: Table = _with(
+    SM_90,
+    "predicted: 8 warps, because the products of sm_100 leave their sums in tensor memory, and 4 warps spill",
+    completion_loss_weights=by_itemsize(
+        {"BLOCK_X": 128, "BLOCK_Y": 64, "BLOCK_K": 64, "num_warps": 8, "WORKSPACE": 2**26},
+        {"BLOCK_X": 64, "BLOCK_Y": 64, "BLOCK_K": 16, "num_warps": 8, "WORKSPACE": 2**26},
+    ),
+)
+# 99 KB, and the tensor-core instructions of sm_80.
+SM_120: Table = SM_86
+# 64 KB of LDS, of which what sm_90 launches takes at most 28 KB; compiled, and never run.
+GFX942: Table = SM_90
+
+TABLES: dict[str, Table] = {
+    "sm_80": SM_80,
+    "sm_86": SM_86,
+    "sm_89": SM_89,
+    "sm_90": SM_90,
+    "sm_100": SM_100,
+    "sm_120": SM_120,
+    "gfx942": GFX942,
+}

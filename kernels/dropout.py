@@ -1,0 +1,29 @@
+"""Which probabilities attention's dropout keeps: the one place where kernels draw it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sclkern.random import STREAM_ATTENTION
+
+DROPOUT_STREAM = tl.constexpr(STREAM_ATTENTION)
+# The counter is query << 16 | key // 8 in one word, hence at most 2^16 queries and 2^19 keys; see
+# ``reference.attention_dropout_mask``.
+QUERY_SHIFT = tl.constexpr(16)
+
+
+@triton.jit
+def dropout_keep_mask(seed, batch_head, query, key_group, threshold):
+    """Bool, with an axis of eight neighbouring keys for each key group: the last axis grows eightfold.
+
+    ``batch_head``, ``query`` and ``key_group`` broadcast against each other. One call of Philox makes four words, whose
+    halves serve eight keys, so that tiles of any size draw the same mask.
+    """
+    counter = (query << QUERY_SHIFT) | key_group
+    zero = counter * 0 + batch_head * 0
+    word0, word1, word2, word3 = tl.philox(
+        seed, zero + counter, zero + batch_head, zero + DROPOUT_STREAM, zero, n_rounds=7
+    )  # fmt: skip
+    words = tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3))
+    return tl.interleave(words & 0xFFFF, words >> 16).to(tl.int32) >= threshold
