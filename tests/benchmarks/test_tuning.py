@@ -114,7 +114,7 @@ def test_the_plan_has_every_candidate():
     plan = json.loads(PLAN.read_text())
     rows = {row["case"]: row for row in plan["candidates"]}
     every = {str(c): c for group in GROUPS for c in group}
-    assert rows.keys() == every.keys(), "`python -m benchmarks.tune --plan` writes it anew"
+    assert rows.keys() == every.keys(), "`python -m benchmarks.tuning --plan` writes it anew"
     assert plan["target"] == "sm_90" and plan["triton"]
     for name, row in rows.items():
         assert row["predicted"] == every[name].predicted and row["reason"] == every[name].reason
