@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from sclkern.kernels.config_rules import Entry
 from sclkern.kernels.config_tables import TABLES
 
 # Bytes of shared memory that a block may take.
@@ -65,6 +66,22 @@ KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
     ("select_tokens", "forward"): ("select_tokens_kernel",),
     ("mask_text", "forward"): ("mask_text_kernel",),
 }
+
+
+def register(op: str, pass_: str, **entries: Entry) -> None:
+    """Add the kernels of an op to the table of every architecture, from the module that defines them.
+
+    For an op that launches alike everywhere; what differs by architecture belongs in ``config_tables.py``.
+
+    Args:
+        op: name of the op.
+        pass_: "forward" or "backward".
+        **entries: by name of the jit function, in the order in which the kernels run.
+    """
+    KERNELS[op, pass_] = tuple(entries)
+    for table in TABLES.values():
+        table.update({kernel: entry for kernel, entry in entries.items() if kernel not in table})
+
 
 # Numbers that the launcher reads (for its grid or its workspaces), and no constants of the kernel.
 LAUNCHER_NUMBERS = ("PROGRAMS", "COLUMN_SUMS", "WORKSPACE")

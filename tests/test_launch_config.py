@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from sclkern.kernels import config as config_module
 from sclkern.kernels.attention import attention_forward
 from sclkern.kernels.attention_backward import attention_backward
 from sclkern.kernels.bias_gelu import bias_gelu_forward
@@ -22,8 +23,10 @@ from sclkern.kernels.config import (
     LaunchConfig,
     current_arch,
     override,
+    register,
     select,
 )
+from sclkern.kernels.config_rules import Entry, fixed
 from sclkern.kernels.config_tables import TABLES
 from sclkern.kernels.launch import recorded
 from sclkern.tools.specs import SPECS
@@ -67,6 +70,15 @@ def test_what_the_tables_say_of_attention_at_325():
     by_query, by_key = select("attention", "backward", torch.bfloat16, "sm_90", **SHAPES)
     assert (by_query["BLOCK_QUERIES"], by_query["BLOCK_KEYS"], by_query.num_warps) == (64, 32, 4)
     assert (by_key["BLOCK_QUERIES"], by_key["BLOCK_KEYS"], by_key.num_warps) == (32, 64, 4)
+
+
+def test_a_module_can_bring_its_own_entries(monkeypatch):
+    monkeypatch.setattr(config_module, "KERNELS", dict(KERNELS))
+    monkeypatch.setattr(config_module, "TABLES", {arch: dict(table) for arch, table in TABLES.items()})
+    entry = Entry(fixed(BLOCK=64, num_warps=2), "predicted: short", ("BLOCK",))
+    register("short", "forward", short_kernel=entry)
+    (config,) = select("short", "forward", torch.float32, "gfx942")
+    assert (config.kernel, config["BLOCK"], config.num_warps) == ("short_kernel", 64, 2)
 
 
 @pytest.mark.parametrize(
