@@ -131,9 +131,9 @@ def _autocasts(tensor: Tensor) -> bool:
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 
-def contiguous_channels(tensor: Tensor) -> Tensor:
-    """``tensor`` with a last dimension of stride 1, as the kernels read it."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def contiguous_channels(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """``tensors`` with a last dimension of stride 1, as the kernels read it."""
+    return tuple(tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors)
 
 
 def sdpa_attention(

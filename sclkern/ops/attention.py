@@ -9,17 +9,7 @@ import torch
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.ops._attention import (
-    autocast_all,
-    check_numbers,
-    check_padding_mask,
-    check_tensors,
-    contiguous_channels,
-    fake_gradients,
-    plan_heads,
-    resolve_scale,
-    sdpa_attention,
-)
+from sclkern.ops import _attention
 from sclkern.ops._registration import kernels, public_op, register
 from sclkern.ops.dispatch import Choice, logged, select_backend
 from sclkern.random import seed_tensor
@@ -70,8 +60,8 @@ def attention(
         RuntimeError: second derivatives of the kernel; ``backend="eager"`` has them.
     """
     check(query, key, value, key_padding_mask, dropout_p, softmax_scale, seed)
-    query, key, value = autocast_all(query, key, value)
-    scale = resolve_scale(query.shape[-1], softmax_scale)
+    query, key, value = _attention.autocast_all(query, key, value)
+    scale = _attention.resolve_scale(query.shape[-1], softmax_scale)
     options: dict[str, Any] = {"dropout_p": dropout_p, "softmax_scale": scale, "seed": seed}
     path = logged("attention", plan(query, key, value, **options, backend=backend)).path
     if path == "triton":
@@ -81,7 +71,7 @@ def attention(
         lse = lse.detach().view(query.shape[2], *query.shape[:2]).transpose(0, 1)
         return (out, lse * math.log(2)) if return_lse else out
     if path == "sdpa":
-        out = sdpa_attention(query, key, value, key_padding_mask, scale, dropout_p)
+        out = _attention.sdpa_attention(query, key, value, key_padding_mask, scale, dropout_p)
     else:
         out = reference.attention(query, key, value, key_padding_mask=key_padding_mask, **options)
     if not return_lse:
@@ -104,7 +94,7 @@ def plan(
     if 0 in query.shape[:2] or (key is not None and key.shape[1] == 0):
         problems += ("no queries or no keys",)
     sdpa = "PyTorch's scaled_dot_product_attention on a CPU"
-    return plan_heads((query, key, value), query.shape[-1], softmax_scale, backend, sdpa, problems)
+    return _attention.plan_heads((query, key, value), query.shape[-1], softmax_scale, backend, sdpa, problems)
 
 
 def check(
@@ -112,9 +102,9 @@ def check(
     softmax_scale: float | None, seed: int | Tensor | None,
 ) -> None:  # fmt: skip
     """Raise for arguments that no path takes."""
-    check_tensors(query, key, value, ("(B, Lq, H, D)", "(B, Lk, H, D)"))
-    check_padding_mask("query", query, key, key_padding_mask)
-    check_numbers(dropout_p, softmax_scale, seed, query.device, query.shape[1], key.shape[1])
+    _attention.check_tensors(query, key, value, ("(B, Lq, H, D)", "(B, Lk, H, D)"))
+    _attention.check_padding_mask("query", query, key, key_padding_mask)
+    _attention.check_numbers(dropout_p, softmax_scale, seed, query.device, query.shape[1], key.shape[1])
 
 
 Packing = tuple[Tensor, Tensor, int, int]
@@ -142,7 +132,7 @@ def run_kernel(
         conversion would round a score of 1000 twice more.
     """
     seed = seed_tensor(seed, query.device) if dropout_p > 0 else None
-    tensors = contiguous_channels(query), contiguous_channels(key), contiguous_channels(value)
+    tensors = _attention.contiguous_channels(query, key, value)
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = packing or (None, None, 0, 0)
     lengths = cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k
     result: tuple[Tensor, Tensor] = _op(*tensors, mask, *lengths, float(dropout_p), scale)
@@ -167,7 +157,7 @@ def _backward(
     cu_seqlens_k: Tensor | None, seed: Tensor | None, out: Tensor, lse: Tensor, max_seqlen_q: int, max_seqlen_k: int,
     dropout_p: float, softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    tensors = contiguous_channels(grad_out), query, key, value, mask, seed, out, lse
+    tensors = *_attention.contiguous_channels(grad_out), query, key, value, mask, seed, out, lse
     packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return kernels.attention_backward.attention_backward(*tensors, dropout_p, softmax_scale, packing)
 
@@ -178,4 +168,7 @@ def _fake(query: Tensor, **_: object) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty((query.shape[-2], rows), dtype=torch.float32)
 
 
-_op = register("attention", _forward, _fake, _backward, fake_gradients, outputs="out lse", gradients="query key value")
+_op = register(
+    "attention", _forward, _fake, _backward, _attention.fake_gradients, outputs="out lse",
+    gradients="query key value",
+)  # fmt: skip

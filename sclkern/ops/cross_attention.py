@@ -9,15 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.ops import _checks
-from sclkern.ops._attention import (
-    autocast_all,
-    autocast_like,
-    check_numbers,
-    check_padding_mask,
-    kernel_problems,
-    resolve_scale,
-)
+from sclkern.ops import _attention, _checks
 from sclkern.ops._registration import kernels, public_op, register
 from sclkern.ops.attention import attention
 from sclkern.ops.attention import plan as plan_attention
@@ -104,7 +96,7 @@ def cross_attention(
     """
     numbers = dropout_p, softmax_scale, seed
     check(x, context, in_weight, in_bias, out_weight, out_bias, num_heads, key_padding_mask, *numbers, absorb)
-    tensors = autocast_all(x, context, in_weight, in_bias, out_weight, out_bias)
+    tensors = _attention.autocast_all(x, context, in_weight, in_bias, out_weight, out_bias)
     x, context, in_weight, in_bias, out_weight, out_bias = tensors
     options: dict[str, Any] = {"dropout_p": dropout_p, "softmax_scale": softmax_scale, "seed": seed}
     choice = plan(*tensors, num_heads=num_heads, **options, absorb=absorb, backend=backend)
@@ -117,7 +109,7 @@ def cross_attention(
         return reference.cross_attention(*tensors, **options)
     width = x.shape[-1]
     if path == "triton-absorbed-keys":
-        scale = resolve_scale(width // num_heads, softmax_scale)
+        scale = _attention.resolve_scale(width // num_heads, softmax_scale)
         absorbed = absorb_into_keys(*tensors[1:5], num_heads=num_heads, scale=scale, mask=key_padding_mask)
         mask = None if key_padding_mask is None else key_padding_mask.contiguous()
         arguments = [t.contiguous() for t in (x, *absorbed, out_bias)]
@@ -167,7 +159,7 @@ def plan(
     """The path of these arguments; see ``sclkern.ops.explain``."""
     tensors = x, context, in_weight, in_bias, out_weight, out_bias
     if x is None or context is None or num_heads is None:
-        return select_backend(*autocast_like(*tensors), backend=backend)
+        return select_backend(*_attention.autocast_like(*tensors), backend=backend)
     numbers: dict[str, Any] = {"dropout_p": dropout_p, "softmax_scale": softmax_scale, "backend": backend}
     lengths = x.shape[1], context.shape[1], x.shape[2]
     form, choice, _ = plan_form(*lengths, num_heads, x, context, absorb=absorb, **numbers)
@@ -199,7 +191,7 @@ def plan_form(
         The form, its path and its cost.
     """
     problems = {
-        "never": kernel_problems(width // num_heads, softmax_scale),
+        "never": _attention.kernel_problems(width // num_heads, softmax_scale),
         "keys": absorbing_problems(num_keys, num_heads),
         "queries": ("what is absorbed into queries has no kernel",),
     }
@@ -225,7 +217,7 @@ def _candidates(
     forms = list(problems) if absorb == "auto" else [absorb]
     if absorb == "auto" and resolve_backend(backend) == "triton":
         forms = [form for form in forms if not problems[form]] or ["never"]
-    given = autocast_like(*tensors)
+    given = _attention.autocast_like(*tensors)
     choices = {form: select_backend(*given, backend=backend, unsupported=problems[form]) for form in forms}
     if dropout_p > 0 and "never" in choices and choices["never"].path == "triton":
         # Without a kernel the dropout mask costs many small launches.
@@ -281,7 +273,7 @@ def check(
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, Lq, W) with W of at least 1")
     weights = {"in_weight": in_weight, "in_bias": in_bias, "out_weight": out_weight, "out_bias": out_bias}
     _checks.floating(context=context, **weights)
-    first, *others = autocast_like(x, context, *weights.values())
+    first, *others = _attention.autocast_like(x, context, *weights.values())
     _checks.same_dtype("x", first, **dict(zip(("context", *weights), others, strict=True)))
     _checks.shape("(B, Lk, W)", (batch, None, width), context=context)
     _checks.shape("(3 W, W)", (3 * width, width), in_weight=in_weight)
@@ -289,12 +281,12 @@ def check(
     _checks.shape("(W, W)", (width, width), out_weight=out_weight)
     _checks.shape("(W,)", (width,), out_bias=out_bias)
     _checks.same_device("x", x, context=context, **weights)
-    check_padding_mask("x", x, context, key_padding_mask)
+    _attention.check_padding_mask("x", x, context, key_padding_mask)
     _checks.integer("num_heads", num_heads, 1)
     if width % num_heads:
         raise ValueError(f"num_heads: got {num_heads}, expected a divisor of W = {width}")
     _checks.choice("absorb", absorb, FORMS)
-    check_numbers(dropout_p, softmax_scale, seed, x.device, num_queries, context.shape[1])
+    _attention.check_numbers(dropout_p, softmax_scale, seed, x.device, num_queries, context.shape[1])
 
 
 def _forward(

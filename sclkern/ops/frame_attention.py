@@ -6,16 +6,7 @@ import torch
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.ops import _checks
-from sclkern.ops._attention import (
-    autocast_all,
-    check_tensors,
-    contiguous_channels,
-    fake_gradients,
-    plan_heads,
-    resolve_scale,
-    sdpa_attention,
-)
+from sclkern.ops import _attention, _checks
 from sclkern.ops._registration import kernels, public_op, register
 from sclkern.ops.attention import attention
 from sclkern.ops.attention import plan as plan_attention
@@ -57,14 +48,14 @@ def frame_attention(
         RuntimeError: second derivatives of the kernel and of PyTorch's attention; ``backend="eager"`` has them.
     """
     check(query, key, value, num_frames, softmax_scale)
-    query, key, value = autocast_all(query, key, value)
+    query, key, value = _attention.autocast_all(query, key, value)
     if _is_plain(query, num_frames):
         return attention(query, key, value, softmax_scale=softmax_scale, backend=backend)  # type: ignore[return-value]
-    scale = resolve_scale(query.shape[-1], softmax_scale)
+    scale = _attention.resolve_scale(query.shape[-1], softmax_scale)
     choice = plan(query, key, value, num_frames, softmax_scale=scale, backend=backend)
     path = logged("frame_attention", choice).path
     if path == "triton":
-        query, key, value = contiguous_channels(query), contiguous_channels(key), contiguous_channels(value)
+        query, key, value = _attention.contiguous_channels(query, key, value)
         out: Tensor = _op(query, key, value, num_frames, scale)[0]
         return out
     if path == "sdpa":
@@ -82,13 +73,13 @@ def plan(
     if num_frames is not None and _is_plain(query, num_frames):
         return plan_attention(query, key, value, softmax_scale=softmax_scale, backend=backend)
     sdpa = "PyTorch's scaled_dot_product_attention on a CPU, once for patches and once for the CLS"
-    return plan_heads((query, key, value), query.shape[-1], softmax_scale, backend, sdpa)
+    return _attention.plan_heads((query, key, value), query.shape[-1], softmax_scale, backend, sdpa)
 
 
 def check(query: Tensor, key: Tensor, value: Tensor, num_frames: int, softmax_scale: float | None) -> None:
     """Raise for arguments that no path takes."""
     form = "(B, F * (1 + P), H, D)"
-    check_tensors(query, key, value, (form, form), same_length=True)
+    _attention.check_tensors(query, key, value, (form, form), same_length=True)
     _checks.integer("num_frames", num_frames, 1)
     if query.shape[1] % num_frames:
         raise ValueError(
@@ -108,12 +99,12 @@ def _sdpa_frame_attention(query: Tensor, key: Tensor, value: Tensor, num_frames:
     """Two calls of PyTorch's attention, without the (F * (1 + P)) ** 2 mask that one call would need."""
     batch, length, heads, head_dim = query.shape
     tokens = length // num_frames
-    cls = sdpa_attention(query[:, ::tokens], key, value, None, scale)
+    cls = _attention.sdpa_attention(query[:, ::tokens], key, value, None, scale)
     if tokens == 1:
         return cls
     framed = (tensor.reshape(batch * num_frames, tokens, heads, head_dim) for tensor in (query, key, value))
     frame_query, frame_key, frame_value = framed
-    patches = sdpa_attention(frame_query[:, 1:], frame_key, frame_value, None, scale)
+    patches = _attention.sdpa_attention(frame_query[:, 1:], frame_key, frame_value, None, scale)
     out = torch.cat((cls.unsqueeze(2), patches.unflatten(0, (batch, num_frames))), 2)
     return out.reshape(query.shape)
 
@@ -127,7 +118,7 @@ def _backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, num_frames: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    tensors = contiguous_channels(grad_out), query, key, value, out, lse
+    tensors = *_attention.contiguous_channels(grad_out), query, key, value, out, lse
     return kernels.frame_attention.frame_attention_backward(*tensors, num_frames, softmax_scale)
 
 
@@ -137,5 +128,6 @@ def _fake(query: Tensor, **_: object) -> tuple[Tensor, Tensor]:
 
 
 _op = register(
-    "frame_attention", _forward, _fake, _backward, fake_gradients, outputs="out lse", gradients="query key value"
-)
+    "frame_attention", _forward, _fake, _backward, _attention.fake_gradients, outputs="out lse",
+    gradients="query key value",
+)  # fmt: skip

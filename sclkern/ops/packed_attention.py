@@ -9,15 +9,7 @@ import torch
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.ops import _checks
-from sclkern.ops._attention import (
-    autocast_all,
-    check_numbers,
-    check_tensors,
-    plan_heads,
-    resolve_scale,
-    sdpa_attention,
-)
+from sclkern.ops import _attention, _checks
 from sclkern.ops._registration import public_op
 from sclkern.ops.attention import run_kernel
 from sclkern.ops.dispatch import Choice, logged, may_read, select_backend
@@ -71,9 +63,9 @@ def packed_attention(
     """
     numbers = dropout_p, softmax_scale, seed
     check(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *numbers)
-    query, key, value = autocast_all(query, key, value)
+    query, key, value = _attention.autocast_all(query, key, value)
     packing = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k
-    scale = resolve_scale(query.shape[-1], softmax_scale)
+    scale = _attention.resolve_scale(query.shape[-1], softmax_scale)
     options: dict[str, Any] = {"dropout_p": dropout_p, "softmax_scale": scale, "seed": seed}
     path = logged("packed_attention", plan(query, key, value, *packing, **options, backend=backend)).path
     if path == "triton":
@@ -100,7 +92,7 @@ def plan(
     if dropout_p > 0 and seed is not None:
         by = "the definition, for the dropout mask of a seed"
     grouped = f"sequences of equal lengths are computed together, by {by}"
-    choice = plan_heads((query, key, value), query.shape[-1], softmax_scale, backend, grouped, problems)
+    choice = _attention.plan_heads((query, key, value), query.shape[-1], softmax_scale, backend, grouped, problems)
     return choice._replace(path="grouped") if choice.path == "sdpa" else choice
 
 
@@ -109,7 +101,7 @@ def check(
     max_seqlen_k: int, dropout_p: float, softmax_scale: float | None, seed: int | Tensor | None,
 ) -> None:  # fmt: skip
     """Raise for arguments that no path takes."""
-    check_tensors(query, key, value, ("(Tq, H, D)", "(Tk, H, D)"))
+    _attention.check_tensors(query, key, value, ("(Tq, H, D)", "(Tk, H, D)"))
     sides = (("q", cu_seqlens_q, max_seqlen_q, query), ("k", cu_seqlens_k, max_seqlen_k, key))
     for side, cu_seqlens, max_seqlen, tokens in sides:
         name, limit = f"cu_seqlens_{side}", f"max_seqlen_{side}"
@@ -121,7 +113,7 @@ def check(
         _checks.integer(limit, max_seqlen, 0)
         if may_read(cu_seqlens):
             _check_ends(name, limit, cu_seqlens.tolist(), max_seqlen, tokens.shape[0])
-    check_numbers(dropout_p, softmax_scale, seed, query.device, max_seqlen_q, max_seqlen_k)
+    _attention.check_numbers(dropout_p, softmax_scale, seed, query.device, max_seqlen_q, max_seqlen_k)
 
 
 def _check_ends(name: str, limit: str, ends: list[int], max_seqlen: int, num_tokens: int) -> None:
@@ -180,4 +172,4 @@ def _attend_group(
         return torch.einsum("bhqk,bkhd->bqhd", p_dropped, value)
     if 0 in (query.shape[1], key.shape[1]):
         return reference.attention(query, key, value, softmax_scale=scale)
-    return sdpa_attention(query, key, value, None, scale, dropout_p)
+    return _attention.sdpa_attention(query, key, value, None, scale, dropout_p)
