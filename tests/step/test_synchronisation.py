@@ -13,17 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sclkern import ObjectiveConfig, SCLConfig, SCLModel
-
-PICTURES = [pytest.param(None, id="images"), pytest.param(3, id="clips")]
-
-
-def needs_false_image(objectives):
-    return objectives.itm_negatives in ("dataset", "published")
-
-
-def build(make_model, make_batch, objectives, frames=None, **batch_options):
-    model = make_model(objectives, max_frames=frames or 0)
-    return model, make_batch(frames=frames, false_image=needs_false_image(objectives), **batch_options)
+from step_testing import build
 
 
 class HostReadError(AssertionError):
@@ -55,6 +45,7 @@ def test_a_fake_tensor_cannot_be_read(read):
 GUARDED = [
     {"recipe": "scl"},
     {"recipe": "glscl"},
+    {"recipe": ("itc", "mltc")},
     {"recipe": "glscl", "itm_negatives": "hard"},
     {"recipe": "glscl", "itm_negatives": "dataset"},
     {"recipe": "glscl", "mlm_mask": "published", "text_mask": "published", "frame_norm": "published"},
