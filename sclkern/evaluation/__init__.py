@@ -1,0 +1,1 @@
+"""Evaluation of a model: zero-shot retrieval and attention maps."""

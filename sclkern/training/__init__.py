@@ -1,1 +1,1 @@
-"""Pre-training: configuration, optimiser, loop, checkpoints, evaluation and report."""
+"""Pre-training: configuration, data, optimiser, loop, checkpoints and report."""

@@ -9,7 +9,7 @@ from sclkern.training.throughput import flops_a_pair, peak_flops
 
 
 def test_flops_are_those_of_the_plan():
-    config, objectives = SCLConfig.preset("base"), ObjectiveConfig()
+    config, objectives = SCLConfig.preset("tiny"), ObjectiveConfig()
     for step in (StepConfig(absorb="never"), StepConfig.published()):
         padded = 13 if step.pack else config.max_text_len
         described = describe_plan(config, objectives, step, caption_tokens=13)
