@@ -129,7 +129,7 @@ def test_every_launch_is_the_selected_one_and_can_be_overridden(op):
 
     def launches():
         with recorded() as calls:
-            backward = spec.launch(inputs, size.dropout_p, seed, {})
+            backward = spec.launch(inputs, size.dropout_p, seed)
             if backward is not None:
                 backward()
         return {call.config.kernel: call.config for call in calls}

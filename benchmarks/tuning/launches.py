@@ -44,7 +44,7 @@ def launches(candidate: Candidate, dropout: bool = True) -> list[Launch]:
     dropout_p = candidate.size.dropout_p if dropout else 0.0
     seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout_p else None
     with configured(candidate), recorded() as calls:
-        backward = spec.launch(inputs, dropout_p, seed, {})
+        backward = spec.launch(inputs, dropout_p, seed)
         if candidate.pass_ == "backward" and backward is not None:
             calls.clear()
             backward()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pkgutil
 from importlib import import_module
 
-from sclkern.tools.specs._spec import PASSES, AccuracyShape, Backward, Configs, Cost, Inputs, OpSpec, Size, Values
+from sclkern.tools.specs._spec import PASSES, AccuracyShape, Backward, Cost, Inputs, OpSpec, Size, Values
 from sclkern.tools.specs._workload import captions
 
 SPECS: dict[str, OpSpec] = {
@@ -22,7 +22,6 @@ __all__ = [
     "SPECS",
     "AccuracyShape",
     "Backward",
-    "Configs",
     "Cost",
     "Inputs",
     "OpSpec",

@@ -17,8 +17,6 @@ PASSES = ("forward", "backward", "both")
 Values = Mapping[str, Any]
 # Arguments of an op by keyword.
 Inputs = dict[str, Any]
-# Launch configurations by the pass that ``sclkern.kernels.config`` names; a launcher selects one that is missing.
-Configs = Mapping[str, Any]
 # Launches the backward kernels.
 Backward = Callable[[], object]
 
@@ -89,8 +87,9 @@ class OpSpec:
         small_inputs: ``small_inputs(length, device)`` makes float32 arguments of a few elements for contract tests;
             ``length`` is the dimension that differs from step to step.
         cost: ``cost(values, element_size)`` is the least cost at a size, with ``element_size`` bytes an element.
-        launch: ``launch(inputs, dropout_p, seed, configs)`` runs the forward launchers on ``inputs`` (of ``inputs``,
-            also on the meta device) and returns what runs the backward launchers, None without a backward.
+        launch: ``launch(inputs, dropout_p, seed)`` runs the forward launchers on what ``inputs`` made, also on the meta
+            device, and returns what runs the backward launchers, None without a backward. Other configurations than
+            the selected ones are tried inside ``sclkern.kernels.config.override``.
         sizes: sizes of benchmarks on a GPU.
         cpu_sizes: smaller sizes, for benchmarks on a CPU.
         accuracy: shapes at which tests on a GPU compare the op with float64.
@@ -107,7 +106,7 @@ class OpSpec:
     inputs: Callable[[Values, torch.dtype, str], Inputs]
     small_inputs: Callable[[int, str], Inputs]
     cost: Callable[[Values, int], Cost]
-    launch: Callable[[Inputs, float, Tensor | None, Configs], Backward | None]
+    launch: Callable[[Inputs, float, Tensor | None], Backward | None]
     sizes: tuple[Size, ...]
     cpu_sizes: tuple[Size, ...]
     accuracy: tuple[AccuracyShape, ...] = ()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.tools.specs._spec import AccuracyShape, Backward, Configs, Inputs, OpSpec, Size, Values, kernels, normal
+from sclkern.tools.specs._spec import AccuracyShape, Backward, Inputs, OpSpec, Size, Values, kernels, normal
 from sclkern.tools.specs._workload import (
     HEAD_DIM,
     HEADS,
@@ -36,7 +36,7 @@ def _small_inputs(length: int, device: str) -> Inputs:
     return tensors | {"key_padding_mask": torch.arange(5, device=device) < torch.tensor([[5], [4]], device=device)}
 
 
-def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None, configs: Configs) -> Backward:
+def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None) -> Backward:
     tensors = *(inputs[name] for name in ("query", "key", "value")), inputs["key_padding_mask"]
     numbers = dropout_p, inputs["query"].shape[-1] ** -0.5, None
     out, lse = kernels("attention").attention_forward(*tensors, seed, *numbers)

@@ -9,7 +9,6 @@ from sclkern import reference
 from sclkern.tools.specs._spec import (
     AccuracyShape,
     Backward,
-    Configs,
     Cost,
     Inputs,
     OpSpec,
@@ -37,7 +36,7 @@ def _cost(v: Values, element_size: int) -> Cost:
     return Cost(2 * tensor, 0, 3 * tensor, 0)
 
 
-def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None, configs: Configs) -> Backward:
+def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None) -> Backward:
     launchers = kernels("bias_gelu")
     out = launchers.bias_gelu_forward(inputs["x"], inputs["bias"], launchers.EXACT)
     return lambda: launchers.bias_gelu_backward(out, inputs["x"], inputs["bias"], launchers.EXACT)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.tools.specs._spec import AccuracyShape, Backward, Configs, Cost, Inputs, OpSpec, Values, kernels, normal
+from sclkern.tools.specs._spec import AccuracyShape, Backward, Cost, Inputs, OpSpec, Values, kernels, normal
 from sclkern.tools.specs._workload import WIDTH, row_sizes
 
 
@@ -31,7 +31,7 @@ def _cost(v: Values, element_size: int) -> Cost:
     return Cost(2 * tensor + statistics, flops, 3 * tensor + statistics, flops)
 
 
-def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None, configs: Configs) -> Backward:
+def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None) -> Backward:
     x, y = inputs["recovered"][None], inputs["complete"][None]
     temperature, rows = torch.empty((), device=x.device), x.shape[1]
     forward = kernels("completion_loss").completion_loss_forward

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.tools.specs._spec import AccuracyShape, Backward, Configs, Cost, Inputs, OpSpec, Values, kernels, normal
+from sclkern.tools.specs._spec import AccuracyShape, Backward, Cost, Inputs, OpSpec, Values, kernels, normal
 from sclkern.tools.specs._workload import (
     ATTENTION_BACKWARD,
     HEADS,
@@ -54,7 +54,7 @@ def _cost(v: Values, element_size: int) -> Cost:
     return Cost(forward_bytes, products + core, backward_bytes, 2 * products + ATTENTION_BACKWARD * core)
 
 
-def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None, configs: Configs) -> Backward:
+def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None) -> Backward:
     x, context = inputs["x"], inputs["context"]
     weight = x.new_empty((inputs["num_heads"], *context.shape))
     absorbed = weight, weight[..., 0], weight

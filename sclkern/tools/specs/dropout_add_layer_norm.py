@@ -9,7 +9,6 @@ from sclkern import reference
 from sclkern.tools.specs._spec import (
     AccuracyShape,
     Backward,
-    Configs,
     Cost,
     Inputs,
     OpSpec,
@@ -39,7 +38,7 @@ def _cost(v: Values, element_size: int) -> Cost:
     return Cost(3 * tensor, 0, 4 * tensor, 0)
 
 
-def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None, configs: Configs) -> Backward:
+def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None) -> Backward:
     x, residual, weight, bias, x_bias = (inputs[name] for name in ("x", "residual", "weight", "bias", "x_bias"))
     launchers = kernels("dropout_add_layer_norm")
     forward = launchers.dropout_add_layer_norm_forward

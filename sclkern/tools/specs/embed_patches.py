@@ -9,7 +9,6 @@ from sclkern import reference
 from sclkern.tools.specs._spec import (
     AccuracyShape,
     Backward,
-    Configs,
     Cost,
     Inputs,
     OpSpec,
@@ -64,7 +63,7 @@ def _cost(v: Values, element_size: int) -> Cost:
     return Cost(pixels + weight + tokens, flops, pixels + weight + 2 * tokens, flops)
 
 
-def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None, configs: Configs) -> Backward:
+def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None) -> Backward:
     images, keep, weight = inputs["images"], inputs["keep"], inputs["weight"]
     launchers = kernels("embed_patches")
     launchers.unfold_patches(images, weight.shape[-1], weight.dtype, keep, None)

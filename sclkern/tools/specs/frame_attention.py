@@ -9,7 +9,6 @@ from sclkern import reference
 from sclkern.tools.specs._spec import (
     AccuracyShape,
     Backward,
-    Configs,
     Cost,
     Inputs,
     OpSpec,
@@ -40,7 +39,7 @@ def _cost(v: Values, element_size: int) -> Cost:
     return attention_cost(v["B"] * tokens, v["B"] * tokens, 4 * WIDTH * v["B"] * scores, element_size)
 
 
-def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None, configs: Configs) -> Backward:
+def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None) -> Backward:
     tensors = tuple(inputs[name] for name in ("query", "key", "value"))
     numbers = inputs["num_frames"], inputs["query"].shape[-1] ** -0.5
     launchers = kernels("frame_attention")

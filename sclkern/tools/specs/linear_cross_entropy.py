@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.tools.specs._spec import AccuracyShape, Backward, Configs, Cost, Inputs, OpSpec, Values, kernels, normal
+from sclkern.tools.specs._spec import AccuracyShape, Backward, Cost, Inputs, OpSpec, Values, kernels, normal
 from sclkern.tools.specs._workload import VOCABULARY, WIDTH, row_sizes
 
 # Labels of the reference that count for nothing.
@@ -37,7 +37,7 @@ def _cost(v: Values, element_size: int) -> Cost:
     return Cost(weight + hidden, flops, 2 * weight + 2 * hidden, 2 * flops)
 
 
-def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None, configs: Configs) -> Backward:
+def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None) -> Backward:
     labels, vocabulary = inputs["labels"], len(inputs["weight"])
     count, width = len(labels), -(-vocabulary // 64) * 64
     logits = inputs["hidden"].new_empty((count, width))

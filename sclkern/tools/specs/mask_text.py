@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.tools.specs._spec import Configs, Cost, Inputs, OpSpec, Size, Values, kernels, seed_tensor
+from sclkern.tools.specs._spec import Cost, Inputs, OpSpec, Size, Values, kernels, seed_tensor
 from sclkern.tools.specs._workload import VOCABULARY, captions
 
 
@@ -31,7 +31,7 @@ def _cost(v: Values, element_size: int) -> Cost:
     return Cost(v["B"] * (8 + v["L"] * (8 + 8 + 1)), 0)
 
 
-def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None, configs: Configs) -> None:
+def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None) -> None:
     tensors = inputs["ids"], inputs["lengths"], inputs["seed"]
     kernels("masking").mask_text(*tensors, False, inputs["ratio"], inputs["mask_id"], inputs["vocab_size"], False)
 

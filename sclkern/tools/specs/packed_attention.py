@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.tools.specs._spec import AccuracyShape, Backward, Configs, Inputs, OpSpec, Values, kernels, normal
+from sclkern.tools.specs._spec import AccuracyShape, Backward, Inputs, OpSpec, Values, kernels, normal
 from sclkern.tools.specs._workload import (
     HEAD_DIM,
     HEADS,
@@ -37,7 +37,7 @@ def _small_inputs(length: int, device: str) -> Inputs:
     return tensors | {"cu_seqlens_q": ends_q, "cu_seqlens_k": ends_k, "max_seqlen_q": length, "max_seqlen_k": 3}
 
 
-def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None, configs: Configs) -> Backward:
+def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None) -> Backward:
     tensors = *(inputs[name] for name in ("query", "key", "value")), None
     packing = tuple(inputs[name] for name in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"))
     numbers = dropout_p, inputs["query"].shape[-1] ** -0.5, packing

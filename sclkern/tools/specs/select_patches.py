@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.tools.specs._spec import Configs, Cost, Inputs, OpSpec, Size, Values, kernels, seed_tensor
+from sclkern.tools.specs._spec import Cost, Inputs, OpSpec, Size, Values, kernels, seed_tensor
 from sclkern.tools.specs._workload import PATCHES
 
 
@@ -23,7 +23,7 @@ def _cost(v: Values, element_size: int) -> Cost:
     return Cost(8 * v["B"] * v["K"], 0)
 
 
-def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None, configs: Configs) -> None:
+def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None) -> None:
     count = int(inputs["num_patches"] * inputs["keep_ratio"])
     kernels("masking").select_patches(inputs["seed"], inputs["num_patches"], count, inputs["batch"])
 
