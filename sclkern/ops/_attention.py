@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sclkern.ops import _checks
-from sclkern.ops.dispatch import Choice, autocast, select_backend, takes_cpu_form
+from sclkern.ops.dispatch import Choice, autocast_like, select_backend, takes_cpu_form
 from sclkern.reference.attention import check_dropout_lengths
 
 HEAD_DIMS = (32, 64, 128)
@@ -113,22 +113,6 @@ def plan_heads(
     if not takes_cpu_form(choice, backend, given[0]):
         return choice
     return Choice("eager", choice.reasons + sdpa_problems) if sdpa_problems else choice.via("sdpa", sdpa)
-
-
-def autocast_all(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """``autocast`` of tensors on one device."""
-    return tuple(map(autocast, tensors)) if _autocasts(tensors[0]) else tensors
-
-
-def autocast_like(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """Tensors of the dtypes and devices of ``autocast_all``, without the cost of a cast; None is dropped."""
-    given = tuple(tensor for tensor in tensors if tensor is not None)
-    return tuple(autocast(tensor.new_empty(0)) for tensor in given) if given and _autocasts(given[0]) else given
-
-
-def _autocasts(tensor: Tensor) -> bool:
-    kind = tensor.device.type
-    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 
 def contiguous_channels(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.ops import _attention
+from sclkern.ops import _attention, _checks
 from sclkern.ops._registration import kernels, public_op, register
-from sclkern.ops.dispatch import Choice, logged, select_backend
+from sclkern.ops.dispatch import Choice, autocast_all, logged, select_backend
 from sclkern.random import seed_tensor
 
 
@@ -59,8 +59,8 @@ def attention(
         ValueError: wrong shape, device or range, or unknown backend.
         RuntimeError: second derivatives of the kernel; ``backend="eager"`` has them.
     """
-    check(query, key, value, key_padding_mask, dropout_p, softmax_scale, seed)
-    query, key, value = _attention.autocast_all(query, key, value)
+    check(query, key, value, key_padding_mask, dropout_p, softmax_scale, seed, return_lse)
+    query, key, value = autocast_all(query, key, value)
     scale = _attention.resolve_scale(query.shape[-1], softmax_scale)
     options: dict[str, Any] = {"dropout_p": dropout_p, "softmax_scale": scale, "seed": seed}
     path = logged("attention", plan(query, key, value, **options, backend=backend)).path
@@ -99,11 +99,12 @@ def plan(
 
 def check(
     query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, dropout_p: float,
-    softmax_scale: float | None, seed: int | Tensor | None,
+    softmax_scale: float | None, seed: int | Tensor | None, return_lse: bool,
 ) -> None:  # fmt: skip
     """Raise for arguments that no path takes."""
     _attention.check_tensors(query, key, value, ("(B, Lq, H, D)", "(B, Lk, H, D)"))
     _attention.check_padding_mask("query", query, key, key_padding_mask)
+    _checks.boolean("return_lse", return_lse)
     _attention.check_numbers(dropout_p, softmax_scale, seed, query.device, query.shape[1], key.shape[1])
 
 

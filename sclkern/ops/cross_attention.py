@@ -13,7 +13,7 @@ from sclkern.ops import _attention, _checks
 from sclkern.ops._registration import kernels, public_op, register
 from sclkern.ops.attention import attention
 from sclkern.ops.attention import plan as plan_attention
-from sclkern.ops.dispatch import Choice, logged, resolve_backend, select_backend
+from sclkern.ops.dispatch import Choice, autocast_all, autocast_like, logged, resolve_backend, select_backend
 from sclkern.random import seed_tensor
 from sclkern.reference.cross_attention import absorb_into_keys
 
@@ -96,7 +96,7 @@ def cross_attention(
     """
     numbers = dropout_p, softmax_scale, seed
     check(x, context, in_weight, in_bias, out_weight, out_bias, num_heads, key_padding_mask, *numbers, absorb)
-    tensors = _attention.autocast_all(x, context, in_weight, in_bias, out_weight, out_bias)
+    tensors = autocast_all(x, context, in_weight, in_bias, out_weight, out_bias)
     x, context, in_weight, in_bias, out_weight, out_bias = tensors
     options: dict[str, Any] = {"dropout_p": dropout_p, "softmax_scale": softmax_scale, "seed": seed}
     choice = plan(*tensors, num_heads=num_heads, **options, absorb=absorb, backend=backend)
@@ -159,7 +159,7 @@ def plan(
     """The path of these arguments; see ``sclkern.ops.explain``."""
     tensors = x, context, in_weight, in_bias, out_weight, out_bias
     if x is None or context is None or num_heads is None:
-        return select_backend(*_attention.autocast_like(*tensors), backend=backend)
+        return select_backend(*autocast_like(*tensors), backend=backend)
     numbers: dict[str, Any] = {"dropout_p": dropout_p, "softmax_scale": softmax_scale, "backend": backend}
     lengths = x.shape[1], context.shape[1], x.shape[2]
     form, choice, _ = plan_form(*lengths, num_heads, x, context, absorb=absorb, **numbers)
@@ -217,7 +217,7 @@ def _candidates(
     forms = list(problems) if absorb == "auto" else [absorb]
     if absorb == "auto" and resolve_backend(backend) == "triton":
         forms = [form for form in forms if not problems[form]] or ["never"]
-    given = _attention.autocast_like(*tensors)
+    given = autocast_like(*tensors)
     choices = {form: select_backend(*given, backend=backend, unsupported=problems[form]) for form in forms}
     if dropout_p > 0 and "never" in choices and choices["never"].path == "triton":
         # Without a kernel the dropout mask costs many small launches.
@@ -273,7 +273,7 @@ def check(
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, Lq, W) with W of at least 1")
     weights = {"in_weight": in_weight, "in_bias": in_bias, "out_weight": out_weight, "out_bias": out_bias}
     _checks.floating(context=context, **weights)
-    first, *others = _attention.autocast_like(x, context, *weights.values())
+    first, *others = autocast_like(x, context, *weights.values())
     _checks.same_dtype("x", first, **dict(zip(("context", *weights), others, strict=True)))
     _checks.shape("(B, Lk, W)", (batch, None, width), context=context)
     _checks.shape("(3 W, W)", (3 * width, width), in_weight=in_weight)

@@ -75,14 +75,27 @@ def may_read(tensor: Tensor) -> bool:
 
 
 def is_autocast(tensor: Tensor) -> bool:
-    """Whether autocast casts this tensor where it enters a matrix product."""
+    """Whether autocast is on for the device of this tensor."""
     kind = tensor.device.type
-    return tensor.dtype in KERNEL_DTYPES and kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 
 def autocast(tensor: Tensor) -> Tensor:
     """``tensor`` in the dtype that autocast gives to the inputs of a matrix product; unchanged outside autocast."""
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type)) if is_autocast(tensor) else tensor
+    if tensor.dtype not in KERNEL_DTYPES or not is_autocast(tensor):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def autocast_all(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """``autocast`` of tensors on one device."""
+    return tuple(map(autocast, tensors)) if is_autocast(tensors[0]) else tensors
+
+
+def autocast_like(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Tensors of the dtypes and devices of ``autocast_all``, without the cost of a cast; None is dropped."""
+    given = tuple(tensor for tensor in tensors if tensor is not None)
+    return tuple(autocast(tensor.new_empty(0)) for tensor in given) if given and is_autocast(given[0]) else given
 
 
 def select_backend(

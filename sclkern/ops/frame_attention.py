@@ -10,7 +10,7 @@ from sclkern.ops import _attention, _checks
 from sclkern.ops._registration import kernels, public_op, register
 from sclkern.ops.attention import attention
 from sclkern.ops.attention import plan as plan_attention
-from sclkern.ops.dispatch import Choice, logged, select_backend
+from sclkern.ops.dispatch import Choice, autocast_all, logged, select_backend
 
 
 @public_op
@@ -48,7 +48,7 @@ def frame_attention(
         RuntimeError: second derivatives of the kernel and of PyTorch's attention; ``backend="eager"`` has them.
     """
     check(query, key, value, num_frames, softmax_scale)
-    query, key, value = _attention.autocast_all(query, key, value)
+    query, key, value = autocast_all(query, key, value)
     if _is_plain(query, num_frames):
         return attention(query, key, value, softmax_scale=softmax_scale, backend=backend)  # type: ignore[return-value]
     scale = _attention.resolve_scale(query.shape[-1], softmax_scale)

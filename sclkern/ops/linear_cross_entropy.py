@@ -12,7 +12,7 @@ from torch import Tensor
 from sclkern import reference
 from sclkern.ops import _checks
 from sclkern.ops._registration import interpretable, kernels, public_op, register
-from sclkern.ops.dispatch import Choice, autocast, logged, may_read, select_backend, takes_cpu_form
+from sclkern.ops.dispatch import Choice, autocast, autocast_like, logged, may_read, select_backend, takes_cpu_form
 
 REDUCTIONS = ("mean", "sum", "none")
 # Logits in memory at once. On a GPU 134 MB in bfloat16, less than the weight's own float32 gradient at V = 50265 and
@@ -63,8 +63,8 @@ def linear_cross_entropy(
         TypeError: wrong dtype. ValueError: wrong shape, device, label or value. RuntimeError: second derivatives of
             the kernel.
     """
-    hidden, weight, bias = autocast(hidden), autocast(weight), None if bias is None else autocast(bias)
     check(hidden, weight, bias, labels, ignore_index, reduction, return_hits)
+    hidden, weight, bias = autocast(hidden), autocast(weight), None if bias is None else autocast(bias)
     if logged("linear_cross_entropy", plan(hidden, weight, bias, backend=backend)).path == "eager":
         options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction, "return_hits": return_hits}
         return reference.linear_cross_entropy(hidden, weight, bias, labels, **options)
@@ -78,7 +78,7 @@ def plan(
     hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, *, backend: str = "auto", **_: Any
 ) -> Choice:
     """The path of these arguments; see ``sclkern.ops.explain``."""
-    choice = select_backend(*(None if t is None else autocast(t) for t in (hidden, weight, bias)), backend=backend)
+    choice = select_backend(*autocast_like(hidden, weight, bias), backend=backend)
     if hidden is None or not takes_cpu_form(choice, backend, hidden):
         return choice
     if weight is not None and hidden.shape[:-1].numel() * weight.shape[0] > MAX_EAGER_LOGITS:
@@ -94,7 +94,8 @@ def check(
     _checks.floating(hidden=hidden, weight=weight, **_checks.given(bias=bias))
     _checks.dtype(torch.int64, labels=labels)
     _checks.rank("(..., D)", range(1, 65), hidden=hidden)
-    _checks.same_dtype("hidden", hidden, weight=weight, bias=bias)
+    cast = dict(zip(("hidden", "weight", "bias"), autocast_like(hidden, weight, bias), strict=False))
+    _checks.same_dtype("hidden", cast["hidden"], **cast)
     _checks.shape("(V, D)", (None, hidden.shape[-1]), weight=weight)
     if not weight.shape[0]:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected (V, D) with V of at least 1")

@@ -12,7 +12,7 @@ from sclkern import reference
 from sclkern.ops import _attention, _checks
 from sclkern.ops._registration import public_op
 from sclkern.ops.attention import run_kernel
-from sclkern.ops.dispatch import Choice, logged, may_read, select_backend
+from sclkern.ops.dispatch import Choice, autocast_all, logged, may_read, select_backend
 
 
 @public_op
@@ -63,7 +63,7 @@ def packed_attention(
     """
     numbers = dropout_p, softmax_scale, seed
     check(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *numbers)
-    query, key, value = _attention.autocast_all(query, key, value)
+    query, key, value = autocast_all(query, key, value)
     packing = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k
     scale = _attention.resolve_scale(query.shape[-1], softmax_scale)
     options: dict[str, Any] = {"dropout_p": dropout_p, "softmax_scale": scale, "seed": seed}
