@@ -63,6 +63,32 @@ def test_a_patch_edits_few_files(name):
     assert f"At most {MOST_FILES[name]} " in contributing
 
 
+def test_an_op(copy):
+    """Seven files: own and contract tests, ``explain``, benchmarks and the static check follow from them."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    run = copy("op")
+    test = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+    contract = (*test, "tests/ops/test_rms_norm.py", "tests/ops/test_every_op.py", "-k", "rms_norm")
+    # The first runs the op's own tests in the interpreter as well.
+    assert " passed" in run(*contract)
+    assert " passed" in run(*contract, TRITON_INTERPRET="1")
+    cases = run(*test, "benchmarks/cases/test_ops.py", "--collect-only", "-k", "rms_norm")
+    assert "rms_norm/4x325/float32/both/sclkern" in cases
+    output = run(
+        "-c",
+        """
+import torch
+from sclkern import ops
+from sclkern.tools.static import budget
+
+print(ops.explain("rms_norm", torch.randn(3, 8), torch.ones(8)))
+rows = budget.measure([one for one in budget.compilations() if "rms_norm" in one.name])
+print(len(rows), [problem for row in rows for problem in budget.broken_rules(row)])
+""",
+    )
+    assert output.splitlines() == ["eager: tensors on cpu, kernels need a GPU", "2 []"]
+
+
 def test_a_data_source(copy):
     """One file: ``open_pairs`` recognises the format, and the training script reads it."""
     run = copy("data_source")
