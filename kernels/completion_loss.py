@@ -40,7 +40,7 @@ def completion_loss_norm_kernel(
     valid_ptr,  # (G N,) uint8 or None
     temperature_ptr,  # (1,) float32
     rnorm_ptr,  # (2, G N) float32: 1 / max(norm, eps) of recovered and complete; 0 for rows that take no part
-    positive_ptr,  # (G N,) float32: similarity of a row with its own
+    positive_ptr,  # (G N,) float32: similarity of a row with its positive
     rows,
     eps,
     WIDTH: tl.constexpr,
@@ -182,8 +182,8 @@ def completion_loss_merge_kernel(
         if spread_ptr is not None:
             tl.store(spread_ptr + row, spread, mask=inside)
     else:
-        own = (row // rows) * length + offset + row % rows
-        positive = tl.load(positive_ptr + own, mask=inside, other=0.0)
+        anchor_row = (row // rows) * length + offset + row % rows
+        positive = tl.load(positive_ptr + anchor_row, mask=inside, other=0.0)
         total = tl.where(inside, total, 1.0)
         lse = maximum + tl.log(total)
         loss = softplus(lse - positive)

@@ -129,25 +129,25 @@ def completion_loss_finish_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < count
-    own = (row // rows) * length + offset + row % rows
-    takes_part = rows_taking_part(valid_ptr, own, inside)
+    anchor_row = (row // rows) * length + offset + row % rows
+    takes_part = rows_taking_part(valid_ptr, anchor_row, inside)
     temperature = tl.load(temperature_ptr)
-    x_rnorm = tl.load(x_rnorm_ptr + own, mask=takes_part, other=0.0)
-    y_rnorm = tl.load(y_rnorm_ptr + own, mask=takes_part, other=0.0)
+    x_rnorm = tl.load(x_rnorm_ptr + anchor_row, mask=takes_part, other=0.0)
+    y_rnorm = tl.load(y_rnorm_ptr + anchor_row, mask=takes_part, other=0.0)
     pull = tl.zeros((BLOCK_ROWS,), tl.float32)
     if x_weight_ptr is not None:
-        pull += tl.load(x_weight_ptr + own, mask=takes_part, other=0.0)
+        pull += tl.load(x_weight_ptr + anchor_row, mask=takes_part, other=0.0)
     if y_weight_ptr is not None:
-        pull += tl.load(y_weight_ptr + own, mask=takes_part, other=0.0)
+        pull += tl.load(y_weight_ptr + anchor_row, mask=takes_part, other=0.0)
     scale = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
     if scale_ptr is not None:
-        scale = tl.load(scale_ptr + own, mask=takes_part, other=1.0)
+        scale = tl.load(scale_ptr + anchor_row, mask=takes_part, other=1.0)
     radial = tl.zeros((BLOCK_ROWS,), tl.float32)
     for start in range(0, WIDTH, BLOCK_WIDTH):
         d = start + tl.arange(0, BLOCK_WIDTH)
         mask = takes_part[:, None] & (d < WIDTH)[None, :]
-        x = tl.load(x_ptr + own[:, None] * WIDTH + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + own[:, None] * WIDTH + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + anchor_row[:, None] * WIDTH + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + anchor_row[:, None] * WIDTH + d[None, :], mask=mask, other=0.0).to(tl.float32)
         push = tl.load(push_ptr + row[:, None] * WIDTH + d[None, :], mask=mask, other=0.0) * scale[:, None]
         radial += tl.sum((push - (pull * y_rnorm)[:, None] * y) * x, axis=1)
     # A norm below eps was replaced by eps, a constant: nothing to project away.
@@ -156,8 +156,8 @@ def completion_loss_finish_kernel(
     for start in range(0, WIDTH, BLOCK_WIDTH):
         d = start + tl.arange(0, BLOCK_WIDTH)
         mask = takes_part[:, None] & (d < WIDTH)[None, :]
-        x = tl.load(x_ptr + own[:, None] * WIDTH + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + own[:, None] * WIDTH + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + anchor_row[:, None] * WIDTH + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + anchor_row[:, None] * WIDTH + d[None, :], mask=mask, other=0.0).to(tl.float32)
         push = tl.load(push_ptr + row[:, None] * WIDTH + d[None, :], mask=mask, other=0.0) * scale[:, None]
         grad_x = push - (pull * y_rnorm)[:, None] * y - radial[:, None] * x
         grad_x *= (x_rnorm / temperature)[:, None]

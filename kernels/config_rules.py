@@ -99,8 +99,8 @@ def covers_columns(block: str) -> Problem:
 
 def whole_programs(constants: Mapping[str, int], shapes: Mapping[str, int]) -> str | None:
     """As ``covers_columns``; and a program's rows are whole tiles, or two programs would add up the same row."""
-    if found := covers_columns("BLOCK_COLUMNS")(constants, shapes):
-        return found
+    if problem := covers_columns("BLOCK_COLUMNS")(constants, shapes):
+        return problem
     rows, tile_rows = constants["ROWS_PER_PROGRAM"], constants["BLOCK_ROWS"]
     return f"ROWS_PER_PROGRAM {rows}, expected a multiple of BLOCK_ROWS {tile_rows}" if rows % tile_rows else None
 

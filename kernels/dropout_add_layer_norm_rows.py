@@ -53,7 +53,7 @@ def dropped_sum(
         x += tl.load(x_bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
     if seed_ptr is not None:
         factor = dropout_factor(seed_ptr, row, threshold, scale, BLOCK_ROWS, BLOCK_COLUMNS, STREAM)
-        # Not a product: what a dropped place holds is never seen, NaN too.
+        # Not a product: a dropped element must not show, even if it is NaN.
         x = tl.where(factor > 0.0, x * factor, 0.0)
     else:
         factor = tl.full((BLOCK_ROWS, BLOCK_COLUMNS), 1.0, dtype=tl.float32)

@@ -84,8 +84,8 @@ def unfold_patches_kernel(
     x = patch % patches_per_line * SIZE + element % SIZE
     offset = sample * sample_stride + frame * frame_stride + channel * channel_stride + y * y_stride + x * x_stride
     pixels = tl.load(images_ptr + offset, mask=element < elements * (1 - replaced), other=0.0).to(tl.float32)
-    place = patches_ptr + row * elements + element
-    tl.store(place, pixels.to(patches_ptr.dtype.element_ty), mask=element < elements)
+    destination = patches_ptr + row * elements + element
+    tl.store(destination, pixels.to(patches_ptr.dtype.element_ty), mask=element < elements)
 
 
 @triton.jit(do_not_specialize=DYNAMIC_ARGS)

@@ -1,4 +1,4 @@
-"""Backward of patch embedding around its matrix product; the words are those of ``sclkern.kernels.embed_patches``."""
+"""Backward of patch embedding around its matrix product; dimensions are those of ``sclkern.kernels.embed_patches``."""
 
 from __future__ import annotations
 
@@ -79,18 +79,18 @@ def embed_patches_backward_kernel(
             _, replaced = patch_of(keep_ptr, replace_ptr, group // frames, slot, kept, patches)
         is_mask_token = column < columns * replaced
         grad_tokens = tl.where(is_mask_token, 0.0, grad).to(grad_tokens_ptr.dtype.element_ty)
-        place = grad_tokens_ptr + (group * kept + slot - 1) * columns + column
-        tl.store(place, grad_tokens, mask=column < columns * (slot > 0).to(tl.int32))
+        destination = grad_tokens_ptr + (group * kept + slot - 1) * columns + column
+        tl.store(destination, grad_tokens, mask=column < columns * (slot > 0).to(tl.int32))
         temporal_sum += grad
         mask_token_sum += tl.where(is_mask_token, grad, 0.0)
-    place = program * columns + column
+    destination = program * columns + column
     if norm_weight_ptr is not None:
-        tl.store(norm_weight_sum_ptr + place, norm_weight_sum, mask=inside)
-        tl.store(norm_bias_sum_ptr + place, norm_bias_sum, mask=inside)
+        tl.store(norm_weight_sum_ptr + destination, norm_weight_sum, mask=inside)
+        tl.store(norm_bias_sum_ptr + destination, norm_bias_sum, mask=inside)
     if temporal_sum_ptr is not None:
-        tl.store(temporal_sum_ptr + place, temporal_sum, mask=inside)
+        tl.store(temporal_sum_ptr + destination, temporal_sum, mask=inside)
     if mask_token_sum_ptr is not None:
-        tl.store(mask_token_sum_ptr + place, mask_token_sum, mask=inside)
+        tl.store(mask_token_sum_ptr + destination, mask_token_sum, mask=inside)
 
 
 @triton.jit(do_not_specialize=DYNAMIC_ARGS)
@@ -138,8 +138,8 @@ def position_gradient_kernel(
         offset = (group * (kept + 1) + slot)[:, None] * columns + column[None, :]
         inside = exists[:, None] & (column < columns)[None, :]
         total += tl.load(grad_total_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    place = grad_position_ptr + position * columns + column
-    tl.store(place, tl.sum(total, axis=0), mask=column < columns)
+    destination = grad_position_ptr + position * columns + column
+    tl.store(destination, tl.sum(total, axis=0), mask=column < columns)
 
 
 def add_and_normalise_backward(

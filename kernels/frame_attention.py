@@ -49,12 +49,12 @@ def tile_of_rows(
 
     The shared programs, which take longest, come first.
     """
-    place = tl.arange(0, BLOCK_ROWS)
+    slot = tl.arange(0, BLOCK_ROWS)
     if SHARED:
         batch_head = program // shared_tiles
-        place += program % shared_tiles * BLOCK_ROWS
-        inside = place < frames * (1 + rest)
-        frame_of_row, nth = place // (1 + rest), place % (1 + rest)
+        slot += program % shared_tiles * BLOCK_ROWS
+        inside = slot < frames * (1 + rest)
+        frame_of_row, nth = slot // (1 + rest), slot % (1 + rest)
         row = frame_of_row.to(tl.int64) * tokens + tl.where(nth == 0, 0, tokens - rest - 1 + nth)
         # A row that does not exist counts as a CLS, so that no softmax is empty.
         frame_of_row = tl.where(inside & (nth > 0), frame_of_row, -1)
@@ -64,7 +64,7 @@ def tile_of_rows(
         tiles = tl.cdiv(tokens - 1 - rest, BLOCK_ROWS)
         batch_head, frame_of_row = program // tiles // frames, program // tiles % frames
         first, keys = frame_of_row.to(tl.int64) * tokens, tokens
-        patch = 1 + (program % tiles).to(tl.int64) * BLOCK_ROWS + place
+        patch = 1 + (program % tiles).to(tl.int64) * BLOCK_ROWS + slot
         row, inside = first + patch, patch < tokens - rest
     return batch_head, row, inside, frame_of_row, first, keys
 
@@ -216,9 +216,9 @@ def frame_attention_backward_key_kernel(
     grad_value = tl.zeros((BLOCK_KEYS, HEAD_DIM), tl.float32)
     # Who attends to these keys, as one list: the patches of their frame, then the CLS rows of all frames.
     for start in range(0, patches + frames, BLOCK_ROWS):
-        place = start + tl.arange(0, BLOCK_ROWS)
-        inside = place < patches + frames
-        row = tl.where(place < patches, first + 1 + place, (place - patches).to(tl.int64) * tokens)
+        slot = start + tl.arange(0, BLOCK_ROWS)
+        inside = slot < patches + frames
+        row = tl.where(slot < patches, first + 1 + slot, (slot - patches).to(tl.int64) * tokens)
         query = load_rows(query_of_head, row, inside, query_row_stride, HEAD_DIM)
         grad_out = load_rows(grad_out_of_head, row, inside, grad_out_row_stride, HEAD_DIM)
         statistics = batch_head.to(tl.int64) * length + row
@@ -246,8 +246,8 @@ def shared_patches(frames: int, tokens: int, rows: int, keys: int) -> int:
 
 
 def _strides(**tensors: Tensor) -> dict[str, int]:
-    places = (("batch", 0), ("row", 1), ("head", 2))
-    return {f"{name}_{place}_stride": t.stride(i) for name, t in tensors.items() for place, i in places}
+    axes = (("batch", 0), ("row", 1), ("head", 2))
+    return {f"{name}_{axis_name}_stride": t.stride(i) for name, t in tensors.items() for axis_name, i in axes}
 
 
 def _launch_by_row(kernel: Any, config: LaunchConfig, query: Tensor, frames: int, **arguments: Any) -> None:

@@ -32,7 +32,7 @@ def linear_cross_entropy_rows_kernel(
     labels_ptr,  # (R,) int64
     losses_ptr,  # (R,) float32
     lse_ptr,  # (R,) float32
-    margin_ptr,  # (R,) float32: log-sum-exp over the other words - logit of the label
+    margin_ptr,  # (R,) float32: log-sum-exp over the other tokens - logit of the label
     hits_ptr,  # (R,) int32: whether the arg max is the label
     columns,
     width,
@@ -65,7 +65,7 @@ def linear_cross_entropy_rows_kernel(
         maximum = tl.maximum(maximum, logit)
     largest = tl.max(maximum, axis=0)
     others = largest + tl.log(tl.sum(total * tl.exp(maximum - largest), axis=0))
-    # From the other words, not lse - positive, which cancels where the label is confident.
+    # From the other tokens, not lse - positive, which cancels where the label is confident.
     margin = others - positive
     loss = softplus(margin)
     lse = tl.maximum(others, positive) + softplus(-tl.abs(margin))

@@ -1,7 +1,7 @@
-"""Masks of patches and words, one program a sample, equal to those of ``sclkern.reference.masking`` to the bit.
+"""Masks of patches and tokens, one program a sample, equal to those of ``sclkern.reference.masking`` to the bit.
 
-B samples, P patches, L tokens. The words are Philox-4x32-10 with the counter of ``sclkern.random.random_words``, held
-as int64 so that every comparison is signed.
+B samples, P patches, L tokens. Random words are Philox-4x32-10 with the counter of ``sclkern.random.random_words``,
+held as int64 so that every comparison is signed.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def select_patches_kernel(
     column = tl.arange(0, BLOCK)
     words, _, _ = draw(seed_ptr, row, column, STREAM)
     chosen = smallest(words, column < patches, count)
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(out_ptr + row.to(tl.int64) * count + place, column.to(tl.int64), mask=chosen)
+    rank = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(out_ptr + row.to(tl.int64) * count + rank, column.to(tl.int64), mask=chosen)
 
 
 @triton.jit(do_not_specialize=["patches", "count"])
@@ -85,7 +85,7 @@ def select_tokens_kernel(
     tl.store(out_ptr + row.to(tl.int64) * patches + column, chosen, mask=column < patches)
 
 
-# The count of words must be that of Python's float64 product, so ratio is not the float32 that Triton would take.
+# The count of tokens must be that of Python's float64 product, so ratio is not the float32 that Triton would take.
 @triton.jit(do_not_specialize=["width", "ids_row_stride", "mask_id", "vocab_size", "draws"])
 def mask_text_kernel(
     ids_ptr,  # (B, L) int64
@@ -107,11 +107,11 @@ def mask_text_kernel(
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    words = tl.maximum(tl.load(lengths_ptr + row) - 2, 0)
-    is_word = inside & (column >= 1) & (column <= words)
+    token_count = tl.maximum(tl.load(lengths_ptr + row) - 2, 0)
+    is_token = inside & (column >= 1) & (column <= token_count)
     ids = tl.load(ids_ptr + row.to(tl.int64) * ids_row_stride + column, mask=inside, other=0)
     key, action, token = draw(seed_ptr, row, column, STREAM)
-    expected = words.to(tl.float64) * ratio
+    expected = token_count.to(tl.float64) * ratio
     if COMPLETION:
         count = expected.to(tl.int64) + 1
         if PUBLISHED:
@@ -119,24 +119,24 @@ def mask_text_kernel(
             for start in range(0, width, DRAWS):
                 index = start + tl.arange(0, DRAWS)
                 drawn, _, _ = draw(seed_ptr, row, index, STREAM)
-                drawn = tl.minimum(((drawn * words) >> 32) + 1, width - 1)
+                drawn = tl.minimum(((drawn * token_count) >> 32) + 1, width - 1)
                 drawn = tl.where((index < count) & (index < width), drawn, -1)
                 hits += tl.sum((column[:, None] == drawn[None, :]).to(tl.int32), 1)
-            selected = is_word & (hits > 0)
+            selected = is_token & (hits > 0)
         else:
-            selected = smallest(key, is_word, count)
+            selected = smallest(key, is_token, count)
         replaced = tl.zeros((BLOCK,), tl.int64) + mask_id
     else:
         if PUBLISHED:
-            selected = smallest(key, inside, draws) & is_word
+            selected = smallest(key, inside, draws) & is_token
         else:
-            selected = smallest(key, is_word, tl.maximum((expected + 0.5).to(tl.int64), 1))
+            selected = smallest(key, is_token, tl.maximum((expected + 0.5).to(tl.int64), 1))
         chance = (action >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2**-24
         replaced = tl.where(chance < 0.9, (token * vocab_size) >> 32, ids)
         replaced = tl.where(chance < 0.8, mask_id, replaced)
-    place = row.to(tl.int64) * width + column
-    tl.store(out_ptr + place, tl.where(selected, replaced, ids), mask=inside)
-    tl.store(selected_ptr + place, selected, mask=inside)
+    offset = row.to(tl.int64) * width + column
+    tl.store(out_ptr + offset, tl.where(selected, replaced, ids), mask=inside)
+    tl.store(selected_ptr + offset, selected, mask=inside)
 
 
 def select_patches(seed: Tensor, patches: int, count: int, batch: int, config: LaunchConfig | None = None) -> Tensor:

@@ -79,13 +79,13 @@ class Candidate:
 
 
 def _block(queries: int, keys: int, warps: int, stages: int | None = None) -> dict[str, int]:
-    found = {"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys, "num_warps": warps}
-    return found | ({"num_stages": stages} if stages else {})
+    values = {"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys, "num_warps": warps}
+    return values | ({"num_stages": stages} if stages else {})
 
 
 def _x_y_k(x: int, y: int, k: int, warps: int, stages: int | None = None) -> dict[str, int]:
-    found = {"BLOCK_X": x, "BLOCK_Y": y, "BLOCK_K": k, "num_warps": warps}
-    return found | ({"num_stages": stages} if stages else {})
+    values = {"BLOCK_X": x, "BLOCK_Y": y, "BLOCK_K": k, "num_warps": warps}
+    return values | ({"num_stages": stages} if stages else {})
 
 
 def _rows(rows: int, columns: int, warps: int) -> dict[str, int]:
@@ -315,9 +315,9 @@ _TABLE = [
 
 def groups() -> list[list[Candidate]]:
     """Most important first; in each the present configuration, then the others by promise."""
-    found = []
+    all_groups: list[list[Candidate]] = []
     for op, name, pass_, choice, space in _TABLE:
         size = next(s for s in (*SPECS[op].sizes, *STEP_SIZES.get(op, ())) if s.name == name)
-        found.append([Candidate(op, size, pass_, choice)])
-        found[-1] += [Candidate(op, size, pass_, choice, *values) for values in space]
-    return found
+        all_groups.append([Candidate(op, size, pass_, choice)])
+        all_groups[-1] += [Candidate(op, size, pass_, choice, *values) for values in space]
+    return all_groups

@@ -120,10 +120,14 @@ def write_plan(rows: list[dict[str, Any]], file: Path = PLAN) -> None:
     """Write what ``survivors`` reads."""
     import triton
 
-    about = {"triton": triton.__version__, "target": "sm_90", "predicted": "time over that of the present one, a guess"}
+    header = {
+        "triton": triton.__version__,
+        "target": "sm_90",
+        "predicted": "time over that of the present one, a guess",
+    }
     # A candidate a line, so that a difference can be read.
     lines = ",\n".join(json.dumps(row) for row in rows)
-    file.write_text(f'{json.dumps(about)[:-1]}, "candidates": [\n{lines}\n]}}\n')
+    file.write_text(f'{json.dumps(header)[:-1]}, "candidates": [\n{lines}\n]}}\n')
 
 
 def survivors(file: Path = PLAN) -> set[str]:

@@ -11,16 +11,16 @@ MAX_COST_RATIO = 0.97
 
 def report(rows: list[dict[str, Any]]) -> str:
     """Present and best of every choice, then in words what to change; from records of ``records.read``."""
-    found: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    choices: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         if row["case"].startswith("tune/"):
-            found[row["device"], row["op"], row["size"], row["pass"], row["choice"]].append(row)
-    if not found:
+            choices[row["device"], row["op"], row["size"], row["pass"], row["choice"]].append(row)
+    if not choices:
         return "No records of tuning."
     lines = ["| op | size | pass | choice | present µs | floor | best | µs | ratio | predicted | tried |"]
     lines.append("|" + "---|" * 11)
     advice, bad = [], []
-    for (_, op, size, pass_, choice), group in found.items():
+    for (_, op, size, pass_, choice), group in choices.items():
         measured = [row for row in group if row["outcome"] == "measured"]
         bad += [f"- {row['case']}: {row['outcome']}, {row['problem']}" for row in group if row not in measured]
         present = next((row for row in measured if row["config"] == "present"), None)

@@ -101,17 +101,17 @@ def tune(
                 return
             begin = time.monotonic()
             wait(jobs.get(candidate, ()))
-            found = measure(candidate)
-            if found["outcome"] == "measured":
+            outcome = measure(candidate)
+            if outcome["outcome"] == "measured":
                 cost = SPECS[candidate.op].cost(candidate.size.values, 2)
                 least = lower_bound(cost, candidate.pass_, rates)
-                present = found["seconds"] if candidate is group[0] else present
-                found |= {"floor_seconds": least, "roofline_fraction": least / found["seconds"]}
-                found |= {"ratio": found["seconds"] / present, "present_seconds": present}
-            about = {"op": candidate.op, "size": candidate.size.name, "dtype": "bfloat16", "pass": candidate.pass_}
-            about |= {name: getattr(candidate, name) for name in ("choice", "config", "predicted", "reason")}
-            record(f"tune/{candidate}", run=run, took=round(time.monotonic() - begin, 2), **about, **found)
-            if found["outcome"] == "failed" and lost():
+                present = outcome["seconds"] if candidate is group[0] else present
+                outcome |= {"floor_seconds": least, "roofline_fraction": least / outcome["seconds"]}
+                outcome |= {"ratio": outcome["seconds"] / present, "present_seconds": present}
+            described = {"op": candidate.op, "size": candidate.size.name, "dtype": "bfloat16", "pass": candidate.pass_}
+            described |= {name: getattr(candidate, name) for name in ("choice", "config", "predicted", "reason")}
+            record(f"tune/{candidate}", run=run, took=round(time.monotonic() - begin, 2), **described, **outcome)
+            if outcome["outcome"] == "failed" and lost():
                 return
             if present is None:
                 break

@@ -183,15 +183,15 @@ def check(rows: list[Row], budget: dict[str, Any]) -> list[str]:
     kernels, names = budget["kernels"], {row.name for row in rows if "sm_90" in row.targets}
     problems = []
     for row in rows:
-        own = kernels.get(row.name)
-        found = broken_rules(row, own and own.get("reason"))
+        recorded = kernels.get(row.name)
+        broken = broken_rules(row, recorded and recorded.get("reason"))
         if row.name not in names:
             pass  # not launched on sm_90, of which alone there is a budget
-        elif own is None:
-            found.append("not in the budget")
+        elif recorded is None:
+            broken.append("not in the budget")
         elif row.used is not None and budget["triton"] == TRITON:
-            found += worse(row.used, own)
-        problems += [f"{row.name}: {problem}" for problem in found]
+            broken += worse(row.used, recorded)
+        problems += [f"{row.name}: {problem}" for problem in broken]
     return problems + [f"{name}: in the budget, but no such kernel" for name in kernels if name not in names]
 
 

@@ -156,15 +156,15 @@ _ADDRESS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-
 def longest_loop(text: str) -> int:
     """Instructions from where a branch goes back to up to that branch, the most of any; 0 without a loop."""
     lines = [(int(address, 16), operation, rest) for address, operation, rest in _ADDRESS.findall(text)]
-    places = [address for address, _, _ in lines]
+    addresses = [address for address, _, _ in lines]
     back = [
         (target, address)
         for address, operation, rest in lines
-        if operation.startswith("BRA") and (found := re.search(r"0x([0-9a-f]+)", rest))
+        if operation.startswith("BRA") and (target_address := re.search(r"0x([0-9a-f]+)", rest))
         # What ends every kernel is a branch to itself.
-        if (target := int(found[1], 16)) < address
+        if (target := int(target_address[1], 16)) < address
     ]
-    return max((sum(first <= place <= last for place in places) for first, last in back), default=0)
+    return max((sum(first <= instruction <= last for instruction in addresses) for first, last in back), default=0)
 
 
 def _width(operation: list[str]) -> int:
