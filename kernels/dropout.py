@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 
 from sclkern.random import STREAM_ATTENTION
+from sclkern.reference.attention import MAX_DROPOUT_KEYS
 
 DROPOUT_STREAM = tl.constexpr(STREAM_ATTENTION)
-# The counter is query << 16 | key // 8 in one word, hence at most 2^16 queries and 2^19 keys; see
-# ``reference.attention_dropout_mask``.
-QUERY_SHIFT = tl.constexpr(16)
+# One word of the counter holds query << 16 | key // 8, which is why there are limits.
+QUERY_SHIFT = tl.constexpr((MAX_DROPOUT_KEYS // 8).bit_length() - 1)
 
 
 @triton.jit

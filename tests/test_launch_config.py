@@ -189,11 +189,13 @@ def test_a_configuration_that_does_not_fit_is_refused(config, message):
 
 
 def test_a_row_that_does_not_fit_its_block_is_refused():
+    spec = SPECS["select_patches"]
+    inputs = spec.inputs({"B": 2, "K": 64}, torch.float32, "meta")
     with (
         override(["select_patches_kernel"], BLOCK=256),
         pytest.raises(ValueError, match="expected at least 324 columns"),
     ):
-        SPECS["select_patches"].launch(SPECS["select_patches"].inputs({"B": 2, "K": 64}, None, "meta"), 0.0, None)
+        spec.launch(inputs, 0.0, None)
     with pytest.raises(ValueError, match="kernels: got 'nothing'"), override(["nothing"], num_warps=1):
         pass
 
