@@ -20,7 +20,6 @@ from sclkern.ops.dispatch import Choice, interpreted
 _LIBRARY = torch.library.Library("sclkern", "FRAGMENT")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-NO_SECOND_DERIVATIVE = '{}: the kernel has no second derivative; backend="eager" has'
 # Every public op by name; ``public_op`` fills it.
 OPS: dict[str, Callable[..., Any]] = {}
 
@@ -81,6 +80,11 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Choice:
     return plan(**call.arguments)
 
 
+def second_derivative_error(name: str) -> RuntimeError:
+    """What every op raises where its backward is differentiated."""
+    return RuntimeError(f'{name}: the kernel has no second derivative; backend="eager" has')
+
+
 def register(
     name: str,
     forward: Callable[..., Any],
@@ -129,7 +133,7 @@ def register(
     setup, gradient = _autograd(op, backward_op, outputs.split(), gradients.split(), derive, finish)
 
     def no_second_derivative(ctx: Any, *_: Tensor | None) -> None:
-        raise RuntimeError(NO_SECOND_DERIVATIVE.format(name))
+        raise second_derivative_error(name)
 
     torch.library.register_autograd(f"sclkern::{name}", gradient, setup_context=setup, lib=_LIBRARY)
     torch.library.register_autograd(f"sclkern::{name}_backward", no_second_derivative, lib=_LIBRARY)

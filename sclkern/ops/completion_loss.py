@@ -13,7 +13,7 @@ from sclkern.distributed import compare, stack, world_size
 from sclkern.distributed import gather as gather_rows
 from sclkern.ops import _checks
 from sclkern.ops import completion_loss_tiled as tiled
-from sclkern.ops._registration import NO_SECOND_DERIVATIVE, kernels, public_op, register
+from sclkern.ops._registration import kernels, public_op, register, second_derivative_error
 from sclkern.ops.dispatch import Choice, logged, select_backend, takes_cpu_form
 
 DIRECTIONS = ("both", "recovered_to_complete")
@@ -179,7 +179,7 @@ class _AcrossRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: None) -> Any:
         if torch.is_grad_enabled():
-            raise RuntimeError(NO_SECOND_DERIVATIVE.format("completion_loss"))
+            raise second_derivative_error("completion_loss")
         needs = *ctx.needs_input_grad[:2], ctx.needs_input_grad[2] and ctx.learnable
         numbers = ctx.eps, ctx.offset, ctx.rows, *needs[:2]
         gradients = torch.ops.sclkern.completion_loss_backward(grad, *ctx.saved_tensors, *numbers)
