@@ -109,8 +109,8 @@ def check(
     if may_read(labels):
         wrong = ((labels < 0) | (labels >= weight.shape[0])) & (labels != ignore_index)
         if wrong.any():
-            expected = f"0 to {weight.shape[0] - 1} or {ignore_index}"
-            raise ValueError(f"labels: got {labels[wrong][0].item()}, expected {expected}")
+            label, last = labels[wrong][0].item(), weight.shape[0] - 1
+            raise ValueError(f"labels: got {label}, expected 0 to {last} or {ignore_index}")
 
 
 def _padded(columns: int) -> int:
