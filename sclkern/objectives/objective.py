@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -59,7 +59,7 @@ class Objective:
     unimodal_texts: tuple[TextVariant, ...] = ()
     weight: float | str = 1.0
     heads: tuple[str, ...] = ()
-    flops: Callable[[SCLConfig, Mapping[str, int]], float] | None = field(default=None)
+    flops: Callable[[SCLConfig, Mapping[str, int]], float] | None = None
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier() or self.name.startswith("_") or self.name in _RESERVED:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from sclkern.objectives.config import ObjectiveConfig
 from sclkern.ops.masking import mask_text, select_patches, select_tokens
 from sclkern.random import STREAM_ITM, below, random_words, smallest
 from sclkern.reference import MaskedText
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -51,7 +53,7 @@ class StepMasks:
         return drawn(self.itm_labels, "itm_labels").argsort(stable=True)[: self.num_negatives]
 
 
-def drawn(mask: Any, name: str) -> Any:
+def drawn(mask: T | None, name: str) -> T:
     """Return a mask that a plan needs.
 
     Args:
