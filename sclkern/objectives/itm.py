@@ -1,4 +1,8 @@
-"""ITM, image-text matching: does the image belong to the caption?"""
+"""ITM, image-text matching: does the image belong to the caption?
+
+``ObjectiveConfig.itm_negatives`` says where negative images come from. ``sclkern.step.masks`` draws which rows get one,
+and ``negative_images`` there chooses the image if it is another row's; ``batch["false_image"]`` comes from the loader.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which path an op takes, and why. ``sclkern.ops.explain`` gives the same answer as the op itself acts on.
+"""Which path an op takes, and why. ``sclkern.ops.explain`` returns the very choice that the op acts on.
 
 ``SCLKERN_BACKEND`` ("triton" or "eager") stands for "auto" where an op is not given a backend by name.
 ``SCLKERN_LOG=dispatch``, set before sclkern is imported, logs every distinct choice once to stderr (logger

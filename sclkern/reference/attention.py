@@ -96,8 +96,8 @@ def attention_dropout_mask(
 ) -> Tensor:
     """The dropout mask of attention; each element depends on (seed, b * H + h, query, key) alone, not on a length.
 
-    One call of Philox with 7 rounds serves eight neighbouring keys by the 16-bit halves of its four words, the low half
-    first.
+    ``dropout_keep_mask`` in ``kernels/dropout.py`` draws the same mask in the kernels. One call of Philox with 7 rounds
+    serves eight neighbouring keys by the 16-bit halves of its four words, the low half first.
 
     Args:
         batch: B, or the indices of the samples, (B,) int64.
