@@ -74,8 +74,9 @@ def dropout_add_layer_norm(
     parameters = weight.contiguous(), bias.contiguous(), None if x_bias is None else x_bias.contiguous()
     seed = seed_tensor(seed, x.device) if dropout_p > 0 else None
     out, total, *_ = _op(_rows(x), _rows(residual), *parameters, seed, float(dropout_p), float(eps), return_sum)
-    out = out.reshape(x.shape)
-    return (out, total.reshape(x.shape)) if return_sum else out
+    if x.ndim != 2:
+        out, total = out.reshape(x.shape), total.reshape(x.shape) if return_sum else total
+    return (out, total) if return_sum else out
 
 
 def plan(
@@ -106,7 +107,8 @@ def check(
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+    # Not a view of two dimensions as two: autograd would record it.
+    return (x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])).contiguous()
 
 
 def _forward(
