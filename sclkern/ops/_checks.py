@@ -90,7 +90,7 @@ def shape(form: str, expected: tuple[int | None, ...], **tensors: Tensor | None)
         if tensor is None:
             continue
         actual = _tensor(name, tensor).shape
-        if len(actual) != len(expected) or any(e is not None and a != e for a, e in zip(actual, expected, strict=True)):
+        if actual != expected and (len(actual) != len(expected) or _differ(actual, expected)):
             sizes = ", ".join("any" if size is None else str(size) for size in expected)
             sizes = f"({sizes},)" if len(expected) == 1 else f"({sizes})"
             raise ValueError(f"{name}: got shape {tuple(actual)}, expected {form} = {sizes}")
@@ -202,6 +202,10 @@ def seed(value: Any, device: torch.device, *, optional: bool = True) -> None:
     elif isinstance(value, bool) or not (isinstance(value, int | torch.SymInt) or (optional and value is None)):
         expected = "an int, an int64 tensor of one element" + (" or None" if optional else "")
         raise TypeError(f"seed: got {type(value).__name__}, expected {expected}")
+
+
+def _differ(actual: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    return any(e is not None and a != e for a, e in zip(actual, expected, strict=True))
 
 
 def _tensor(name: str, value: Any) -> Tensor:
