@@ -194,7 +194,7 @@ def select(op: str, pass_: str, dtype: torch.dtype, arch: str, **shapes: int) ->
 def select_kernels(
     kernels: tuple[str, ...], dtype: torch.dtype, arch: str, shapes: tuple[tuple[str, int], ...]
 ) -> tuple[LaunchConfig, ...]:
-    """As ``select``, for kernels by name and shapes as pairs, which can be remembered."""
+    """As ``select``, for kernels by name; shapes are pairs, because the cache needs hashable arguments."""
     if arch not in TABLES:
         raise ValueError(f"arch: got {arch!r}, expected one of {', '.join(TABLES)}")
     chosen = []
@@ -320,7 +320,7 @@ def check(config: LaunchConfig, shapes: Mapping[str, int]) -> None:
 
 
 def of_kernel(configs: Sequence[LaunchConfig], kernel: str) -> LaunchConfig:
-    """That of a kernel, which has to be among them.
+    """Find the configuration of a kernel.
 
     Args:
         configs: of ``resolve``.

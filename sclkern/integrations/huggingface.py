@@ -79,7 +79,7 @@ def attention(
         **options: further arguments of the interface.
 
     Returns:
-        The output (B, Lq, H, D), and the attention maps (B, H, Lq, Lk) if the model was asked for them, otherwise None.
+        The output (B, Lq, H, D), and the attention maps (B, H, Lq, Lk) if they were requested, otherwise None.
     """
     if options.get("output_attentions") or wants_maps(module):
         warn_once("attention maps are requested: computed with all scores in memory")

@@ -110,7 +110,7 @@ def select_backend(
         *tensors: the floating-point inputs of the op; None stands for an argument that is absent or unknown.
         backend: "triton" or "eager" by name; "auto" is ``SCLKERN_BACKEND`` where that is set, otherwise Triton where
             it can run.
-        unsupported: what this call asks for that the op's kernel cannot do, one reason each.
+        unsupported: reasons why the op's kernel cannot compute this call.
         device: where the op runs, for an op that takes no floating tensor.
 
     Returns:

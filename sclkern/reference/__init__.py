@@ -1,4 +1,4 @@
-"""The eager definition of every op in plain PyTorch: the only statement of what is right. One file an op.
+"""The eager definition of every op in plain PyTorch, the ground truth for the tests. One file for each op.
 
 It runs in any floating dtype (float64 for the truth of a test), supports double backward, and is the CPU path.
 

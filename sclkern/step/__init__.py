@@ -1,4 +1,4 @@
-"""The training step: which masks are drawn, which views are fused, which loss reads what, and how it is executed."""
+"""The training step: its masks, its plan (what is encoded, and what each loss reads), its losses and its execution."""
 
 from sclkern.step.config import StepConfig
 from sclkern.step.cuda_graph import CapturedStep, check_capture

@@ -1,4 +1,4 @@
-"""The plan of a step: which variants are encoded, which views are fused, and which tokens the losses read of each.
+"""The plan of a step: which variants are encoded, which views the fusion encoder reads, which tokens the losses read.
 
 The plan is the union of what the objectives of the recipe read; nothing else is computed. It depends on the options
 alone, never on a batch. (Views: SCL, arXiv 2211.13437, section 3; published scl_module.py and objectives.py.)

@@ -27,7 +27,7 @@ from sclkern.weights.files import read_json, read_tensors
 
 VALUE_TOLERANCE = 1e-4  # times max(1, largest recorded magnitude)
 NORM_TOLERANCE = 1e-3  # relative
-# A key's bias cancels in the softmax: its gradient is zero but for rounding, and so is the reference's.
+# A key's bias cancels in the softmax: its gradient is zero up to rounding, here and in the published code.
 NORM_FLOOR = 1e-6
 
 

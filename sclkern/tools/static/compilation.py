@@ -34,7 +34,7 @@ TABLE_OF = {"gfx950": "gfx942"}
 # What every kernel must compile for; the others on request.
 REQUIRED_TARGETS = ARCHITECTURES
 # Triton makes the same code for these as for the target beside them (the tensor-core instructions of sm_80) and takes
-# as much shared memory. A kernel that both launch in one configuration is compiled once, unless all are asked for.
+# as much shared memory. A kernel that both launch in one configuration is compiled once, unless all are requested.
 STAND_INS = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80"}
 MODULES = tuple(dict.fromkeys(module for spec in SPECS.values() for module in spec.kernels))
 
