@@ -96,7 +96,7 @@ def completion_loss_weights_kernel(
         # Those of a feature of zeros may be larger than float16 holds, and are multiplied by its zeros.
         weight /= tl.load(scale_ptr + x_row, mask=x < rows, other=1.0)[:, None]
         weight = tl.minimum(tl.maximum(weight, -65504.0), 65504.0)
-    # Told apart, so that the compiler knows the rows to lie on 16 bytes.
+    # A product with 8, so that the compiler knows that rows are aligned to 16 bytes.
     stride = eighths * 8
     out = weights_ptr + (group * strip + x_start) * stride + y_start
     out += tl.arange(0, BLOCK_X)[:, None] * stride + tl.arange(0, BLOCK_Y)[None, :]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-# A change is proposed from here on, and where the quartiles lie apart.
+# A change is proposed at this ratio or below, if the quartiles do not overlap.
 MAX_COST_RATIO = 0.97
 
 

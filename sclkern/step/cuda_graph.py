@@ -108,7 +108,7 @@ class CapturedStep:
         """
         model, network = self.model, self.network
         check_step(network.config, model.objectives, batch)
-        # What else a loader tells of a batch, such as names, no step reads.
+        # No step reads the other entries of a loader's batch, such as names.
         batch = {name: value for name, value in batch.items() if isinstance(value, (Tensor, int))}
         shapes = {k: (v.shape, v.dtype) if isinstance(v, Tensor) else v for k, v in batch.items()}
         # What was recorded with other settings of the model must not be replayed.
