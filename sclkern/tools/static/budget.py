@@ -1,8 +1,9 @@
 """The figures of every kernel compiled ahead of time, the rules they obey and the budget they are held to.
 
-The budget is recorded for one minor version of Triton, the one that an installation gets: another version's code has
-other figures, which would need a file of their own and an environment to renew it. With another version the rules
-alone are checked: everything compiles, nothing spills, tensor cores do every 16-bit product, addresses have 64 bits.
+The budget is recorded for one minor version of Triton: the code of another version has other figures, which would need
+a file and an environment for each. With another version only the rules are checked: everything compiles and fits,
+nothing spills, tensor cores do every 16-bit product, addresses have 64 bits. They hold from Triton 3.6 to 3.9;
+docs/tuning.md has a table of what each version does.
 """
 
 from __future__ import annotations
