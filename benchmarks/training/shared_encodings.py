@@ -71,14 +71,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "encodings", help="folder of the runs")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "encodings.png")
+    parser.add_argument("--picture", dest="image", type=Path, default=ROOT / "docs" / "encodings.png")
     options = parser.parse_args()
     folders = {(shared, seed): options.runs / f"{shared}_{seed}" for seed in range(options.seeds) for shared in COLORS}
     for (shared, seed), folder in folders.items():
         train(folder, shared, seed, options.steps)
     losses = summary(folders)
     records.append("training/demo/encodings", steps=options.steps, seeds=options.seeds, last=LAST_STEPS, losses=losses)
-    plot(folders, options.picture)
+    plot(folders, options.image)
     print(json.dumps(losses, indent=1))
 
 

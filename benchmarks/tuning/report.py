@@ -31,9 +31,9 @@ def report(rows: list[dict[str, Any]]) -> str:
         cells = [op, size, pass_, choice, f"{present['seconds'] * 1e6:.1f}", f"{present['roofline_fraction']:.0%}"]
         cells += [best["config"], f"{best['seconds'] * 1e6:.1f}", f"{best['ratio']:.2f}", f"{best['predicted']:.2f}"]
         lines.append(f"| {' | '.join([*cells, str(len(others))])} |")
-        apass_ = best["device_quartiles"][2] < present["device_quartiles"][0]
+        apart = best["device_quartiles"][2] < present["device_quartiles"][0]
         where = f"{op} {size} {pass_}"
-        if best["ratio"] <= MAX_COST_RATIO and apass_:
+        if best["ratio"] <= MAX_COST_RATIO and apart:
             kernels = " and ".join(best["sets"])
             advice.append(
                 f"- {where}: {best['config']} for {kernels} in kernels/config_tables.py "
