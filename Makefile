@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BUDGET ?= 540
+# Processes of pytest, one thread each.
+JOBS ?= 2
 RUN := $(VENV)/bin
 OLDEST := $(VENV)/oldest
 
@@ -19,17 +21,20 @@ demo: $(VENV)/.installed
 	$(RUN)/sclkern pretrain --config configs/demo.yaml --resume
 
 test: $(VENV)/.installed
-	$(RUN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not gpu" -n $(JOBS) --dist loadfile
 
 # The quick loop, under two minutes: everything but the tests that are marked slow, which interpret or compile kernels,
 # start other processes or train.
 quick: $(VENV)/.installed
-	$(RUN)/python -m pytest -q -m "not gpu and not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -m "not gpu and not slow" -n $(JOBS) --dist loadfile
 
 # One op, under a minute: its definition, its kernel in the interpreter, and what holds for every op. make test-op OP=name
 test-op: $(VENV)/.installed
-	@test -n "$(OP)" || { echo 'usage: make test-op OP=bias_gelu'; exit 2; }
-	$(RUN)/python -m pytest -q -m "not gpu" -n 2 -k "$(OP)" tests/ops
+	@test -f sclkern/tools/specs/$(OP).py || { echo "OP: got '$(OP)', expected an op, such as OP=bias_gelu"; exit 2; }
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -m "not gpu" -n $(JOBS) \
+		$(or $(wildcard tests/ops/test_$(OP).py tests/ops/test_$(OP)_*.py),$(wildcard tests/ops/test_masking*.py))
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -m "not gpu" -n $(JOBS) -k "$(OP) and not in_the_interpreter" \
+		tests/ops/test_every_op.py tests/ops/test_checks.py tests/ops/test_explain.py
 
 # The oldest Triton and transformers that are supported, laid over the same environment (with the newest numpy that this
 # Triton's interpreter takes, and what this transformers imports): every kernel compiles and obeys the rules, the tests of

@@ -19,6 +19,22 @@ hypothesis.settings.register_profile("sclkern", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("sclkern")
 
 
+# Files whose tests interpret or compile kernels, start other processes or train; `make quick` leaves them out.
+SLOW_FILES = (
+    "benchmarks/test_benchmarks.py", "benchmarks/test_gpu_runner.py", "benchmarks/test_pretraining.py",
+    "benchmarks/test_tuning.py", "cli/test_plan.py", "cli/test_pretrain.py", "contributing/test_ways.py",
+    "data/test_loader.py", "integrations/fuse/test_use.py", "ops/test_every_op.py", "step/test_plan.py",
+    "step/test_step.py", "test_distributed.py", "test_packaging.py", "tools/static/test_static.py",
+    "tools/test_parity.py", "training/test_resume.py", "training/test_saved_runs.py", "training/test_validation.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.as_posix().endswith(SLOW_FILES) or item.name.startswith("test_in_the_interpreter"):
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

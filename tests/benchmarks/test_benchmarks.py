@@ -150,6 +150,7 @@ def test_a_wrong_draw_is_not_timed(monkeypatch):
 def test_a_wrong_op_leaves_no_record(tmp_path):
     (tmp_path / "broken.py").write_text(BROKEN)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)  # benchmarks refuse to run in a worker
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "broken", "--benchmark-only"]
     command += ["benchmarks/cases/test_ops.py", "--results", str(tmp_path / "results")]
     command += ["-k", "bias_gelu and forward and (sclkern or eager)"]

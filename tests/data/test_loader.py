@@ -137,13 +137,14 @@ def test_without_end_one_epoch_follows_the_other(num_workers: int) -> None:
 
 
 def test_workers_go_on_from_one_epoch_to_the_next(make: Make) -> None:
+    others = {process.pid for process in multiprocessing.active_children()}  # such as compilers of other tests
     loader = PairLoader(make(), batch_size=20, shuffle=True, seed=0, num_workers=1)
     batches = loader.endless(0)
     workers = set()
     for _ in range(3 * len(loader)):
         next(batches)
         workers.update(process.pid for process in multiprocessing.active_children())
-    assert len(workers) == 1
+    assert len(workers - others) == 1
 
 
 def test_samples_depend_on_seed_epoch_and_pair_alone() -> None:
