@@ -288,7 +288,7 @@ def test_a_detached_side_leaves_the_other_as_it_is_across_ranks(ranks):
         ("gather", ["features: got rank 0 (4, 5) float32, rank 1 (3, 5) float32", "expected the same on every rank"]),
     ],
 )
-def test_ranks_that_differ_are_told_so_on_every_rank(ranks, name, parts):
+def test_ranks_that_differ_raise_on_every_rank(ranks, name, parts):
     for results in ranks:
         assert all(part in results["mistakes"][name] for part in parts), results["mistakes"][name]
 

@@ -68,7 +68,7 @@ def test_a_trace_gives_the_peak_of_memory_and_the_phases():
     assert profiler_trace.device_counts(trace) == {"launches": 0, "kernels": 0}
 
 
-def test_launches_and_kernels_are_counted_apart():
+def test_launches_and_kernels_are_counted_separately():
     names = [
         ("cuda_runtime", "cudaGraphLaunch"),
         ("cuda_runtime", "cudaStreamSynchronize"),

@@ -55,7 +55,7 @@ def rows(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_an_outcome_is_recorded_and_told_in_few_lines(run, stage, capsys):
+def test_an_outcome_is_recorded_and_summarised(run, stage, capsys):
     assert runner.execute([stage()], run) == 1
     row, summary = rows(run.records)
     assert (row["passed"], row["failed"], row["skipped"], row["finished"]) == (1, 2, 1, True)
@@ -121,7 +121,7 @@ def test_a_file_that_cannot_be_imported_is_a_failure(run, stage):
     assert "no_such_package" in next(iter(row["failures"].values()))
 
 
-def test_a_missing_tool_is_told(run, stage):
+def test_a_missing_tool_is_reported(run, stage):
     row = run.run(stage(prefix=["no-such-sanitizer"]), 60)
     assert row["problem"] == "no-such-sanitizer is not on PATH" and not row["finished"]
 

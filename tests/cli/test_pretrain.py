@@ -65,7 +65,7 @@ def test_the_saved_configuration_repeats_the_run(finished, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_a_finished_run_is_reported_anew(finished):
+def test_a_finished_run_is_reported_again(finished):
     before = (finished / "report.md").read_text()
     (finished / "report.md").unlink()
     assert main(["pretrain", *overrides(finished, run__val_every=3), "--resume"]) == 0

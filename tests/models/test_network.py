@@ -137,7 +137,7 @@ def test_an_unknown_backend_is_refused(make_model):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_a_head_exists_when_it_is_asked_for(make_model, head):
+def test_a_head_exists_when_the_config_lists_it(make_model, head):
     parts = {
         "itm": {"itm_head"}, "mlm": {"mlm_head"}, "itc": {"text_projection", "image_projection", "temperature"},
         "vqa": {"vqa_head"}, "nlvr2": {"nlvr2_head"}, "rank": {"rank_head"},

@@ -131,7 +131,7 @@ def tokens_and_gradients(encode, vision, x, grad):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize(("dtype", "autocast"), [(torch.float64, False), (torch.float32, False), (torch.float32, True)])
-def test_a_sum_with_its_norm_has_the_bits_of_both_apart(make_model, dtype, autocast, checkpointed):
+def test_a_sum_with_its_norm_has_the_bits_of_separate_ops(make_model, dtype, autocast, checkpointed):
     vision = make_model(dtype=dtype, vision_layers=3).vision
     vision.execution.checkpoint_blocks = checkpointed
     x, grad = torch.randn(2, 17, 64, dtype=dtype, requires_grad=True), torch.randn(2, 17, 64, dtype=dtype)

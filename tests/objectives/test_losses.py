@@ -79,7 +79,7 @@ DIRECTIONS = [("both", True), ("published", True), ("recovered_to_complete", Fal
 
 
 @pytest.mark.parametrize("directions, both", DIRECTIONS)
-def test_vision_completion_contrasts_each_frame_apart(directions, both):
+def test_vision_completion_contrasts_each_frame_separately(directions, both):
     recovered, complete = features(4, 3, 5)
     loss = L.masked_vision_semantic_completion(recovered, complete, temperature=TEMPERATURE, directions=directions)
     frames = [info_nce(recovered[:, f], complete[:, f], TEMPERATURE, both) for f in range(3)]

@@ -113,7 +113,7 @@ def test_bad_input_is_named(changes, error, message):
 
 @pytest.mark.skipif(KERNELS_RUN, reason="of the CPU path")
 @pytest.mark.parametrize("value", [0.0, -0.01, -0.5, float("nan")])
-def test_a_learned_temperature_that_diverged_is_told_by_the_loss(value, monkeypatch):
+def test_a_learned_temperature_that_diverged_shows_in_the_loss(value, monkeypatch):
     """A value of the model's, not an argument that somebody got wrong: no error, and what the definition gives."""
     monkeypatch.setattr(sys.modules["sclkern.ops.completion_loss"], "MAX_EAGER_ROWS", -1)
     torch.manual_seed(0)

@@ -26,7 +26,7 @@ def test_values_on_a_device_are_read_in_debugging_alone(monkeypatch):
     assert may_read(there)
 
 
-def test_what_the_kernels_cannot_take_is_told():
+def test_unsupported_arguments_are_reported():
     tensors = inputs()
     images = tensors["images"].requires_grad_()
     assert "images require a gradient, which the kernels do not compute" in str(ops.explain("embed_patches", images))

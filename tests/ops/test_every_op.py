@@ -84,7 +84,7 @@ def test_eager_gives_the_same(name):
 
 
 @every_op
-def test_an_unknown_backend_is_told(name):
+def test_an_unknown_backend_is_refused(name):
     with pytest.raises(ValueError, match=r"backend: got 'cuda', expected one of auto, triton, eager"):
         getattr(ops, name)(**build(name), backend="cuda")
 

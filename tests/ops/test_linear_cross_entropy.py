@@ -162,7 +162,7 @@ def test_ignored_rows_do_not_leak(backend, garbage):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_banned_words_have_no_part():
+def test_banned_tokens_take_no_part():
     hidden, weight, bias, labels = inputs(9, 30, ignored=0.0)
     bias[20:] = -math.inf
     labels %= 20

@@ -105,7 +105,7 @@ def test_masks_repeat_with_the_seed_and_change_with_it(name):
     assert torch.equal(text_masks(3)[name], text_masks(torch.tensor(3))[name])
 
 
-def test_masks_of_one_seed_are_drawn_apart():
+def test_masks_of_one_seed_are_independent():
     masks = [mask[:, 1:16] for mask in text_masks(5).values()]
     for a, b in permutations(masks, 2):
         assert not torch.equal(a, b)
@@ -119,7 +119,7 @@ def test_rows_of_equal_captions_get_different_masks():
 class TestMaskText:
     @given(lengths=LENGTHS, ratio=RATIOS, seed=SEEDS, more=st.integers(0, 6), published=st.booleans())
     @pytest.mark.parametrize("kind", ["mlm", "completion"])
-    def test_selects_words_alone_and_leaves_the_rest(self, kind, lengths, ratio, seed, more, published):
+    def test_selects_only_caption_tokens(self, kind, lengths, ratio, seed, more, published):
         ids, (read, selected) = masked(lengths, kind, ratio, seed, max(lengths) + more, published=published)
         assert not selected[ids <= 2].any(), (ids, selected)
         assert torch.equal(read.where(~selected, ids), ids)
@@ -147,13 +147,13 @@ class TestMaskText:
 
     @pytest.mark.parametrize("published", [False, True])
     @pytest.mark.parametrize("kind", ["mlm", "completion"])
-    def test_a_caption_without_words_gets_no_target(self, kind, published):
+    def test_a_caption_without_tokens_gets_no_target(self, kind, published):
         ids, (read, selected) = masked([2, 9], kind, published=published)
         assert not selected[0].any()
         assert torch.equal(read[0], ids[0])
 
     @given(lengths=st.lists(st.integers(3, 18), min_size=1, max_size=5), ratio=RATIOS, seed=SEEDS)
-    def test_mlm_gives_every_caption_with_a_word_a_target(self, lengths, ratio, seed):
+    def test_mlm_gives_every_caption_with_a_token_a_target(self, lengths, ratio, seed):
         assert masked(lengths, "mlm", ratio, seed)[1].selected.any(1).all()
 
     def test_reference_mlm_draws_over_the_padded_width_and_may_give_no_target(self):

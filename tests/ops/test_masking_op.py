@@ -47,7 +47,7 @@ def test_kernels_select_what_the_reference_selects(patches):
 @needs_kernels
 @pytest.mark.parametrize(("kind", "published"), KINDS)
 @pytest.mark.parametrize("ratio", [0.0, 0.4, 1.0])
-def test_kernel_masks_the_words_that_the_reference_masks(kind, published, ratio):
+def test_kernel_masks_the_tokens_that_the_reference_masks(kind, published, ratio):
     ids, lengths = captions()
     for seed in (3, torch.tensor([2**62 + 5], device=DEVICE)):
         assert_text_is_that_of_the_reference(ids, lengths, kind=kind, published=published, ratio=ratio, seed=seed)

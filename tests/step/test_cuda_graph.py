@@ -114,7 +114,7 @@ def test_gradients_that_others_left_are_added_to():
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_other_settings_of_the_model_are_recorded_anew():
+def test_other_settings_of_the_model_are_captured_again():
     model, batch = make(), batch_of(*WIDTHS[0], 1) | {"names": ["a", "b", "c", "d"]}
     captured = Emulated(model)
     captured(batch, 1)

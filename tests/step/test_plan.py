@@ -24,7 +24,7 @@ STEPS = [
 WORDS, PADDED, ROWS = 9, 12, 2
 
 
-def attend_apart(query, key, value, cu_seqlens_q, cu_seqlens_k, *_, **__):
+def attend_separately(query, key, value, cu_seqlens_q, cu_seqlens_k, *_, **__):
     """Packed attention a sequence at a time: the definition pads, and would be counted with its padding."""
     ends = [zip(cu.tolist(), cu.tolist()[1:], strict=False) for cu in (cu_seqlens_q, cu_seqlens_k)]
     parts = [
@@ -61,7 +61,7 @@ def test_the_arithmetic_is_what_is_executed(make_batch, monkeypatch, recipe, neg
     # Two heads, so that absorbing costs what it should; one layer more than the pruned one.
     config = SCLConfig.preset("tiny").replace(width=128, vision_layers=1, text_layers=1, max_frames=2)
     model = SCLModel(config, objectives, step).eval().set_backend("eager")
-    monkeypatch.setattr(ops, "packed_attention", attend_apart)
+    monkeypatch.setattr(ops, "packed_attention", attend_separately)
     batch = make_batch(ROWS, frames=frames, lengths=[WORDS] * ROWS, width=PADDED, false_image=True, dtype=torch.float32)
     batch["text_tokens"] = ROWS * WORDS
     masks = masks_of(model, batch, 0)

@@ -117,7 +117,7 @@ def test_hard_negatives_need_the_contrast_and_train_nothing_by_it(make_model, ma
         without(make_batch(), seed=0)
 
 
-def test_what_is_not_read_is_not_asked_for(make_model, make_batch):
+def test_heads_that_nothing_reads_are_not_required(make_model, make_batch):
     # No ITM: no negative image, one row is enough, and its head may be missing.
     model = make_model(ObjectiveConfig(recipe=("mlm", "itc"), itm_negatives="dataset"), heads=("mlm", "itc"))
     assert model(make_batch(1), seed=0).total.isfinite()

@@ -31,8 +31,8 @@ def restated(model, batch, masks):
     def fused(text_ids=ids, pixels=image, **masking):
         return model.run_fusion(model.encode_text(text_ids, mask), mask, model.encode_image(pixels, **masking))
 
-    text, picture = model.project(model.encode_text(ids, mask)[:, 0], model.encode_image(image).cls)
-    itc = contrast(picture, text, model.temperature)
+    text, image_features = model.project(model.encode_text(ids, mask)[:, 0], model.encode_image(image).cls)
+    itc = contrast(image_features, text, model.temperature)
 
     pixels = image.clone()
     for i in range(rows):

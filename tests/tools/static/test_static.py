@@ -104,7 +104,7 @@ def test_a_product_without_wgmma_needs_a_reason():
     assert broken_rules(row, reason="16 rows are fewer than wgmma takes") == []
 
 
-def test_spills_and_registers_are_told():
+def test_spills_and_registers_are_reported():
     used, *rest = inspect(compile_entry(probe(too_much_at_once, block=8192, warps=1), "sm_90"))
     (spills,) = broken_rules(Row("probe", used, *rest))
     assert spills.startswith("spills: ") and "spills: 0" not in spills
@@ -115,7 +115,7 @@ def planned(entry, *targets):
     return Compilation(entry_name(entry), entry, targets, {target: (target,) for target in targets})
 
 
-def test_a_kernel_that_does_not_compile_is_told_and_stops_nothing():
+def test_a_kernel_that_does_not_compile_is_reported_and_stops_nothing():
     wrong = probe(tiny_product) | {"signature": {"x_ptr": "*bf16", "out_ptr": "i32"}}
     first, second = measure([planned(entry, "sm_90", "gfx942") for entry in (wrong, probe(rows_in_64_bits))])
     assert set(first.errors) == {"sm_90", "gfx942"} and first.used is None
@@ -134,7 +134,7 @@ def test_each_target_is_checked_in_the_configuration_that_it_selects():
     assert sum(len(one.targets) for one in every) > sum(len(one.targets) for one in COMPILATIONS.values())
 
 
-def test_too_much_shared_memory_is_told_for_the_target_that_lacks_it():
+def test_too_much_shared_memory_is_reported_for_its_target():
     wide = probe(tiny_product, block=128, warps=8) | {"signature": {"x_ptr": "*fp32", "out_ptr": "*fp32"}}
     (row,) = measure([Compilation("wide", wide, ("sm_80",), {"sm_80": ("sm_80", "sm_86")})])
     assert row.targets == ["sm_80", "sm_86"] and list(row.errors) == ["sm_86"]
@@ -238,6 +238,6 @@ def test_another_version_of_triton_is_held_to_the_rules_alone():
         (["--check", "--budget", "none.json"], "none.json does not exist"),
     ],
 )
-def test_mistakes_are_told_in_one_line(options, told, capsys):
+def test_mistakes_are_explained_in_one_line(options, told, capsys):
     assert main(["bench", "static", *options]) == 2
     assert told in capsys.readouterr().err
