@@ -8,7 +8,8 @@ from torch import nn
 
 import sclkern
 from sclkern import UserError, ops
-from sclkern.integrations.huggingface import _warn_once, key_padding
+from sclkern.integrations.huggingface.masks import key_padding
+from sclkern.integrations.huggingface.warn import _warn_once
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,9 @@ def test_padding_and_dropout_reach_the_op(make, monkeypatch):
         calls.append((tuple(query.shape), options))
         return ops.attention(query, key, value, **options)
 
-    monkeypatch.setattr("sclkern.integrations.huggingface.ops", type("ops", (), {"attention": staticmethod(spy)}))
+    monkeypatch.setattr(
+        "sclkern.integrations.huggingface.interface.ops", type("ops", (), {"attention": staticmethod(spy)})
+    )
     for layer in model.encoder.layer:
         layer.attention.self.dropout.p = 0.25
     model(**inputs)
@@ -59,7 +62,7 @@ def test_without_padding_no_mask(make, monkeypatch):
     model, inputs = make("bert", attn_implementation="sclkern")
     masks = []
     monkeypatch.setattr(
-        "sclkern.integrations.huggingface.key_padding",
+        "sclkern.integrations.huggingface.interface.key_padding",
         lambda mask, *sizes: masks.append(mask) or key_padding(mask, *sizes),
     )
     model(inputs["input_ids"], attention_mask=torch.ones_like(inputs["input_ids"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sclkern import ops
-from sclkern.integrations.huggingface import key_padding, wants_maps, warn_once
+from sclkern.integrations.huggingface.maps import wants_maps
+from sclkern.integrations.huggingface.masks import key_padding
+from sclkern.integrations.huggingface.warn import warn_once
 from sclkern.nn.linear_gelu import linear_gelu
 from sclkern.ops.dispatch import select_backend
 
@@ -18,19 +19,6 @@ from sclkern.ops.dispatch import select_backend
 GeluKind = Literal["none", "tanh", "quick"]
 # Arguments of a forward that do not change the result of an attention without a cache.
 _HARMLESS = ("cache_position", "num_items_in_batch", "output_hidden_states", "position_ids", "return_dict", "use_cache")
-
-
-@dataclass
-class MapRequest:
-    """Whether a model was last called with ``output_attentions=True``.
-
-    The value stays until the next call, because gradient checkpointing repeats the forward during the backward.
-
-    Attributes:
-        wanted: whether attention maps are to be returned.
-    """
-
-    wanted: bool = False
 
 
 class Fused(nn.Module):
@@ -74,6 +62,26 @@ def _rebuild(original: type[nn.Module], mixin: type[Fused]) -> nn.Module:
     cls = fused_class(original, mixin)
     module: nn.Module = cls.__new__(cls)
     return module
+
+
+class Swap(NamedTuple):
+    """What replaces a module.
+
+    Attributes:
+        by: the replacement's name in the report.
+        cls: class that the module gets.
+        attributes: attributes that are set on it.
+        children: child modules that must be replaced too, each with its swap.
+    """
+
+    by: str
+    cls: type[nn.Module]
+    attributes: dict[str, Any]
+    children: tuple[tuple[nn.Module, Swap], ...] = ()
+
+
+# A rule's answer for a module: None (not of the kind), how to replace it, or the reason why it is left.
+Verdict = Swap | str | None
 
 
 class FusedOutput(Fused):
@@ -234,25 +242,6 @@ class FusedPackedAttention(_FusedAttention):
     def _attend(self, hidden, context, padding):
         query, key, value = self.qkv(hidden).unflatten(-1, (3, self._sclkern.heads, -1)).unbind(2)
         return self.projection(self._attention(query, key, value, padding))
-
-
-class FusedContrast(Fused):
-    """CLIP's and BLIP's model with an image-text contrastive loss, computed by ``ops.completion_loss``."""
-
-    config: Any
-    logit_scale: Tensor
-
-    def forward(self, *args, **options):
-        """Compute the model without its loss, then the loss."""
-        as_tuple = options.get("return_dict", getattr(self.config, "return_dict", True)) is False
-        if as_tuple or not options.get("return_loss"):
-            return super().forward(*args, **options)
-        out = super().forward(*args, **{**options, "return_loss": False})
-        loss = ops.completion_loss(
-            out.text_embeds, out.image_embeds, temperature=torch.exp(-self.logit_scale), gather=None
-        )
-        # The op adds the two directions; these models average them.
-        return type(out)(**{**out, "loss": loss / 2})
 
 
 def _unsupported(module: nn.Module, arguments: dict[str, Any]) -> str | None:

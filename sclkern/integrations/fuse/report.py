@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import sys
 from collections.abc import Callable, Iterable
@@ -12,13 +11,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from sclkern.errors import UserError
-from sclkern.integrations import huggingface
-from sclkern.integrations.fuse.modules import Fused, MapRequest
-from sclkern.integrations.fuse.rules import RULES, Swap, dispatches
-
-IMPLEMENTATION = "sclkern"
-# Attention implementations of Hugging Face that use torch, and that ours may replace.
-_REPLACEABLE = ("eager", "sdpa")
+from sclkern.integrations.fuse.modules import Fused, Swap
+from sclkern.integrations.fuse.rules import RULES
+from sclkern.integrations.huggingface.fusing import configure, dispatches, obstacle
 
 
 class Replaced(NamedTuple):
@@ -165,10 +160,14 @@ def _fuse(model: nn.Module, names: tuple[str, ...], report: FuseReport) -> None:
                 report.replaced.append(Replaced(path, original.__name__, verdict.by))
                 if name == "attention" and original is not nn.MultiheadAttention:
                     attentions.append(module)
-    if dispatching:
-        attentions += _replaceable(dispatching, report)
+    for path, module in dispatching:
+        if reason := obstacle(module):
+            report.left.append(Left(path, type(module).__name__, reason))
+        else:
+            report.replaced.append(Replaced(path, type(module).__name__, "ops.attention, by Hugging Face's interface"))
+            attentions.append(module)
     if attentions and "transformers" in sys.modules:
-        _configure(model, attentions, report)
+        configure(model, attentions, report._undo)
 
 
 def _apply(module: nn.Module, swap: Swap, report: FuseReport) -> None:
@@ -179,71 +178,3 @@ def _apply(module: nn.Module, swap: Swap, report: FuseReport) -> None:
     module.__class__ = swap.cls
     for child, child_swap in swap.children:
         _apply(child, child_swap, report)
-
-
-def _replaceable(dispatching: list[tuple[str, nn.Module]], report: FuseReport) -> list[nn.Module]:
-    """The modules whose attention implementation may be replaced; all are reported."""
-    modules = []
-    for path, module in dispatching:
-        config: Any = module.config
-        name, implementation = type(module).__name__, config._attn_implementation
-        if implementation == IMPLEMENTATION:
-            report.left.append(Left(path, name, "fused already"))
-        elif implementation not in (*_REPLACEABLE, None):
-            report.left.append(Left(path, name, f"its attention is {implementation!r} by choice"))
-        else:
-            report.replaced.append(Replaced(path, name, "ops.attention, by Hugging Face's interface"))
-            modules.append(module)
-    return modules
-
-
-def _configure(model: nn.Module, attentions: list[nn.Module], report: FuseReport) -> None:
-    """Select our attention and masks in Hugging Face configurations, and pass on requests for attention maps.
-
-    Args:
-        model: the model that is fused. Its configurations are replaced by copies, since other models may share them.
-        attentions: fused attention modules.
-        report: gets the steps that undo this.
-    """
-    # Imported in a function: transformers is loaded already, see ``_fuse``, and sclkern works without it.
-    from transformers import PreTrainedModel
-
-    owners = {path: module for path, module in model.named_modules() if isinstance(module, PreTrainedModel)}
-    huggingface.register_attention(IMPLEMENTATION)
-    requests = {path: MapRequest() for path in owners}
-    selected: dict[int, Any] = {}
-    attention_ids = {id(module) for module in attentions}
-    for path, module in model.named_modules():
-        if id(module) not in attention_ids:
-            continue
-        around = [owner for owner in owners if _within(path, owner)]
-        # Any model around may make the masks: BridgeTower makes those of its text model itself.
-        configs = [owners[owner].config for owner in around] + ([module.config] if dispatches(module) else [])
-        selected |= {id(config): config for config in configs if config._attn_implementation in _REPLACEABLE}
-        if around:
-            module.__dict__["_sclkern_maps"] = requests[max(around, key=len)]
-            report._undo.append(functools.partial(module.__dict__.pop, "_sclkern_maps", None))
-    for path, owner in owners.items():
-        inner = [request for other, request in requests.items() if _within(other, path)]
-        handle = owner.register_forward_pre_hook(functools.partial(_note_request, inner), with_kwargs=True)
-        report._undo.append(handle.remove)
-    copies: dict[int, Any] = {}
-    for module in model.modules() if selected else ():
-        config = module.__dict__.get("config")
-        if config is not None and hasattr(config, "_attn_implementation"):
-            report._undo.append(functools.partial(setattr, module, "config", config))
-            module.config = copy.deepcopy(config, copies)
-    for config in selected.values():
-        copies[id(config)]._attn_implementation_internal = IMPLEMENTATION
-
-
-def _within(path: str, owner: str) -> bool:
-    return not owner or path == owner or path.startswith(f"{owner}.")
-
-
-def _note_request(requests: list[MapRequest], module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    wanted = options.get("output_attentions")
-    if wanted is None:
-        wanted = getattr(module.config, "output_attentions", False)
-    for request in requests:
-        request.wanted = bool(wanted)

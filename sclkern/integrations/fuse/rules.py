@@ -7,34 +7,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from sclkern import nn as fused_nn
 from sclkern.integrations.fuse import modules as fused
 from sclkern.integrations.fuse import trial
-from sclkern.integrations.fuse.modules import Attention, Block, Fused, Gelu, is_plain
-
-
-class Swap(NamedTuple):
-    """What replaces a module.
-
-    Attributes:
-        by: the replacement's name in the report.
-        cls: class that the module gets.
-        attributes: attributes that are set on it.
-        children: child modules that must be replaced too, each with its swap.
-    """
-
-    by: str
-    cls: type[nn.Module]
-    attributes: dict[str, Any]
-    children: tuple[tuple[nn.Module, Swap], ...] = ()
-
-
-# A rule's answer for a module: None (not of the kind), how to replace it, or the reason why it is left.
-Verdict = Swap | str | None
+from sclkern.integrations.fuse.contrast import completion_loss
+from sclkern.integrations.fuse.modules import Attention, Block, Fused, Gelu, Swap, Verdict, is_plain
 
 
 def dropout_add_layer_norm(module: Any) -> Verdict:
@@ -115,7 +96,7 @@ def _gelu_in_block(module: Any) -> Verdict:
 
 
 def attention(module: Any) -> Verdict:
-    """Attention with its own forward; see ``dispatches`` for modules that use Hugging Face's interface."""
+    """Attention with its own forward; ``huggingface.fusing`` has modules that use Hugging Face's interface."""
     if type(module) is nn.MultiheadAttention:
         return Swap("nn.MultiheadAttention", fused_nn.MultiheadAttention, {"backend": "auto"})
     separate = _has_children(module, "query", "key", "value", "dropout")
@@ -151,11 +132,6 @@ def attention(module: Any) -> Verdict:
     return _swap(module, cls, "ops.attention", actual, expected, _sclkern=settings)
 
 
-def dispatches(module: nn.Module) -> bool:
-    """Whether the module takes its attention from ``transformers.AttentionInterface``."""
-    return "ALL_ATTENTION_FUNCTIONS" in _forward_names(module) and hasattr(module, "config")
-
-
 def transformer_encoder(module: Any) -> Verdict:
     """``torch.nn.TransformerEncoderLayer`` and ``TransformerEncoder``."""
     if type(module) is nn.TransformerEncoderLayer:
@@ -170,16 +146,6 @@ def transformer_encoder(module: Any) -> Verdict:
     return None
 
 
-def completion_loss(module: Any) -> Verdict:
-    """The contrastive loss of ``transformers.CLIPModel`` and ``BlipModel``."""
-    if not _forward_names(module) & {"clip_loss", "image_text_contrastive_loss"} or not hasattr(module, "config"):
-        return None
-    scale = getattr(module, "logit_scale", None)
-    if not isinstance(scale, Tensor) or scale.ndim:
-        return "it has no logit_scale"
-    return Swap("ops.completion_loss", fused.fused_class(type(module), fused.FusedContrast), {})
-
-
 RULES: dict[str, Callable[[Any], Verdict]] = {
     "attention": attention,
     "completion_loss": completion_loss,
@@ -187,12 +153,6 @@ RULES: dict[str, Callable[[Any], Verdict]] = {
     "linear_gelu": linear_gelu,
     "transformer_encoder": transformer_encoder,
 }
-
-
-def _forward_names(module: nn.Module) -> set[str]:
-    """The global names that the module's forward uses."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return set() if code is None else {*code.co_names}
 
 
 def _has_children(module: nn.Module, *names: str) -> bool:

@@ -9,7 +9,7 @@ from torch import nn
 
 import sclkern
 from sclkern import UserError
-from sclkern.integrations.huggingface import _warn_once
+from sclkern.integrations.huggingface.warn import _warn_once
 
 
 @pytest.mark.parametrize("path", ["cpu", "kernels"])
