@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from sclkern.errors import UserError
 from sclkern.io import write_atomically
 from sclkern.training.config import PretrainConfig, build_config, resume_difference
+from sclkern.training.config_yaml import write_yaml
 
 FORMAT = 1
 
@@ -94,6 +94,6 @@ def open_directory(config: PretrainConfig, *, resume: bool) -> dict[str, Any] | 
         before = build_config(saved["config"]).to_dict()
         if difference := resume_difference(before, config.to_dict()):
             raise UserError(f"{latest}: {difference}; resume with the same configuration, or start in another folder")
-    resolved = yaml.safe_dump(config.to_dict(), sort_keys=False)
-    write_atomically(directory / "config.yaml", lambda path: path.write_text(resolved))
+    resolved = write_yaml(config.to_dict())
+    write_atomically(directory / "config.yaml", lambda path: path.write_text(resolved, encoding="utf-8"))
     return saved

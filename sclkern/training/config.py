@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +14,13 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pydantic
-import yaml
 
 from sclkern.errors import UserError
 from sclkern.legacy import translate_config
 from sclkern.models.config import PRESETS, SCLConfig
 from sclkern.objectives.config import ObjectiveConfig
 from sclkern.step.config import StepConfig
+from sclkern.training.config_yaml import read_value, read_yaml
 from sclkern.training.sections import DataConfig, EvaluationConfig, OptimizerConfig, RunConfig, WeightsConfig
 
 
@@ -66,51 +68,64 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Read a YAML file, apply the overrides and check everything.
 
     Args:
-        path: YAML file with sections such as ``model:`` and ``run:``; None takes every default.
+        path: YAML file with sections such as ``model:`` and ``run:``, read as ``config_yaml`` describes; None takes
+            every default.
         overrides: ``section.key=value`` each, the value in YAML; they win over the file.
 
     Returns:
         The whole configuration, with defaults for the keys that are not given.
 
     Raises:
-        UserError: unreadable file, unknown key (the message names the nearest one), wrong type or value.
+        UserError: unreadable file, unknown key (the message names the nearest one), a key given twice, wrong type or
+            value.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = yaml.safe_load(Path(path).read_text()) or {}
-        except OSError as error:
-            raise UserError(f"config {path}: {error.strerror}; give the path of a YAML file") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"config {path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"config {path}: got a {type(values).__name__}, expected sections such as 'model:' and 'run:'")
+    values = {} if path is None else _read_file(Path(path))
+    given: dict[str, str] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         parts = key.split(".")
         if not equals or len(parts) != 2 or not all(parts):
             raise UserError(f"override {override!r}: expected section.key=value, such as run.max_steps=100")
-        section = values.setdefault(parts[0], {})
+        if key in given:
+            raise UserError(f"override {override!r}: {key} is given twice, before as {given[key]!r}; keep one of them")
+        given[key] = text
+        section = {} if values.get(parts[0]) is None else values[parts[0]]
         if not isinstance(section, dict):
             raise UserError(f"{parts[0]}: got {section!r}, expected a section with keys")
         try:
-            section[parts[1]] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"override {override!r}: the value is not YAML") from error
+            values[parts[0]] = {**section, parts[1]: read_value(text)}
+        except UserError as error:
+            raise UserError(f"override {override!r}: {error}") from error
     return build_config(values)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        values = read_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config {path}: {error.strerror}; give the path of a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"config {path}: not UTF-8 text ({error}); give the path of a YAML file") from error
+    except UserError as error:
+        raise UserError(f"config {path}: {error}") from error
+    if values is None:  # all commented out
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"config {path}: got a {type(values).__name__}, expected sections such as 'model:' and 'run:'")
+    return values
 
 
 def build_config(values: dict[str, Any]) -> PretrainConfig:
     """Check plain values and build the configuration.
 
     Args:
-        values: section name -> key -> value, as YAML gives them.
+        values: section name -> key -> value, as YAML gives them. No type is converted, except an integer to a float.
 
     Returns:
         The whole configuration, with defaults for the keys that are not given.
 
     Raises:
-        UserError: unknown key (the message names the nearest one), wrong type or value.
+        UserError: unknown key (the message names the nearest one), wrong type or value, a number that is not finite.
     """
     sections = get_type_hints(PretrainConfig)
     _check_keys("", values, sections)
@@ -120,6 +135,8 @@ def build_config(values: dict[str, Any]) -> PretrainConfig:
             raise UserError(f"{name}: got {section!r}, expected a section with keys")
         known = [f.name for f in dataclasses.fields(sections[name])] + ["preset"] * (name == "model")
         _check_keys(name + ".", section, known)
+        for key, value in section.items():
+            _check_plain(f"{name}.{key}", value)
     preset = values.get("model", {}).get("preset")
     if preset is not None:
         if not isinstance(preset, str):
@@ -127,14 +144,23 @@ def build_config(values: dict[str, Any]) -> PretrainConfig:
         given = {k: v for k, v in values["model"].items() if k != "preset"}
         values["model"] = {**dataclasses.asdict(SCLConfig.preset(preset)), **given}
     try:
-        return pydantic.TypeAdapter(PretrainConfig).validate_python(values)
+        # As JSON, because pydantic is strict about the types of plain values only there; otherwise true is the number 1
+        # and "no" is false.
+        return pydantic.TypeAdapter(PretrainConfig).validate_json(json.dumps(values), strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         if isinstance(cause := first.get("ctx", {}).get("error"), UserError):
             raise UserError(f"{where}.{cause}") from error
-        problem = "Input should be a list, such as [a, b]" if first["type"] == "tuple_type" else first["msg"]
+        problem = _PROBLEMS.get(first["type"], first["msg"])
         raise UserError(f"{where}: got {first['input']!r}; {problem}") from error
+
+
+_PROBLEMS = {
+    "tuple_type": "Input should be a list, such as [a, b]",
+    "bool_type": "Input should be true or false",
+    "string_type": "Input should be a text; put it in quotes",
+}
 
 
 def resume_difference(saved: dict[str, Any], current: dict[str, Any]) -> str | None:
@@ -198,6 +224,20 @@ def _check_keys(prefix: str, values: Iterable[str], known: Iterable[str]) -> Non
             near = difflib.get_close_matches(str(key), known, 1)
             hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known: {', '.join(known)}"
             raise UserError(f"config: unknown key '{prefix}{key}'; {hint}")
+
+
+def _check_plain(name: str, value: Any) -> None:
+    """Raise a ``UserError`` unless this is what YAML can hold, with finite numbers."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name}: got {value}, expected a finite number")
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            _check_plain(name, item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(f"{name}.{key}", item)
+    elif value is not None and not isinstance(value, (bool, int, float, str)):
+        raise UserError(f"{name}: got {value!r}, expected a number, a text, true, false, null or a list")
 
 
 def _plain(value: Any) -> Any:

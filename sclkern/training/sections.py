@@ -5,6 +5,7 @@ Each field's line under ``Attributes`` is also what ``sclkern configs --keys`` p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,11 +14,24 @@ from sclkern.errors import UserError
 
 
 def _check(section: object, holds: Callable[[Any], bool], expected: str, *names: str) -> None:
-    """Raise a ``UserError`` that names the first of these fields, None excepted, for which ``holds`` is false."""
+    """Raise a ``UserError`` that names the first of these fields, None excepted, for which ``holds`` is false.
+
+    A number that is not finite is refused too.
+    """
     for name in names:
         value = getattr(section, name)
-        if value is not None and not holds(value):
-            raise UserError(f"{name}: got {value}, expected {expected}")
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if value is not None and not (finite and holds(value)):
+            shown = repr(value) if isinstance(value, str) else value
+            raise UserError(f"{name}: got {shown}, expected {expected}")
+
+
+# A shell does not expand "~" behind "=", and an empty path is the working directory.
+_PATH = "a path that is not empty and does not begin with '~'; write it out"
+
+
+def _written_out(path: str) -> bool:
+    return bool(path.strip()) and not path.startswith("~")
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,7 @@ class WeightsConfig:
     strict: bool = True
 
     def __post_init__(self) -> None:
+        _check(self, _written_out, _PATH, "pretrained", "reference", "text", "vision")
         if (self.text is None) != (self.vision is None):
             raise UserError(f"text, vision: got {self.text!r} and {self.vision!r}, expected both or neither")
         if sum(source is not None for source in (self.pretrained, self.reference, self.text)) > 1:
@@ -75,6 +90,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check(self, lambda value: value >= 0, "0 or more", "num_workers")
+        _check(self, _written_out, _PATH, "root")
 
 
 @dataclass(frozen=True)
@@ -154,6 +170,7 @@ class RunConfig:
         counts = ("max_steps", "stop_at", "batch_size", "accumulation", "log_every")
         _check(self, lambda value: value >= 1, "1 or more", *counts)
         _check(self, lambda value: value >= 0, "0 or more", "seed", "save_every", "val_every")
+        _check(self, _written_out, _PATH, "output_dir")
 
 
 @dataclass(frozen=True)
