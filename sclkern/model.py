@@ -116,7 +116,7 @@ class SCLModel(SCLNetwork):
             path: the directory; made where it does not exist.
 
         Raises:
-            UserError: the operating system refused.
+            UserError: weights that could not be loaded again, or the operating system refused.
         """
         weights.save_pretrained(self, path)
 

@@ -17,6 +17,7 @@ from sclkern.models.config import HEAD_DIM
 from sclkern.models.text import LAYER_NORM_EPS as TEXT_EPS
 from sclkern.weights.files import WEIGHT_FILES, read_json, read_tensors
 from sclkern.weights.names import CLIP_BLOCKS, clip_names, count_blocks, roberta_names
+from sclkern.weights.prefixes import without_wrappers
 
 VISION_EPS = nn.LayerNorm(1).eps
 ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert")
@@ -88,7 +89,7 @@ def read_text_encoder(source: str | Path) -> Encoder:
     _expect(where, "hidden_act", config.hidden_act, ("gelu",))
     _expect(where, "layer_norm_eps", config.layer_norm_eps, (TEXT_EPS,))
     _expect(where, "head_dim", config.hidden_size / config.num_attention_heads, (HEAD_DIM,))
-    tensors = read_tensors(path)
+    tensors = without_wrappers(read_tensors(path), where)
     mark = "embeddings.word_embeddings.weight"
     prefix = next((p for p in ("roberta.", "") if p + mark in tensors), None)
     if prefix is None:
@@ -132,7 +133,7 @@ def read_vision_encoder(source: str | Path) -> Encoder:
         model = _timm_model(where.removeprefix(TIMM), where, pretrained=True)
         return _vision_encoder(where, model.state_dict(), "timm", "", _timm_activation(model, where))
     path = local_path(source)
-    tensors = read_tensors(path)
+    tensors = without_wrappers(read_tensors(path), where)
     for kind, mark in VISION_MARKS.items():
         prefix = next((key[: -len(mark)] for key in tensors if key.endswith(mark)), None)
         if prefix is None or prefix not in (("", "vision_model.") if kind == "huggingface" else ("",)):

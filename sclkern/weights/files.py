@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sclkern.errors import UserError
+from sclkern.weights.pickles import SavedFile, entries_of, is_tensor
 
 # In this order: a directory that holds several has the same weights in each.
 WEIGHT_FILES = (
@@ -23,35 +23,26 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# torch never resolves these, not even to a placeholder.
-SYSTEM_MODULES = ("os", "posix", "nt", "sys")
-
-
-class Placeholder:
-    """Stands in for every class and function outside torch that a checkpoint names: takes anything, does nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Placeholder:
-        return super().__new__(cls)
-
-    def __setstate__(self, state: Any) -> None:
-        pass
+# What else a training checkpoint holds stands beside one of these.
+PARTS = ("state_dict", "model", "model_state_dict", "module")
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Load every tensor of a checkpoint.
 
-    Loading never executes code from the file: pickles are loaded with ``weights_only=True``, and each class outside
-    torch that they name becomes an inert placeholder.
+    Loading never executes code from the file: see ``sclkern.weights.pickles``.
 
     Args:
-        path: safetensors; a file of ``torch.save`` (of a training checkpoint, the part under ``state_dict`` or
-            ``model``); a TorchScript archive such as OpenAI's CLIP; or a directory with one of ``WEIGHT_FILES``.
+        path: safetensors; a file of ``torch.save`` (see ``select_weights`` for training checkpoints); a TorchScript
+            archive such as OpenAI's CLIP; or a directory with one of ``WEIGHT_FILES``. What a file is, its content
+            says, whatever its name.
 
     Returns:
         Tensors by name, on the CPU, memory-mapped where the format allows.
 
     Raises:
-        UserError: no such file, not a checkpoint, cut short, refers to operating-system calls, or holds no tensor.
+        UserError: no such file, not a checkpoint, cut short, damaged, refers to operating-system calls, holds no tensor
+            or several sets of weights.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -78,24 +69,27 @@ def _read_directory(path: Path) -> dict[str, Tensor]:
     for shard in sorted({str(name) for name in weight_map.values()}):
         if not (path / shard).exists():
             raise UserError(f"{path / shard}: no such file, but {file.name} lists it; fetch the missing shard")
-        tensors |= _read_file(path / shard)
+        held = _read_file(path / shard)
+        # Another shard may hold an older tensor of the name.
+        listed = [name for name, of_shard in weight_map.items() if of_shard == shard]
+        if absent := [name for name in listed if name not in held]:
+            raise UserError(
+                f"{path / shard}: no tensor {absent[0]!r}, but {file.name} lists it there; fetch both files again"
+            )
+        tensors |= {name: held[name] for name in listed}
     return tensors
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file:
-            start = file.read(30)
+            start = file.read(64)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: is a Git LFS pointer, not the weights; run 'git lfs pull' where it came from")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if is_torchscript(path):
-            return _read_torchscript(path)
-        content = _load_pickle(path)
+        return _read_content(path, start)
     except UserError:
         raise
     # A damaged file makes its reader fail in any way it can: struct, pickle, zip, Unicode, key and memory errors.
@@ -104,23 +98,75 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             f"{path}: cannot be read as a checkpoint, it is cut short, damaged or of another format "
             f"({_one_line(error)}); copy or download it again"
         ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping):
-        return {}
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def _load_pickle(path: Path) -> Any:
-    if not zipfile.is_zipfile(path):  # torch.save before 1.6
-        return torch.load(path, map_location="cpu", weights_only=True)
-    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    if calls := sorted(name for name in unknown if name.split(".")[0] in SYSTEM_MODULES):
-        raise UserError(f"{path}: refers to {calls[0]}, an operating-system call, refused; take weights you can trust")
-    placeholders: list[Any] = [(type(name.rpartition(".")[2], (Placeholder,), {}), name) for name in unknown]
-    with torch.serialization.safe_globals(placeholders):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+def _read_content(path: Path, start: bytes) -> dict[str, Tensor]:
+    if not start.strip(b"\0"):
+        raise EOFError("nothing but zero bytes at its start" if start else "it is empty")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ValueError("it is a web page")
+    if start[8:9] == b"{":
+        return load_file(path)
+    if is_torchscript(path):
+        return _read_torchscript(path)
+    saved = SavedFile(path)
+    try:
+        tensors = select_weights(saved.content, str(path))
+    except RecursionError as error:
+        raise ValueError("its objects hold each other") from error
+    return {name: _made(saved, name, tensor) for name, tensor in tensors.items()}
+
+
+def _made(saved: SavedFile, name: str, tensor: Any) -> Tensor:
+    try:
+        return saved.tensor(tensor)
+    except TypeError as error:
+        raise UserError(
+            f"{saved.path}: {name} is no plain tensor ({error}), expected dense values; convert it where it came from "
+            "and save it again"
+        ) from error
+
+
+def select_weights(content: object, where: str) -> dict[str, Any]:
+    """Find the weights in what a checkpoint holds.
+
+    Args:
+        content: tensors by name; or a mapping or an object that has them, or a whole module, under one of ``PARTS`` or
+            alone under another key. A stand-in of ``SavedFile`` counts as what it is in place of.
+        where: the source, for messages.
+
+    Returns:
+        Tensors, or their stand-ins, by name; {} if there are none.
+
+    Raises:
+        UserError: there are several sets of weights, none of them under one of ``PARTS``.
+    """
+    for key in PARTS:
+        part = entries_of(content).get(key)
+        if entries_of(part):
+            content = part
+    if found := _named_tensors(content):
+        return found
+    sets = {str(key): named for key, part in entries_of(content).items() if (named := _named_tensors(part))}
+    if len(sets) > 1:
+        raise UserError(
+            f"{where}: holds {len(sets)} sets of weights, {', '.join(map(repr, sets))}, expected one; save that alone, "
+            "or give it as a mapping"
+        )
+    return next(iter(sets.values()), {})
+
+
+def _named_tensors(part: object) -> dict[str, Any]:
+    """The tensors of a mapping, or of a whole module that was pickled."""
+    entries = entries_of(part)
+    if not {"_parameters", "_buffers", "_modules"} <= entries.keys():
+        return {str(name): value for name, value in entries.items() if isinstance(value, Tensor) or is_tensor(value)}
+    named: dict[str, Any] = {}
+    for kind in ("_parameters", "_buffers"):
+        named |= {str(name): value for name, value in entries_of(entries[kind]).items() if is_tensor(value)}
+    for name, module in entries_of(entries["_modules"]).items():
+        named |= {f"{name}.{inner}": value for inner, value in _named_tensors(module).items()}
+    return named
 
 
 def is_torchscript(path: Path) -> bool:
@@ -168,7 +214,4 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _one_line(error: BaseException) -> str:
-    if isinstance(error, pickle.UnpicklingError) and error.__context__ is not None:
-        error = error.__context__  # torch's own error surrounds this with advice to load unsafely
-    text = str(error).partition("Please use `torch")[0]
-    return f"{type(error).__name__}: {' '.join(text.split())[:200]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

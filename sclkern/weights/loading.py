@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -92,6 +92,12 @@ def changed(config: SCLConfig, changes: Mapping[str, Any]) -> SCLConfig:
     """The config with the changes that are not None, and the third token type that an NLVR2 head needs."""
     config = config.replace(**{key: value for key, value in changes.items() if value is not None})
     return config.replace(token_types=3) if "nlvr2" in config.heads and config.token_types < 3 else config
+
+
+def on_cpu(build: Callable[[SCLConfig], NetworkT], config: SCLConfig) -> NetworkT:
+    """Build a network on the CPU, whatever the present default device is: on "meta" it would not take the weights."""
+    with torch.device("cpu"):
+        return build(config)
 
 
 def fill(

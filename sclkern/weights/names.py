@@ -285,9 +285,12 @@ def infer_config(tensors: Mapping[str, Tensor], where: str = "checkpoint") -> SC
 
     def shape(name: str, rank: int) -> torch.Size:
         if name not in tensors:
+            remedy = "from_pretrained takes RoBERTa and CLIP weights"
+            if "text.word.weight" in tensors:
+                remedy = "these are SCLModel's own: load_state_dict of an SCLModel of their config takes them"
             raise UserError(
                 f"{where}: no tensor {name!r} among its {len(tensors)}, expected the names of a published SCL or METER "
-                "checkpoint (from_pretrained takes RoBERTa and CLIP weights)"
+                f"checkpoint ({remedy})"
             )
         if tensors[name].ndim < rank or not tensors[name].numel():
             raise UserError(f"{where}: {name} has shape {tuple(tensors[name].shape)}, expected {rank} dimensions")

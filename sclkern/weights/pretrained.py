@@ -7,33 +7,37 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sclkern.errors import UserError
 from sclkern.io import write_atomically
-from sclkern.models import SCLConfig, SCLNetwork
+from sclkern.models import SCLConfig
 from sclkern.weights.encoders import Encoder, local_path, read_text_encoder, read_vision_encoder
 from sclkern.weights.files import read_json, read_tensors
-from sclkern.weights.loading import LoadReport, NetworkT, changed, fill, part_changes, part_of
+from sclkern.weights.loading import LoadReport, NetworkT, changed, fill, on_cpu, part_changes, part_of
 from sclkern.weights.names import gather
+from sclkern.weights.prefixes import OURS, without_prefix
+from sclkern.weights.saving import saved_weights, unwrapped
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def save_pretrained(network: SCLNetwork, path: str | Path) -> None:
+def save_pretrained(network: nn.Module, path: str | Path) -> None:
     """Write ``config.json`` and ``model.safetensors`` into a directory, each whole or not at all.
 
     Args:
-        network: the network.
+        network: an ``SCLNetwork`` or ``SCLModel``, also in torch.compile, DistributedDataParallel or DataParallel. Tied
+            weights are written once for each of their names.
         path: the directory; created if it does not exist.
 
     Raises:
-        UserError: the operating system refused.
+        UserError: no such network, weights that could not be loaded again (see ``saving.saved_weights``), or the
+            operating system refused.
     """
     path = Path(path).expanduser()
-    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    tensors = saved_weights(network)
     write_atomically(path / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-    write_atomically(path / CONFIG, network.config.save)
+    write_atomically(path / CONFIG, unwrapped(network).config.save)
 
 
 def from_pretrained(
@@ -90,8 +94,8 @@ def _from_directory(
         )
     stored = _stored_config(path / CONFIG)
     target = changed(config or stored, changes)
-    tensors = read_tensors(path)
-    network = build(target)
+    tensors, where = without_prefix(read_tensors(path), OURS, str(path))
+    network = on_cpu(build, target)
     fresh_parts, dropped_parts = part_changes(stored, target)
     parameters = network.state_dict().keys()
     surplus = sorted(tensors.keys() - parameters)
@@ -106,7 +110,7 @@ def _from_directory(
             ignored=tuple(name for name in surplus if part_of(name) in dropped_parts),
             dropped=tuple(sorted(dropped_parts)),
         ),
-        where=str(path),
+        where=where,
         strict=strict,
     )
     return network, report
@@ -157,7 +161,7 @@ def _from_encoders(
                 f"the blocks of {encoder.where}"
             )
 
-    network = build(config)
+    network = on_cpu(build, config)
     parameters = network.state_dict().keys()
     tensors: dict[str, Tensor] = {}
     names: dict[str, tuple[str, ...]] = {}

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sclkern.errors import UserError
-from sclkern.models import SCLConfig, SCLNetwork
-from sclkern.weights.files import read_tensors
-from sclkern.weights.loading import LoadReport, NetworkT, changed, fill, part_changes, part_of
+from sclkern.models import SCLConfig
+from sclkern.weights.files import read_tensors, select_weights
+from sclkern.weights.loading import LoadReport, NetworkT, changed, fill, on_cpu, part_changes, part_of
 from sclkern.weights.names import (
     DEAD,
     gather,
@@ -21,6 +21,8 @@ from sclkern.weights.names import (
     reference_names,
     split_to_reference,
 )
+from sclkern.weights.prefixes import PUBLISHED, without_prefix
+from sclkern.weights.saving import saved_weights, unwrapped
 
 
 def from_reference(
@@ -47,7 +49,8 @@ def from_reference(
     Args:
         build: makes the network of a config: ``SCLNetwork``, or what the classmethods of ``SCLModel`` pass.
         source: a file or directory that ``read_tensors`` takes, or tensors by name in any floating dtype. Names are
-            SCL's or METER's; "model." or "module." before all of them is removed.
+            SCL's or METER's; one prefix under which they stand ("model.", "student.module.", ...) is taken off, and
+            what torch.compile puts into names. Beside the weights there may be anything.
         strict: whether a missing or unexpected tensor is an error; otherwise it is in the report.
         config: the sizes; None infers them from the tensors.
         **changes: fields of ``SCLConfig``; None changes nothing.
@@ -60,14 +63,17 @@ def from_reference(
             lacks tensors or has unexpected ones. A table of temporal positions is unexpected in a network without
             ``max_frames``, because images would lose its first row.
     """
+    if not isinstance(source, str | Path | Mapping):
+        raise UserError(f"source: got {type(source).__name__}, expected a path, or tensors by name (a state_dict)")
     where = "state_dict" if isinstance(source, Mapping) else str(source)
-    tensors = reference_keys(source if isinstance(source, Mapping) else read_tensors(source))
+    given = select_weights(source, where) if isinstance(source, Mapping) else read_tensors(source)
+    tensors, where = reference_keys(given, where)
     base = config or infer_config(tensors, where)
     target = changed(base, changes)
     published = base.replace(**optional_parts(tensors))
     gathered = gather(reference_names(published) | reference_names(target), tensors, where)
 
-    network = build(target)
+    network = on_cpu(build, target)
     fresh_parts, dropped_parts = part_changes(published, target)
     parameters = network.state_dict().keys()
     surplus = {name: part_of(name) in dropped_parts for name in gathered.tensors if name not in parameters}
@@ -89,37 +95,35 @@ def from_reference(
     return network, report
 
 
-def to_reference(network: SCLNetwork) -> dict[str, Tensor]:
+def to_reference(network: nn.Module) -> dict[str, Tensor]:
     """Copy the weights of a network under the published names and shapes; ``from_reference`` restores the network.
 
     Args:
-        network: the network.
+        network: an ``SCLNetwork`` or ``SCLModel``, also in torch.compile, DistributedDataParallel or DataParallel.
 
     Returns:
         Tensors by published name.
 
     Raises:
-        UserError: the network's vision activation is not that of the published code.
+        UserError: the network's vision activation is not that of the published code, or its weights cannot be saved
+            (see ``saving.saved_weights``).
     """
-    if network.config.vision_activation != "quick_gelu":
+    config = unwrapped(network).config
+    if config.vision_activation != "quick_gelu":
         raise UserError(
-            f"vision_activation: got {network.config.vision_activation!r}, expected 'quick_gelu', the activation of "
+            f"vision_activation: got {config.vision_activation!r}, expected 'quick_gelu', the activation of "
             "published checkpoints; use save_pretrained, which keeps the config"
         )
-    published = split_to_reference(network.config, network.state_dict())
+    published = split_to_reference(config, saved_weights(network))
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in published.items()}
 
 
-def reference_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove a wrapper's prefix that all keys have, and give METER's ``vit_model`` the name that SCL uses."""
-    tensors = dict(tensors)
-    while tensors:
-        prefix = next((p for p in ("model.", "module.") if all(key.startswith(p) for key in tensors)), None)
-        if prefix is None:
-            break
-        tensors = {key[len(prefix) :]: tensor for key, tensor in tensors.items()}
+def reference_keys(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], str]:
+    """Take off wrappers' prefixes, and give METER's ``vit_model`` the name that SCL uses; also returns the source, with
+    the prefix if some names do not have it."""
+    renamed, where = without_prefix(tensors, PUBLISHED, where)
     meter = "vit_model."
     return {
         "vision_transformer." + key[len(meter) :] if key.startswith(meter) else key: tensor
-        for key, tensor in tensors.items()
-    }
+        for key, tensor in renamed.items()
+    }, where
