@@ -48,6 +48,7 @@ setup(
         "sclkern": ["py.typed"],
         "sclkern.configs": ["*.yaml"],
         "sclkern.data.demo": ["*", "tokenizer/*"],
+        "sclkern.integrations.fuse": ["known.json"],
     },
     entry_points={"console_scripts": ["sclkern = sclkern.cli:main"]},
     install_requires=[
