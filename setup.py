@@ -60,7 +60,7 @@ setup(
         "safetensors",
         "numpy",
         "pyarrow",
-        "pillow",
+        "pillow>=10.1",
         "pydantic>=2",
         "pyyaml",
         "tensorboard",

@@ -11,7 +11,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from sclkern.data.source import PairSource
+from sclkern.data.text import one_line
 from sclkern.data.tokenizer import CaptionTokenizer
+from sclkern.data.undecodable import read_image
 from sclkern.errors import UserError
 
 # Only a file that is broken as a whole has so many broken images in a row.
@@ -22,11 +24,11 @@ class PairDataset(Dataset[dict[str, Any]]):
     """Decoded and transformed samples; each depends on (``seed``, epoch, pair) alone.
 
     Indices are tuples (epoch, pair). A sample is a dict with ``image`` (3, S, S) float32, ``caption`` (str),
-    ``pair`` (int), ``undecodable`` (list of image names, see below) and, with ``false_image``, the key ``false_image``
-    (3, S, S) float32: another image of the source, never the same one.
+    ``pair`` (int), ``undecodable`` (dict of image names and reasons, see below) and, with ``false_image``, the key
+    ``false_image`` (3, S, S) float32: another image of the source, never the same one.
 
-    An image that cannot be read or decoded is skipped: the next pair of another image takes its place, and the name of
-    the skipped image goes into ``undecodable``.
+    An image that cannot be read or decoded, or is smaller than a patch, is skipped: the next pair of another image
+    takes its place, and the name of the skipped image goes into ``undecodable``, with the reason.
 
     Args:
         source: The pairs.
@@ -38,8 +40,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         false_image: Whether a sample also has a negative image for image-text matching.
 
     Raises:
-        UserError: ``false_image`` is set and the source has one image; at access, an image is smaller than
-            ``min_size``, or none of many can be decoded.
+        UserError: ``false_image`` is set and the source has one image; at access, none of many images can be decoded.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class PairDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: tuple[int, int]) -> dict[str, Any]:
         epoch, pair = index
         source = self.source
-        undecodable: dict[int, None] = {}
+        undecodable: dict[int, str] = {}
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: that would also reset the generators of the GPUs, which are not forked.
             torch.default_generator.manual_seed(data_seed(self.seed, epoch, pair))
@@ -81,7 +82,7 @@ class PairDataset(Dataset[dict[str, Any]]):
                 others = ((image + 1 + (drawn + step) % count) % source.num_images for step in range(count))
                 _, decoded = self._first_decodable(others, undecodable)
                 sample["false_image"] = self.transform(decoded)
-        sample["undecodable"] = [source.image_name(image) for image in undecodable]
+        sample["undecodable"] = {source.image_name(image): reason for image, reason in undecodable.items()}
         return sample
 
     def __getitems__(self, indices: list[tuple[int, int]]) -> list[dict[str, Any]] | UserError:
@@ -91,30 +92,22 @@ class PairDataset(Dataset[dict[str, Any]]):
         except UserError as error:
             return error
 
-    def _first_decodable(self, images: Iterable[int], undecodable: dict[int, None]) -> tuple[int, Image.Image]:
+    def _first_decodable(self, images: Iterable[int], undecodable: dict[int, str]) -> tuple[int, Image.Image]:
         """Position and content of the first of these images that can be decoded; adds the others to ``undecodable``."""
-        reason = ""
         for position, image in enumerate(images):
             if image in undecodable:
                 continue
             try:
-                decoded = self.source.image(image)
-            except (ValueError, OSError) as error:
-                reason = reason or " ".join(str(error).split())
-                undecodable[image] = None
+                return position, read_image(self.source, image, self.min_size)
+            except ValueError as error:
+                undecodable[image] = str(error)
                 if len(undecodable) >= _MAX_UNDECODABLE_IN_A_ROW:
                     break
-                continue
-            if min(decoded.size) < self.min_size:
-                raise UserError(
-                    f"{self.source.image_name(image)}: the image is {decoded.width} x {decoded.height} "
-                    f"pixels, smaller than a patch ({self.min_size}); remove or enlarge it"
-                )
-            return position, decoded
+        image, reason = next(iter(undecodable.items()))
         raise UserError(
             f"{len(undecodable)} images in a row cannot be decoded, the first is "
-            f"{self.source.image_name(next(iter(undecodable)))} ({reason}), expected JPEG, PNG or another "
-            "format of Pillow; write the data again"
+            f"{one_line(self.source.image_name(image), 200)} ({reason}), expected JPEG, PNG or another format of "
+            "Pillow; write the data again"
         )
 
 

@@ -1,4 +1,4 @@
-"""Decoding of image files."""
+"""Decoding of image files to what an ordinary viewer shows."""
 
 from __future__ import annotations
 
@@ -7,13 +7,36 @@ import re
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+# Begins the message of every image that cannot be decoded.
+UNDECODABLE = "the image cannot be decoded: "
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION = 0x0112  # of EXIF
+_PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 262, 258, 339  # of TIFF
+# Formats whose grey of more than 8 bits Pillow scales to 16; a TIFF says its bits itself.
+_SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")
+# Formats that often leave the place of alpha at zero; viewers then show the picture without it.
+_ALPHA_MAY_BE_UNUSED = ("BMP", "DIB", "TGA", "ICO", "CUR")
 
 
 def decode_image(data: bytes | memoryview) -> Image.Image:
     """Decode an image file to mode RGB.
 
-    The EXIF orientation is applied, transparency is laid on white, and the first frame of an animation is taken.
+    - The EXIF orientation is applied; a broken EXIF block is overlooked.
+    - Whatever is transparent is laid on white, by an alpha channel, a palette or a transparent colour.
+    - More than 8 bits are reduced to the highest 8. Grey of 32 bits, of floats and of signed numbers is refused: no
+      format says which of its values are black and white.
+    - CMYK, YCbCr, L*a*b* and palettes become RGB; of an animation the first frame is taken.
+    - Colours are those of the file: an embedded ICC profile is not applied, as in the published code.
 
     Args:
         data: content of a JPEG, PNG, WebP or other file that Pillow reads.
@@ -22,19 +45,114 @@ def decode_image(data: bytes | memoryview) -> Image.Image:
         The image, mode RGB.
 
     Raises:
-        ValueError: The file is broken, of an unknown format, or over Pillow's limit of pixels.
+        ValueError: The file is broken, of an unknown format, without an agreed scale of grey, or over Pillow's limit of
+            pixels.
     """
     try:
+        if data is None or len(data) == 0:
+            raise ValueError("it is empty")
         with warnings.catch_warnings():
+            # Pillow warns of what viewers overlook; with "python -W error" such a picture would be lost.
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image: Image.Image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        elif image.mode.startswith("I;16"):
-            # convert() would clip 16-bit grey at 255, that is, to white.
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB")
+            image: Image.Image = Image.open(io.BytesIO(data))
+            image.load()
+            turn = _TURNS.get(_orientation(image))
+            image = _to_rgb(image, data)
+            return image if turn is None else image.transpose(turn)
     except Exception as error:  # Pillow's plug-ins raise errors of every kind on broken files
-        reason = re.sub(r" <_io\.BytesIO object at \w+>", "", str(error))
-        raise ValueError(f"the image cannot be decoded: {reason}") from error
+        raise ValueError(UNDECODABLE + _reason(error, data)) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # a broken block raises errors of every kind
+        return 1
+
+
+def _to_rgb(image: Image.Image, data: bytes | memoryview) -> Image.Image:
+    if image.format == "TIFF" and image.mode == "L" and _is_signed(image):
+        raise _no_scale(image, "signed grey")
+    key = image.info.get("transparency")
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        samples, bits = _deep_grey(image)
+        levels = (samples >> (bits - 8)).astype(np.uint8)
+        if isinstance(key, int):
+            levels[samples == key] = 255
+        return Image.fromarray(levels).convert("RGB")
+    if isinstance(key, int | tuple) and image.mode in ("1", "L", "RGB"):
+        return _key_to_white(image, key, data)
+    if image.has_transparency_data:
+        return _lay_on_white(image)
+    return image.convert("RGB")
+
+
+def _deep_grey(image: Image.Image) -> tuple[np.ndarray, int]:
+    """Unsigned samples (H, W) of a grey picture of more than 8 bits, and their bits; 0 is black."""
+    if image.mode == "F":
+        raise _no_scale(image, "grey of floats")
+    samples = np.asarray(image)
+    if image.format in _SIXTEEN_BITS:
+        return samples, 16
+    if image.format != "TIFF":
+        raise _no_scale(image, "grey of more than 8 bits")
+    bits = image.tag_v2.get(_BITS, (1,))[0]  # type: ignore[attr-defined]
+    if _is_signed(image) or bits > 16:
+        raise _no_scale(image, f"{'signed ' if _is_signed(image) else ''}grey of {bits} bits")
+    # Pillow leaves "0 is white" as it is for more than 8 bits: the picture would be its negative.
+    white_is_zero = image.tag_v2.get(_PHOTOMETRIC, 0) == 0  # type: ignore[attr-defined]
+    return ((1 << bits) - 1 - samples if white_is_zero else samples), bits
+
+
+def _is_signed(tiff: Image.Image) -> bool:
+    return any(kind != 1 for kind in tiff.tag_v2.get(_SAMPLE_FORMAT, (1,)))  # type: ignore[attr-defined]
+
+
+def _no_scale(image: Image.Image, what: str) -> ValueError:
+    return ValueError(
+        f"{what} in a {image.format} file has no agreed black and white, expected 8 or 16 bits without a sign; "
+        "convert it"
+    )
+
+
+def _key_to_white(image: Image.Image, key: int | tuple[int, ...], data: bytes | memoryview) -> Image.Image:
+    """A grey or RGB picture with white in place of its transparent colour, which is given in the file's own bits."""
+    levels = np.array(image.convert("L") if image.mode == "1" else image)
+    colour, samples = np.array(key), levels
+    if image.format == "PNG" and image.mode != "1":
+        bits = data[24]
+        if image.mode == "RGB" and bits == 16:
+            samples = 256 * levels.astype(np.int32) + _low_bytes(data)
+        elif bits < 8:
+            colour = (colour & ((1 << bits) - 1)) * 255 // ((1 << bits) - 1)
+    same = samples == colour
+    levels[same.all(-1) if levels.ndim == 3 else same] = 255
+    return Image.fromarray(levels).convert("RGB")
+
+
+def _low_bytes(png: bytes | memoryview) -> np.ndarray:
+    """The lower bytes (H, W, 3) of a PNG of 16-bit RGB, of which Pillow gives the upper ones."""
+    image = Image.open(io.BytesIO(png))
+    # Read as little-endian, the upper byte of a sample is the file's lower one.
+    image.tile = [(*tile[:3], "RGB;16L") for tile in image.tile]  # type: ignore[misc]
+    return np.asarray(image)
+
+
+def _lay_on_white(image: Image.Image) -> Image.Image:
+    rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    if image.format in _ALPHA_MAY_BE_UNUSED and not rgba.getchannel("A").getbbox():
+        return rgba.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def _reason(error: Exception, data: bytes | memoryview) -> str:
+    if not isinstance(error, Image.UnidentifiedImageError):
+        return re.sub(r" <_io\.BytesIO object at \w+>", "", str(error)) or type(error).__name__
+    start = bytes(data[:256])
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "it is an HTML page"
+    if text.startswith((b"<svg", b"<?xml", b"<!doctype svg")):
+        return "it is XML text, such as an SVG drawing, which must be rendered first"
+    return f"Pillow reads no such file, which begins with {start[:16]!r}"

@@ -21,8 +21,8 @@ class PairLoader:
 
     A batch is a dict with ``image`` (B, 3, S, S) float32, ``text_ids`` (B, L) int64, ``text_mask`` (B, L)
     bool, ``text_tokens`` (int: the tokens of all captions, rounded up with ``buckets``), ``pair`` (B,) int64,
-    ``undecodable`` (list of str) and, if the dataset gives it, ``false_image`` (B, 3, S, S) float32. The tensors are in
-    host memory, pinned where there is a GPU.
+    ``undecodable`` (dict of image names and reasons) and, if the dataset gives it, ``false_image`` (B, 3, S, S)
+    float32. The tensors are in host memory, pinned where there is a GPU.
 
     An epoch's order depends on (``seed``, epoch) alone and is dealt out to the ranks one pair at a time.
     With ``drop_last`` every rank has the same number of whole batches; without it the ranks share all
@@ -179,7 +179,7 @@ class PairLoader:
             "text_mask": mask,
             "text_tokens": tokens,
             "pair": torch.tensor([sample["pair"] for sample in samples]),
-            "undecodable": [name for sample in samples for name in sample["undecodable"]],
+            "undecodable": {name: why for sample in samples for name, why in sample["undecodable"].items()},
         }
         if self.dataset.false_image:
             batch["false_image"] = torch.stack([sample["false_image"] for sample in samples])

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from sclkern.data.roots import demo_root
 from sclkern.data.source import open_pairs
+from sclkern.data.text import one_line
 from sclkern.errors import UserError
 from sclkern.weights.encoders import HUB_NAME
 
@@ -133,7 +134,9 @@ class CaptionTokenizer:
         for caption in captions:
             row = backend.encode(caption).ids
             if len(row) < 3:
-                raise UserError(f"caption {caption!r} gives no token, expected text; remove it from the data")
+                raise UserError(
+                    f"caption {one_line(caption, 60)!r} gives no token, expected text; remove it from the data"
+                )
             rows.append(row if len(row) <= max_length else row[: max_length - 1] + row[-1:])
         width = pad_to if pad_to is not None else max(map(len, rows), default=0)
         ids = torch.full((len(rows), width), self.pad_id)

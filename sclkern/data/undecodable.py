@@ -1,17 +1,58 @@
-"""Images that cannot be decoded: counted, logged once each, and an error when there are too many."""
+"""Images that cannot be used: counted, logged once each, and an error when there are too many."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Mapping
 
+from PIL import Image
+
+from sclkern.data.images import UNDECODABLE
+from sclkern.data.source import PairSource
+from sclkern.data.text import one_line
 from sclkern.errors import UserError
 
 _log = logging.getLogger("sclkern.data")
 
 
+def undecodable_limit(num_images: int) -> int:
+    """Images of a source that may be undecodable: 1 %, and one in any case, as no single image may stop a run."""
+    return max(1, num_images // 100)
+
+
+def read_image(source: PairSource, image: int, min_size: int) -> Image.Image:
+    """An image of a source that a model can take.
+
+    Args:
+        source: the pairs.
+        image: image index.
+        min_size: least height and width in pixels: the side of a patch.
+
+    Returns:
+        The image, mode RGB.
+
+    Raises:
+        ValueError: The image cannot be used: the source raises an error, or it is too small. The message is the reason.
+    """
+    try:
+        decoded = source.image(image)
+        if decoded.mode != "RGB":
+            raise ValueError(f"its mode is {decoded.mode}, expected RGB; a reader decodes with decode_image")
+        if min(decoded.size) < min_size:
+            raise ValueError(
+                f"the image is {decoded.width} x {decoded.height} pixels, smaller than a patch ({min_size})"
+            )
+    except Exception as error:  # Pillow and readers of other formats raise errors of every kind on one bad file
+        reason = one_line(str(error).removeprefix(UNDECODABLE), 200)
+        raise ValueError(reason or type(error).__name__) from error
+    return decoded
+
+
 class UndecodableImages:
-    """Distinct images of a source that cannot be decoded; each is logged once to ``sclkern.data``.
+    """Distinct images of a source that cannot be used; each is logged once to ``sclkern.data``, with the reason.
+
+    Up to 1 % of the images may be undecodable, and one in any case: a single bad image stops no run, however small the
+    source is.
 
     Args:
         num_images: Number of images of the source.
@@ -19,7 +60,7 @@ class UndecodableImages:
 
     def __init__(self, num_images: int) -> None:
         self.num_images = num_images
-        self._names: dict[str, None] = {}
+        self._names: dict[str, str] = {}
 
     def __len__(self) -> int:
         """Distinct undecodable images so far."""
@@ -29,23 +70,24 @@ class UndecodableImages:
         """Whether the image of this name is among them."""
         return name in self._names
 
-    def add(self, names: Iterable[str]) -> None:
+    def add(self, reasons: Mapping[str, str]) -> None:
         """Count images.
 
         Args:
-            names: Their ``image_name``; those counted before are not counted again.
+            reasons: Reason by ``image_name``; images counted before are not counted again.
 
         Raises:
-            UserError: More than 1 % of the images are undecodable.
+            UserError: More than 1 % of the images are undecodable, and more than one.
         """
-        for name in names:
+        for name, reason in reasons.items():
             if name not in self._names:
-                self._names[name] = None
-                _log.warning("skipped an image that cannot be decoded: %s", name)
-        if 100 * len(self) > self.num_images:
+                self._names[name] = reason
+                _log.warning("skipped an image that cannot be decoded: %s (%s)", one_line(name, 200), reason)
+        if len(self) > undecodable_limit(self.num_images):
+            name, reason = next(iter(self._names.items()))
             raise UserError(
-                f"{len(self)} of {self.num_images} images cannot be decoded, expected 1 % at most; "
-                f"the first is {next(iter(self._names))}; repair them or remove them from the data"
+                f"{len(self)} of {self.num_images} images cannot be decoded, expected 1 % at most, or one; the first "
+                f"is {one_line(name, 200)}{reason and f' ({reason})'}; repair them or remove them from the data"
             )
 
     def state_dict(self) -> dict[str, list[str]]:
@@ -54,4 +96,4 @@ class UndecodableImages:
 
     def load_state_dict(self, state: dict[str, list[str]]) -> None:
         """Take over the names of ``state_dict`` without logging them again."""
-        self._names = dict.fromkeys(state["names"])
+        self._names = dict.fromkeys(state["names"], "")

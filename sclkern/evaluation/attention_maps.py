@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -12,21 +15,26 @@ from PIL import Image
 from torch import Tensor
 
 from sclkern.data import PairSource
+from sclkern.data.text import one_line
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import denormalize
+from sclkern.data.undecodable import read_image
 from sclkern.io import write_atomically
 from sclkern.models import SCLNetwork
 
+_PLAIN_TEXT: Any = {"text.usetex": False, "text.parse_math": False, "savefig.bbox": None}
 
-def choose_pairs(source: PairSource, count: int) -> list[int]:
+
+def choose_pairs(source: PairSource, count: int, min_size: int = 1) -> list[int]:
     """Choose pairs with different captions, spread over a source, of three words or more where there are any.
 
     Args:
         source: the pairs.
         count: pairs to choose at most.
+        min_size: least height and width of an image in pixels: the side of a patch.
 
     Returns:
-        Pair numbers, ascending; the images of all can be decoded.
+        Pair numbers, ascending; the images of all can be decoded. None if no image can.
     """
     _, first = np.unique(source.pair_group, return_index=True)
     pairs = sorted(first.tolist())
@@ -34,16 +42,16 @@ def choose_pairs(source: PairSource, count: int) -> list[int]:
         candidates = [pair for pair in pairs if len(source.caption(pair).split()) >= 3] or pairs
         spread = np.linspace(0, len(candidates) - 1, min(count, len(candidates))).round().astype(int)
         chosen = [candidates[i] for i in spread]
-        undecodable = {pair for pair in chosen if not _can_be_decoded(source, pair)}
+        undecodable = {pair for pair in chosen if not _can_be_decoded(source, pair, min_size)}
         if not undecodable:
             return chosen
         pairs = [pair for pair in pairs if pair not in undecodable]
 
 
-def _can_be_decoded(source: PairSource, pair: int) -> bool:
+def _can_be_decoded(source: PairSource, pair: int, min_size: int) -> bool:
     try:
-        source.image(int(source.pair_image[pair]))
-    except (ValueError, OSError):
+        read_image(source, int(source.pair_image[pair]), min_size)
+    except ValueError:
         return False
     return True
 
@@ -96,46 +104,45 @@ def plot_attention(
         path: PNG file to write.
         model: in eval mode when this returns; one fusion layer at least.
         source: the pairs.
-        pairs: pair numbers to draw, with images that can be decoded.
+        pairs: pair numbers to draw, one or more, with images that can be decoded.
         tokenizer: the model's.
         transform: maps a PIL image to (3, S, S).
         words_shown: words of a caption to draw at most.
     """
     model.eval()
-    size = (1.7 * (words_shown + 2), 1.85 * len(pairs))
-    figure = Figure(figsize=size)
-    axes = figure.subplots(len(pairs), words_shown + 2, squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for row, pair in zip(axes, pairs, strict=True):
-        caption = source.caption(pair)
-        pixels = transform(source.image(int(source.pair_image[pair])))
-        shown = denormalize(pixels).permute(1, 2, 0).numpy()
-        row[0].imshow(shown)
-        # A caption is data: dollar signs in it are no formula.
-        row[0].set_title(_shorten(caption, 24), fontsize=7, parse_math=False)
-        for axis, (word, attention) in zip(row[1:], word_attention(model, pixels, caption, tokenizer), strict=False):
-            heat = attention.numpy()
-            heat = (heat - heat.min()) / max(heat.max() - heat.min(), 1e-12)
-            axis.imshow(shown)
-            sides = (-0.5, shown.shape[1] - 0.5, shown.shape[0] - 0.5, -0.5)
-            axis.imshow(heat, cmap="jet", alpha=0.5, interpolation="bilinear", extent=sides)
-            axis.set_title(_shorten(word, 16), fontsize=8, parse_math=False)
-    figure.tight_layout()
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    # A caption is data: a dollar sign begins no formula. Warnings are of letters that the font lacks, drawn as boxes.
+    with matplotlib.rc_context(_PLAIN_TEXT), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        figure = Figure(figsize=(1.7 * (words_shown + 2), 1.85 * len(pairs)))
+        axes = figure.subplots(len(pairs), words_shown + 2, squeeze=False)
+        for axis in axes.flat:
+            axis.axis("off")
+        for row, pair in zip(axes, pairs, strict=True):
+            caption = source.caption(pair)
+            pixels = transform(source.image(int(source.pair_image[pair])))
+            shown = denormalize(pixels).permute(1, 2, 0).numpy()
+            row[0].imshow(shown)
+            row[0].set_title(one_line(caption, 24), fontsize=7)
+            for axis, (word, attention) in zip(
+                row[1:], word_attention(model, pixels, caption, tokenizer), strict=False
+            ):
+                heat = attention.numpy()
+                heat = (heat - heat.min()) / max(heat.max() - heat.min(), 1e-12)
+                axis.imshow(shown)
+                sides = (-0.5, shown.shape[1] - 0.5, shown.shape[0] - 0.5, -0.5)
+                axis.imshow(heat, cmap="jet", alpha=0.5, interpolation="bilinear", extent=sides)
+                axis.set_title(one_line(word, 16), fontsize=8)
+        figure.tight_layout()
+        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 
 
 def _words(tokenizer: CaptionTokenizer, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
     """Words of a caption with the positions of their tokens: a token that begins with a space begins a word."""
-    words: list[tuple[str, list[int]]] = []
+    words: list[list[int]] = []
     for position, token in enumerate(ids, start=1):
-        text = tokenizer.decode([token])
-        if words and not text.startswith(" "):
-            words[-1] = (words[-1][0] + text, [*words[-1][1], position])
+        if words and not tokenizer.decode([token]).startswith(" "):
+            words[-1].append(position)
         else:
-            words.append((text.strip(), [position]))
-    return words
-
-
-def _shorten(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+            words.append([position])
+    # Decoded as a whole: a letter beyond ASCII may be spread over tokens.
+    return [(tokenizer.decode([ids[position - 1] for position in word]).strip(), word) for word in words]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sclkern.data import PairSource
 from sclkern.data.tokenizer import CaptionTokenizer
-from sclkern.data.undecodable import UndecodableImages
+from sclkern.data.undecodable import UndecodableImages, read_image
+from sclkern.errors import UserError
 from sclkern.models import SCLNetwork, VisionFeatures
 
 RECALL_AT = (1, 5, 10)
@@ -130,18 +131,19 @@ def evaluate_retrieval(
         batch_size: images or captions encoded at a time.
         rerank: candidates of ITC that the matching head re-ranks, in each direction; 0 does not re-rank.
         max_images: images to retrieve from, spread evenly over the source; None takes all.
-        undecodable: counts the images that cannot be decoded, which are left out; None counts for this call alone.
+        undecodable: counts the images that cannot be decoded or are smaller than a patch, which are left out; None
+            counts for this call alone.
 
     Returns:
         The recalls.
 
     Raises:
-        UserError: too many images are undecodable.
+        UserError: too many images are undecodable, or all.
     """
     was_training = model.training
     model.eval()
     undecodable = undecodable if undecodable is not None else UndecodableImages(source.num_images)
-    pixels, images = _decode(source, transform, max_images, undecodable)
+    pixels, images = _decode(source, transform, model.config.patch_size, max_images, undecodable)
     captions, relevant = _captions(source, images)
     gallery = _encode(model, pixels, *tokenizer(captions, model.config.max_text_len), relevant, batch_size)
     values: dict[str, float] = {}
@@ -160,6 +162,7 @@ def evaluate_retrieval(
 def _decode(
     source: PairSource,
     transform: Callable[[Image.Image], Tensor],
+    min_size: int,
     max_images: int | None,
     undecodable: UndecodableImages,
 ) -> tuple[Tensor, np.ndarray]:
@@ -168,11 +171,14 @@ def _decode(
     count = min(source.num_images, max_images or source.num_images)
     for image in np.linspace(0, source.num_images - 1, count).round().astype(int).tolist():
         try:
-            pixels.append(transform(source.image(image)))
-        except (ValueError, OSError):
-            undecodable.add([source.image_name(image)])
+            decoded = read_image(source, image, min_size)
+        except ValueError as error:
+            undecodable.add({source.image_name(image): str(error)})
             continue
+        pixels.append(transform(decoded))
         images.append(image)
+    if not images:
+        raise UserError(f"none of {count} images to retrieve from can be decoded, expected one or more; see the log")
     return torch.stack(pixels), np.array(images)
 
 

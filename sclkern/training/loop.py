@@ -269,9 +269,10 @@ class Pretraining:
             results["training"] = self.retrieval(held_out=False, max_images=evaluation.train_images)
         attention = None
         if evaluation.attention_images and self.config.model.fusion_layers:
-            attention = self.directory / "attention.png"
-            pairs = choose_pairs(data.val_source, evaluation.attention_images)
-            plot_attention(attention, self.model, data.val_source, pairs, data.tokenizer, data.val_transform)
+            patch = self.config.model.patch_size
+            if pairs := choose_pairs(data.val_source, evaluation.attention_images, patch):
+                attention = self.directory / "attention.png"
+                plot_attention(attention, self.model, data.val_source, pairs, data.tokenizer, data.val_transform)
         summary = RunSummary(
             description=self.describe(),
             rows=read_metrics(self.directory / "metrics.jsonl"),

@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from sclkern.data.text import escape_markdown
 from sclkern.evaluation.retrieval import RECALL_AT, RetrievalResult
 from sclkern.io import write_atomically
 from sclkern.objectives import OBJECTIVES
@@ -48,7 +49,7 @@ def write_report(summary: RunSummary, directory: Path) -> Path:
     if summary.rows:
         plot_losses(summary.rows, directory / "losses.png")
     path = directory / "report.md"
-    write_atomically(path, lambda temporary: temporary.write_text(format_report(summary)))
+    write_atomically(path, lambda temporary: temporary.write_text(format_report(summary), encoding="utf-8"))
     return path
 
 
@@ -81,14 +82,14 @@ def plot_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def format_report(summary: RunSummary) -> str:
     """The report as Markdown, with links to the plots beside it."""
-    lines = ["# Pre-training report", "", summary.description, ""]
+    lines = ["# Pre-training report", "", escape_markdown(summary.description), ""]
     lines += _loss_section(summary.rows) + _retrieval_section(summary)
     if summary.attention is not None:
         lines += ["", "## Attention of words over held-out images", "", f"![attention]({summary.attention.name})", ""]
         lines += ["Last fusion layer, text to image, the largest over heads, each map scaled to its own range."]
     for name, count in summary.undecodable.items():
         if count:
-            lines += ["", f"Undecodable {name} images, skipped: {count}"]
+            lines += ["", f"Undecodable {escape_markdown(name)} images, skipped: {count}"]
     return "\n".join(lines) + "\n"
 
 
@@ -118,7 +119,7 @@ def _retrieval_section(summary: RunSummary) -> list[str]:
         "|---|---|---|" + "---|" * len(RECALL_AT),
     ]
     for name, result in summary.retrieval.items():
-        gallery = f"{name}, {result.images} images, {result.captions} captions"
+        gallery = f"{escape_markdown(name)}, {result.images} images, {result.captions} captions"
         for direction in ("image_to_text", "text_to_image"):
             for method, title in (("itc", "ITC"), ("itm", "ITM"), ("chance", "chance")):
                 if f"{method}_{direction}_r1" in result.recalls:

@@ -52,3 +52,14 @@ def test_the_line_of_a_retrieval_shows_the_best_method():
 def test_a_recipe_without_contrast_has_no_retrieval():
     text = format_report(summary(retrieval={}))
     assert "no objective of the recipe trains the ITC head" in text and "| R@1 |" not in text
+
+
+def test_texts_stay_text(tmp_path):
+    hard = "# 🤖 $x$ <b>|</b>\n| a_b_ `c` שלום \0"
+    result = RetrievalResult(40, 30, RECALLS)
+    path = write_report(summary(description=hard, retrieval={"a|b\n": result}, undecodable={hard: 1}), tmp_path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    shown = r"\# 🤖 \$x\$ \<b\>\|\</b\> \| a\_b\_ \`c\` שלום \\x00"
+    assert lines[2] == shown
+    assert f"Undecodable {shown} images, skipped: 1" in lines
+    assert r"| a\|b, 40 images, 30 captions | image to text | ITC | 2.5 | 12.5 | 25.0 |" in lines

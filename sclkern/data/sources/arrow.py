@@ -16,6 +16,7 @@ from PIL import Image
 
 from sclkern.data.images import decode_image
 from sclkern.data.source import register_source
+from sclkern.data.undecodable import undecodable_limit
 from sclkern.errors import UserError
 
 _COLUMNS = {
@@ -51,7 +52,8 @@ class ArrowPairs:
 
     Raises:
         UserError: A file is missing or unreadable, a column is missing or of another type, the split has no
-            row, a kept row has no image or no caption, or a caption is null or blank.
+            row, more kept rows have no image than may be undecodable, one has no caption, or a caption is null or
+            blank.
     """
 
     num_images: int
@@ -72,9 +74,12 @@ class ArrowPairs:
         return decode_image(self.image_bytes(image))
 
     def image_bytes(self, image: int) -> memoryview:
-        """Image ``image`` as encoded in the file, a view of the mapped file."""
+        """Image ``image`` as encoded in the file, a view of the mapped file; raises ``ValueError`` if it is null."""
         batch, row = self._locate(image)
-        return memoryview(self._batches[batch].column("image")[row].as_buffer())
+        value = self._batches[batch].column("image")[row]
+        if not value.is_valid:
+            raise ValueError("there is no image (null)")
+        return memoryview(value.as_buffer())
 
     def image_name(self, image: int) -> str:
         """Where image ``image`` comes from, for messages: ``"pairs.arrow row 17 (noto/1f30e)"``."""
@@ -122,16 +127,18 @@ class ArrowPairs:
 
         texts: list[pa.Array] = []
         lengths: list[np.ndarray] = []
+        without_image: list[np.ndarray] = []
         for number, (batch, mask) in enumerate(zip(self._batches, selected, strict=True)):
             captions = batch.column("caption")
             length = pc.list_value_length(captions).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-            self._refuse(number, mask & _nulls(batch.column("image")), "has no image (null)")
+            without_image.append(mask & _nulls(batch.column("image")))
             self._refuse(number, mask & (length == 0), "has no caption")
             lengths.append(length)
             # 32-bit offsets end at 2 GiB of text, which a large collection passes.
             texts.append(captions.flatten().cast(pa.large_string()))
 
         keep_row, length = np.concatenate(selected), np.concatenate(lengths)
+        self._check_images(keep_row, np.concatenate(without_image))
         row = np.repeat(np.arange(len(length)), length)
         item = np.arange(len(row)) - np.repeat(np.cumsum(length) - length, length)
         keep = keep_row[row]
@@ -184,6 +191,15 @@ class ArrowPairs:
             return UserError(f"{files}: no row, expected at least one; {_REWRITE}")
         there = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
         return UserError(f"{files}: no row of split '{self.split}', expected one of the splits there: {there}")
+
+    def _check_images(self, keep_row: np.ndarray, without: np.ndarray) -> None:
+        """A few rows without an image are left to whoever reads them, as images that cannot be decoded."""
+        if (count := int(without.sum())) > undecodable_limit(int(keep_row.sum())):
+            name = self._row_name(*self._split_row(int(without.argmax())))
+            raise UserError(
+                f"{name}: has no image (null), as {count} of {keep_row.sum()} rows, expected 1 % at most, or one; "
+                "remove the rows or complete them"
+            )
 
     def _refuse(self, number: int, rows: np.ndarray, what: str) -> None:
         if rows.any():

@@ -205,7 +205,6 @@ def test_no_rows(tmp_path: Path) -> None:
         (row(["fine", "fine", " \t\n\u3000"]), "t.arrow row 4: caption 2 is null or blank"),
         (row([]), "t.arrow row 4: has no caption"),
         (row(None), "t.arrow row 4: has no caption"),
-        (row(image=None), "t.arrow row 4: has no image"),
     ],
 )
 @pytest.mark.parametrize("batch_rows", [2, 3, 100])
@@ -213,6 +212,19 @@ def test_faulty_rows_are_named(tmp_path: Path, bad: Row, message: str, batch_row
     write_pairs(tmp_path / "first.arrow", [row()] * 3)
     write_pairs(tmp_path / "t.arrow", [*[row()] * 4, bad, row()], batch_rows=batch_rows)
     assert error_of(tmp_path, "first", "t").startswith(message)
+
+
+@pytest.mark.parametrize(("total", "without"), [(3, 1), (250, 2)])
+def test_a_few_rows_without_an_image_are_undecodable(tmp_path: Path, total: int, without: int) -> None:
+    content = [row(image=None)] * without + [row()] * (total - without)
+    write_pairs(tmp_path / "t.arrow", content, batch_rows=2)
+    table = ArrowPairs(tmp_path, ["t"])
+    assert table.num_images == total and bytes(table.image_bytes(without)) == b"image"
+    with pytest.raises(ValueError, match=r"no image \(null\)"):
+        table.image(without - 1)
+    write_pairs(tmp_path / "t.arrow", [row(split="val", image=None), row(image=None), *content], batch_rows=2)
+    message = error_of(tmp_path, split="train")
+    assert message.startswith(f"t.arrow row 1: has no image (null), as {without + 1} of {total + 1} rows")
 
 
 def test_write_is_whole_or_not_at_all(tmp_path: Path) -> None:
