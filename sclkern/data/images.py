@@ -55,11 +55,15 @@ def decode_image(data: bytes | memoryview) -> Image.Image:
             # Pillow warns of what viewers overlook; with "python -W error" such a picture would be lost.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data))
+            # The first frame of an animation may be smaller than the picture.
+            frame = image.tile[0][1] if image.format == "GIF" and image.tile else None
             image.load()
             turn = _TURNS.get(_orientation(image))
-            image = _to_rgb(image, data)
-            return image if turn is None else image.transpose(turn)
+            rgb = _to_rgb(image, data)
+            if frame is not None and frame != (0, 0, *rgb.size):
+                rgb = _surround_with_white(rgb, frame)
+            return rgb if turn is None else rgb.transpose(turn)
     except Exception as error:  # Pillow's plug-ins raise errors of every kind on broken files
         raise ValueError(UNDECODABLE + _reason(error, data)) from error
 
@@ -72,8 +76,8 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image, data: bytes | memoryview) -> Image.Image:
-    if image.format == "TIFF" and image.mode == "L" and _is_signed(image):
-        raise _no_scale(image, "signed grey")
+    if image.format == "TIFF":
+        _check_tiff(image)
     key = image.info.get("transparency")
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         samples, bits = _deep_grey(image)
@@ -86,6 +90,20 @@ def _to_rgb(image: Image.Image, data: bytes | memoryview) -> Image.Image:
     if image.has_transparency_data:
         return _lay_on_white(image)
     return image.convert("RGB")
+
+
+def _check_tiff(image: Image.Image) -> None:
+    if image.mode == "L" and _is_signed(image):
+        raise _no_scale(image, "signed grey")
+    is_ycbcr = image.tag_v2.get(_PHOTOMETRIC) == 6  # type: ignore[attr-defined]
+    if is_ycbcr and image.mode == "RGB" and image.info.get("compression") == "raw":
+        raise ValueError("this Pillow takes YCbCr without compression for RGB; install Pillow 13 or compress it")
+
+
+def _surround_with_white(image: Image.Image, frame: tuple[int, int, int, int]) -> Image.Image:
+    shown = Image.new("RGB", image.size, "white")
+    shown.paste(image.crop(frame), frame[:2])
+    return shown
 
 
 def _deep_grey(image: Image.Image) -> tuple[np.ndarray, int]:
@@ -124,8 +142,9 @@ def _key_to_white(image: Image.Image, key: int | tuple[int, ...], data: bytes | 
         bits = data[24]
         if image.mode == "RGB" and bits == 16:
             samples = 256 * levels.astype(np.int32) + _low_bytes(data)
-        elif bits < 8:
-            colour = (colour & ((1 << bits) - 1)) * 255 // ((1 << bits) - 1)
+        colour &= (1 << bits) - 1
+        if bits < 8:
+            colour = colour * 255 // ((1 << bits) - 1)
     same = samples == colour
     levels[same.all(-1) if levels.ndim == 3 else same] = 255
     return Image.fromarray(levels).convert("RGB")

@@ -188,8 +188,12 @@ def test_ycck() -> None:
 def test_ycbcr_tiff() -> None:
     y, b, r = HIGH.astype(float), 255.0 - HIGH, HIGH // 2 + 60.0
     rgb = [y + 1.402 * (r - 128), y - 0.344136 * (b - 128) - 0.714136 * (r - 128), y + 1.772 * (b - 128)]
-    samples = np.stack([y, b, r], -1).astype(np.uint8)
-    assert_shows(tiff(samples, 6, tag_530=1), np.clip(np.stack(rgb, -1), 0, 255), 2)
+    data = tiff(np.stack([y, b, r], -1).astype(np.uint8), 6, tag_530=1)
+    if Image.open(io.BytesIO(data)).mode == "YCbCr":
+        assert_shows(data, np.clip(np.stack(rgb, -1), 0, 255), 2)
+    else:  # it would read on into what follows, here zeros
+        with pytest.raises(ValueError, match="this Pillow takes YCbCr"):
+            decode_image(data + bytes(len(data)))
 
 
 def test_lab_tiff() -> None:
@@ -236,6 +240,20 @@ def test_the_first_frame_of_an_animation(kind: str) -> None:
 def test_gif_with_a_transparent_index() -> None:
     image = Image.fromarray(HIGH.astype(np.uint8))
     assert_shows(encode(image, "GIF", transparency=7), np.where(HIGH == 7, 255, HIGH))
+
+
+@pytest.mark.parametrize("transparent", [None, 0, 3])
+def test_gif_whose_first_frame_is_smaller_than_the_picture(transparent: int | None) -> None:
+    image = Image.new("P", (10, 6), 3)
+    image.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200, 10, 20, 30])
+    data = bytearray(encode(image, "GIF", **({} if transparent is None else {"transparency": transparent})))
+    data[6:10] = struct.pack("<HH", 30, 20)
+    start = data.index(b"\x2c")
+    data[start + 1 : start + 5] = struct.pack("<HH", 8, 5)
+    expected = np.full((20, 30, 3), 255)
+    if transparent != 3:
+        expected[5:11, 8:18] = (10, 20, 30)
+    assert_shows(bytes(data), expected)
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
