@@ -121,7 +121,7 @@ class CaptionTokenizer:
             ids (B, L) int64 and mask (B, L) bool, true on tokens, false on padding.
 
         Raises:
-            UserError: A caption gives no token, or ``max_length`` leaves no room for one.
+            UserError: A caption gives no token or is not text, or ``max_length`` leaves no room for one.
             ValueError: ``pad_to`` is less than ``max_length``.
         """
         if max_length < 3:
@@ -132,7 +132,14 @@ class CaptionTokenizer:
         rows: list[list[int]] = []
         # One by one: encode_batch starts threads, which a forked worker must not inherit.
         for caption in captions:
-            row = backend.encode(caption).ids
+            try:
+                row = backend.encode(caption).ids
+            except (TypeError, UnicodeError) as error:  # half a surrogate pair, or no str
+                shown = one_line(str(caption), 60)
+                raise UserError(
+                    f"caption {shown!r} of type {type(caption).__name__} cannot be encoded, expected text; remove it "
+                    "from the data"
+                ) from error
             if len(row) < 3:
                 raise UserError(
                     f"caption {one_line(caption, 60)!r} gives no token, expected text; remove it from the data"

@@ -137,10 +137,10 @@ def plot_attention(
 
 
 def _words(tokenizer: CaptionTokenizer, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
-    """Words of a caption with the positions of their tokens: a token that begins with a space begins a word."""
+    """Words of a caption with the positions of their tokens: a token that begins with white space begins a word."""
     words: list[list[int]] = []
     for position, token in enumerate(ids, start=1):
-        if words and not tokenizer.decode([token]).startswith(" "):
+        if words and not tokenizer.decode([token])[:1].isspace():
             words[-1].append(position)
         else:
             words.append([position])

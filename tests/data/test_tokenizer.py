@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,20 @@ def test_caption_without_tokens() -> None:
     with pytest.raises(UserError, match="caption '' gives no token") as error:
         DEMO(["a cat", ""], 10)
     one_line(error)
+
+
+@pytest.mark.parametrize("caption", ["half \ud800", None, b"a\n"])
+def test_captions_that_are_no_text(caption: Any) -> None:
+    with pytest.raises(UserError, match="cannot be encoded, expected text") as error:
+        DEMO(["a cat", caption], 10)
+    one_line(error)
+    assert type(caption).__name__ in str(error.value)
+    str(error.value).encode()
+
+
+@pytest.mark.parametrize("caption", ["\0", "\x1b[2J", "🤖", "שלום", "a" * 10_000, "\u200b", "$$", "%s"])
+def test_captions_of_any_characters_give_tokens(caption: str) -> None:
+    assert DEMO([caption], 10)[1].sum() >= 3
 
 
 def test_lengths_are_checked() -> None:

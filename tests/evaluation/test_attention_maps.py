@@ -82,7 +82,7 @@ def test_maps_are_those_of_the_last_fusion_layer(model):
     )
 
 
-@pytest.mark.parametrize("caption", ["ein schönes Café", "東京 a", "a 🤖 b", "שלום a"])
+@pytest.mark.parametrize("caption", ["ein schönes Café", "東京 a", "a 🤖 b", "שלום a", "two\nlines\tand"])
 def test_words_beyond_ascii_are_whole(model, caption):
     maps = word_attention(model, torch.randn(3, 32, 32), caption, TOKENIZER)
     assert [word for word, _ in maps] == ["whole text", *caption.split()]

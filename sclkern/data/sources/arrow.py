@@ -16,6 +16,7 @@ from PIL import Image
 
 from sclkern.data.images import decode_image
 from sclkern.data.source import register_source
+from sclkern.data.text import one_line
 from sclkern.data.undecodable import undecodable_limit
 from sclkern.errors import UserError
 
@@ -189,7 +190,8 @@ class ArrowPairs:
                     counts[str(entry["values"])] += entry["counts"]
         if not counts:
             return UserError(f"{files}: no row, expected at least one; {_REWRITE}")
-        there = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+        shown = [f"{one_line(name, 60)} ({count})" for name, count in sorted(counts.items())[:20]]
+        there = ", ".join([*shown, *(["..."] if len(counts) > len(shown) else [])])
         return UserError(f"{files}: no row of split '{self.split}', expected one of the splits there: {there}")
 
     def _check_images(self, keep_row: np.ndarray, without: np.ndarray) -> None:

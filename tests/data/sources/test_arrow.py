@@ -190,6 +190,12 @@ def test_empty_split_lists_the_splits(tmp_path: Path) -> None:
     assert "a.arrow, b.arrow: no row of split 'test'" in message and message.endswith("train (2), val (1)")
 
 
+def test_names_of_splits_are_shown_on_a_line(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "t.arrow", [row(split="a\nb\0"), *(row(split=f"s{i:03}" + "x" * 999) for i in range(300))])
+    message = error_of(tmp_path, split="test")
+    assert r"a b\x00 (1), s000x" in message and message.endswith("… (1), ...") and len(message) < 2000
+
+
 def test_no_rows(tmp_path: Path) -> None:
     write_columns(tmp_path / "t.arrow", pa.schema({"image": pa.binary(), "caption": pa.list_(pa.string())}))
     assert "t.arrow: no row," in error_of(tmp_path)
