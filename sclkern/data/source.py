@@ -48,7 +48,7 @@ class PairSource(Protocol):
         """Caption of a pair: text that is not blank."""
 
     def image(self, image: int) -> Image.Image:
-        """Decoded image of an image index, mode RGB; raises ``ValueError`` or ``OSError`` if it cannot be read."""
+        """Decoded image of an image index, mode RGB, as of ``decode_image``; after an error the image is skipped."""
 
     def image_name(self, image: int) -> str:
         """Where an image comes from, for messages: ``"pairs.arrow row 17"``. Names are unique."""

@@ -181,7 +181,7 @@ class EvaluationConfig:
         batch_size: images or captions encoded at a time.
         rerank: candidates of ITC that ITM re-ranks, in each direction; 0 does not re-rank.
         train_images: training images that the final report retrieves from; 0 leaves the training set out.
-        attention_images: held-out images in attention.png; 0 writes no such file.
+        attention_images: held-out images in attention.png, 100 at most; 0 writes no such file.
     """
 
     batch_size: int = 64
@@ -191,4 +191,6 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _check(self, lambda value: value >= 1, "1 or more", "batch_size")
-        _check(self, lambda value: value >= 0, "0 or more", "rerank", "train_images", "attention_images")
+        _check(self, lambda value: value >= 0, "0 or more", "rerank", "train_images")
+        # A figure of more rows would pass the pixels that a plot may have, at the end of the run.
+        _check(self, lambda value: 0 <= value <= 100, "0 to 100", "attention_images")

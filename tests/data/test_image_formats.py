@@ -62,6 +62,21 @@ def test_rgb_png_with_and_without_a_transparent_colour(bits: int) -> None:
     assert_shows(png(samples, bits, RGB, tRNS=key), expected)
 
 
+@pytest.mark.parametrize("bits", [1, 4, 8, 16])
+def test_interlaced_png(bits: int) -> None:
+    samples = GREY.astype(int) >> (16 - bits)
+    levels = HIGH if bits == 16 else samples * 255 // (2**bits - 1)
+    key = int(samples[20, 5])
+    assert_shows(png(samples, bits, interlaced=True), levels)
+    keyed = png(samples, bits, interlaced=True, tRNS=struct.pack(">H", key))
+    assert_shows(keyed, np.where(samples == key, 255, levels))
+    if bits >= 8:
+        colour = COLOUR.astype(int) >> (16 - bits)
+        keyed = png(colour, bits, RGB, interlaced=True, tRNS=struct.pack(">HHH", *colour[3, 7].tolist()))
+        same = (colour == colour[3, 7]).all(-1, keepdims=True)
+        assert_shows(keyed, np.where(same, 255, colour >> (bits - 8)))
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 def test_alpha_is_laid_on_white(bits: int) -> None:
     grey, colour, alpha = (x.astype(int) >> (16 - bits) for x in (GREY, COLOUR, ALPHA))

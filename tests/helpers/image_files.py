@@ -8,13 +8,17 @@ import numpy as np
 GREY, RGB, PALETTE, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6
 
 
-def png(samples, bits=8, colour=GREY, **chunks):
+# First column and row, and the steps of both, of the passes of an interlaced PNG.
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+
+
+def png(samples, bits=8, colour=GREY, *, interlaced=False, **chunks):
     """A PNG of samples (H, W) or (H, W, channels); further chunks by name, such as ``tRNS=b"..."``, before the data."""
     samples = np.asarray(samples)
     height, width = samples.shape[:2]
-    rows = samples.reshape(height, -1)
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    body = b"".join(b"\0" + _packed(row, bits) for row in rows)
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlaced)
+    passes = [samples[y::dy, x::dx] for x, y, dx, dy in ADAM7] if interlaced else [samples]
+    body = b"".join(b"\0" + _packed(row.reshape(-1), bits) for part in passes for row in part if row.size)
     extra = [_chunk(name.encode(), content) for name, content in chunks.items()]
     parts = [_chunk(b"IHDR", header), *extra, _chunk(b"IDAT", zlib.compress(body)), _chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)

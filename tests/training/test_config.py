@@ -46,6 +46,7 @@ def test_overrides_win_over_the_file_and_the_preset(tmp_path):
         ({"optimizer": {"betas": [2, 0.9]}}, [], r"optimizer\.betas: got \(2\.0, 0\.9\), expected two numbers"),
         ({"optimizer": {"max_grad_norm": 0}}, [], r"optimizer\.max_grad_norm: got 0\.0, expected a positive number"),
         ({"evaluation": {"batch_size": 0}}, [], r"evaluation\.batch_size: got 0, expected 1 or more"),
+        ({"evaluation": {"attention_images": 101}}, [], r"evaluation\.attention_images: got 101, expected 0 to 100"),
         ({"data": {"train_tables": "pairs"}}, [], r"data\.train_tables: got 'pairs'; Input should be a list"),
         ({"model": {"preset": ["a"]}}, [], r"model\.preset: got \['a'\], expected a name"),
         ({"run": 3}, [], r"run: got 3, expected a section"),
