@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -9,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sclkern import ops
+from sclkern.integrations.fuse.structure import Attributes, changed, is_plain, signature
 from sclkern.integrations.huggingface.maps import wants_maps
 from sclkern.integrations.huggingface.masks import key_padding
 from sclkern.integrations.huggingface.warn import warn_once
@@ -17,8 +21,10 @@ from sclkern.ops.dispatch import select_backend
 
 # ``approximate`` of ``ops.bias_gelu``.
 GeluKind = Literal["none", "tanh", "quick"]
-# Arguments of a forward that do not change the result of an attention without a cache.
-_HARMLESS = ("cache_position", "num_items_in_batch", "output_hidden_states", "position_ids", "return_dict", "use_cache")
+# Arguments of an attention that the op takes.
+_OPERANDS = ("hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask")
+# Not empty while a trial compares a fused module with its original: the backend that the ops take.
+_trial: list[str] = []
 
 
 class Fused(nn.Module):
@@ -72,16 +78,32 @@ class Swap(NamedTuple):
         cls: class that the module gets.
         attributes: attributes that are set on it.
         children: child modules that must be replaced too, each with its swap.
+        calls: which calls the replacement computes, and what computes the others.
+        device: where it runs: "any", or "cuda" (elsewhere the module's own forward).
     """
 
     by: str
     cls: type[nn.Module]
     attributes: dict[str, Any]
     children: tuple[tuple[nn.Module, Swap], ...] = ()
+    calls: str = "all calls"
+    device: Literal["any", "cuda"] = "any"
 
 
 # A rule's answer for a module: None (not of the kind), how to replace it, or the reason why it is left.
 Verdict = Swap | str | None
+
+
+class Output(NamedTuple):
+    """Settings of ``FusedOutput``.
+
+    Attributes:
+        names: arguments of the module's original forward, in order.
+        attributes: plain attributes that the original forward reads, as they were.
+    """
+
+    names: tuple[str, ...]
+    attributes: Attributes
 
 
 class FusedOutput(Fused):
@@ -90,14 +112,18 @@ class FusedOutput(Fused):
     dense: nn.Linear
     LayerNorm: nn.LayerNorm
     dropout: nn.Dropout
+    _sclkern: Output
 
     def forward(self, *args, **options):
         """Compute the sum and the norm in one kernel."""
         dense, norm, dropout = self.dense, self.LayerNorm, self.dropout
         plain = is_plain(dense, nn.Linear) and is_plain(norm, nn.LayerNorm) and is_plain(dropout, nn.Dropout)
-        if not plain or options or len(args) != 2 or not kernels_run(*args, dense.weight):
+        inputs = bind(self._sclkern.names, args, options)
+        if not plain or len(inputs) != 2 or changed(self, self._sclkern.attributes):
             return super().forward(*args, **options)
-        x, residual = args
+        x, residual = inputs.values()
+        if x.shape[:-1] != residual.shape[:-1] or not kernels_run(x, residual, dense.weight):
+            return super().forward(*args, **options)
         if torch.is_autocast_enabled(x.device.type) and x.device.type == "cuda":
             # autocast computes LayerNorm in float32 and returns float32.
             residual = residual.float()
@@ -109,21 +135,30 @@ class FusedOutput(Fused):
             x_bias=dense.bias,
             dropout_p=dropout.p if dropout.training else 0.0,
             eps=norm.eps,
+            backend=_backend(),
         )
 
 
 class Gelu(NamedTuple):
-    """Settings of ``FusedGelu``.
+    """Settings of ``FusedGelu`` and ``FusedSequential``.
 
     Attributes:
         first: name of the linear layer before the GELU.
+        gelu: name of the GELU.
         second: name of the linear layer after it; None where the module ends with the GELU.
         kind: which GELU, as ``approximate`` of ``ops.bias_gelu``.
+        activation: what the GELU was, see ``structure.signature``.
+        names: arguments of the module's original forward.
+        attributes: plain attributes that the original forward reads, as they were.
     """
 
     first: str
+    gelu: str
     second: str | None
     kind: GeluKind
+    activation: Any
+    names: tuple[str, ...] = ()
+    attributes: Attributes = ()
 
 
 class FusedGelu(Fused):
@@ -133,44 +168,40 @@ class FusedGelu(Fused):
 
     def forward(self, *args, **options):
         """Compute bias and GELU in one kernel."""
-        first = getattr(self, self._sclkern.first)
-        if options or len(args) != 1 or not is_plain(first, nn.Linear) or not kernels_run(args[0], first.weight):
+        settings = self._sclkern
+        inputs = bind(settings.names, args, options)
+        if len(inputs) != 1 or not _gelu_holds(self, settings) or changed(self, settings.attributes):
             return super().forward(*args, **options)
-        hidden = linear_gelu(args[0], first.weight, first.bias, self._sclkern.kind, "auto")
-        return hidden if self._sclkern.second is None else getattr(self, self._sclkern.second)(hidden)
-
-
-class Block(NamedTuple):
-    """Settings of ``FusedBlock``.
-
-    Attributes:
-        kind: which GELU, as ``approximate`` of ``ops.bias_gelu``.
-        needs_mask: whether the block's ``attention`` requires a mask argument.
-    """
-
-    kind: GeluKind
-    needs_mask: bool
-
-
-class FusedBlock(Fused):
-    """{attn, ln_1, mlp {c_fc, gelu, c_proj}, ln_2}: CLIP's pre-norm block as OpenAI writes it, its attention kept."""
-
-    _sclkern: Block
-    attention: Any
-    ln_1: nn.Module
-    ln_2: nn.Module
-    mlp: Any
-
-    def forward(self, *args, **options):
-        """Compute bias and GELU of the MLP in one kernel."""
-        first = self.mlp.c_fc
-        plain = is_plain(first, nn.Linear) and not options and 1 <= len(args) <= 2
-        if not plain or not kernels_run(args[0], first.weight):
+        first, (x,) = getattr(self, settings.first), inputs.values()
+        if not kernels_run(x, first.weight):
             return super().forward(*args, **options)
-        x = args[0]
-        x = x + self.attention(self.ln_1(x), *(args[1:] or (None,) * self._sclkern.needs_mask))
-        hidden = linear_gelu(self.ln_2(x), first.weight, first.bias, self._sclkern.kind, "auto")
-        return x + self.mlp.c_proj(hidden)
+        hidden = linear_gelu(x, first.weight, first.bias, settings.kind, _backend())
+        return hidden if settings.second is None else getattr(self, settings.second)(hidden)
+
+
+class FusedSequential(Fused):
+    """``torch.nn.Sequential`` with a linear layer before a GELU."""
+
+    _modules: dict[str, Any]
+    # One for each GELU.
+    _sclkern: tuple[Gelu, ...]
+
+    def forward(self, input):
+        """Compute bias and GELU in one kernel."""
+        # A slice of it is of this class too, and has no settings.
+        settings = {entry.first: entry for entry in self.__dict__.get("_sclkern", ())}
+        x, done = input, None
+        for name, following in itertools.pairwise([*self._modules, ""]):
+            module = self._modules[name]
+            entry = settings.get(name)
+            if name == done:
+                continue
+            fusible = entry is not None and entry.gelu == following and _gelu_holds(self, entry)
+            if entry is not None and fusible and kernels_run(x, module.weight):
+                x, done = linear_gelu(x, module.weight, module.bias, entry.kind, _backend()), following
+            else:
+                x = module(x)
+        return x
 
 
 class Attention(NamedTuple):
@@ -180,11 +211,19 @@ class Attention(NamedTuple):
         names: arguments of the module's original forward, in order.
         outputs: length of the tuple that it returns without attention maps; 0 where it returns one tensor.
         heads: number of heads.
+        harmless: arguments that do not change the result.
+        defaults: defaults of the arguments that are not None.
+        bool_mask: whether it reads a mask of bool as True = attend.
+        attributes: plain attributes that the original forward reads, as they were.
     """
 
     names: tuple[str, ...]
     outputs: int
     heads: int
+    harmless: frozenset[str] = frozenset()
+    defaults: tuple[tuple[str, Any], ...] = ()
+    bool_mask: bool = False
+    attributes: Attributes = ()
 
 
 class _FusedAttention(Fused):
@@ -193,17 +232,22 @@ class _FusedAttention(Fused):
 
     def forward(self, *args, **options):
         """Attend with ``ops.attention``, or with the original forward where the op cannot compute this call."""
-        arguments = {**dict(zip(self._sclkern.names, args, strict=False)), **options}
-        hidden, mask = arguments.pop("hidden_states"), arguments.pop("attention_mask", None)
-        context = arguments.pop("encoder_hidden_states", None)
-        context_mask = arguments.pop("encoder_attention_mask", None)
-        if context is not None:
-            mask = context_mask
+        arguments = bind(self._sclkern.names, args, options)
         reason = _unsupported(self, arguments)
+        padding = None
         if reason is None:
-            padding, reason = key_padding(mask, hidden.shape[0], hidden.shape[1])
+            hidden, context = arguments["hidden_states"], arguments.get("encoder_hidden_states")
+            mask = arguments.get("attention_mask" if context is None else "encoder_attention_mask")
+            keys = (hidden if context is None else context).shape[1]
+            if mask is not None and (mask.ndim != 4 or mask.shape[-1] != keys):
+                reason = f"a mask of shape {tuple(mask.shape)}"
+            elif mask is not None and not mask.is_floating_point() and not self._sclkern.bool_mask:
+                reason = f"a mask of {str(mask.dtype).removeprefix('torch.')}"
+            else:
+                padding, reason = key_padding(mask, hidden.shape[0], hidden.shape[1])
         if reason is not None:
-            warn_once(f"{reason}: computed by the original forward of {type(self).__name__}")
+            if not _trial:
+                warn_once(f"{reason}: computed by the original forward of {type(self).__name__}")
             return super().forward(*args, **options)
         out = self._attend(hidden, context, padding)
         return (out, *(None,) * (self._sclkern.outputs - 1)) if self._sclkern.outputs else out
@@ -213,7 +257,7 @@ class _FusedAttention(Fused):
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
         dropout = self.dropout.p if self.dropout.training else 0.0
-        out: Any = ops.attention(query, key, value, key_padding_mask=padding, dropout_p=dropout)
+        out: Any = ops.attention(query, key, value, key_padding_mask=padding, dropout_p=dropout, backend=_backend())
         merged: Tensor = out.flatten(-2)
         return merged
 
@@ -244,32 +288,84 @@ class FusedPackedAttention(_FusedAttention):
         return self.projection(self._attention(query, key, value, padding))
 
 
-def _unsupported(module: nn.Module, arguments: dict[str, Any]) -> str | None:
+def bind(names: tuple[str, ...], args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name; empty if there are more than names.
+
+    Args:
+        names: arguments of the forward, in order.
+        args: of the call.
+        options: of the call.
+
+    Returns:
+        Values by name.
+    """
+    return {**dict(zip(names, args, strict=False)), **options} if len(args) <= len(names) else {}
+
+
+def _unsupported(module: Any, arguments: dict[str, Any]) -> str | None:
     """The reason why the original forward must compute this call, or None.
 
     Args:
         module: the attention.
-        arguments: what it was called with, except hidden states and masks.
+        arguments: what it was called with.
 
     Returns:
         The reason, such as "head_mask is given".
     """
-    if arguments.pop("output_attentions", False) or wants_maps(module):
+    settings: Attention = module._sclkern
+    hidden, context = arguments.get("hidden_states"), arguments.get("encoder_hidden_states")
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3 or (context is not None and context.ndim != 3):
+        return "hidden states that are not (B, L, W)"
+    if context is not None and context.shape[0] != hidden.shape[0]:
+        return "a context of another batch"
+    if arguments.get("output_attentions") or wants_maps(module):
         return "attention maps are requested"
     if getattr(module, "save_attention", False):
         return "attention maps are to be saved"
+    if (name := changed(module, settings.attributes)) is not None:
+        return f"its {name} was changed"
+    if not is_plain(module.dropout, nn.Dropout):
+        return "its dropout was changed"
+    defaults = dict(settings.defaults)
     for name, argument in arguments.items():
-        if argument is not None and argument is not False and name not in _HARMLESS:
+        known = name in _OPERANDS or name in settings.harmless or name == "output_attentions"
+        if not known and argument is not defaults.get(name):
             return f"{name} is given"
     return None
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling ``module`` does exactly what its class ``kind`` does: no subclass, no hooks."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return type(module) is kind and not any(hooks)
+def _gelu_holds(module: nn.Module, settings: Gelu) -> bool:
+    """Whether the layers around the GELU, and the GELU, are what they were when they were fused."""
+    first = getattr(module, settings.first)
+    if not is_plain(first, nn.Linear) or first.bias is None:
+        return False
+    gelu = getattr(module, settings.gelu)
+    if isinstance(gelu, nn.Module) and not is_plain(gelu, type(gelu)):
+        return False
+    return bool(signature(gelu) == settings.activation)
 
 
 def kernels_run(*tensors: Tensor) -> bool:
     """Whether a kernel would run for these tensors; without one, the original forward is as fast."""
-    return select_backend(*tensors).backend == "triton"
+    return bool(_trial) or select_backend(*tensors).backend == "triton"
+
+
+def _backend() -> str:
+    return _trial[-1] if _trial else "auto"
+
+
+@contextlib.contextmanager
+def ops_forced(backend: str) -> Iterator[None]:
+    """Let fused modules compute with their ops wherever the calls allow it, kernels or not.
+
+    Args:
+        backend: of the ops.
+
+    Yields:
+        Nothing.
+    """
+    _trial.append(backend)
+    try:
+        yield
+    finally:
+        _trial.pop()

@@ -6,14 +6,16 @@ import functools
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch import nn
 
 from sclkern.errors import UserError
 from sclkern.integrations.fuse.modules import Fused, Swap
 from sclkern.integrations.fuse.rules import RULES
+from sclkern.integrations.fuse.trial import remembered
 from sclkern.integrations.huggingface.fusing import configure, dispatches, obstacle
+from sclkern.ops.dispatch import select_backend
 
 
 class Replaced(NamedTuple):
@@ -23,11 +25,15 @@ class Replaced(NamedTuple):
         path: its path within the model.
         module: name of its class.
         by: what computes it now.
+        calls: which calls that computes, and what computes the others.
+        device: where it runs: "any", or "cuda" (elsewhere the module's own forward).
     """
 
     path: str
     module: str
     by: str
+    calls: str
+    device: Literal["any", "cuda"]
 
 
 class Left(NamedTuple):
@@ -49,14 +55,25 @@ class FuseReport:
     """What ``fuse`` did; prints as a table. As a context manager, it restores the model on exit.
 
     Attributes:
-        replaced: modules that compute with fused ops now.
+        replaced: modules whose class has a fused forward now.
         left: modules of a known kind that could not be replaced.
     """
 
     replaced: list[Replaced] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
+    # The modules of ``replaced``.
+    _modules: list[nn.Module] = field(default_factory=list, repr=False)
     # Steps that restore the model, in the order in which they were made.
     _undo: list[Callable[[], Any]] = field(default_factory=list, repr=False)
+
+    @property
+    def active(self) -> list[Replaced]:
+        """The replaced modules whose op runs where their parameters are now; it changes as the model is moved."""
+        return [
+            entry
+            for entry, module in zip(self.replaced, self._modules, strict=True)
+            if entry.device == "any" or not _against_kernels(module)
+        ]
 
     def revert(self) -> None:
         """Restore the model that was fused; copies of it stay fused. A second call does nothing."""
@@ -70,53 +87,79 @@ class FuseReport:
         self.revert()
 
     def __str__(self) -> str:
-        count = len(self.replaced)
+        count, active = len(self.replaced), len(self.active)
         lines = [f"{count} module{'s' * (count != 1)} replaced, {len(self.left)} left"]
-        for title, entries in (("", self.replaced), ("left: ", self.left)):
-            groups: dict[tuple[str, str], list[str]] = {}
-            for path, module, what in entries:
-                groups.setdefault((module, what), []).append(path or "(the model)")
-            for (module, what), paths in groups.items():
-                more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-                lines.append(f"  {title}{module}: {what}  [{paths[0]}{more}]")
+        if active < count:
+            lines[0] += f"; the ops of {active} run on the model's device, those of {count - active} on a GPU only"
+        for entry, paths in _grouped(self.replaced):
+            lines.append(f"  {entry.module}: {entry.by}{' (on a GPU)' * (entry.device == 'cuda')}  [{paths}]")
+            lines.append(f"      {entry.calls}")
+        lines += [f"  left: {entry.module}: {entry.why}  [{paths}]" for entry, paths in _grouped(self.left)]
         return "\n".join(lines)
+
+
+_Entry = TypeVar("_Entry", Replaced, Left)
+
+
+def _grouped(entries: list[_Entry]) -> list[tuple[_Entry, str]]:
+    """One entry for all that differ in nothing but their paths, and those paths."""
+    groups: dict[tuple[str, ...], list[_Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry[1:], []).append(entry)
+    more = [f" and {len(group) - 1} more" if len(group) > 1 else "" for group in groups.values()]
+    return [
+        (group[0], f"{group[0].path or '(the model)'}{others}")
+        for group, others in zip(groups.values(), more, strict=True)
+    ]
+
+
+def _against_kernels(module: nn.Module) -> tuple[str, ...]:
+    """The reasons why no kernel runs for a module where its parameters are."""
+    parameter = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), None)
+    if parameter is None:
+        return ("it has no parameters",)
+    choice = select_backend(parameter)
+    return () if choice.backend == "triton" else choice.reasons
 
 
 def fuse(model: nn.Module, *, only: str | Iterable[str] | None = None, strict: bool = True) -> FuseReport:
     """Make ``model`` compute with the fused ops, in place: this instance only, no class and no other model.
 
-    Modules are matched by structure (names and classes of their children), and each is tried on a small input; one that
-    computes something else is left. Parameters, ``state_dict``, hooks, modes and optimizers stay as they are. Only the
-    class of a module changes, to a subclass of its original class. The rules:
+    Only what is known is replaced: classes of torch, classes whose source was examined (``known.json``), and modules
+    that have a declared structure and nothing beyond it, and that compute the same as the ops in a trial: random
+    weights, up to 1,100 tokens, masks of every kind, training with dropout. All else is left, and the report says why.
+    Parameters, ``state_dict``, hooks, modes and optimizers stay as they are. Only the class of a module changes, to a
+    subclass of its original class. The rules:
 
     - "attention": ``torch.nn.MultiheadAttention``; modules {query, key, value, dropout} (METER's and SCL's
       ``BertCrossLayer``, BERT, BLIP's text model, ViLT) and {qkv, projection, dropout} (BLIP's vision model); modules
       that use Hugging Face's ``AttentionInterface`` (BERT, RoBERTa, BridgeTower, CLIP), through copies of the model's
       configurations that say "sclkern".
     - "dropout_add_layer_norm": {dense, LayerNorm, dropout}.
-    - "linear_gelu": {dense, intermediate_act_fn}, {fc1, activation_fn, fc2}, CLIP's block as OpenAI writes it.
+    - "linear_gelu": {dense, intermediate_act_fn}, {fc1, activation_fn, fc2}, and a ``torch.nn.Sequential`` with a
+      linear layer and a GELU (the MLP of OpenAI's CLIP and of open_clip).
     - "transformer_encoder": ``torch.nn.TransformerEncoderLayer`` and ``TransformerEncoder``.
     - "completion_loss": the contrastive loss of ``transformers.CLIPModel`` and ``BlipModel``.
 
     At run time, the original forward of a module computes the calls that the ops cannot: attention maps
-    (``output_attentions=True``), causal and other masks that differ between queries, caches, head masks. One warning
-    names each. On a CPU, GELU and LayerNorm also stay the model's own: only attention gains there. Outputs agree to
-    rounding, with these exceptions: attention maps that were not requested are None; a query whose keys are all
-    padding gets zeros; dropout with the same seed drops other elements. Masks are read as ``register_attention`` reads
-    them. A fused model can be copied, pickled, compiled, and fused again with more rules; modules that are fused
-    already are left.
+    (``output_attentions=True``), causal and other masks that differ between queries, caches, head masks; and all calls
+    after one of the module's own attributes was changed. One warning names each. On a CPU, GELU and LayerNorm also
+    stay the model's own: only attention gains there (``report.active``). Outputs agree to rounding, with these
+    exceptions: attention maps that were not requested are None; a query whose keys are all padding gets zeros; dropout
+    with the same seed drops other elements. Masks are read as ``register_attention`` reads them. A fused model can be
+    copied, pickled, compiled, and fused again with more rules; modules that are fused already are left.
 
     Args:
         model: any module.
         only: names of the rules to apply; None applies all of them.
-        strict: whether to raise if nothing could be replaced.
+        strict: whether to raise if no op would run on the device where the model is.
 
     Returns:
         What was replaced, what was left and why; its ``revert`` restores the model.
 
     Raises:
-        TypeError: model is not a module. UserError: an unknown rule, or with ``strict`` nothing could be replaced; the
-            message gives the reasons, and the model is as it was.
+        TypeError: model is not a module. UserError: an unknown rule, or with ``strict`` no op would run; the message
+            gives the reasons, and the model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
@@ -126,17 +169,33 @@ def fuse(model: nn.Module, *, only: str | Iterable[str] | None = None, strict: b
             raise UserError(f"only: got {name!r}, expected any of {', '.join(RULES)}")
     report = FuseReport()
     try:
-        _fuse(model, names, report)
+        with remembered():
+            _fuse(model, names, report)
+        if strict:
+            _require_active(model, names, report)
     except BaseException:
         report.revert()
         raise
-    if strict and not report.replaced:
-        reasons = "; ".join(sorted({f"{left.module}: {left.why}" for left in report.left}))
-        raise UserError(
-            f"model: nothing in this {type(model).__name__} could be replaced"
-            + (f" ({reasons})" if reasons else f", it has no module that {', '.join(names)} would match")
-        )
     return report
+
+
+def _require_active(model: nn.Module, names: tuple[str, ...], report: FuseReport) -> None:
+    """Raise if no op would run for the model."""
+    if report.active:
+        return
+    name = type(model).__name__
+    left = "; ".join(sorted({f"{left.module}: {left.why}" for left in report.left}))
+    if report.replaced:
+        ops = ", ".join(sorted({entry.by for entry in report.replaced}))
+        reasons = "; ".join(sorted({reason for module in report._modules for reason in _against_kernels(module)}))
+        raise UserError(
+            f"model: {ops} could be put into this {name}, but would not run: {reasons}. Move the model to a GPU before "
+            f"it is fused, or pass strict=False, so that they run once it is moved" + (f" ({left})" if left else "")
+        )
+    raise UserError(
+        f"model: nothing in this {name} could be replaced"
+        + (f" ({left})" if left else f", it has no module that {', '.join(names)} would match")
+    )
 
 
 def _fuse(model: nn.Module, names: tuple[str, ...], report: FuseReport) -> None:
@@ -149,25 +208,43 @@ def _fuse(model: nn.Module, names: tuple[str, ...], report: FuseReport) -> None:
                 if name == names[0]:
                     report.left.append(Left(path, original.__name__, "fused already"))
                 continue
-            if name == "attention" and dispatches(module):
-                dispatching.append((path, module))
-                continue
-            verdict = RULES[name](module)
+            try:
+                if name == "attention" and dispatches(module):
+                    dispatching.append((path, module))
+                    continue
+                verdict = RULES[name](module)
+            except Exception as error:
+                # Whatever a module of somebody else raises while it is looked at.
+                verdict = f"it cannot be tried: {type(error).__name__}: {error}"
             if isinstance(verdict, str):
                 report.left.append(Left(path, original.__name__, verdict))
             elif verdict is not None:
                 _apply(module, verdict, report)
-                report.replaced.append(Replaced(path, original.__name__, verdict.by))
+                _note(report, path, module, original, verdict.by, verdict.calls, verdict.device)
                 if name == "attention" and original is not nn.MultiheadAttention:
                     attentions.append(module)
     for path, module in dispatching:
         if reason := obstacle(module):
             report.left.append(Left(path, type(module).__name__, reason))
         else:
-            report.replaced.append(Replaced(path, type(module).__name__, "ops.attention, by Hugging Face's interface"))
+            calls = "calls with a padding mask or none; other masks: torch's attention; maps: the model's own attention"
+            _note(report, path, module, type(module), "ops.attention, by Hugging Face's interface", calls, "any")
             attentions.append(module)
     if attentions and "transformers" in sys.modules:
         configure(model, attentions, report._undo)
+
+
+def _note(
+    report: FuseReport,
+    path: str,
+    module: nn.Module,
+    original: type[nn.Module],
+    by: str,
+    calls: str,
+    device: Literal["any", "cuda"],
+) -> None:
+    report.replaced.append(Replaced(path, original.__name__, by, calls, device))
+    report._modules.append(module)
 
 
 def _apply(module: nn.Module, swap: Swap, report: FuseReport) -> None:

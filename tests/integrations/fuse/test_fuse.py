@@ -93,9 +93,11 @@ def test_report_reads_as_a_table(cross_layer):
     layer, _ = cross_layer
     layer.output.dense.register_forward_hook(lambda *a: None)
     text = str(sclkern.fuse(layer))
-    assert "5 modules replaced, 1 left" in text
+    assert "5 modules replaced, 1 left; the ops of 2 run on the model's device, those of 3 on a GPU only" in text
+    assert "Output: ops.dropout_add_layer_norm (on a GPU)  [attention.output and 1 more]" in text
+    assert "other masks, attention maps, caches: the module's own forward" in text
     assert "CrossAttention: ops.attention  [attention.self and 1 more]" in text
-    assert "left: Output: its dense carries hooks  [output]" in text
+    assert "left: Output: its dense carries hooks, or another forward  [output]" in text
 
 
 def test_errors(cross_layer):
@@ -111,7 +113,7 @@ def test_errors(cross_layer):
 
 def test_only_applies_the_named_rules(cross_layer):
     layer, _ = cross_layer
-    assert {entry.path for entry in sclkern.fuse(layer, only="linear_gelu").replaced} == {"intermediate"}
+    assert {entry.path for entry in sclkern.fuse(layer, only="linear_gelu", strict=False).replaced} == {"intermediate"}
     rest = sclkern.fuse(layer, only=("attention", "dropout_add_layer_norm"))
     assert len(rest.replaced) == 5
     rest.revert()
@@ -146,7 +148,8 @@ class _LateDropout(_PreNorm):
 @pytest.mark.parametrize("kind", [_PreNorm, _LateDropout])
 def test_another_formula_is_left(kind):
     report = sclkern.fuse(nn.Sequential(kind()), strict=False)
-    assert [entry.why for entry in report.left] == ["its forward computes something else"]
+    (entry,) = report.left
+    assert entry.why.startswith("its forward computes something else")
 
 
 def test_another_scale_is_left(cross_layer):
@@ -160,7 +163,7 @@ def test_another_scale_is_left(cross_layer):
     attention.__class__ = Unscaled
     report = sclkern.fuse(layer)
     assert [(entry.path, entry.why) for entry in report.left] == [
-        ("attention.self", "its forward computes something else")
+        ("attention.self", "its forward computes something else on a small input")
     ]
 
 
@@ -168,7 +171,7 @@ def test_another_activation_is_left(cross_layer):
     layer, _ = cross_layer
     layer.intermediate.intermediate_act_fn = nn.ReLU()
     report = sclkern.fuse(layer)
-    assert [entry.why for entry in report.left] == ["ReLU is no GELU, or dense has no bias"]
+    assert [entry.why for entry in report.left] == ["ReLU is no GELU"]
 
 
 def test_a_layer_of_another_class_is_left(cross_layer, compute, assert_agree, kernels):
@@ -260,7 +263,7 @@ def test_the_block_of_clip_without_transformers(compute, assert_agree, kernels):
     inputs = {"x": torch.randn(5, 2, 64), "mask": torch.arange(5).expand(2, 5) > 3}
     expected = compute(tower, inputs)
     report = sclkern.fuse(tower)
-    assert [entry.by for entry in report.replaced] == ["ops.bias_gelu (tanh)", "nn.MultiheadAttention"]
+    assert [entry.by for entry in report.replaced] == ["nn.MultiheadAttention", "ops.bias_gelu (tanh)"]
     assert_agree(compute(tower, inputs), expected)
 
 
@@ -313,6 +316,6 @@ def test_trying_a_module_changes_neither_modes_nor_random_numbers(make):
 def test_an_attention_by_choice_is_kept(make):
     model, _ = make("bert")
     model.config._attn_implementation_internal = "flash_attention_2"
-    report = sclkern.fuse(model)
+    report = sclkern.fuse(model, strict=False)
     assert {entry.why for entry in report.left} == {"its attention is 'flash_attention_2' by choice"}
     assert model.config._attn_implementation == "flash_attention_2"

@@ -122,7 +122,7 @@ def test_the_command_writes_a_new_version(tmp_path, monkeypatch, capsys):
     file = tmp_path / "known.json"
     file.write_text("{}")
     monkeypatch.setattr(known, "KNOWN_FILE", file)
-    for number, text in (("5.1.0", TEXT), ("5.2.0", TEXT), ("5.10.0", TEXT.replace("LIMIT", "OTHER") + "x = 1\n")):
+    for number, text in (("5.1.0", TEXT), ("5.2.0", TEXT), ("5.10.0", TEXT.replace("LIMIT", "OTHER") + "unused = 1\n")):
         folder = tmp_path / number / "models" / "bert"
         folder.mkdir(parents=True)
         (folder / "modeling_bert.py").write_text(text)
