@@ -143,6 +143,17 @@ def test_grey_jpeg_2000(bare: bool) -> None:
     assert_shows(encode(Image.fromarray(GREY), "JPEG2000", irreversible=False, no_jp2=bare), HIGH)
 
 
+@pytest.mark.skipif(not features.check("jpg_2000"), reason="this Pillow has no JPEG 2000")
+def test_grey_jpeg_2000_of_twelve_bits() -> None:
+    twelve = GREY >> 4
+    # The code stream holds samples less half their range, so a change of the bits in its header moves the range.
+    around_half = Image.fromarray((2**15 - 2**11 + twelve).astype(np.uint16))
+    data = bytearray(encode(around_half, "JPEG2000", irreversible=False, no_jp2=True))
+    assert data[42] == 15
+    data[42] = 11
+    assert_shows(bytes(data), HIGH)
+
+
 UNIT = (GREY / 65535).astype(np.float32)
 
 
