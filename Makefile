@@ -7,7 +7,7 @@ JOBS ?= 2
 RUN := $(VENV)/bin
 OLDEST := $(VENV)/oldest
 
-.PHONY: demo test quick test-op test-oldest lint api gpu
+.PHONY: demo test quick test-op test-sanitized test-oldest lint api gpu
 
 # Stamped, so that an interrupted installation is done again. PIP_ARGS: further arguments of pip.
 $(VENV)/.installed: setup.py pyproject.toml
@@ -35,6 +35,12 @@ test-op: $(VENV)/.installed
 		$(or $(wildcard tests/ops/test_$(OP).py tests/ops/test_$(OP)_*.py),$(wildcard tests/ops/test_masking*.py))
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -m "not gpu" -n $(JOBS) -k "$(OP) and not in_the_interpreter" \
 		tests/ops/test_every_op.py tests/ops/test_checks.py tests/ops/test_explain.py
+
+# All interpreted tests, with every access of the kernels to memory checked (tests/helpers/sanitizer); `make test` leaves
+# out the thorough ones.
+test-sanitized: $(VENV)/.installed
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q --sanitize -m "not gpu" -n $(JOBS) --dist loadfile \
+		$$(grep -rl --include=*.py "run_in_interpreter(__file__)" tests) tests/nn
 
 # The oldest Triton and transformers that are supported, laid over the same environment (with the newest numpy that this
 # Triton's interpreter takes, and what this transformers imports): every kernel compiles and obeys the rules, the tests of

@@ -13,6 +13,12 @@ import torch
 
 from sclkern import SCLConfig, SCLModel
 from sclkern.objectives import OBJECTIVES
+from sclkern.ops.dispatch import TRITON_INSTALLED, interpreted
+
+if TRITON_INSTALLED and interpreted():
+    from sanitizer import bfloat16, interpreter
+
+    bfloat16.install()
 
 # The same examples on every run, however slow the machine is.
 hypothesis.settings.register_profile("sclkern", deadline=None, derandomize=True, max_examples=40)
@@ -28,6 +34,21 @@ SLOW_FILES = (
     "tools/test_parity.py", "training/test_resume.py", "training/test_saved_runs.py", "training/test_undecodable.py",
     "training/test_validation.py",
 )  # fmt: skip
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--sanitize",
+        action="store_true",
+        help="check every access to memory of kernels that Triton interprets (tests/helpers/sanitizer)",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--sanitize"):
+        if not (TRITON_INSTALLED and interpreted()):
+            raise pytest.UsageError("--sanitize: Triton does not interpret kernels; set TRITON_INTERPRET=1")
+        interpreter.install()
 
 
 def pytest_collection_modifyitems(items):

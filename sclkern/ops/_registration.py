@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sclkern.ops.dispatch import Choice, interpreted
+from sclkern.ops.dispatch import INTERPRETED_DTYPES, Choice, interpreted
 
 _LIBRARY = torch.library.Library("sclkern", "FRAGMENT")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -186,7 +186,7 @@ def _define(name: str, function: Callable[..., Any], fake: Any, cpu: Callable[..
 def interpretable(*arguments: Any) -> bool:
     """Whether Triton's interpreter runs the kernels, and takes the dtypes of these tensors."""
     floating = [a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
-    return interpreted() and all(tensor.dtype in (torch.float16, torch.float32) for tensor in floating)
+    return interpreted() and all(tensor.dtype in INTERPRETED_DTYPES for tensor in floating)
 
 
 def _autograd(

@@ -19,6 +19,8 @@ BACKENDS = ("auto", "triton", "eager")
 # A constant, because torch.compile cannot trace the look-up.
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Those that Triton's interpreter computes as a GPU does; what makes it compute others adds them.
+INTERPRETED_DTYPES = {torch.float16, torch.float32}
 LOG_CHOICES = "dispatch" in os.environ.get("SCLKERN_LOG", "").split(",")
 
 _logger = logging.getLogger("sclkern.dispatch")
@@ -148,8 +150,8 @@ def _problems(devices: list[torch.device], dtypes: list[torch.dtype]) -> tuple[s
     for dtype in dtypes:
         if dtype not in KERNEL_DTYPES:
             problems.append(f"{str(dtype).removeprefix('torch.')} has no kernel")
-        elif dtype == torch.bfloat16 and interpreted():
-            problems.append("Triton's interpreter computes bfloat16 wrongly")
+        elif interpreted() and dtype not in INTERPRETED_DTYPES:
+            problems.append(f"Triton's interpreter computes {str(dtype).removeprefix('torch.')} wrongly")
     if devices[0].type != "cuda" and TRITON_INSTALLED and not interpreted():
         problems.append(f"tensors on {devices[0]}, kernels need a GPU")
     return tuple(problems)

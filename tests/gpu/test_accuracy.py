@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from op_testing import SHAPES, cast, evaluate, inputs_at
+from op_testing import SHAPES, assert_op_as_exact, cast, evaluate, inputs_at
 
 pytestmark = [
     pytest.mark.gpu,
@@ -12,43 +12,12 @@ pytestmark = [
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def assert_as_exact_as_eager(op, shape, dtype):
-    """Root mean square and largest error are at most 1.5 times those of eager ops in the same dtype, plus rounding.
-
-    Rounding is half a unit in the last place and a float32 unit of the largest intermediate value. The largest error
-    gets two units in half precision and eight in float32, where sums in different orders meet.
-    """
-    arguments = cast(op, inputs_at(op, shape), dtype, shape.float32)
-    exact = cast(op, arguments, torch.float64)
-    form = {"absorb": "never"} if op == "cross_attention" else {}
-    truth = evaluate(op, exact, backend="eager", **form)
-    eager = evaluate(op, arguments, backend="eager", **form)
-    ours = evaluate(op, arguments, backend="triton", **shape.kernel_options)
-    failures = []
-    for result, expected in truth.items():
-        a, b = ours[result], eager[result]
-        assert a.dtype == b.dtype and a.shape == b.shape, result
-        eps, mean, largest = torch.finfo(a.dtype).eps, *sizes(expected)
-        intermediate = torch.finfo(torch.float32).eps * shape.magnitude
-        (mean_error, largest_error), (mean_allowed, largest_allowed) = (sizes(x - expected) for x in (a, b))
-        if not mean_error <= 1.5 * mean_allowed + eps / 2 * mean + intermediate * max(mean, result == "out"):
-            failures.append((result, "root mean square", mean_error, mean_allowed, mean))
-        rounding = eps * (8 if a.dtype == torch.float32 else 2) * largest + intermediate * max(largest, result == "out")
-        if not largest_error <= 1.5 * largest_allowed + rounding:
-            failures.append((result, "largest", largest_error, largest_allowed, largest))
-    assert not failures, failures
-
-
-def sizes(x):
-    """Root mean square and largest magnitude."""
-    return x.double().square().mean().sqrt().item(), x.abs().max().item()
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_error_is_at_most_that_of_eager(name, dtype):
     torch.manual_seed(0)
-    assert_as_exact_as_eager(*SHAPES[name], dtype)
+    op, shape = SHAPES[name]
+    assert_op_as_exact(op, cast(op, inputs_at(op, shape), dtype, shape.float32), shape)
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
@@ -18,8 +19,7 @@ from sclkern.tools.specs import SPECS, AccuracyShape, Inputs
 KERNELS_RUN = torch.cuda.is_available() or interpreted()
 needs_kernels = pytest.mark.skipif(not KERNELS_RUN, reason="no GPU, and not in Triton's interpreter")
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
-# Triton's interpreter computes bfloat16 wrongly.
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * KERNELS_RUN
 BACKENDS = ["eager"] + ["triton"] * KERNELS_RUN
 # A seed of more than 32 bits.
 SEED = 2**40 + 5
@@ -27,6 +27,13 @@ DIFFERENTIABLE = [name for name, spec in SPECS.items() if spec.differentiable]
 DRAWS = [name for name in SPECS if name not in DIFFERENTIABLE]
 # (op, shape) by name: every op at the shapes of the workload.
 SHAPES = {f"{name} {shape.name}": (name, shape) for name, spec in SPECS.items() for shape in spec.accuracy}
+
+
+def thorough_except(kept: Collection[Any], cases: Iterable[Any]) -> list[Any]:
+    """Cases of a test, of which interpreted tests take the ``kept`` ones; `make test-sanitized` takes all."""
+    cases = list(cases)
+    assert all(case in cases for case in kept), "a case that is kept is none"
+    return [case if case in kept else pytest.param(case, marks=pytest.mark.thorough) for case in cases]
 
 
 def small_inputs(op: str, length: int) -> Inputs:
@@ -70,6 +77,37 @@ def evaluate(op: str, inputs: Inputs, **options: Any) -> dict[str, Tensor]:
     return {name: t.detach() for name, t in outputs.items()} | dict(zip(leaves, gradients, strict=True))
 
 
+def assert_op_as_exact(op: str, arguments: Inputs, shape: AccuracyShape) -> None:
+    """Root mean square and largest error are at most 1.5 times those of eager ops in the same dtype, plus rounding.
+
+    Rounding is half a unit in the last place and a float32 unit of the largest intermediate value. The largest error
+    gets two units in half precision and eight in float32, where sums in different orders meet.
+    """
+    exact = cast(op, arguments, torch.float64)
+    form = {"absorb": "never"} if op == "cross_attention" else {}
+    truth = evaluate(op, exact, backend="eager", **form)
+    eager = evaluate(op, arguments, backend="eager", **form)
+    ours = evaluate(op, arguments, backend="triton", **shape.kernel_options)
+    failures = []
+    for result, expected in truth.items():
+        a, b = ours[result], eager[result]
+        assert a.dtype == b.dtype and a.shape == b.shape, result
+        eps, mean, largest = torch.finfo(a.dtype).eps, *_sizes(expected)
+        intermediate = torch.finfo(torch.float32).eps * shape.magnitude
+        (mean_error, largest_error), (mean_allowed, largest_allowed) = (_sizes(x - expected) for x in (a, b))
+        if not mean_error <= 1.5 * mean_allowed + eps / 2 * mean + intermediate * max(mean, result == "out"):
+            failures.append((result, "root mean square", mean_error, mean_allowed, mean))
+        rounding = eps * (8 if a.dtype == torch.float32 else 2) * largest + intermediate * max(largest, result == "out")
+        if not largest_error <= 1.5 * largest_allowed + rounding:
+            failures.append((result, "largest", largest_error, largest_allowed, largest))
+    assert not failures, failures
+
+
+def _sizes(x: Tensor) -> tuple[float, float]:
+    """Root mean square and largest magnitude."""
+    return x.double().square().mean().sqrt().item(), x.abs().max().item()
+
+
 def run_in_interpreter(file: str) -> None:
     """Run the tests of ``file`` that need kernels in a process whose Triton interprets them."""
     if interpreted():
@@ -77,7 +115,8 @@ def run_in_interpreter(file: str) -> None:
     if not TRITON_INSTALLED:
         pytest.skip("Triton is not installed")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--sanitize"]
+    command += ["-m", "not gpu and not thorough", file]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
 

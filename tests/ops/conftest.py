@@ -5,13 +5,14 @@ import torch
 
 import cpu_kernels
 from op_testing import KERNELS_RUN
+from sanitizer.memory import poison
 
 cpu_kernels.install()
 
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Uninitialised memory is NaN where kernels run, so that an element nobody wrote is seen."""
+    """Uninitialised memory holds NaN, or far too much, where kernels run, so that an element nobody wrote is seen."""
     if not KERNELS_RUN:
         return
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
@@ -19,10 +20,7 @@ def poisoned(monkeypatch):
 
 
 def _poison(allocate):
-    def poison(*args, **options):
-        tensor = allocate(*args, **options)
-        if tensor.is_floating_point():
-            tensor.detach().fill_(torch.nan)
-        return tensor
+    def poisoned_memory(*args, **options):
+        return poison(allocate(*args, **options))
 
-    return poison
+    return poisoned_memory

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from op_testing import DEVICE, DTYPES, needs_kernels, run_in_interpreter
+from op_testing import DEVICE, DTYPES, needs_kernels, run_in_interpreter, thorough_except
 from sclkern import ops, reference
 
 KINDS = ["none", "tanh", "quick"]
@@ -25,7 +25,7 @@ def run(function, x, bias, grad, dtype=None, **options):
 @needs_kernels
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", thorough_except([(9, 257), (33, 768)], SHAPES), ids=str)
 def test_error_is_at_most_that_of_eager(shape, dtype, kind):
     x, bias, grad = inputs(shape, dtype)
     truth = run(reference.bias_gelu, x, bias, grad, torch.float64, approximate=kind)

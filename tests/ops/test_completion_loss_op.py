@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from op_testing import DEVICE, DTYPES, KERNELS_RUN, needs_kernels, run_in_interpreter
+from op_testing import DEVICE, DTYPES, KERNELS_RUN, needs_kernels, run_in_interpreter, thorough_except
 from sclkern import reference
 from sclkern.ops import completion_loss_tiled
 from sclkern.ops.completion_loss import completion_loss
@@ -71,8 +71,10 @@ CASES = [(length, 5, torch.float32) for length in LENGTHS] + [(33, width, torch.
 CASES += [(length, width, dtype) for length, width in ((1, 5), (65, 96)) for dtype in DTYPES[1:]]
 
 
-@pytest.mark.parametrize(("length", "width", "dtype"), CASES, ids=str)
-def test_error_is_at_most_that_of_eager(length, width, dtype):
+# One edge in each dtype.
+@pytest.mark.parametrize("case", thorough_except([case for case in CASES if case[:1] == (65,)], CASES), ids=str)
+def test_error_is_at_most_that_of_eager(case):
+    length, width, dtype = case
     assert_as_good_as_eager(features((length, width), dtype), upstream=torch.tensor(0.7, device=DEVICE))
 
 

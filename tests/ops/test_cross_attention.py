@@ -7,9 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from op_testing import BACKENDS, DEVICE, DTYPES, needs_kernels, run_in_interpreter
+from op_testing import BACKENDS, DEVICE, DTYPES, needs_kernels, run_in_interpreter, thorough_except
 from sclkern.ops import cross_attention
-from sclkern.ops.dispatch import interpreted
 from sclkern.reference.cross_attention import absorb_into_keys
 from sclkern.reference.cross_attention import absorbed_attention as reference_core
 
@@ -60,7 +59,7 @@ def compare_with_eager(tensors, grad, **options):
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", thorough_except(SHAPES[:1], SHAPES), ids=str)
 def test_error_is_at_most_that_of_eager(shape, dtype):
     *sizes, heads = shape
     tensors, mask, grad = inputs(*sizes, dtype)
@@ -258,7 +257,7 @@ def test_any_sizes(data):
 
 
 def test_autocast_computes_in_its_dtype():
-    dtype = torch.float16 if interpreted() else torch.bfloat16
+    dtype = torch.bfloat16
     tensors, mask, grad = inputs(2, 33, 5, 24)
     options = {"num_heads": 3, "key_padding_mask": mask, "dropout_p": 0.1, "seed": 1}
     for absorb in ("never", "keys", "queries"):

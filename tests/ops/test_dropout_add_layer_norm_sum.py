@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from op_testing import BACKENDS, DEVICE, DTYPES, assert_as_exact, needs_kernels, run_in_interpreter
+from op_testing import BACKENDS, DEVICE, DTYPES, assert_as_exact, needs_kernels, run_in_interpreter, thorough_except
 from sclkern import reference
 from sclkern.ops.dispatch import interpreted
 from sclkern.ops.dropout_add_layer_norm import dropout_add_layer_norm
@@ -52,7 +52,7 @@ def assert_as_exact_as_eager(tensors, grads, **options):
 @needs_kernels
 @pytest.mark.parametrize(("dropout_p", "x_bias"), [(0.0, False), (0.3, True)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", thorough_except([(9, 257), (3, 768)], SHAPES), ids=str)
 def test_error_is_at_most_that_of_eager(shape, dtype, dropout_p, x_bias):
     tensors, grads = inputs(shape, dtype, x_bias=x_bias)
     assert_as_exact_as_eager(tensors, grads, dropout_p=dropout_p, seed=11)

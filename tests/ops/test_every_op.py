@@ -21,7 +21,7 @@ from sclkern.ops.dispatch import interpreted
 from sclkern.tools.specs import SPECS
 
 LENGTH = 6
-HALF = torch.float16 if interpreted() else torch.bfloat16
+HALF = torch.bfloat16
 every_op = pytest.mark.parametrize("name", SPECS)
 every_differentiable_op = pytest.mark.parametrize("name", DIFFERENTIABLE)
 # They compute each op many times, and what they show does not depend on who computes it.

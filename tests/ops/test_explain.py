@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from op_testing import run_in_interpreter
 from sclkern import ops, reference
+from sclkern.ops import dispatch
 from sclkern.ops.dispatch import TRITON_INSTALLED, interpreted
 
 
@@ -127,7 +128,7 @@ HALF, DOUBLE = torch.float16, torch.float64
 CALLS = [
     Call("attention", attention(), "sdpa", "triton", "scaled_dot_product_attention", "Triton's interpreter"),
     Call("attention", attention(dtype=HALF), "sdpa", "triton"),
-    Call("attention", attention(dtype=torch.bfloat16), "sdpa", "sdpa", NO_GPU, "computes bfloat16 wrongly"),
+    Call("attention", attention(dtype=torch.bfloat16), "sdpa", "triton", NO_GPU),
     Call("attention", attention(head_dim=48), "sdpa", "sdpa", "head dim 48 has no kernel", "head dim 48 has no kernel"),
     Call("attention", attention(dtype=DOUBLE), "sdpa", "sdpa", "float64 has no kernel", "float64 has no kernel"),
     Call("attention", attention(softmax_scale=-1.0), "sdpa", "sdpa", "softmax_scale -1.0", "softmax_scale -1.0"),
@@ -179,7 +180,7 @@ CALLS = [
     Call("bias_gelu", gelu(), "eager", "triton", NO_GPU),
     Call("bias_gelu", gelu(dtype=HALF, bias=torch.float32, approximate="quick"), "eager", "triton"),
     Call("bias_gelu", gelu(bias=DOUBLE), "eager", "eager", "float64 has no kernel", "float64 has no kernel"),
-    Call("bias_gelu", gelu(dtype=torch.bfloat16), "eager", "eager"),
+    Call("bias_gelu", gelu(dtype=torch.bfloat16), "eager", "triton"),
     Call("embed_patches", patches(), "eager", "triton", NO_GPU),
     Call("embed_patches", patches(requires_grad=True), "eager", "eager", "images require", "images require a gradient"),
     Call("embed_patches", patches(width=4097), "eager", "eager", "rows of 4097 columns", "rows of 4097 columns"),
@@ -274,6 +275,14 @@ def test_arguments_that_are_not_given_are_assumed_and_named(op):
     choice = ops.explain(op, torch.zeros(2, 3, 4, 64))
     assert NO_GPU in str(choice)
     assert choice.reasons[-1].startswith("not given, assumed supported: ")
+
+
+@pytest.mark.skipif(not interpreted(), reason="not in the interpreter")
+def test_what_the_interpreter_computes_wrongly_takes_the_eager_path(monkeypatch):
+    # As outside of the tests, which correct it.
+    monkeypatch.setattr(dispatch, "INTERPRETED_DTYPES", {torch.float32})
+    x = torch.zeros(2, dtype=torch.bfloat16)
+    assert str(ops.explain("bias_gelu", x, x)) == "eager: Triton's interpreter computes bfloat16 wrongly"
 
 
 def test_masks_need_no_tensor():

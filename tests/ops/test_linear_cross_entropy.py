@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from op_testing import DEVICE, DTYPES, run_in_interpreter
+from op_testing import DEVICE, DTYPES, run_in_interpreter, thorough_except
 from sclkern import reference
 from sclkern.ops.dispatch import TRITON_INSTALLED, interpreted
 from sclkern.ops.linear_cross_entropy import linear_cross_entropy
@@ -84,8 +84,9 @@ CASES = [(*case, torch.float32) for case in CASES]
 CASES += [(32, 8193 if DEVICE == "cuda" else 65, dtype) for dtype in DTYPES[1:]]
 
 
-@pytest.mark.parametrize(("rows", "vocabulary", "dtype"), CASES, ids=str)
-def test_error_is_at_most_that_of_eager(rows, vocabulary, dtype):
+@pytest.mark.parametrize("case", thorough_except([CASES[0], *CASES[-2:]], CASES), ids=str)
+def test_error_is_at_most_that_of_eager(case):
+    rows, vocabulary, dtype = case
     arguments = inputs(rows, vocabulary, dtype=dtype, bias=vocabulary % 2 == 1, ignored=0.1)
     reduction, upstream = ("mean", torch.tensor(0.7)) if dtype == torch.float32 else ("none", torch.randn(rows))
     assert_as_good_as_eager(*arguments, reduction=reduction, upstream=upstream.to(DEVICE))
@@ -224,7 +225,7 @@ def test_one_row_without_dimensions_and_inference():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_autocast_with_float32_parameters_under_checkpointing(reentrant):
-    dtype = torch.float16 if interpreted() else torch.bfloat16
+    dtype = torch.bfloat16
     hidden, weight, bias, labels = inputs(9, 50)
     rounded = [t.to(dtype).float() for t in (hidden, weight, bias)]
     expected = run(reference.linear_cross_entropy, *rounded, labels)

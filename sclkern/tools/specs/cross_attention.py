@@ -22,14 +22,15 @@ def _inputs(v: Values, dtype: torch.dtype, device: str) -> Inputs:
     def tensor(*shape: int, scale: float = 1.0) -> Tensor:
         return normal(*shape, dtype=dtype, device=device, scale=scale)
 
+    width = v.get("W", WIDTH)
     # Weights of the scale of trained ones keep the scores within a few units.
-    inputs: Inputs = {"x": tensor(v["B"], v["Lq"], WIDTH), "context": tensor(v["B"], v["Lk"], WIDTH)}
-    inputs |= {"in_weight": tensor(3 * WIDTH, WIDTH, scale=0.04), "in_bias": tensor(3 * WIDTH, scale=0.1)}
-    inputs |= {"out_weight": tensor(WIDTH, WIDTH, scale=0.04), "out_bias": tensor(WIDTH, scale=0.1)}
+    inputs: Inputs = {"x": tensor(v["B"], v["Lq"], width), "context": tensor(v["B"], v["Lk"], width)}
+    inputs |= {"in_weight": tensor(3 * width, width, scale=0.04), "in_bias": tensor(3 * width, scale=0.1)}
+    inputs |= {"out_weight": tensor(width, width, scale=0.04), "out_bias": tensor(width, scale=0.1)}
     if "k" in v["text"]:
         tokens = torch.tensor(captions(v["B"], v.get("longest")), device=device)
         inputs["key_padding_mask"] = torch.arange(v["Lk"], device=device) < tokens[:, None]
-    return inputs | {"num_heads": HEADS}
+    return inputs | {"num_heads": v.get("H", HEADS)}
 
 
 def _small_inputs(length: int, device: str) -> Inputs:

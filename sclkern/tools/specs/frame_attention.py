@@ -21,7 +21,7 @@ from sclkern.tools.specs._workload import HEAD_DIM, HEADS, LARGEST_SCORE, WIDTH,
 
 
 def _inputs(v: Values, dtype: torch.dtype, device: str) -> Inputs:
-    shape = v["B"], v["F"] * (1 + v["P"]), HEADS, HEAD_DIM
+    shape = v["B"], v["F"] * (1 + v["P"]), v.get("H", HEADS), HEAD_DIM
     tensors = {name: normal(*shape, dtype=dtype, device=device) for name in ("query", "key", "value")}
     return tensors | {"num_frames": v["F"]}
 

@@ -14,8 +14,9 @@ IGNORED = -100
 
 
 def _inputs(v: Values, dtype: torch.dtype, device: str) -> Inputs:
-    hidden = normal(v["N"], WIDTH, dtype=dtype, device=device)
-    weight = normal(VOCABULARY, WIDTH, dtype=dtype, device=device, scale=0.02)
+    width = v.get("W", WIDTH)
+    hidden = normal(v["N"], width, dtype=dtype, device=device)
+    weight = normal(VOCABULARY, width, dtype=dtype, device=device, scale=0.02)
     bias = normal(VOCABULARY, dtype=dtype, device=device, scale=0.02)
     labels = torch.randint(VOCABULARY, (v["N"],), device=device)
     if "ignored" in v:

@@ -22,7 +22,7 @@ def _inputs(v: Values, dtype: torch.dtype, device: str) -> Inputs:
     sides = zip(("q", "k"), sequence_lengths(v), (("query",), ("key", "value")), strict=True)
     for side, lengths, names in sides:
         for name in names:
-            tensors[name] = normal(sum(lengths), HEADS, HEAD_DIM, dtype=dtype, device=device)
+            tensors[name] = normal(sum(lengths), v.get("H", HEADS), HEAD_DIM, dtype=dtype, device=device)
         ends = torch.tensor([0, *lengths], device=device).cumsum(0).int()
         tensors |= {f"cu_seqlens_{side}": ends, f"max_seqlen_{side}": max(lengths)}
     return tensors
