@@ -136,7 +136,7 @@ class TransformerEncoder(nn.TransformerEncoder):
 
     Torch's encoder turns it into an additive mask of 0 and -inf, which the fused attention does not support. Padded
     rows of the output are undefined here; torch's inference kernel writes zeros. With ``mask``, ``is_causal``, a
-    floating padding mask or a nested tensor this is torch's own forward.
+    floating padding mask, a nested tensor, or a layer of another class this is torch's own forward.
 
     Args:
         encoder_layer: a ``TransformerEncoderLayer``, which is copied.
@@ -175,7 +175,9 @@ class TransformerEncoder(nn.TransformerEncoder):
             Like src.
         """
         floating = src_key_padding_mask is not None and src_key_padding_mask.dtype != torch.bool
-        if mask is not None or is_causal or floating or src.is_nested:
+        # A layer of somebody else may read a mask of bool in another way than the additive one that torch makes of it.
+        own = all(type(layer) in (TransformerEncoderLayer, nn.TransformerEncoderLayer) for layer in self.layers)
+        if mask is not None or is_causal or floating or src.is_nested or not own:
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         for layer in self.layers:
             src = layer(src, src_key_padding_mask=src_key_padding_mask)
@@ -191,4 +193,6 @@ def _gelu(activation: Any) -> Literal["none", "tanh"] | None:
 
 def _is_plain(module: Any, kind: type[_Module]) -> TypeGuard[_Module]:
     """Whether calling ``module`` only does what ``kind`` does, so that an op may replace the call."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
+    if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    return "forward" not in module.__dict__

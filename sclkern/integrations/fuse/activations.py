@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sclkern.integrations.fuse.modules import GeluKind
+from sclkern.integrations.fuse.structure import clone
 
 
 def gelu_kind(activation: Any) -> GeluKind | None:
@@ -36,20 +37,15 @@ def gelu_kind(activation: Any) -> GeluKind | None:
 
 
 def _values(activation: Any, x: Tensor) -> list[Any]:
-    """What it computes for ``x``, in the mode in which it is and in the other."""
-    modes = [(child, child.training) for child in activation.modules()] if isinstance(activation, nn.Module) else []
+    """What it computes for ``x``, in evaluation and in training; a copy of it, because it may count its calls."""
     try:
         with torch.no_grad():
-            values = [activation(x.clone())]
-            if modes:
-                activation.train(not activation.training)
-                values.append(activation(x.clone()))
-        return values
+            if not isinstance(activation, nn.Module):
+                return [activation(x.clone())]
+            copied = clone(activation, "cpu", torch.float32)
+            return [copied.train(mode)(x.clone()) for mode in (False, True)]
     except Exception:
         return [None]
-    finally:
-        for child, training in modes:
-            child.training = training
 
 
 def _close(values: Any, expected: Tensor) -> bool:

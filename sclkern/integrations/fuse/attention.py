@@ -21,7 +21,8 @@ from sclkern.integrations.fuse.trial import Difference, Trial
 _PERHAPS_HARMLESS = (
     "cache_position", "num_items_in_batch", "output_hidden_states", "position_ids", "return_dict", "use_cache"
 )  # fmt: skip
-_MASK_NAMES = ("attention_mask", "encoder_attention_mask")
+# Arguments that the original forward serves, and that ordinary calls leave out.
+_SELDOM = ("head_mask", "past_key_value", "past_key_values", "cache", "layer_past", "output_attentions")
 
 
 def attention(module: Any) -> Verdict:
@@ -45,11 +46,20 @@ def attention(module: Any) -> Verdict:
     names, defaults, rest = _signature(module)
     if names[:1] != ("hidden_states",):
         return "its forward does not begin with hidden_states"
+    parameters = inspect.signature(module.forward).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)][
+        1:
+    ]
+    if needed:
+        return f"its forward needs {', '.join(needed)} too"
     settings = Attention(names, 0, heads, frozenset(), defaults, False, attributes(module, *linears, "dropout"))
     mixin = fused.FusedSelfAttention if separate else fused.FusedPackedAttention
     tried = trial.once(module, mixin, lambda: _try_attention(module, mixin, settings, rest, is_known))
     if isinstance(tried, str):
         return tried
+    known_names = (*fused.OPERANDS, *_SELDOM, *tried.harmless)
+    if more := [name for name in names if name not in known_names]:
+        return f"its {', '.join(more)} may change the result of any call, and the op does not have it"
     calls = "self- and cross-attention" if "encoder_hidden_states" in names and separate else "self-attention"
     calls += " with a padding mask or none; other masks, attention maps, caches: the module's own forward"
     return Swap("ops.attention", fused_class(type(module), mixin), {"_sclkern": tried}, calls=calls)
@@ -62,6 +72,27 @@ def _torch_attention(module: nn.MultiheadAttention) -> Verdict:
         return "add_bias_kv or add_zero_attn adds a key: torch's attention computes it"
     calls = "calls with need_weights=False and no attn_mask; others: torch's attention"
     return Swap("nn.MultiheadAttention", fused_nn.MultiheadAttention, {"backend": "auto"}, calls=calls)
+
+
+def mask_of_owner(model: nn.Module, path: str) -> str | None:
+    """The reason to leave a ``torch.nn.MultiheadAttention`` whose owner holds a mask for it, or None.
+
+    Args:
+        model: the model that is fused.
+        path: of the attention in it.
+
+    Returns:
+        The reason: OpenAI's and open_clip's text models give their ``attn_mask`` with every call.
+    """
+    parts = path.split(".")
+    owner = model
+    for index, part in enumerate(parts):
+        mask = owner._buffers.get("attn_mask", owner.__dict__.get("attn_mask"))
+        # CLIP's own mask is for its text model, "transformer"; that of a block is for the block's attention.
+        if isinstance(mask, Tensor) and (part == "transformer" or index == len(parts) - 1):
+            return "its owner gives it attn_mask in every call: torch's attention computes that"
+        owner = getattr(owner, part)
+    return None
 
 
 def _try_attention(

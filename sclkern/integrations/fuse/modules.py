@@ -22,7 +22,7 @@ from sclkern.ops.dispatch import select_backend
 # ``approximate`` of ``ops.bias_gelu``.
 GeluKind = Literal["none", "tanh", "quick"]
 # Arguments of an attention that the op takes.
-_OPERANDS = ("hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask")
+OPERANDS = ("hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask")
 # Not empty while a trial compares a fused module with its original: the backend that the ops take.
 _trial: list[str] = []
 
@@ -328,7 +328,7 @@ def _unsupported(module: Any, arguments: dict[str, Any]) -> str | None:
         return "its dropout was changed"
     defaults = dict(settings.defaults)
     for name, argument in arguments.items():
-        known = name in _OPERANDS or name in settings.harmless or name == "output_attentions"
+        known = name in OPERANDS or name in settings.harmless or name == "output_attentions"
         if not known and argument is not defaults.get(name):
             return f"{name} is given"
     return None

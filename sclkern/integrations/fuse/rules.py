@@ -168,6 +168,9 @@ def transformer_encoder(module: Any) -> Verdict:
         return "its forward was replaced on this instance"
     calls = "calls without mask, is_causal or nested tensors; others: torch's attention"
     if type(module) is nn.TransformerEncoder:
+        for layer in module.layers:
+            if type(layer) is not fused_nn.TransformerEncoderLayer and not isinstance(transformer_encoder(layer), Swap):
+                return f"its layers are {_name(layer)} that are left"
         return Swap("nn.TransformerEncoder", fused_nn.TransformerEncoder, {}, calls=calls)
     children: tuple[tuple[nn.Module, Swap], ...] = ()
     if type(module.self_attn) is not fused_nn.MultiheadAttention:

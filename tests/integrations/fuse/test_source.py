@@ -115,7 +115,7 @@ def test_the_table_has_what_is_installed():
     table = json.loads(source.KNOWN_FILE.read_text())
     found = list(known.find(table, known.installed()))
     lacking = [entry for entry in found if entry.section in table and entry.digest not in table[entry.section]]
-    assert found and not lacking, "run python -m sclkern.integrations.fuse.known, see docs/swapping_in.md"
+    assert found and not lacking, "run python -m sclkern.integrations.fuse.known, see CONTRIBUTING.md"
 
 
 def test_the_command_writes_a_new_version(tmp_path, monkeypatch, capsys):

@@ -179,6 +179,26 @@ class Raising(Attention):
         raise IndexError("no such layer")
 
 
+class Rotary(Attention):
+    def forward(self, hidden_states, attention_mask=None, position_ids=None):
+        if position_ids is not None:
+            hidden_states = hidden_states * torch.cos(position_ids[..., None].float())
+        return super().forward(hidden_states, attention_mask)
+
+
+class Sinusoidal(Attention):
+    """As RoFormer's, which always gets its positions."""
+
+    def forward(self, hidden_states, attention_mask=None, sinusoidal_pos=None):
+        hidden_states = hidden_states if sinusoidal_pos is None else hidden_states + sinusoidal_pos
+        return super().forward(hidden_states, attention_mask)
+
+
+class NeedsBoxes(Attention):
+    def forward(self, hidden_states, boxes, attention_mask=None):
+        return super().forward(hidden_states + boxes, attention_mask)
+
+
 @pytest.mark.parametrize(
     ("cls", "why"),
     [
@@ -200,6 +220,9 @@ class Raising(Attention):
         (Counting, "its forward changes calls"),
         (ManyResults, "it returns more than its attention"),
         (ListOfResults, "its forward returns list"),
+        (Rotary, "its position_ids may change the result of any call"),
+        (Sinusoidal, "its sinusoidal_pos may change the result of any call"),
+        (NeedsBoxes, "its forward needs boxes too"),
         (Raising, "it cannot be tried: IndexError: no such layer"),
     ],
 )
@@ -212,13 +235,6 @@ def test_an_attention_that_does_more_is_left(cls, why):
         raise AssertionError(report.left[0].why)
     assert type(model[0]) is cls and vars(model[0]).keys() == before.keys()
     assert getattr(model[0], "calls", 0) == 0
-
-
-class Rotary(Attention):
-    def forward(self, hidden_states, attention_mask=None, position_ids=None):
-        if position_ids is not None:
-            hidden_states = hidden_states * torch.cos(position_ids[..., None].float())
-        return super().forward(hidden_states, attention_mask)
 
 
 class IgnoredBool(Attention):
@@ -274,8 +290,6 @@ POSITIONS = torch.arange(16).expand(2, -1)
         (Attention, {"attention_mask": ~PADDED}, None, False),
         (Attention, {"attention_mask": PADDED.long()}, None, False),
         (Attention, {"attention_mask": -10000.0 * PADDED[..., :1]}, None, False),
-        (Rotary, {}, None, True),
-        (Rotary, {"position_ids": POSITIONS}, None, False),
         (IgnoredBool, {"attention_mask": PADDED}, None, False),
         (AttendedBool, {"attention_mask": ~PADDED}, None, True),
         (Temperature, {}, lambda module: setattr(module, "temperature", 3.0), False),
@@ -444,6 +458,59 @@ def test_the_parts_of_a_fused_sequential(kernels):
     for changed in (model, expected):
         changed.insert(1, nn.Tanh())
     torch.testing.assert_close(model(x), expected(x), rtol=1e-5, atol=1e-5)
+
+
+class OwnLayer(nn.TransformerEncoderLayer):
+    """Its padding mask must be the additive one that ``torch.nn.TransformerEncoder`` makes."""
+
+    def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False):
+        assert src_key_padding_mask.is_floating_point()
+        return src + src_key_padding_mask[..., None].clamp_min(-1)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_encoder_with_layers_of_another_class(when):
+    layer = nn.TransformerEncoderLayer(64, 2, 96, 0.0, batch_first=True)
+    own = OwnLayer(64, 2, 96, 0.0, batch_first=True)
+    model = nn.TransformerEncoder(own if when == "before" else layer, 2, enable_nested_tensor=False)
+    x, padding = torch.randn(2, 5, 64), torch.arange(5).expand(2, 5) > 3
+    report = sclkern.fuse(model, strict=False, only="transformer_encoder")
+    if when == "before":
+        assert [(entry.path, entry.why) for entry in report.left] == [("", "its layers are OwnLayer that are left")]
+    model.layers[1] = own
+    model(x, src_key_padding_mask=padding)
+
+
+def test_a_torch_attention_with_more_keys_or_another_forward_is_left():
+    model = nn.ModuleList([nn.MultiheadAttention(64, 2, add_bias_kv=True), nn.MultiheadAttention(64, 2)])
+    model.append(nn.TransformerEncoderLayer(64, 2))
+    model[1].forward = model[2].forward = lambda *args, **options: args
+    report = sclkern.fuse(model, strict=False, only=["attention", "transformer_encoder"])
+    assert [(entry.path, entry.why.split(":")[0]) for entry in report.left] == [
+        ("0", "add_bias_kv or add_zero_attn adds a key"),
+        ("1", "its forward was replaced on this instance"),
+        ("2", "its forward was replaced on this instance"),
+    ]
+
+
+class Tower(nn.Module):
+    def __init__(self, mask):
+        super().__init__()
+        self.transformer = nn.Sequential(nn.ModuleDict({"attn": nn.MultiheadAttention(64, 2)}))
+        self.visual = nn.ModuleDict({"transformer": nn.ModuleDict({"attn": nn.MultiheadAttention(64, 2)})})
+        self.register_buffer("attn_mask", mask)
+
+
+def test_a_torch_attention_whose_owner_holds_a_mask_is_left():
+    """open_clip's CLIP has a causal mask for its text model, OpenAI's in each block."""
+    mask = torch.full((5, 5), float("-inf")).triu(1)
+    assert [entry.path for entry in sclkern.fuse(Tower(mask)).replaced] == ["visual.transformer.attn"]
+    assert len(sclkern.fuse(Tower(None)).replaced) == 2
+    block = Tower(None)
+    block.visual["transformer"].attn_mask = mask
+    report = sclkern.fuse(block)
+    assert [entry.path for entry in report.replaced] == ["transformer.0.attn"]
+    assert report.left[0].why.startswith("its owner gives it attn_mask in every call")
 
 
 class LowRank(nn.Linear):
