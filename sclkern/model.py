@@ -13,8 +13,7 @@ from sclkern import weights
 from sclkern.models.config import SCLConfig
 from sclkern.models.network import SCLNetwork
 from sclkern.objectives import ObjectiveConfig, contrast_temperature
-from sclkern.profiling import phase
-from sclkern.step import SCLLosses, StepConfig, draw_masks, run_step
+from sclkern.step import SCLLosses, StepConfig, take_step
 
 
 class SCLModel(SCLNetwork):
@@ -129,16 +128,20 @@ class SCLModel(SCLNetwork):
 
         Args:
             batch: ``image`` (B, 3, S, S) or (B, F, 3, S, S) float; ``text_ids`` (B, L) int64; ``text_mask`` (B, L)
-                bool or 0/1; ``false_image``, like ``image``, when ``itm_negatives`` is "dataset"; optionally
-                ``text_tokens``, an int at least the number of tokens in ``text_mask``: the texts are packed into that
-                many tokens (without it into all B * L).
+                bool or 0/1, True or 1 = a token, with padding anywhere; ``false_image``, like ``image``, when
+                ``itm_negatives`` is "dataset"; optionally ``text_tokens``, an int at least the number of tokens in
+                ``text_mask``: the texts are packed into that many tokens (without it into all B * L).
             seed: int or int64 tensor, the key of every mask; None draws one from torch's generator.
 
         Returns:
             The losses, with their graph.
+
+        Raises:
+            UserError: the network lacks a head or a mask token that an objective needs.
+            TypeError: see ``sclkern.step.check_step``.
+            ValueError: a batch that no step takes; see ``sclkern.step.check_step``. What would have to be read from a
+                GPU makes the losses NaN there.
         """
         if seed is None:
             seed = int(torch.randint(2**62, ()))
-        with phase("draw masks"):
-            masks = draw_masks(self.config, self.objectives, batch, seed)
-        return run_step(self, self.objectives, self.step, batch, masks)
+        return take_step(self, self.objectives, self.step, batch, seed)

@@ -11,12 +11,19 @@ from sclkern.training.setup import resolve_device
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print every comparison; 1 if any error exceeds its tolerance."""
-    rows = run_parity(options.file, str(resolve_device(options.device)))
-    ok = all(row.ok for row in rows)
+    """Print every comparison, and what has no record; 1 if any error exceeds its tolerance."""
+    report = run_parity(options.file, str(resolve_device(options.device)))
     if options.json:
-        comparisons = [{"name": row.name, "error": row.error, "tolerance": row.tolerance, "ok": row.ok} for row in rows]
-        print(json.dumps({"file": str(Path(options.file)), "ok": ok, "comparisons": comparisons}, indent=1))
+        content = {
+            "file": str(Path(options.file)),
+            "ok": report.ok,
+            "comparisons": [
+                {"name": row.name, "error": row.error, "tolerance": row.tolerance, "ok": row.ok}
+                for row in report.comparisons
+            ],
+            "not_compared": report.not_compared,
+        }
+        print(json.dumps(content, indent=1))
     else:
-        print(format_table(rows))
-    return 0 if ok else 1
+        print(format_table(report))
+    return 0 if report.ok else 1

@@ -85,7 +85,8 @@ def _parity(commands: Commands) -> None:
         commands,
         "parity",
         help="compare the model with recorded numbers of the published code",
-        description="Run the model on a golden file and compare every output, loss and gradient; exit 1 if any is off.",
+        description="Run the model on a golden file, compare every recorded output, loss and gradient, and list what "
+        "has no record. Exit status: 0 if every comparison holds, 1 if one does not, 2 if the file is no such case.",
     )
     command.add_argument("file", help="golden .safetensors file; gradient norms come from the .json beside it")
     command.add_argument("--device", default="cpu", help="where to compute, such as cuda (default: cpu)")

@@ -20,6 +20,7 @@ from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.undecodable import UndecodableImages, read_image
 from sclkern.errors import UserError
 from sclkern.models import SCLNetwork, VisionFeatures
+from sclkern.models.captions import first_token
 
 RECALL_AT = (1, 5, 10)
 
@@ -197,13 +198,15 @@ def _encode(
     model: SCLNetwork, pixels: Tensor, text_ids: Tensor, text_mask: Tensor, relevant: Tensor, batch_size: int
 ) -> _Gallery:
     device = next(model.parameters()).device
+    text_mask = text_mask.bool()
     batches = zip(text_ids.split(batch_size), text_mask.split(batch_size), strict=True)
     text = torch.cat([model.encode_text(ids.to(device), mask.to(device)) for ids, mask in batches])
+    text_mask = text_mask.to(device)
     encoded = [model.encode_image(batch.to(device)) for batch in pixels.split(batch_size)]
     image = VisionFeatures(torch.cat([features.tokens for features in encoded]), encoded[0].num_frames)
-    projected = model.project(text[:, 0], image.cls)
+    projected = model.project(first_token(text, text_mask), image.cls)
     text_feature, image_feature = (torch.nn.functional.normalize(x.float(), dim=-1) for x in projected)
-    return _Gallery(image, text, text_mask.to(device), image_feature @ text_feature.T, relevant.to(device))
+    return _Gallery(image, text, text_mask, image_feature @ text_feature.T, relevant.to(device))
 
 
 def _rerank(

@@ -117,7 +117,7 @@ class Attention(nn.Module):
         queries = unpack_groups(x, layout, context_layout)
         contexts = unpack_groups(context, context_layout, layout)
         outputs = [
-            self._cross_attention(tokens, keys, mask) if tokens.numel() else tokens
+            self._cross_attention(tokens, keys, mask) if tokens.shape[1] else tokens
             for (tokens, _), (keys, mask) in zip(queries, contexts, strict=True)
         ]
         return repack(outputs, layout)

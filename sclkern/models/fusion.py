@@ -132,8 +132,8 @@ class FusionEncoder(nn.Module):
         # A stream without outputs is not computed at all.
         with phase(f"fusion layer {len(layers) - 1}"):
             text_layer, image_layer = layers[-1]
-            if text_out.numel():
+            if outputs.text.length:
                 text_out = run(text_layer, text, text_layout, context.take(image), context.layout, rows=outputs.text)
-            if image_out.numel():
+            if outputs.image.length:
                 image_out = run(image_layer, section.take(image), section.layout, text, text_layout, rows=outputs.image)
         return text_out, image_out

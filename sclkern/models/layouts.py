@@ -63,6 +63,13 @@ class Rows(NamedTuple):
     token_index: Tensor
     layout: Layout
 
+    @property
+    def length(self) -> int:
+        """The most tokens of a sequence that are taken. Of no sequences, too: their gradients are zeros, not absent."""
+        if isinstance(self.layout, Packed):
+            return max((length for _, length in self.layout.groups), default=self.token_index.numel())
+        return self.token_index.shape[-1]
+
     def take(self, x: Tensor) -> Tensor:
         """x (B, L, D) or (T, D) at the rows: (B, K, D) or (R, D)."""
         if isinstance(self.layout, Packed):

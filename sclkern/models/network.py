@@ -7,6 +7,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from sclkern.models.captions import check_captions, check_mask, first_token
 from sclkern.models.config import SCLConfig
 from sclkern.models.execution import MODEL_BACKENDS, Execution
 from sclkern.models.fusion import FusionEncoder, LayerAttention
@@ -26,16 +27,18 @@ class FusedFeatures(NamedTuple):
         text: (B, L, D).
         image: the image stream, tokens (B, F + F * P, D).
         attentions: the probabilities of each layer if ``return_attention`` was set, else None.
+        text_mask: (B, L) bool, where captions have tokens; None if each begins at the first position.
     """
 
     text: Tensor
     image: VisionFeatures
     attentions: list[LayerAttention] | None = None
+    text_mask: Tensor | None = None
 
     @property
     def text_cls(self) -> Tensor:
-        """(B, D)."""
-        return self.text[:, 0]
+        """(B, D), wherever captions are padded."""
+        return first_token(self.text, self.text_mask)
 
     @property
     def cls(self) -> tuple[Tensor, Tensor]:
@@ -125,22 +128,19 @@ class SCLNetwork(nn.Module):
 
         Args:
             ids: (B, L) int64.
-            mask: (B, L) bool, True = a token.
+            mask: (B, L) bool or 0/1, True or 1 = a token; padding may stand anywhere.
             attentions: receives the (B, H, L, L) attention probabilities of each block (eager path).
 
         Returns:
-            (B, L, D); rows of padding are undefined.
+            (B, L, D), in the order of ids; rows of padding are undefined. ``models.captions.first_token`` takes each
+            caption's CLS.
 
         Raises:
-            ValueError: wrong shape, or captions longer than ``max_text_len``.
+            TypeError: see ``models.captions.check_captions``.
+            ValueError: wrong shape, captions longer than ``max_text_len``; see ``models.captions.check_captions``.
         """
-        if ids.ndim != 2 or ids.shape != mask.shape:
-            raise ValueError(f"ids, mask: got shapes {tuple(ids.shape)} and {tuple(mask.shape)}, expected both (B, L)")
-        if ids.shape[1] > self.config.max_text_len:
-            raise ValueError(
-                f"ids: got {ids.shape[1]} tokens, expected at most max_text_len {self.config.max_text_len}"
-            )
-        return self.text_transform(self.text(ids, mask.bool(), attentions))
+        mask = check_captions(ids, mask, self.config).mask
+        return self.text_transform(self.text(ids, mask, attentions))
 
     def encode_image(
         self,
@@ -180,23 +180,27 @@ class SCLNetwork(nn.Module):
 
         Args:
             text: (B, L, D) from ``encode_text``.
-            text_mask: (B, L) bool, True = a token.
+            text_mask: (B, L) bool or 0/1, as given to ``encode_text``.
             image: from ``encode_image``.
             image_type: row of the modality table: 1, or 2 for the second image of NLVR2.
             return_attention: keep every layer's attention probabilities, with their graph (eager path).
 
         Returns:
             The fused features of both streams.
+
+        Raises:
+            ValueError: ``text_mask`` is not of text's shape; where values are read, it has other numbers than 1 and 0.
         """
+        text_mask = check_mask(text_mask, text.shape[:2])
         attentions: list[LayerAttention] | None = [] if return_attention else None
         fused_text, fused_image = self.fusion(
             text + self.modality.weight[TEXT_TYPE],
-            Padded(text_mask.bool()),
+            Padded(text_mask),
             image.tokens + self.modality.weight[image_type],
             Padded(),
             attentions=attentions,
         )
-        return FusedFeatures(fused_text, image.with_tokens(fused_image), attentions)
+        return FusedFeatures(fused_text, image.with_tokens(fused_image), attentions, text_mask)
 
     def pool(self, text_cls: Tensor, image_cls: Tensor) -> Tensor:
         """What the heads of a fused pair read: the pooled CLS features of both streams.

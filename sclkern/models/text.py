@@ -47,12 +47,12 @@ class TextEncoder(nn.Module):
         Returns:
             (B, L, D); rows of padding are undefined.
         """
-        return self.encode(ids, self.positions(ids), Padded(mask), probabilities)
+        return self.encode(ids, self.positions(ids, mask), Padded(mask), probabilities)
 
-    def positions(self, ids: Tensor) -> Tensor:
-        """Rows of the position table for ids (B, L)."""
-        # RoBERTa counts ids, so a masked token keeps its position and padding does not move the others.
-        is_token = ids.ne(self.pad_id)
+    def positions(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Rows of the position table for ids (B, L) with a mask (B, L) bool, True = a token."""
+        # RoBERTa counts ids, so a masked token keeps its position. Padding, of whatever id, does not move the others.
+        is_token = ids.ne(self.pad_id) & mask
         return torch.where(is_token, is_token.cumsum(1) + self.pad_id, self.pad_id)
 
     def encode(

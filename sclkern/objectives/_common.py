@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Directions = Literal["both", "recovered_to_complete", "published"]
@@ -35,3 +36,16 @@ def op_directions(directions: Directions) -> Literal["both", "recovered_to_compl
         The argument.
     """
     return "recovered_to_complete" if directions == "recovered_to_complete" else "both"
+
+
+def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy averaged over rows; 0 with zero gradient where there are none, of which torch's mean is NaN.
+
+    Args:
+        logits: (N, C) or (N, C, K).
+        labels: (N,) or (N, K) int64; rows with -100 are left out.
+
+    Returns:
+        0-d loss.
+    """
+    return F.cross_entropy(logits, labels, reduction="sum") / labels.ne(-100).sum().clamp_min(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from sclkern.objectives._common import at_least_float32
+from sclkern.objectives._common import at_least_float32, mean_cross_entropy
 
 
 def visual_question_answering(logits: Tensor, targets: Tensor) -> Tensor:
@@ -16,9 +16,10 @@ def visual_question_answering(logits: Tensor, targets: Tensor) -> Tensor:
         targets: (B, answers), in [0, 1].
 
     Returns:
-        0-d loss, float32 at least.
+        0-d loss, float32 at least; 0 without rows.
     """
-    return F.binary_cross_entropy_with_logits(at_least_float32(logits), targets) * targets.shape[1]
+    loss = F.binary_cross_entropy_with_logits(at_least_float32(logits), targets, reduction="sum")
+    return loss / max(len(targets), 1)
 
 
 def visual_reasoning(logits: Tensor, labels: Tensor) -> Tensor:
@@ -26,9 +27,9 @@ def visual_reasoning(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: (B, 2).
-        labels: (B,) int64.
+        labels: (B,) int64; rows with -100 are left out.
 
     Returns:
-        0-d loss, float32 at least.
+        0-d loss, float32 at least; 0 without rows.
     """
-    return F.cross_entropy(at_least_float32(logits), labels)
+    return mean_cross_entropy(at_least_float32(logits), labels)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from sclkern.models.config import SCLConfig
-from sclkern.objectives._common import at_least_float32
+from sclkern.objectives._common import at_least_float32, mean_cross_entropy
 from sclkern.objectives.inputs import LossInputs
 from sclkern.objectives.objective import LossOutput, Objective
 from sclkern.objectives.views import MATCHING, ViewOutputs
@@ -26,16 +25,16 @@ def image_text_matching(logits: Tensor, labels: Tensor) -> Tensor:
         labels: (B,) int64, 1 = the image belongs to the caption.
 
     Returns:
-        0-d loss, float32 at least.
+        0-d loss, float32 at least; 0 without rows.
     """
-    return F.cross_entropy(at_least_float32(logits), labels)
+    return mean_cross_entropy(at_least_float32(logits), labels)
 
 
 def _loss(inputs: LossInputs) -> LossOutput:
     network, labels = inputs.network, inputs.match_labels
     assert labels is not None  # drawn for the view's image variant "matching"
     logits = network.itm_head(network.pool(inputs.text(MATCHING)[:, 0], inputs.image(MATCHING)))
-    accuracy = (logits.detach().argmax(-1) == labels).float().mean()
+    accuracy = (logits.detach().argmax(-1) == labels).float().sum() / max(len(labels), 1)
     return LossOutput(image_text_matching(logits, labels), {"itm_accuracy": accuracy})
 
 

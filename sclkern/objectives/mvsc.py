@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sclkern import ops
 from sclkern.distributed import gather as gather_rows
-from sclkern.objectives._common import Directions, Gather, at_least_float32, op_directions
+from sclkern.objectives._common import Directions, Gather, at_least_float32, mean_cross_entropy, op_directions
 from sclkern.objectives.inputs import LossInputs
 from sclkern.objectives.objective import LossOutput, Objective
 from sclkern.objectives.views import MASKED_IMAGE, MASKED_TEXT, ViewOutputs
@@ -61,10 +60,10 @@ def masked_vision_semantic_completion(
     complete = complete / complete.norm(dim=0, keepdim=True).clamp_min(1e-8)
     similarity = recovered @ complete.mT / temperature
     diagonal = torch.arange(similarity.shape[1], device=similarity.device).expand(similarity.shape[:2])
-    loss = F.cross_entropy(similarity.mT, diagonal)
+    loss = mean_cross_entropy(similarity.mT, diagonal)
     if op_directions(directions) == "recovered_to_complete":
         return loss
-    return loss + F.cross_entropy(similarity, diagonal)
+    return loss + mean_cross_entropy(similarity, diagonal)
 
 
 def _loss(inputs: LossInputs) -> LossOutput:

@@ -70,7 +70,8 @@ def completion_loss(
 
     Returns:
         Scalar, or with "none" (N,) or (G, N), both directions added and N the rows of all ranks, rank by rank;
-        float32, or float64 for float64 features. 0 with zero gradient for rows that are not valid or have no negatives.
+        float32, or float64 for float64 features. 0 with zero gradient without rows, and for rows that are not valid or
+        have no negatives.
 
     Raises:
         TypeError: features or temperature not floating, ``valid`` not bool. ValueError: wrong shape, device or value;

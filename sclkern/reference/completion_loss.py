@@ -38,7 +38,8 @@ def completion_loss(
         eps: smallest norm of a feature.
 
     Returns:
-        Scalar, or the losses of the rows; 0 with zero gradient when no row is valid or a row has no negatives.
+        Scalar, or the losses of the rows; 0 with zero gradient without rows, without valid rows and of a row without
+        negatives.
     """
     if valid is not None:
         # Not 0, whose norm has no second derivative.
@@ -71,12 +72,12 @@ def reduce_rows(losses: Tensor, valid: Tensor | None, reduction: Literal["mean",
         reduction: as in ``completion_loss``.
 
     Returns:
-        Scalar, or the losses with "none".
+        Scalar, 0 of no rows; or the losses with "none".
     """
     if valid is not None:
         losses = torch.where(valid, losses, 0.0)
     if reduction != "mean":
         return losses.sum() if reduction == "sum" else losses
-    if valid is None:
-        return losses.mean()
-    return (losses.sum(-1) / valid.sum(-1).clamp_min(1)).mean()
+    means = losses if valid is None else losses.sum(-1) / valid.sum(-1).clamp_min(1)
+    # The mean of nothing is NaN, and the sum 0.
+    return means.mean() if means.numel() else means.sum()

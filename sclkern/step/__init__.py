@@ -2,7 +2,7 @@
 
 from sclkern.step.config import StepConfig
 from sclkern.step.cuda_graph import CapturedStep, check_capture
-from sclkern.step.losses import SCLLosses, check_objectives, check_step, run_step
+from sclkern.step.losses import SCLLosses, check_objectives, check_step, run_step, take_step
 from sclkern.step.masks import StepMasks, draw_masks
 from sclkern.step.plan import Plan, make_plan
 
@@ -18,4 +18,5 @@ __all__ = [
     "draw_masks",
     "make_plan",
     "run_step",
+    "take_step",
 ]

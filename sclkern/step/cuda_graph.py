@@ -18,8 +18,7 @@ from sclkern.models.network import SCLNetwork
 from sclkern.objectives.config import ObjectiveConfig
 from sclkern.profiling import phase
 from sclkern.step.config import StepConfig
-from sclkern.step.losses import SCLLosses, check_step, run_step
-from sclkern.step.masks import draw_masks
+from sclkern.step.losses import SCLLosses, check_step, take_step
 
 # Runs before a graph is recorded: kernels compile and libraries allocate in the first.
 WARMUP = 2
@@ -142,8 +141,7 @@ class CapturedStep:
         # Casts of weights that autocast would keep belong to the weights of one replay.
         enabled = self.precision is not None
         with torch.autocast(self.device.type, self.precision, enabled=enabled, cache_enabled=False):
-            masks = draw_masks(network.config, objectives, inputs, self._seed)
-            losses = run_step(network, objectives, self.model.step, inputs, masks)
+            losses = take_step(network, objectives, self.model.step, inputs, self._seed)
         with phase("backward"):
             (losses.total * self.scale).backward()
         return _map_losses(losses, Tensor.detach)

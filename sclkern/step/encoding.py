@@ -48,7 +48,8 @@ def pack(mask: Tensor, total: int) -> tuple[Tensor, Packed]:
         the layout of the tokens at these indices.
     """
     lengths = mask.sum(1, dtype=torch.int32)
-    cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    # Too small a total is not seen on a GPU, and no kernel must read behind the tokens.
+    cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32).clamp_max(total), (1, 0))
     order = (~mask.flatten()).to(torch.uint8).argsort(stable=True)[:total]
     return order, Packed(cu_seqlens, mask.shape[1], mask=mask, padded_index=order)
 
@@ -107,7 +108,7 @@ def encode(network: SCLNetwork, plan: Plan, batch: Mapping[str, Any], masks: Ste
 
 
 def _encode_texts(network: SCLNetwork, plan: Plan, batch: Mapping[str, Any], masks: StepMasks) -> dict[str, Tensor]:
-    ids, mask = batch["text_ids"], batch["text_mask"].bool()
+    ids, mask = batch["text_ids"], batch["text_mask"]
 
     def variant_ids(variant: str) -> Tensor:
         if variant == "complete":
@@ -120,12 +121,13 @@ def _encode_texts(network: SCLNetwork, plan: Plan, batch: Mapping[str, Any], mas
             text.name: network.encode_text(variant, mask) for text, variant in zip(plan.texts, variants, strict=True)
         }
     stacked = torch.cat(variants)
-    order, layout = pack(mask.repeat(len(variants), 1), len(variants) * text_tokens(batch))
-    positions = network.text.positions(stacked)
+    masks_of_all = mask.repeat(len(variants), 1)
+    order, layout = pack(masks_of_all, len(variants) * text_tokens(batch))
+    positions = network.text.positions(stacked, masks_of_all)
     tokens = network.text.encode(stacked.flatten()[order], positions.flatten()[order], layout)
     tokens = network.text_transform(tokens)
     padded = tokens.new_zeros(stacked.numel(), tokens.shape[-1]).index_copy(0, order, tokens)
-    encodings = padded.view(len(variants), *ids.shape, -1).unbind(0)
+    encodings = padded.view(len(variants), *ids.shape, tokens.shape[-1]).unbind(0)
     return {text.name: encoding for text, encoding in zip(plan.texts, encodings, strict=True)}
 
 

@@ -177,7 +177,7 @@ def _fuse_padded(
     network: SCLNetwork, inputs: list[ViewInputs], batch: Mapping[str, Any], *, prune: bool
 ) -> list[ViewOutput]:
     """One padded call of the fusion encoder for each view."""
-    text_layout, image_layout = Padded(batch["text_mask"].bool()), Padded()
+    text_layout, image_layout = Padded(batch["text_mask"]), Padded()
     outputs = []
     for entry in inputs:
         text_rows, image_rows = Rows(entry.text_index, Padded()), Rows(entry.image_index, Padded())
@@ -198,7 +198,7 @@ def _fuse_packed(
     network: SCLNetwork, inputs: list[ViewInputs], batch: Mapping[str, Any], *, prune: bool
 ) -> list[ViewOutput]:
     """One call of the fusion encoder for all views, one after the other, without padding."""
-    mask = batch["text_mask"].bool()
+    mask = batch["text_mask"]
     rows = len(mask)
     order, text_layout = pack(mask.repeat(len(inputs), 1), len(inputs) * text_tokens(batch))
     text = torch.cat([entry.text for entry in inputs]).flatten(0, 1).index_select(0, order)
@@ -222,8 +222,10 @@ def _fuse_packed(
     texts = text.split([index.numel() for index in text_index])
     images = image.split([index.numel() for index in image_index])
     return [
-        ViewOutput(text.view(rows, -1, text.shape[-1]), image.view(rows, -1, image.shape[-1]))
-        for text, image in zip(texts, images, strict=True)
+        ViewOutput(
+            text.view(*entry.text_index.shape, text.shape[-1]), image.view(*entry.image_index.shape, image.shape[-1])
+        )
+        for text, image, entry in zip(texts, images, inputs, strict=True)
     ]
 
 

@@ -13,12 +13,12 @@ from sclkern.models.config import SCLConfig
 from sclkern.models.network import SCLNetwork
 from sclkern.objectives import OBJECTIVES, LossInputs, LossOutput, Objective, ObjectiveConfig
 from sclkern.objectives.itc import text_to_image_similarity
-from sclkern.ops.dispatch import may_read
 from sclkern.profiling import phase
+from sclkern.step.batch import prepare_batch, unread_fault
 from sclkern.step.config import StepConfig
 from sclkern.step.encoding import Encodings, encode
 from sclkern.step.fusion import fuse_views, image_token_positions, text_token_positions
-from sclkern.step.masks import StepMasks, needed_masks
+from sclkern.step.masks import StepMasks, draw_prepared, needed_masks
 from sclkern.step.plan import Plan, make_plan
 
 
@@ -64,6 +64,8 @@ def run_step(
 ) -> SCLLosses:
     """Compute the losses of one step from given masks.
 
+    Nothing is read from a GPU: there, the losses are NaN where a caption has no token or ``text_tokens`` is too small.
+
     Args:
         network: encoders, fusion encoder and heads.
         objectives: the recipe and its options.
@@ -76,9 +78,51 @@ def run_step(
 
     Raises:
         UserError: the network lacks a head or a mask token that an objective needs.
-        ValueError: the batch lacks an input, or is too small for in-batch negatives.
+        TypeError: see ``check_step``.
+        ValueError: see ``check_step``; or the batch is on another device than the network.
     """
-    check_step(network.config, objectives, batch)
+    check_objectives(network.config, objectives)
+    return _run(network, objectives, step, _prepared(network, objectives, batch), masks)
+
+
+def take_step(
+    network: SCLNetwork, objectives: ObjectiveConfig, step: StepConfig, batch: Mapping[str, Any], seed: int | Tensor
+) -> SCLLosses:
+    """Draw the masks of one step, and compute its losses.
+
+    Args:
+        network: encoders, fusion encoder and heads.
+        objectives: the recipe and its options.
+        step: how it is executed.
+        batch: as ``SCLModel.forward`` takes it.
+        seed: int or int64 tensor, the key of every mask.
+
+    Returns:
+        The losses.
+
+    Raises:
+        UserError: as ``run_step``.
+        TypeError: as ``run_step``.
+        ValueError: as ``run_step``.
+    """
+    check_objectives(network.config, objectives)
+    batch = _prepared(network, objectives, batch)
+    with phase("draw masks"):
+        masks = draw_prepared(network.config, objectives, batch, seed)
+    return _run(network, objectives, step, batch, masks)
+
+
+def _prepared(network: SCLNetwork, objectives: ObjectiveConfig, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    batch = prepare_batch(network.config, objectives, batch)
+    device = network.modality.weight.device
+    if batch["text_ids"].device != device:
+        raise ValueError(f"batch: got device {batch['text_ids'].device}, expected that of the model, {device}")
+    return batch
+
+
+def _run(
+    network: SCLNetwork, objectives: ObjectiveConfig, step: StepConfig, batch: Mapping[str, Any], masks: StepMasks
+) -> SCLLosses:
     plan = make_plan(objectives, step)
     encodings = encode(network, plan, batch, masks)
     inputs = _loss_inputs(network, objectives, plan, encodings, batch, masks)
@@ -92,7 +136,7 @@ def run_step(
             fused = fuse_views(network, plan, encodings, batch, masks, inputs.text_positions, similarity)
         inputs.text_tokens, inputs.image_tokens = fused.text, fused.image
     outputs |= {objective.name: _run_loss(objective, inputs) for objective in objectives.selected if objective.outputs}
-    return _weighted_sum(objectives, outputs)
+    return _weighted_sum(objectives, outputs, unread_fault(batch))
 
 
 def _loss_inputs(
@@ -103,7 +147,7 @@ def _loss_inputs(
     batch: Mapping[str, Any],
     masks: StepMasks,
 ) -> LossInputs:
-    lengths = batch["text_mask"].bool().sum(1)
+    lengths = batch["text_mask"].sum(1)
     whole_image = encodings.num_frames * (1 + network.config.num_patches)
     return LossInputs(
         network=network,
@@ -125,12 +169,13 @@ def _run_loss(objective: Objective, inputs: LossInputs) -> LossOutput:
         return objective.loss(inputs)
 
 
-def _weighted_sum(objectives: ObjectiveConfig, outputs: Mapping[str, LossOutput]) -> SCLLosses:
+def _weighted_sum(objectives: ObjectiveConfig, outputs: Mapping[str, LossOutput], fault: Tensor | None) -> SCLLosses:
     losses: dict[str, Tensor] = {}
     metrics: dict[str, Tensor] = {}
     total: Tensor | None = None
     for objective in objectives.selected:
         loss, of_objective = outputs[objective.name]
+        loss = loss if fault is None else loss + fault
         losses[objective.name] = loss
         metrics |= of_objective
         weight = objectives.weight_of(objective)
@@ -167,26 +212,11 @@ def check_step(config: SCLConfig, objectives: ObjectiveConfig, batch: Mapping[st
 
     Raises:
         UserError: see ``check_objectives``.
-        ValueError: the batch lacks an input, its inputs have different numbers of rows, it is too small for in-batch
-            negatives, or (on a CPU, and under ``SCLKERN_DEBUG=1``) ``text_tokens`` is too small.
+        TypeError: an entry is no tensor or of another dtype, or ``text_tokens`` is no int.
+        ValueError: the batch lacks an input; its inputs differ in rows or device; images of another size or too many
+            frames; captions longer than ``max_text_len``; too few rows for in-batch negatives. On a CPU, and under
+            ``SCLKERN_DEBUG=1``, also: ids outside the vocabulary, a mask of other numbers than 1 and 0, a caption
+            without a token, ``text_tokens`` that is too small.
     """
     check_objectives(config, objectives)
-    needed = ["image", "text_ids", "text_mask"] + ["false_image"] * objectives.dataset_negatives
-    for name in needed:
-        if name not in batch:
-            raise ValueError(f"batch: got keys {sorted(batch)}, expected {name!r} too")
-    rows = {name: batch[name].shape[0] for name in needed}
-    if len(set(rows.values())) > 1:
-        raise ValueError(f"batch: got different numbers of rows {rows}, expected one")
-    if objectives.in_batch_negatives and rows["image"] < 2:
-        raise ValueError(
-            f"batch: got {rows['image']} row, expected at least 2 for itm_negatives={objectives.itm_negatives!r} "
-            "(a negative image is another row's); use itm_negatives='dataset'"
-        )
-    # Read where that costs nothing: captions that do not fit would lose tokens in silence.
-    if "text_tokens" in batch and may_read(batch["text_mask"]):
-        tokens = int(batch["text_mask"].sum())
-        if tokens > batch["text_tokens"]:
-            raise ValueError(
-                f"batch: got text_tokens {batch['text_tokens']}, expected room for the {tokens} of text_mask"
-            )
+    prepare_batch(config, objectives, batch)

@@ -14,6 +14,7 @@ from sclkern.objectives.config import ObjectiveConfig
 from sclkern.ops.masking import mask_text, select_patches, select_tokens
 from sclkern.random import STREAM_ITM, below, random_words, smallest
 from sclkern.reference import MaskedText
+from sclkern.step.batch import with_tokens_first
 
 T = TypeVar("T")
 
@@ -121,11 +122,32 @@ def draw_masks(
         seed: int or int64 tensor, the key of every mask.
 
     Returns:
-        The masks. A mask does not depend on which others are drawn.
+        The masks. A mask does not depend on which others are drawn, nor on where captions are padded: those of texts
+        have the tokens of each caption first.
+
+    Raises:
+        TypeError: captions of another dtype.
+        ValueError: captions that no step takes.
     """
-    ids, mask = batch["text_ids"], batch["text_mask"]
+    return draw_prepared(config, objectives, with_tokens_first(batch, config), seed)
+
+
+def draw_prepared(
+    config: SCLConfig, objectives: ObjectiveConfig, batch: Mapping[str, Any], seed: int | Tensor
+) -> StepMasks:
+    """``draw_masks`` for a batch of ``with_tokens_first``.
+
+    Args:
+        config: as in ``draw_masks``.
+        objectives: as in ``draw_masks``.
+        batch: of ``with_tokens_first``.
+        seed: as in ``draw_masks``.
+
+    Returns:
+        The masks.
+    """
+    ids, lengths = batch["text_ids"], batch["text_mask"].sum(1)
     rows, device = ids.shape[0], ids.device
-    lengths = mask.long().sum(1)
     needed, capacity = needed_masks(objectives), token_capacity(config, objectives, ids.shape[1])
     masks = StepMasks()
     if "dropped" in needed:

@@ -10,8 +10,7 @@ from sclkern.models.config import SCLConfig
 from sclkern.models.network import SCLNetwork
 from sclkern.objectives.config import ObjectiveConfig
 from sclkern.step.config import StepConfig
-from sclkern.step.losses import run_step
-from sclkern.step.masks import draw_masks
+from sclkern.step.losses import take_step
 
 
 def kept_bytes(
@@ -61,8 +60,7 @@ def kept_bytes(
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             # The graph must live until all is counted.
-            masks = draw_masks(config, objectives, batch, 0)
-            losses = run_step(network, objectives, step, batch, masks)
+            losses = take_step(network, objectives, step, batch, 0)
         total = sum(size for size, _ in kept.values()) / rows
         del losses
     return total

@@ -24,11 +24,14 @@ from sclkern.reference import MaskedText
 from sclkern.step import StepMasks, run_step
 from sclkern.weights import split_to_reference
 from sclkern.weights.files import read_json, read_tensors
+from sclkern.weights.loading import listing
 
 VALUE_TOLERANCE = 1e-4  # times max(1, largest recorded magnitude)
 NORM_TOLERANCE = 1e-3  # relative
 # A key's bias cancels in the softmax: its gradient is zero up to rounding, here and in the published code.
 NORM_FLOOR = 1e-6
+# How names of gradients begin.
+GRADIENT = "grad.scl_step."
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,25 @@ class Comparison:
         return self.error <= self.tolerance  # False for NaN
 
 
-def run_parity(path: str | Path, device: str = "cpu") -> list[Comparison]:
+@dataclass(frozen=True)
+class ParityReport:
+    """What a golden file was compared with, and what it could not be.
+
+    Attributes:
+        comparisons: of every recorded tensor and norm.
+        not_compared: losses, gradients and, if there are none at all, outputs without a record, each with the reason.
+    """
+
+    comparisons: tuple[Comparison, ...]
+    not_compared: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every comparison holds; what has no record does not count."""
+        return all(row.ok for row in self.comparisons)
+
+
+def run_parity(path: str | Path, device: str = "cpu") -> ParityReport:
     """Compare every ``out.``, ``loss.`` and ``grad.`` of a golden file, and every gradient norm of its JSON.
 
     Args:
@@ -59,15 +80,14 @@ def run_parity(path: str | Path, device: str = "cpu") -> list[Comparison]:
         device: on which the model runs.
 
     Returns:
-        One comparison for each recorded tensor and norm.
+        One comparison for each recorded tensor and norm, and what has no record.
 
     Raises:
-        UserError: the file cannot be read, or holds no golden case.
+        UserError: the file cannot be read, or holds no golden case that this version can compute.
     """
     path = Path(path)
-    tensors = read_tensors(path)
     groups: dict[str, dict[str, Tensor]] = {"w": {}, "in": {}, "out": {}, "loss": {}, "grad": {}}
-    for name, tensor in tensors.items():
+    for name, tensor in read_tensors(path).items():
         group, _, rest = name.partition(".")
         if group in groups:
             groups[group][rest] = tensor
@@ -78,24 +98,49 @@ def run_parity(path: str | Path, device: str = "cpu") -> list[Comparison]:
         computed = compute(groups["w"], groups["in"], device)
     except KeyError as error:
         raise UserError(f"{path}: no tensor 'in.{error.args[0]}', which this case needs; record it too") from error
-    rows = []
-    for group in ("out", "loss", "grad"):
-        for name, recorded in groups[group].items():
-            full = f"{group}.{name}"
-            if full not in computed:
-                raise UserError(f"{path}: {full!r} is recorded, but this version does not know how to compute it")
-            rows.append(_compare(full, computed[full], recorded, groups["in"]))
-    norms_file = path.with_suffix(".json")
-    if norms_file.exists():
-        norms = read_json(norms_file).get("grad_norms_scl_step", {})
-        for name, recorded in norms.items():
-            if f"grad.scl_step.{name}" not in computed or not isinstance(recorded, (int, float)):
-                raise UserError(
-                    f"{norms_file}: the norm of {name!r} is {recorded!r}, expected a parameter and a number"
-                )
-            value = computed["grad.scl_step." + name].norm().item()
-            rows.append(Comparison(f"norm.{name}", abs(value - recorded), max(NORM_TOLERANCE * recorded, NORM_FLOOR)))
-    return rows
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: {error}") from error
+    recorded = {f"{group}.{name}": groups[group][name] for group in ("out", "loss", "grad") for name in groups[group]}
+    for name in recorded:
+        if name not in computed:
+            raise UserError(
+                f"{path}: {name!r} is recorded, but this version does not know how to compute it, or lacks an input "
+                "'in.' for it"
+            )
+    rows = [_compare(name, computed[name], value, groups["in"]) for name, value in recorded.items()]
+    norms, lacking = _recorded_norms(path.with_suffix(".json"), computed)
+    for name, norm in norms.items():
+        value = computed[GRADIENT + name].norm().item()
+        rows.append(Comparison(f"norm.{name}", abs(value - norm), max(NORM_TOLERANCE * norm, NORM_FLOOR)))
+    return ParityReport(tuple(rows), _without_record(computed, recorded, norms, lacking))
+
+
+def _recorded_norms(file: Path, computed: Mapping[str, Tensor]) -> tuple[dict[str, float], str]:
+    """The gradient norms beside a golden file, and why others are not there."""
+    if not file.exists():
+        return {}, f"there is no {file.name} beside the file"
+    norms = read_json(file).get("grad_norms_scl_step", {})
+    if not isinstance(norms, dict):
+        raise UserError(f"{file}: grad_norms_scl_step is a {type(norms).__name__}, expected names and numbers")
+    for name, norm in norms.items():
+        if GRADIENT + name not in computed or not isinstance(norm, (int, float)):
+            raise UserError(f"{file}: the norm of {name!r} is {norm!r}, expected a parameter and a number")
+    return norms, f"{file.name} does not have them in grad_norms_scl_step"
+
+
+def _without_record(
+    computed: Mapping[str, Tensor], recorded: Mapping[str, Tensor], norms: Mapping[str, float], lacking: str
+) -> tuple[str, ...]:
+    left = [name for name in computed if name not in recorded and name.removeprefix(GRADIENT) not in norms]
+    lines = [f"{name}: not in the file" for name in left if name.startswith("loss.")]
+    # A file has some outputs, as it likes.
+    if not any(name.startswith("out.") for name in recorded):
+        lines.append("outputs: the file has none")
+    # Where no loss reaches, there is nothing to compare.
+    reached = [name for name in left if name.startswith(GRADIENT) and computed[name].any()]
+    if gradients := [name.removeprefix(GRADIENT) for name in reached]:
+        lines.append(f"gradients of {len(gradients)} parameters: {lacking} ({listing(gradients, 3)})")
+    return tuple(lines)
 
 
 def _compare(name: str, value: Tensor, recorded: Tensor, inputs: Mapping[str, Tensor]) -> Comparison:
@@ -107,6 +152,8 @@ def _compare(name: str, value: Tensor, recorded: Tensor, inputs: Mapping[str, Te
     if name.endswith(".text_feats"):  # what a padded position holds is undefined
         token = inputs["text_mask"].bool()
         difference, magnitude = difference[token], magnitude[token]
+    if not difference.numel():  # such as logits where nothing was masked
+        return Comparison(name, 0.0, VALUE_TOLERANCE)
     tolerance = VALUE_TOLERANCE * max(1.0, magnitude.max().item())
     return Comparison(name, difference.max().item(), tolerance)
 
@@ -137,7 +184,7 @@ def compute(weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor], device:
     model.zero_grad()
     out["loss.scl_step_total"].backward()
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
-    out.update({"grad.scl_step." + k: v for k, v in split_to_reference(model.config, gradients).items()})
+    out.update({GRADIENT + k: v for k, v in split_to_reference(model.config, gradients).items()})
     return out
 
 
@@ -272,16 +319,17 @@ def _video_case(model: SCLModel, inputs: Mapping[str, Tensor]) -> dict[str, Tens
     return out
 
 
-def format_table(rows: list[Comparison], *, everything: bool = False) -> str:
-    """Format comparisons as text: outputs, losses and gradients one a line, norms in one line unless they fail.
+def format_table(report: ParityReport, *, everything: bool = False) -> str:
+    """Format a report as text: outputs, losses and gradients one a line, norms in one line unless they fail.
 
     Args:
-        rows: the comparisons.
+        report: of ``run_parity``.
         everything: list every norm too.
 
     Returns:
         Lines of text.
     """
+    rows = report.comparisons
     shown = [r for r in rows if everything or not r.name.startswith("norm.") or not r.ok]
     width = max((len(r.name) for r in shown), default=4)
     lines = [f"{'':2} {'name':{width}} {'error':>9} {'tolerance':>9}"]
@@ -293,6 +341,8 @@ def format_table(rows: list[Comparison], *, everything: bool = False) -> str:
             f"{sum(r.ok for r in norms)} of {len(norms)} gradient norms within tolerance; nearest to it: {worst.name} "
             f"({worst.error:.1e} of {worst.tolerance:.1e})"
         )
+    lines += [f"not compared: {what}" for what in report.not_compared]
     failed = [r for r in rows if not r.ok]
-    lines.append(f"{len(rows) - len(failed)} of {len(rows)} comparisons hold")
+    rest = f", {len(report.not_compared)} of what was computed could not be compared" if report.not_compared else ""
+    lines.append(f"{len(rows) - len(failed)} of {len(rows)} comparisons hold{rest}")
     return "\n".join(lines)

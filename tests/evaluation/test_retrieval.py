@@ -68,6 +68,21 @@ def test_batching_changes_nothing(source):
     assert whole == pieces
 
 
+class PadsOnTheLeft(CaptionTokenizer):
+    """As a tokenizer of another library may do."""
+
+    def __call__(self, *arguments, **options):
+        ids, mask = super().__call__(*arguments, **options)
+        order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+        return ids.gather(1, order), mask.gather(1, order).long()
+
+
+def test_captions_may_be_padded_on_the_left(source, monkeypatch):
+    expected = evaluate(source, rerank=3)
+    monkeypatch.setattr(f"{__name__}.CaptionTokenizer", PadsOnTheLeft)
+    assert evaluate(source, rerank=3) == expected
+
+
 def test_reranking_all_candidates_is_ranking_by_matching(source):
     result = evaluate(source, rerank=6)
     # With every caption a candidate, R@5 of five captions must be 1 whatever the order.

@@ -324,5 +324,14 @@ def test_float64_tiles_equal_the_definition():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("shape", [(0, 9), (2, 0, 9), (0, 4, 9)])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_no_rows(shape, masked, reduction):
+    valid = torch.ones(shape[:-1], dtype=torch.bool, device=DEVICE) if masked else None
+    for result in run(completion_loss, features(shape), valid=valid, reduction=reduction):
+        assert result.numel() == 0 or (result.isfinite().all() and not result.any())
+
+
 def test_in_the_interpreter():
     run_in_interpreter(__file__)
