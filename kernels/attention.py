@@ -7,6 +7,8 @@ together (B * L of a padded batch). Statistics and accumulators in float32.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sclkern.kernels.config import LaunchConfig, resolve, select
+from sclkern.kernels.config import Features, LaunchConfig, resolve, select, settled
+from sclkern.kernels.config_rules import ceil_div
 from sclkern.kernels.dropout import dropout_keep_mask
-from sclkern.kernels.launch import launch, static_entry
+from sclkern.kernels.launch import Prepared, static_entry
 from sclkern.reference import attention_dropout_threshold
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -193,40 +196,63 @@ Packing = tuple[Tensor, Tensor, int, int]
 """``cu_seqlens_q``, ``cu_seqlens_k`` and the largest lengths of packed sequences."""
 
 
-def sizes(query: Tensor, key: Tensor, packing: Packing | None) -> tuple[int, int, int]:
-    """Sequences that get programs, the largest number of queries, and of keys.
+# Numbers of sequences + 1 and the largest lengths of packed sequences, None for a padded batch.
+Bounds = tuple[int, int, int] | None
+
+
+def bounds(packing: Packing | None) -> Bounds:
+    """What launches depend on of packed sequences."""
+    return None if packing is None else (packing[0].shape[0], packing[2], packing[3])
+
+
+def sizes(query: torch.Size, key: torch.Size, packed: Bounds) -> tuple[int, int, int]:
+    """Sequences that get programs, the largest number of queries, and of keys, from shapes.
 
     Packed: one sequence more, whose programs clear the rows after the last; lengths of at least 1 give it some.
     """
-    if packing is None:
-        return query.shape[0], query.shape[1], key.shape[1]
-    return packing[0].shape[0], max(packing[2], 1), max(packing[3], 1)
+    if packed is None:
+        return query[0], query[1], key[1]
+    return packed[0], max(packed[1], 1), max(packed[2], 1)
 
 
-def arguments(packing: Packing | None, dropout_p: float, softmax_scale: float, **tensors: Any) -> dict[str, Any]:
-    """Arguments that the three kernels share, except the constants; pointers are named after ``tensors``."""
-    query, key = tensors["query"], tensors["key"]
+def arguments(
+    query: torch.Size, key: torch.Size, packed: Bounds, dropout_p: float, softmax_scale: float,
+    strides: Sequence[tuple[str, tuple[int, ...]]],
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments that the three kernels share, except tensors and the constants of a configuration, from shapes."""
     threshold, keep_scale = attention_dropout_threshold(dropout_p)
-    _, queries, keys = sizes(query, key, packing)
-    strides: dict[str, int] = {}
-    for name in ("query", "key", "value", *(["grad_out"] if "grad_out" in tensors else [])):
-        *batch, row, head, _ = tensors[name].stride()
-        # One int for all packed sequences: the kernel does not read it.
-        strides |= {f"{name}_batch_stride": batch[0] if batch else 0}
-        strides |= {f"{name}_row_stride": row, f"{name}_head_stride": head}
-    return {f"{name}_ptr": tensor for name, tensor in tensors.items()} | {
-        "cu_seqlens_q_ptr": packing[0] if packing else None,
-        "cu_seqlens_k_ptr": packing[1] if packing else None,
-        "heads": query.shape[-2],
+    _, queries, keys = sizes(query, key, packed)
+    numbers: dict[str, Any] = {
+        "heads": query[-2],
         "queries": queries,
         "keys": keys,
-        "query_rows": query.shape[:-2].numel(),
-        "key_rows": key.shape[:-2].numel(),
-        **strides,
+        "query_rows": math.prod(query[:-2]),
+        "key_rows": math.prod(key[:-2]),
         "scale": softmax_scale,
         "threshold": threshold,
         "keep_scale": keep_scale,
+        "HEAD_DIM": query[-1],
     }
+    for name, (*batch, row, head, _) in strides:
+        # One int for all packed sequences: the kernel does not read it.
+        numbers |= {f"{name}_batch_stride": batch[0] if batch else 0}
+        numbers |= {f"{name}_row_stride": row, f"{name}_head_stride": head}
+    return numbers
+
+
+@settled
+def _prepare(
+    config: LaunchConfig | None, dtype: torch.dtype, device: torch.device, query: torch.Size, key: torch.Size,
+    packed: Bounds, dropout_p: float, softmax_scale: float, query_strides: tuple[int, ...],
+    key_strides: tuple[int, ...], value_strides: tuple[int, ...],
+) -> Prepared:  # fmt: skip
+    batch, queries, keys = sizes(query, key, packed)
+    shapes = {"queries": queries, "keys": keys, "head_dim": query[-1]}
+    (chosen,) = resolve(config, ("attention_forward_kernel",), Features(dtype, device), **shapes)
+    programs = batch * query[-2] * ceil_div(queries, chosen["BLOCK_QUERIES"])
+    strides = ("query", query_strides), ("key", key_strides), ("value", value_strides)
+    numbers = arguments(query, key, packed, dropout_p, softmax_scale, strides)
+    return Prepared(attention_forward_kernel, (programs,), chosen, **numbers)
 
 
 def attention_forward(
@@ -242,17 +268,16 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """query (B, Lq, H, D), key and value (B, Lk, H, D), packed (T, H, D), channels contiguous: out, and the base-2
     log-sum-exp (H, T) of the queries."""
-    heads, head_dim = query.shape[-2:]
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse = torch.empty((heads, query.shape[:-2].numel()), dtype=torch.float32, device=query.device)
-    batch, queries, keys = sizes(query, key, packing)
-    shapes = {"queries": queries, "keys": keys, "head_dim": head_dim}
-    (chosen,) = resolve(config, ("attention_forward_kernel",), query, **shapes)
-    programs = batch * heads * triton.cdiv(queries, chosen["BLOCK_QUERIES"])
-    if programs:
-        tensors = {"query": query, "key": key, "value": value, "mask": mask, "seed": seed, "out": out, "lse": lse}
-        shared = arguments(packing, dropout_p, softmax_scale, **tensors)
-        launch(attention_forward_kernel, (programs,), chosen, HEAD_DIM=head_dim, **shared)
+    shape = query.shape
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = query.new_empty((shape[-2], math.prod(shape[:-2])), dtype=torch.float32)
+    numbers = bounds(packing), dropout_p, softmax_scale
+    launch = _prepare(
+        config, query.dtype, query.device, shape, key.shape, *numbers, query.stride(), key.stride(),
+        value.stride(),
+    )  # fmt: skip
+    cu_seqlens_q, cu_seqlens_k = packing[:2] if packing else (None, None)
+    launch(query, key, value, mask, cu_seqlens_q, cu_seqlens_k, seed, out, lse)
     return out, lse
 
 

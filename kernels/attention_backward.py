@@ -18,8 +18,10 @@ from torch import Tensor
 from sclkern.kernels.attention import (
     DYNAMIC_ARGS,
     LOG2_E,
+    Bounds,
     Packing,
     arguments,
+    bounds,
     entry,
     key_mask,
     load_lse_2,
@@ -30,9 +32,10 @@ from sclkern.kernels.attention import (
     store_rows,
     zero_tail,
 )
-from sclkern.kernels.config import Configs, LaunchConfig, resolve, select
+from sclkern.kernels.config import Configs, Features, LaunchConfig, resolve, select, settled
+from sclkern.kernels.config_rules import ceil_div
 from sclkern.kernels.dropout import dropout_keep_mask
-from sclkern.kernels.launch import launch
+from sclkern.kernels.launch import Prepared
 
 
 @triton.jit
@@ -293,8 +296,24 @@ def backward_launches(configs: tuple[LaunchConfig, ...], queries: int, keys: int
     for config in configs:
         by_query = config.kernel == attention_backward_query_kernel.fn.__name__
         rows, block = (queries, config["BLOCK_QUERIES"]) if by_query else (keys, config["BLOCK_KEYS"])
-        launches.append(BackwardLaunch(kernels[config.kernel], config, triton.cdiv(rows, block)))
+        launches.append(BackwardLaunch(kernels[config.kernel], config, ceil_div(rows, block)))
     return launches
+
+
+@settled
+def _prepare(
+    config: Configs, dtype: torch.dtype, device: torch.device, query: torch.Size, key: torch.Size, packed: Bounds,
+    dropout_p: float, softmax_scale: float, *strides: tuple[int, ...],
+) -> tuple[Prepared, ...]:  # fmt: skip
+    batch, queries, keys = sizes(query, key, packed)
+    names = ("attention_backward_query_kernel", "attention_backward_key_kernel")
+    configs = resolve(config, names, Features(dtype, device), queries=queries, keys=keys, head_dim=query[-1])
+    named = list(zip(("grad_out", "query", "key", "value"), strides, strict=True))
+    numbers = arguments(query, key, packed, dropout_p, softmax_scale, named)
+    return tuple(
+        Prepared(one.kernel, (batch * query[-2] * one.tiles,), one.config, **numbers)
+        for one in backward_launches(configs, queries, keys)
+    )
 
 
 def attention_backward(
@@ -312,21 +331,18 @@ def attention_backward(
     config: Configs = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, contiguous; shapes as ``attention_forward`` takes and returns them."""
-    grad_query, grad_key, grad_value = (
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value)
-    )
-    shared = arguments(
-        packing, dropout_p, softmax_scale, grad_out=grad_out, query=query, key=key, value=value, mask=mask, seed=seed,
-        out=out, lse=lse, delta=torch.empty_like(lse), grad_query=grad_query, grad_key=grad_key, grad_value=grad_value,
+    contiguous = torch.contiguous_format
+    delta = torch.empty_like(lse)
+    grad_query, grad_key, grad_value = (torch.empty_like(t, memory_format=contiguous) for t in (query, key, value))
+    launches = _prepare(
+        config if config is None or isinstance(config, LaunchConfig) else tuple(config),
+        query.dtype, query.device, query.shape, key.shape, bounds(packing), dropout_p, softmax_scale,
+        grad_out.stride(), query.stride(), key.stride(), value.stride(),
     )  # fmt: skip
-    batch, queries, keys = sizes(query, key, packing)
-    heads, head_dim = query.shape[-2:]
-    names = ("attention_backward_query_kernel", "attention_backward_key_kernel")
-    configs = resolve(config, names, query, queries=queries, keys=keys, head_dim=head_dim)
-    for one in backward_launches(configs, queries, keys):
-        programs = batch * heads * one.tiles
-        if programs:
-            launch(one.kernel, (programs,), one.config, HEAD_DIM=head_dim, **shared)
+    cu_seqlens_q, cu_seqlens_k = packing[:2] if packing else (None, None)
+    packed = cu_seqlens_q, cu_seqlens_k
+    for launch in launches:
+        launch(grad_out, query, key, value, mask, *packed, seed, out, lse, delta, grad_query, grad_key, grad_value)
     return grad_query, grad_key, grad_value
 
 

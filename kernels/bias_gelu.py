@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sclkern.kernels.config import LaunchConfig, resolve, select
-from sclkern.kernels.launch import launch, static_entry
+from sclkern.kernels.config import Features, LaunchConfig, resolve, select, settled
+from sclkern.kernels.config_rules import ceil_div
+from sclkern.kernels.launch import Prepared, static_entry
 
 EXACT, TANH, QUICK = 0, 1, 2
 KINDS = {"none": EXACT, "tanh": TANH, "quick": QUICK}
@@ -90,29 +91,27 @@ def bias_gelu_backward_kernel(
     tl.store(partial_ptr + block * columns + offset, tl.sum(grad_x, axis=0), mask=offset < columns)
 
 
-def _grid(rows: int, columns: int, config: LaunchConfig) -> tuple[int, int]:
-    return triton.cdiv(rows, config["BLOCK_ROWS"]), triton.cdiv(columns, config["BLOCK_COLUMNS"])
+@settled
+def _prepare(
+    backward: bool, config: LaunchConfig | None, dtype: torch.dtype, device: torch.device, shape: torch.Size,
+    kind: int, x_row_stride: int, grad_out_row_stride: int = 0,
+) -> Prepared:  # fmt: skip
+    kernel = bias_gelu_backward_kernel if backward else bias_gelu_forward_kernel
+    (chosen,) = resolve(config, (kernel.fn.__name__,), Features(dtype, device))
+    rows, columns = shape
+    grid = ceil_div(rows, chosen["BLOCK_ROWS"]), ceil_div(columns, chosen["BLOCK_COLUMNS"])
+    strides = {"x_row_stride": x_row_stride}
+    if backward:
+        strides |= {"grad_out_row_stride": grad_out_row_stride, "grad_x_row_stride": columns}
+    else:
+        strides |= {"out_row_stride": columns}
+    return Prepared(kernel, grid, chosen, rows=rows, columns=columns, KIND=kind, **strides)
 
 
 def bias_gelu_forward(x: Tensor, bias: Tensor, kind: int, config: LaunchConfig | None = None) -> Tensor:
     """x (R, D) with contiguous rows, bias (D,): gelu(x + bias) (R, D) in the dtype of x."""
-    rows, columns = x.shape
-    (chosen,) = resolve(config, ("bias_gelu_forward_kernel",), x)
-    out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
-    if out.numel():
-        launch(
-            bias_gelu_forward_kernel,
-            _grid(rows, columns, chosen),
-            chosen,
-            x_ptr=x,
-            bias_ptr=bias,
-            out_ptr=out,
-            rows=rows,
-            columns=columns,
-            x_row_stride=x.stride(0),
-            out_row_stride=out.stride(0),
-            KIND=kind,
-        )
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _prepare(False, config, x.dtype, x.device, x.shape, kind, x.stride(0))(x, bias, out)
     return out
 
 
@@ -120,29 +119,12 @@ def bias_gelu_backward(
     grad_out: Tensor, x: Tensor, bias: Tensor, kind: int, config: LaunchConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x (R, D) and bias (D,), in their dtypes; the bias gradient is summed in a fixed order in float32."""
-    rows, columns = x.shape
-    (chosen,) = resolve(config, ("bias_gelu_backward_kernel",), x)
-    grid = _grid(rows, columns, chosen)
-    grad_x = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
-    partial = torch.empty((grid[0], columns), dtype=torch.float32, device=x.device)
-    if grad_x.numel():
-        launch(
-            bias_gelu_backward_kernel,
-            grid,
-            chosen,
-            grad_out_ptr=grad_out,
-            x_ptr=x,
-            bias_ptr=bias,
-            grad_x_ptr=grad_x,
-            partial_ptr=partial,
-            rows=rows,
-            columns=columns,
-            grad_out_row_stride=grad_out.stride(0),
-            x_row_stride=x.stride(0),
-            grad_x_row_stride=grad_x.stride(0),
-            KIND=kind,
-        )
-    return grad_x, partial.sum(0).to(bias.dtype)
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    launch = _prepare(True, config, x.dtype, x.device, x.shape, kind, x.stride(0), grad_out.stride(0))
+    partial = x.new_empty((launch.grid[0], x.shape[1]), dtype=torch.float32)
+    launch(grad_out, x, bias, grad_x, partial)
+    sums = partial.sum(0)
+    return grad_x, sums if bias.dtype == torch.float32 else sums.to(bias.dtype)
 
 
 def ahead_of_time(arch: str) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sclkern.kernels.completion_loss_tiles import EXCLUDED, dots, entry, rows_taking_part, tile
 from sclkern.kernels.config import Configs, of_kernel, resolve, select
+from sclkern.kernels.config_rules import ceil_div
 from sclkern.kernels.launch import launch
 
 
@@ -227,7 +228,7 @@ def completion_loss_forward(
     common: dict[str, Any] = {"valid_ptr": valid, "temperature_ptr": temperature, "WIDTH": width}
     launch(
         completion_loss_norm_kernel,
-        (triton.cdiv(groups * length, norm["BLOCK_ROWS"]),),
+        (ceil_div(groups * length, norm["BLOCK_ROWS"]),),
         norm,
         recovered_ptr=recovered,
         complete_ptr=complete,
@@ -242,7 +243,7 @@ def completion_loss_forward(
         count = groups * rows
         launch(
             completion_loss_merge_kernel,
-            (triton.cdiv(count, merging["BLOCK_ROWS"]),),
+            (ceil_div(count, merging["BLOCK_ROWS"]),),
             merging,
             maximum_ptr=sums[0],
             total_ptr=sums[1],
@@ -261,12 +262,12 @@ def completion_loss_forward(
 
     # Where the window is everything, the tiles of one direction are those of the other.
     shared = both and rows == length
-    blocks, column_blocks = triton.cdiv(rows, statistics["BLOCK_X"]), triton.cdiv(length, statistics["BLOCK_Y"])
+    blocks, column_blocks = ceil_div(rows, statistics["BLOCK_X"]), ceil_div(length, statistics["BLOCK_Y"])
     strip = min(blocks, max(1, statistics["COLUMN_SUMS"] // (groups * length))) if shared else blocks
     # Columns are split until there are so many programs; a constant of the table, so that sums have a fixed order.
-    most_splits = min(column_blocks, triton.cdiv(statistics["PROGRAMS"], strip * groups))
-    split_blocks = triton.cdiv(column_blocks, most_splits)
-    splits = triton.cdiv(column_blocks, split_blocks)
+    most_splits = min(column_blocks, ceil_div(statistics["PROGRAMS"], strip * groups))
+    split_blocks = ceil_div(column_blocks, most_splits)
+    splits = ceil_div(column_blocks, split_blocks)
     kinds = 3 if spread else 2
     partial = torch.empty((kinds, splits, groups * rows), **kwargs)
     columns: Any = torch.empty((kinds, 1 + strip, groups * length), **kwargs) if shared else None

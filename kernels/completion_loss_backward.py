@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sclkern.kernels.completion_loss_tiles import dots, entry, rows_taking_part
 from sclkern.kernels.config import Configs, LaunchConfig, of_kernel, resolve, select
+from sclkern.kernels.config_rules import ceil_div
 from sclkern.kernels.launch import launch
 
 
@@ -191,7 +192,7 @@ def completion_loss_anchors(
     if weight.numel():
         launch(
             completion_loss_anchor_kernel,
-            (triton.cdiv(grad.numel(), chosen["BLOCK_ROWS"]), len(lse)),
+            (ceil_div(grad.numel(), chosen["BLOCK_ROWS"]), len(lse)),
             chosen,
             grad_ptr=grad,
             valid_ptr=None if valid is None else valid.view(torch.uint8),
@@ -234,7 +235,7 @@ def completion_loss_gradient(
     strip = min(rows, max(1, workspace // length // block_x) * block_x)
     together = min(groups, max(1, workspace // (strip * length)))
     # Rows of the workspace on 16 bytes, for cuBLAS.
-    eighths = triton.cdiv(length, 8)
+    eighths = ceil_div(length, 8)
     weights = torch.empty((together, strip, eighths * 8), dtype=x.dtype, device=x.device)
     # Weights of 0 do not silence NaN in a row that takes no part.
     features = y if valid is None else y.masked_fill(~valid[..., None], 0.0)
@@ -250,10 +251,10 @@ def completion_loss_gradient(
         common |= {"temperature_ptr": temperature, "length": length, "WIDTH": width}
         for start in range(0, rows, strip):
             height = min(strip, rows - start)
-            blocks = triton.cdiv(height, block_x)
+            blocks = ceil_div(height, block_x)
             launch(
                 completion_loss_weights_kernel,
-                (blocks * count, triton.cdiv(length, weighing["BLOCK_Y"])),
+                (blocks * count, ceil_div(length, weighing["BLOCK_Y"])),
                 weighing,
                 x_lse_ptr=None if x_lse is None else x_lse[here],
                 y_lse_ptr=None if y_lse is None else y_lse[here],
@@ -267,7 +268,7 @@ def completion_loss_gradient(
             )
             launch(
                 completion_loss_finish_kernel,
-                (triton.cdiv(count * height, finish["BLOCK_ROWS"]),),
+                (ceil_div(count * height, finish["BLOCK_ROWS"]),),
                 finish,
                 push_ptr=_product(weights[:count, :height, :length], features[here]),
                 grad_x_ptr=grad_x[here],

@@ -11,9 +11,10 @@ here needs Triton, so that the tables can be read anywhere:
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -128,6 +129,14 @@ class LaunchConfig:
         return cls(kernel, constants, num_warps, num_stages, numbers, reason)
 
     @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.kernel, self.constants, self.num_warps, self.num_stages, self.numbers))
+
+    def __hash__(self) -> int:
+        # Of a key of every launch.
+        return self._hash
+
+    @functools.cached_property
     def fields(self) -> dict[str, int]:
         """Constants and launcher numbers by name."""
         return dict(self.constants + self.numbers)
@@ -228,6 +237,22 @@ def _arch_of_gpu(index: int) -> str:
 
 
 _overrides: dict[str, Mapping[str, int]] = {}
+_cached: list[Callable[[], None]] = []
+_Settled = TypeVar("_Settled", bound=Callable[..., Any])
+
+
+def settled(function: _Settled) -> _Settled:
+    """Cache what follows from shapes and dtypes, such as a launch; ``override`` empties the cache.
+
+    Args:
+        function: of hashable arguments, each of one type.
+
+    Returns:
+        The function, with the cache.
+    """
+    cached = functools.lru_cache(maxsize=1024)(function)
+    _cached.append(cached.cache_clear)
+    return cached  # type: ignore[return-value]
 
 
 @contextmanager
@@ -247,21 +272,41 @@ def override(kernels: Sequence[str], **fields: int) -> Iterator[None]:
         if kernel not in TABLES["sm_90"]:
             raise ValueError(f"kernels: got {kernel!r}, expected some of {', '.join(TABLES['sm_90'])}")
     before = dict(_overrides)
-    _overrides.update(dict.fromkeys(kernels, fields))
+    _override(before | dict.fromkeys(kernels, fields))
     try:
         yield
     finally:
-        _overrides.clear()
-        _overrides.update(before)
+        _override(before)
 
 
-def resolve(config: Configs, kernels: tuple[str, ...], like: torch.Tensor, **shapes: int) -> tuple[LaunchConfig, ...]:
+def _override(values: Mapping[str, Mapping[str, int]]) -> None:
+    _overrides.clear()
+    _overrides.update(values)
+    for clear in _cached:
+        clear()
+
+
+class Features(NamedTuple):
+    """What stands for a tensor of features in ``resolve``.
+
+    Attributes:
+        dtype: of the features.
+        device: where they are.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+
+
+def resolve(
+    config: Configs, kernels: tuple[str, ...], like: torch.Tensor | Features, **shapes: int
+) -> tuple[LaunchConfig, ...]:
     """The configurations that a launcher uses: those given, else those selected for the device and dtype of a tensor.
 
     Args:
         config: the launcher's argument.
         kernels: the kernels of the launcher.
-        like: a tensor of the features.
+        like: a tensor of the features, or its dtype and device.
         **shapes: as of ``select``.
 
     Returns:

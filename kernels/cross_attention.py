@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sclkern.kernels.config import LaunchConfig, resolve, select
+from sclkern.kernels.config_rules import ceil_div
 from sclkern.kernels.cross_attention_tiles import (
     columns_of,
     columns_times_rows,
@@ -153,7 +154,7 @@ def padded_keys(keys: int) -> int:
 
 def _constants(config: LaunchConfig, heads: int, keys: int, width: int) -> dict[str, int]:
     block_keys = padded_keys(keys)
-    return {"WIDTH": width, "GROUPS": triton.cdiv(heads * block_keys, config["COLUMNS"]), "BLOCK_KEYS": block_keys}
+    return {"WIDTH": width, "GROUPS": ceil_div(heads * block_keys, config["COLUMNS"]), "BLOCK_KEYS": block_keys}
 
 
 def _launch(
@@ -174,7 +175,7 @@ def _launch(
     threshold, keep_scale = attention_dropout_threshold(dropout_p)
     launch(
         kernel,
-        (len(x) * triton.cdiv(x.shape[1], chosen["ROWS"]),),
+        (len(x) * ceil_div(x.shape[1], chosen["ROWS"]),),
         chosen,
         x_ptr=x,
         score_weight_ptr=score_weight,

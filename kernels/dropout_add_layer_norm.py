@@ -14,6 +14,7 @@ backward differentiates what the forward computed.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sclkern.kernels.config import LaunchConfig, resolve, select
+from sclkern.kernels.config import Features, LaunchConfig, resolve, select, settled
+from sclkern.kernels.config_rules import ceil_div
 from sclkern.kernels.dropout_add_layer_norm_rows import dropout_factor, dropped_sum, layer_norm, layer_norm_gradient
-from sclkern.kernels.launch import launch, static_entry
+from sclkern.kernels.launch import Prepared, static_entry
 from sclkern.random import STREAM_FEATURES
 from sclkern.reference import feature_dropout_scale, feature_dropout_threshold
 
@@ -134,6 +136,23 @@ def dropout_add_layer_norm_backward_kernel(
         tl.store(partial_ptr + 2 * columns, tl.sum(grad_x_bias, axis=0), mask=offset < columns)
 
 
+_empty_like = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
+
+
+@settled
+def _prepare(
+    backward: bool, config: LaunchConfig | None, dtype: torch.dtype, device: torch.device, shape: torch.Size,
+    dropout_p: float, eps: float | None = None,
+) -> Prepared:  # fmt: skip
+    kernel = dropout_add_layer_norm_backward_kernel if backward else dropout_add_layer_norm_forward_kernel
+    rows, columns = shape
+    (chosen,) = resolve(config, (kernel.fn.__name__,), Features(dtype, device), columns=columns)
+    programs = ceil_div(rows, chosen["ROWS_PER_PROGRAM" if backward else "BLOCK_ROWS"]) if columns else 0
+    numbers: dict[str, float] = {} if eps is None else {"eps": eps}
+    numbers |= {"threshold": feature_dropout_threshold(dropout_p), "scale": feature_dropout_scale(dropout_p)}
+    return Prepared(kernel, (programs,), chosen, rows=rows, columns=columns, STREAM=STREAM_FEATURES, **numbers)
+
+
 def dropout_add_layer_norm_forward(
     x: Tensor,
     residual: Tensor,
@@ -164,35 +183,12 @@ def dropout_add_layer_norm_forward(
         The norm (R, D), in the dtype of x with ``return_sum``, otherwise in the wider dtype of x and residual; the sum
         (R, D) in the wider dtype, or None; mean and 1 / deviation of the rows (R,) float32.
     """
-    rows, columns = x.shape
-    wider = torch.promote_types(x.dtype, residual.dtype)
-    out = torch.empty((rows, columns), dtype=x.dtype if return_sum else wider, device=x.device)
-    total = torch.empty((rows, columns), dtype=wider, device=x.device) if return_sum else None
-    mean = torch.empty((rows,), dtype=torch.float32, device=x.device)
-    rstd = torch.empty((rows,), dtype=torch.float32, device=x.device)
-    if out.numel():
-        (chosen,) = resolve(config, ("dropout_add_layer_norm_forward_kernel",), x, columns=columns)
-        launch(
-            dropout_add_layer_norm_forward_kernel,
-            (triton.cdiv(rows, chosen["BLOCK_ROWS"]),),
-            chosen,
-            x_ptr=x,
-            residual_ptr=residual,
-            weight_ptr=weight,
-            bias_ptr=bias,
-            x_bias_ptr=x_bias,
-            seed_ptr=seed,
-            out_ptr=out,
-            total_ptr=total,
-            mean_ptr=mean,
-            rstd_ptr=rstd,
-            rows=rows,
-            columns=columns,
-            threshold=feature_dropout_threshold(dropout_p),
-            scale=feature_dropout_scale(dropout_p),
-            eps=eps,
-            STREAM=STREAM_FEATURES,
-        )
+    wider = x.dtype if x.dtype == residual.dtype else torch.promote_types(x.dtype, residual.dtype)
+    out = _empty_like(x, dtype=x.dtype if return_sum else wider)
+    total = _empty_like(x, dtype=wider) if return_sum else None
+    mean, rstd = (x.new_empty(x.shape[:1], dtype=torch.float32) for _ in range(2))
+    launch = _prepare(False, config, x.dtype, x.device, x.shape, dropout_p, eps)
+    launch(x, residual, weight, bias, x_bias, seed, out, total, mean, rstd)
     return out, total, mean, rstd
 
 
@@ -235,37 +231,14 @@ def dropout_add_layer_norm_backward(
         without dropout and with one dtype. Then those of weight, bias and, where there is one, x_bias as the rows of
         one float32 tensor (2 or 3, D).
     """
-    rows, columns = grad_out.shape
-    (chosen,) = resolve(config, ("dropout_add_layer_norm_backward_kernel",), grad_out, columns=columns)
-    programs, sums = triton.cdiv(rows, chosen["ROWS_PER_PROGRAM"]), 2 if x_bias is None else 3
     needs_own_grad_x = seed is not None or x_dtype != residual_dtype
-    grad_residual = torch.empty((rows, columns), dtype=residual_dtype, device=grad_out.device)
-    grad_x = torch.empty((rows, columns), dtype=x_dtype, device=grad_out.device) if needs_own_grad_x else None
-    partial = torch.empty((programs, sums, columns), dtype=torch.float32, device=grad_out.device)
-    if grad_residual.numel():
-        launch(
-            dropout_add_layer_norm_backward_kernel,
-            (programs,),
-            chosen,
-            grad_out_ptr=grad_out,
-            grad_total_ptr=grad_total,
-            x_ptr=x,
-            residual_ptr=residual,
-            total_ptr=total,
-            weight_ptr=weight,
-            x_bias_ptr=x_bias,
-            seed_ptr=seed,
-            mean_ptr=mean,
-            rstd_ptr=rstd,
-            grad_x_ptr=grad_x,
-            grad_residual_ptr=grad_residual,
-            partial_ptr=partial,
-            rows=rows,
-            columns=columns,
-            threshold=feature_dropout_threshold(dropout_p),
-            scale=feature_dropout_scale(dropout_p),
-            STREAM=STREAM_FEATURES,
-        )
+    grad_residual = _empty_like(grad_out, dtype=residual_dtype)
+    grad_x = _empty_like(grad_out, dtype=x_dtype) if needs_own_grad_x else None
+    launch = _prepare(True, config, grad_out.dtype, grad_out.device, grad_out.shape, dropout_p)
+    sums = launch.grid[0], 2 if x_bias is None else 3, grad_out.shape[1]
+    partial = grad_out.new_empty(sums, dtype=torch.float32)
+    inputs = grad_out, grad_total, x, residual, total, weight, x_bias, seed, mean, rstd
+    launch(*inputs, grad_x, grad_residual, partial)
     return grad_x, grad_residual, partial.sum(0)
 
 

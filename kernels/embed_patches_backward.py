@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sclkern.kernels.config import Configs, of_kernel, resolve, select
+from sclkern.kernels.config_rules import ceil_div
 from sclkern.kernels.embed_patches import CLIP, DYNAMIC_ARGS, IMAGE, embedded, entry, patch_of
 from sclkern.kernels.launch import launch
 
@@ -174,7 +175,7 @@ def add_and_normalise_backward(
     names = ("embed_patches_backward_kernel", "invert_keep_kernel", "position_gradient_kernel")
     configs = resolve(config, names, tokens, columns=columns)
     row, invert, gradient = (of_kernel(configs, name) for name in names)
-    programs_per_group = triton.cdiv(kept + 1, row["SLOTS"])
+    programs_per_group = ceil_div(kept + 1, row["SLOTS"])
     programs = samples * frames * programs_per_group
     normalised = parameters["norm_weight"] is not None
     sums = {
@@ -209,11 +210,11 @@ def add_and_normalise_backward(
     if keep is not None:
         slots = torch.empty((samples, patches + 1), dtype=torch.int32, device=tokens.device)
         if samples:
-            grid = (samples, triton.cdiv(patches + 1, invert["BLOCK"]))
+            grid = (samples, ceil_div(patches + 1, invert["BLOCK"]))
             launch(invert_keep_kernel, grid, invert, keep_ptr=keep, slots_ptr=slots, **counts)
     launch(
         position_gradient_kernel,
-        (patches + 1, triton.cdiv(columns, gradient["BLOCK_COLUMNS"])),
+        (patches + 1, ceil_div(columns, gradient["BLOCK_COLUMNS"])),
         gradient,
         grad_total_ptr=grad_total,
         slots_ptr=slots,

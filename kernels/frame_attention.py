@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sclkern.kernels.config import Configs, LaunchConfig, of_kernel, resolve, select
+from sclkern.kernels.config_rules import ceil_div
 from sclkern.kernels.launch import launch, static_entry
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -239,9 +240,9 @@ def frame_attention_backward_key_kernel(
 def shared_patches(frames: int, tokens: int, rows: int, keys: int) -> int:
     """How many patches of each frame share tiles with the CLS rows: those that do not fill a tile, if that is less work
     (in tiles of scores) than a tile of their own."""
-    rest, blocks = (tokens - 1) % rows, triton.cdiv(frames * tokens, keys)
-    together = triton.cdiv(frames * (1 + rest), rows) * blocks
-    apart = frames * triton.cdiv(tokens, keys) + triton.cdiv(frames, rows) * blocks
+    rest, blocks = (tokens - 1) % rows, ceil_div(frames * tokens, keys)
+    together = ceil_div(frames * (1 + rest), rows) * blocks
+    apart = frames * ceil_div(tokens, keys) + ceil_div(frames, rows) * blocks
     return rest if together < apart else 0
 
 
@@ -254,8 +255,8 @@ def _launch_by_row(kernel: Any, config: LaunchConfig, query: Tensor, frames: int
     batch, length, heads, head_dim = query.shape
     tokens, rows = length // frames, config["BLOCK_ROWS"]
     rest = shared_patches(frames, tokens, rows, config["BLOCK_KEYS"])
-    shared_tiles = triton.cdiv(frames * (1 + rest), rows)
-    programs = batch * heads * (shared_tiles + frames * triton.cdiv(tokens - 1 - rest, rows))
+    shared_tiles = ceil_div(frames * (1 + rest), rows)
+    programs = batch * heads * (shared_tiles + frames * ceil_div(tokens - 1 - rest, rows))
     launch(
         kernel, (programs,), config, query_ptr=query, shared_programs=batch * heads * shared_tiles,
         shared_tiles=shared_tiles, heads=heads, frames=frames, tokens=tokens, length=length, rest=rest,
@@ -314,7 +315,7 @@ def frame_attention_backward(
             **arguments,
         )  # fmt: skip
         tokens = length // frames
-        programs = batch * heads * frames * triton.cdiv(tokens, by_key["BLOCK_KEYS"])
+        programs = batch * heads * frames * ceil_div(tokens, by_key["BLOCK_KEYS"])
         launch(
             frame_attention_backward_key_kernel, (programs,), by_key, query_ptr=query, grad_key_ptr=grad_key,
             grad_value_ptr=grad_value, heads=heads, frames=frames, tokens=tokens, length=length, HEAD_DIM=head_dim,

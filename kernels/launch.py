@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from sclkern.kernels.config import LaunchConfig
+from sclkern.kernels.config import LaunchConfig, settled
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,81 @@ def recorded() -> Iterator[list[Launch]]:
         _recorders.pop()
 
 
+class Prepared:
+    """A launch of which all but the tensors is settled: what a launcher keeps for the shapes of its arguments. A grid
+    without programs launches nothing.
+
+    The first call for some dtypes goes through Triton's binder, which compiles. The kernel that it returns is launched
+    directly from then on, on tensors whose addresses are multiples of 16, as torch's allocators give them: with the
+    same numbers the binder would find the same kernel. For other addresses it is asked.
+
+    Attributes:
+        config: the launch configuration.
+        grid: programs along each axis.
+        tensors: names of the tensors, in the order of the kernel's parameters.
+    """
+
+    config: LaunchConfig
+    grid: tuple[int, ...]
+    tensors: list[str]
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], config: LaunchConfig, fp_fusion: bool = True, /, **numbers: Any
+    ) -> None:
+        """Settle a launch.
+
+        Args:
+            kernel: the jit function; its first parameters are its tensors.
+            grid: programs along each axis.
+            config: its constants, warps and stages.
+            fp_fusion: whether a product and a sum may be rounded once.
+            **numbers: its other arguments that are no tensors, by name.
+        """
+        self.config, self._kernel, self.grid, self._programs = config, kernel, grid, math.prod(grid)
+        self._named = numbers | config.options | {"enable_fp_fusion": fp_fusion}
+        names = list(inspect.signature(kernel.fn).parameters)
+        self.tensors = [name for name in names if name not in self._named]
+        # By position, as the compiled kernel takes them.
+        self._numbers = tuple(self._named[name] for name in names[len(self.tensors) :])
+        self._compiled: dict[tuple[Any, ...], Callable[..., None]] = {}
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Launch.
+
+        Args:
+            *tensors: in the order of the kernel's parameters, all on one device.
+        """
+        if not self._programs:
+            return
+        if not _recorders:
+            address = 0
+            key: list[Any] = []
+            for tensor in tensors:
+                if tensor is None:
+                    key.append(None)
+                else:
+                    address |= tensor.data_ptr()
+                    key.append(tensor.dtype)
+                    device = tensor
+            key.append(device.get_device())
+            aligned = not address & 15
+            if aligned and (compiled := self._compiled.get(tuple(key))) is not None:
+                compiled(*tensors, *self._numbers)
+                return
+        arguments = dict(zip(self.tensors, tensors, strict=True)) | self._named
+        if _recorders:
+            _recorders[-1].append(Launch(self._kernel, self.grid, self.config, arguments))
+            return
+        kernel = self._kernel[self.grid](**arguments)
+        # The interpreter returns none. On AMD the binder also asks for the sizes of storages.
+        if aligned and hasattr(kernel, "packed_metadata") and not torch.version.hip:
+            self._compiled[tuple(key)] = kernel[(*self.grid, 1, 1)[:3]]
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], config: LaunchConfig, fp_fusion: bool = True, /, **arguments: Any
 ) -> None:
-    """Launch a kernel in a configuration.
+    """Launch a kernel in a configuration; numbers that differ from call to call make it slower than ``Prepared``.
 
     Args:
         kernel: the jit function.
@@ -70,11 +143,16 @@ def launch(
         fp_fusion: whether a product and a sum may be rounded once.
         **arguments: the other arguments of the kernel by name.
     """
-    if _recorders:
-        named = arguments | config.options | {"enable_fp_fusion": fp_fusion}
-        _recorders[-1].append(Launch(kernel, grid, config, named))
-        return
-    kernel[grid](**arguments, **config.options, enable_fp_fusion=fp_fusion)
+    numbers = {n: v for n, v in arguments.items() if v is not None and not isinstance(v, Tensor)}
+    # Beside the types, because 1, 1.0 and True are equal.
+    values = *numbers.values(), *map(type, numbers.values())
+    prepared = _prepare(kernel, grid, config, fp_fusion, tuple(numbers), *values)
+    prepared(*[arguments[name] for name in prepared.tensors])
+
+
+@settled
+def _prepare(kernel: Any, grid: Any, config: LaunchConfig, fp_fusion: bool, names: Any, *values: Any) -> Prepared:
+    return Prepared(kernel, grid, config, fp_fusion, **dict(zip(names, values, strict=False)))
 
 
 def static_entry(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sclkern.kernels.completion_loss import softplus
 from sclkern.kernels.config import LaunchConfig, resolve, select
+from sclkern.kernels.config_rules import ceil_div
 from sclkern.kernels.launch import launch, static_entry
 
 # Columns of 128 bytes in bfloat16. V itself may be odd: cuBLAS then takes its kernels for unaligned operands, and
@@ -240,7 +241,7 @@ def gradient(
     if len(logits):
         launch(
             linear_cross_entropy_gradient_kernel,
-            (triton.cdiv(logits.shape[1], chosen["BLOCK_COLUMNS"]),),
+            (ceil_div(logits.shape[1], chosen["BLOCK_COLUMNS"]),),
             chosen,
             grad_ptr=grad,
             count_ptr=count,

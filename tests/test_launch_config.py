@@ -109,7 +109,9 @@ def test_the_architecture_is_that_of_the_device(monkeypatch):
 
 
 # Public functions of kernel modules that launch nothing.
-HELPERS = ("ahead_of_time", "arguments", "backward_launches", "entry", "padded_keys", "shared_patches", "sizes")
+HELPERS = (
+    "ahead_of_time", "arguments", "backward_launches", "bounds", "entry", "padded_keys", "shared_patches", "sizes",
+)  # fmt: skip
 
 
 def test_every_launcher_takes_a_configuration():

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sclkern import reference
 from sclkern.ops import _attention, _checks
-from sclkern.ops._registration import kernels, public_op, register
-from sclkern.ops.dispatch import Choice, autocast_all, logged, select_backend
+from sclkern.ops._registration import choose, kernels, public_op, register
+from sclkern.ops.dispatch import Choice, autocast_all, select_backend
 from sclkern.random import seed_tensor
 
 
@@ -59,17 +59,19 @@ def attention(
         ValueError: wrong shape, device or range, or unknown backend.
         RuntimeError: second derivatives of the kernel; ``backend="eager"`` has them.
     """
-    check(query, key, value, key_padding_mask, dropout_p, softmax_scale, seed, return_lse)
+    numbers = dropout_p, softmax_scale, seed, return_lse, backend
+    path = choose("attention", check, plan, query, key, value, key_padding_mask, *numbers)
     query, key, value = autocast_all(query, key, value)
     scale = _attention.resolve_scale(query.shape[-1], softmax_scale)
-    options: dict[str, Any] = {"dropout_p": dropout_p, "softmax_scale": scale, "seed": seed}
-    path = logged("attention", plan(query, key, value, **options, backend=backend)).path
     if path == "triton":
         mask = None if key_padding_mask is None else key_padding_mask.contiguous()
         out, lse = run_kernel(query, key, value, mask, None, seed, dropout_p, scale)
+        if not return_lse:
+            return out
         # (H, B * Lq) in the kernel.
         lse = lse.detach().view(query.shape[2], *query.shape[:2]).transpose(0, 1)
-        return (out, lse * math.log(2)) if return_lse else out
+        return out, lse * math.log(2)
+    options: dict[str, Any] = {"dropout_p": dropout_p, "softmax_scale": scale, "seed": seed}
     if path == "sdpa":
         out = _attention.sdpa_attention(query, key, value, key_padding_mask, scale, dropout_p)
     else:

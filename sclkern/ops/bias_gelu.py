@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sclkern import reference
 from sclkern.ops import _checks
-from sclkern.ops._registration import kernels, public_op, register
-from sclkern.ops.dispatch import Choice, logged, select_backend
+from sclkern.ops._registration import choose, kernels, public_op, register
+from sclkern.ops.dispatch import Choice, select_backend
 
 KINDS = ("none", "tanh", "quick")
 
@@ -33,9 +33,11 @@ def bias_gelu(
     Raises:
         TypeError: x or bias is not floating. ValueError: wrong shape or device, unknown ``approximate`` or backend.
     """
-    check(x, bias, approximate)
-    if logged("bias_gelu", plan(x, bias, approximate=approximate, backend=backend)).path == "eager":
+    if choose("bias_gelu", check, plan, x, bias, approximate, backend) == "eager":
         return reference.bias_gelu(x, bias, approximate=approximate)
+    if x.ndim == 2:
+        # A view of two dimensions would be recorded by autograd.
+        return _op(x.contiguous(), bias.contiguous(), approximate)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
     return _op(rows, bias.contiguous(), approximate).reshape(x.shape)
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from sclkern import reference
 from sclkern.distributed import compare, stack, world_size
 from sclkern.distributed import gather as gather_rows
+from sclkern.kernels import completion_loss_cpu as tiled
 from sclkern.ops import _checks
-from sclkern.ops import completion_loss_tiled as tiled
-from sclkern.ops._registration import kernels, public_op, register, second_derivative_error
-from sclkern.ops.dispatch import Choice, logged, select_backend, takes_cpu_form
+from sclkern.ops._registration import choose, kernels, public_op, register, second_derivative_error
+from sclkern.ops.dispatch import Choice, select_backend, takes_cpu_form
 
 DIRECTIONS = ("both", "recovered_to_complete")
 REDUCTIONS = ("mean", "sum", "none")
@@ -78,19 +78,19 @@ def completion_loss(
             on every rank, if ranks differ in shape, dtype or options (see ``sclkern.distributed.compare``).
             RuntimeError: second derivatives other than by ``backend="eager"``.
     """
-    check(recovered, complete, temperature, directions, reduction, valid, eps, gather)
+    options = temperature, directions, reduction, valid, eps, group, gather, backend
+    path = choose("completion_loss", check, plan, recovered, complete, *options)
     dtype = torch.promote_types(recovered.dtype, complete.dtype)
     precise = torch.promote_types(dtype, torch.float32)
     recovered, complete = recovered.to(dtype), complete.to(dtype)
     world = 1 if gather is None else world_size(group)
-    choice = plan(recovered, complete, group=group, gather=gather, backend=backend)
-    if logged("completion_loss", choice).path == "eager":
+    if path == "eager":
         if world > 1:
             recovered, complete = (_gather_rows(x, -2, group, gather) for x in (recovered, complete))
             valid = None if valid is None else _gather_rows(valid, -1, group, gather)
-        options: dict[str, Any] = {"directions": directions, "reduction": reduction, "valid": valid, "eps": eps}
+        named: dict[str, Any] = {"directions": directions, "reduction": reduction, "valid": valid, "eps": eps}
         recovered, complete = recovered.to(precise), complete.to(precise)
-        return reference.completion_loss(recovered, complete, temperature=temperature, **options)
+        return reference.completion_loss(recovered, complete, temperature=temperature, **named)
     learnable = isinstance(temperature, Tensor) and temperature.requires_grad and torch.is_grad_enabled()
     if not isinstance(temperature, Tensor):
         temperature = torch.full((), temperature, dtype=precise, device=recovered.device)
@@ -129,7 +129,7 @@ def plan(
 
 def check(
     recovered: Tensor, complete: Tensor, temperature: float | Tensor, directions: str, reduction: str,
-    valid: Tensor | None, eps: float, gather: str | None,
+    valid: Tensor | None, eps: float, group: dist.ProcessGroup | None, gather: str | None,
 ) -> None:  # fmt: skip
     """Raise for arguments that no path takes."""
     _checks.floating(recovered=recovered, complete=complete)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sclkern import reference
 from sclkern.ops import _attention, _checks
-from sclkern.ops._registration import kernels, public_op, register
+from sclkern.ops._registration import choose, kernels, public_op, register
 from sclkern.ops.attention import attention
 from sclkern.ops.attention import plan as plan_attention
-from sclkern.ops.dispatch import Choice, autocast_all, autocast_like, logged, resolve_backend, select_backend
+from sclkern.ops.dispatch import Choice, autocast_all, autocast_like, resolve_backend, select_backend
 from sclkern.random import seed_tensor
 from sclkern.reference.cross_attention import absorb_into_keys
 
@@ -94,23 +94,22 @@ def cross_attention(
         ValueError: wrong shape, device, range, form or backend, or ``backend="triton"`` where no kernel can run.
         RuntimeError: second derivatives of the kernel; ``backend="eager"`` has them.
     """
-    numbers = dropout_p, softmax_scale, seed
-    check(x, context, in_weight, in_bias, out_weight, out_bias, num_heads, key_padding_mask, *numbers, absorb)
-    tensors = autocast_all(x, context, in_weight, in_bias, out_weight, out_bias)
-    x, context, in_weight, in_bias, out_weight, out_bias = tensors
+    tensors = x, context, in_weight, in_bias, out_weight, out_bias
+    numbers = dropout_p, softmax_scale, seed, absorb, backend
+    path = choose("cross_attention", check, plan, *tensors, num_heads, key_padding_mask, *numbers)
+    cast = autocast_all(*tensors)
+    x, context, in_weight, in_bias, out_weight, out_bias = cast
     options: dict[str, Any] = {"dropout_p": dropout_p, "softmax_scale": softmax_scale, "seed": seed}
-    choice = plan(*tensors, num_heads=num_heads, **options, absorb=absorb, backend=backend)
-    path = logged("cross_attention", choice).path
-    if dropout_p > 0 and (seed is not None or choice.backend == "triton"):
+    if dropout_p > 0 and (seed is not None or path.startswith("triton")):
         options["seed"] = seed_tensor(seed, x.device)
     if path in ("absorbed-keys", "absorbed-queries"):
         form = path.removeprefix("absorbed-")
         options |= {"num_heads": num_heads, "key_padding_mask": key_padding_mask, "absorb": form}
-        return reference.cross_attention(*tensors, **options)
+        return reference.cross_attention(*cast, **options)
     width = x.shape[-1]
     if path == "triton-absorbed-keys":
         scale = _attention.resolve_scale(width // num_heads, softmax_scale)
-        absorbed = absorb_into_keys(*tensors[1:5], num_heads=num_heads, scale=scale, mask=key_padding_mask)
+        absorbed = absorb_into_keys(*cast[1:5], num_heads=num_heads, scale=scale, mask=key_padding_mask)
         mask = None if key_padding_mask is None else key_padding_mask.contiguous()
         arguments = [t.contiguous() for t in (x, *absorbed, out_bias)]
         out: Tensor = _op(*arguments, mask, options["seed"] if dropout_p > 0 else None, float(dropout_p))

@@ -21,6 +21,8 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Those that Triton's interpreter computes as a GPU does; what makes it compute others adds them.
 INTERPRETED_DTYPES = {torch.float16, torch.float32}
+# Types of which every attribute is torch's own.
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 LOG_CHOICES = "dispatch" in os.environ.get("SCLKERN_LOG", "").split(",")
 
 _logger = logging.getLogger("sclkern.dispatch")

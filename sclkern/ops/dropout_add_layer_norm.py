@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sclkern import reference
 from sclkern.ops import _checks
-from sclkern.ops._registration import kernels, public_op, register
-from sclkern.ops.dispatch import Choice, logged, select_backend
+from sclkern.ops._registration import choose, kernels, public_op, register
+from sclkern.ops.dispatch import Choice, select_backend
 from sclkern.random import seed_tensor
 
 # The kernel holds whole rows in registers; see sclkern.kernels.dropout_add_layer_norm.
@@ -66,11 +66,10 @@ def dropout_add_layer_norm(
         ValueError: wrong shape, device, ``dropout_p``, ``eps``, ``seed`` or backend, or "triton" requested by name
             where it cannot run. RuntimeError: second derivatives of the kernel; ``backend="eager"`` has them.
     """
-    check(x, residual, weight, bias, x_bias, dropout_p, eps, seed, return_sum)
-    options: dict[str, Any] = {"x_bias": x_bias, "dropout_p": dropout_p, "eps": eps, "seed": seed}
-    options["return_sum"] = return_sum
-    if logged("dropout_add_layer_norm", plan(x, residual, weight, bias, **options, backend=backend)).path == "eager":
-        return reference.dropout_add_layer_norm(x, residual, weight, bias, **options)
+    tensors, numbers = (x, residual, weight, bias), (dropout_p, eps, seed, return_sum)
+    if choose("dropout_add_layer_norm", check, plan, *tensors, x_bias, *numbers, backend) == "eager":
+        options: dict[str, Any] = {"x_bias": x_bias, "dropout_p": dropout_p, "eps": eps, "seed": seed}
+        return reference.dropout_add_layer_norm(*tensors, **options, return_sum=return_sum)
     parameters = weight.contiguous(), bias.contiguous(), None if x_bias is None else x_bias.contiguous()
     seed = seed_tensor(seed, x.device) if dropout_p > 0 else None
     out, total, *_ = _op(_rows(x), _rows(residual), *parameters, seed, float(dropout_p), float(eps), return_sum)
@@ -162,10 +161,12 @@ def _fake_backward(
     return _empty_if_none(grad_x, grad_residual), grad_residual, sums
 
 
-def _saved(values: dict[str, Any]) -> dict[str, Any]:
+def _saved(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None, seed: Tensor | None,
+    dropout_p: float, eps: float, return_sum: bool, out: Tensor, total: Tensor, *_: Tensor,
+) -> tuple[Any, ...]:  # fmt: skip
     """The sum in place of x and residual, where the forward wrote it."""
-    dtypes = {"x_dtype": values["x"].dtype, "residual_dtype": values["residual"].dtype}
-    return dtypes | ({"x": None, "residual": None} if values["return_sum"] else {"total": None})
+    return (*((None, None, total) if return_sum else (x, residual, None)), x.dtype, residual.dtype)
 
 
 def _finish(results: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -176,5 +177,6 @@ def _finish(results: Sequence[Tensor]) -> Sequence[Tensor]:
 
 _op = register(
     "dropout_add_layer_norm", _forward, _fake, _backward, _fake_backward,
-    outputs="out total mean rstd", gradients="x residual weight bias x_bias", derive=_saved, finish=_finish,
+    outputs="out total mean rstd", gradients="x residual weight bias x_bias",
+    derived="x residual total x_dtype residual_dtype", derive=_saved, finish=_finish,
 )  # fmt: skip

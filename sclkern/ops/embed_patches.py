@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sclkern import reference
 from sclkern.ops import _checks
-from sclkern.ops._registration import kernels, public_op, register
-from sclkern.ops.dispatch import KERNEL_DTYPES, Choice, autocast, is_autocast, logged, may_read, select_backend
+from sclkern.ops._registration import choose, kernels, public_op, register
+from sclkern.ops.dispatch import KERNEL_DTYPES, Choice, autocast, is_autocast, may_read, select_backend
 
 # The kernels hold whole rows in registers; see sclkern.kernels.embed_patches.
 MAX_COLUMNS, MAX_ELEMENTS = 4096, 8192
@@ -64,14 +64,14 @@ def embed_patches(
             the other it needs, or unknown backend. RuntimeError: second derivatives of the kernel;
             ``backend="eager"`` has them.
     """
-    check(images, weight, position, cls, temporal, keep, replace, mask_token, norm_weight, norm_bias, eps)
+    learned, masks = (images, weight, position, cls, temporal), (keep, replace, mask_token)
+    path = choose("embed_patches", check, plan, *learned, *masks, norm_weight, norm_bias, eps, backend)
     # A model hands over the mask token that it has, whether or not a step replaces anything.
     mask_token = None if replace is None else mask_token
     under_autocast, weight = is_autocast(weight) and weight.dtype in KERNEL_DTYPES, autocast(weight)
     optional: dict[str, Tensor | None] = {"temporal": temporal, "keep": keep, "replace": replace}
     optional |= {"mask_token": mask_token, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    choice = plan(images, weight, position, cls, **optional, eps=eps, backend=backend)
-    if logged("embed_patches", choice).path == "eager":
+    if path == "eager":
         return reference.embed_patches(images, weight, position, cls, **optional, eps=eps)
     dtype = weight.dtype
     for tensor in (position, cls, temporal):

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from sclkern import reference
 from sclkern.ops import _attention, _checks
-from sclkern.ops._registration import kernels, public_op, register
+from sclkern.ops._registration import choose, kernels, public_op, register
 from sclkern.ops.attention import attention
 from sclkern.ops.attention import plan as plan_attention
-from sclkern.ops.dispatch import Choice, autocast_all, logged, select_backend
+from sclkern.ops.dispatch import Choice, autocast_all, select_backend
 
 
 @public_op
@@ -47,13 +47,11 @@ def frame_attention(
         ValueError: wrong shape, device or range, a length that is not a multiple of ``num_frames``, or unknown backend.
         RuntimeError: second derivatives of the kernel and of PyTorch's attention; ``backend="eager"`` has them.
     """
-    check(query, key, value, num_frames, softmax_scale)
+    path = choose("frame_attention", check, plan, query, key, value, num_frames, softmax_scale, backend)
     query, key, value = autocast_all(query, key, value)
     if _is_plain(query, num_frames):
         return attention(query, key, value, softmax_scale=softmax_scale, backend=backend)  # type: ignore[return-value]
     scale = _attention.resolve_scale(query.shape[-1], softmax_scale)
-    choice = plan(query, key, value, num_frames, softmax_scale=scale, backend=backend)
-    path = logged("frame_attention", choice).path
     if path == "triton":
         query, key, value = _attention.contiguous_channels(query, key, value)
         out: Tensor = _op(query, key, value, num_frames, scale)[0]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sclkern import reference
 from sclkern.ops import _checks
-from sclkern.ops._registration import interpretable, kernels, public_op, register
-from sclkern.ops.dispatch import Choice, autocast, autocast_like, logged, may_read, select_backend, takes_cpu_form
+from sclkern.ops._registration import choose, interpretable, kernels, public_op, register
+from sclkern.ops.dispatch import Choice, autocast, autocast_like, may_read, select_backend, takes_cpu_form
 
 REDUCTIONS = ("mean", "sum", "none")
 # Logits in memory at once. On a GPU 134 MB in bfloat16, less than the weight's own float32 gradient at V = 50265 and
@@ -63,9 +63,10 @@ def linear_cross_entropy(
         TypeError: wrong dtype. ValueError: wrong shape, device, label or value. RuntimeError: second derivatives of
             the kernel.
     """
-    check(hidden, weight, bias, labels, ignore_index, reduction, return_hits)
+    tensors, numbers = (hidden, weight, bias, labels), (ignore_index, reduction, return_hits)
+    path = choose("linear_cross_entropy", check, plan, *tensors, *numbers, backend)
     hidden, weight, bias = autocast(hidden), autocast(weight), None if bias is None else autocast(bias)
-    if logged("linear_cross_entropy", plan(hidden, weight, bias, backend=backend)).path == "eager":
+    if path == "eager":
         options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction, "return_hits": return_hits}
         return reference.linear_cross_entropy(hidden, weight, bias, labels, **options)
     rows = hidden.reshape(labels.numel(), hidden.shape[-1])

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sclkern import reference
 from sclkern.ops import _checks
-from sclkern.ops._registration import kernels, public_op, register
-from sclkern.ops.dispatch import Choice, logged, may_read, select_backend
+from sclkern.ops._registration import choose, kernels, public_op, register
+from sclkern.ops.dispatch import Choice, may_read, select_backend
 from sclkern.random import seed_tensor
 from sclkern.reference import MaskedText
 from sclkern.reference.masking import kept_patches
@@ -51,10 +51,10 @@ def select_patches(
     Raises:
         TypeError: an argument has the wrong type. ValueError: out of range, wrong device or unknown backend.
     """
-    check_select_patches(num_patches, keep_ratio, batch, seed, device)
-    choice = plan_select_patches(num_patches, keep_ratio, batch, seed=seed, device=device, backend=backend)
+    arguments = num_patches, keep_ratio, batch, seed, device, backend
+    path = choose("select_patches", check_select_patches, plan_select_patches, *arguments)
     device = _device(seed, device)
-    if logged("select_patches", choice).path == "eager":
+    if path == "eager":
         return reference.select_patches(num_patches, keep_ratio, batch, seed=seed, device=device)
     return _select_patches_op(seed_tensor(seed, device), num_patches, float(keep_ratio), batch)
 
@@ -85,10 +85,10 @@ def select_tokens(
     Raises:
         TypeError: an argument has the wrong type. ValueError: out of range, wrong device or unknown backend.
     """
-    check_select_tokens(num_patches, ratio, batch, seed, device)
-    choice = plan_select_tokens(num_patches, ratio, batch, seed=seed, device=device, backend=backend)
+    arguments = num_patches, ratio, batch, seed, device, backend
+    path = choose("select_tokens", check_select_tokens, plan_select_tokens, *arguments)
     device = _device(seed, device)
-    if logged("select_tokens", choice).path == "eager":
+    if path == "eager":
         return reference.select_tokens(num_patches, ratio, batch, seed=seed, device=device)
     return _select_tokens_op(seed_tensor(seed, device), num_patches, float(ratio), batch)
 
@@ -129,8 +129,8 @@ def mask_text(
     Raises:
         TypeError: an argument has the wrong type. ValueError: wrong shape, device or range, or unknown kind or backend.
     """
-    check_mask_text(ids, lengths, kind, ratio, mask_id, vocab_size, seed, published)
-    if logged("mask_text", plan_mask_text(ids, backend=backend)).path == "eager":
+    numbers = kind, ratio, mask_id, vocab_size, seed, published, backend
+    if choose("mask_text", check_mask_text, plan_mask_text, ids, lengths, *numbers) == "eager":
         options: dict[str, Any] = {"mask_id": mask_id, "vocab_size": vocab_size, "seed": seed, "published": published}
         return reference.mask_text(ids, lengths, kind=kind, ratio=ratio, **options)
     ids = ids if ids.stride(1) == 1 else ids.contiguous()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sclkern import reference
 from sclkern.ops import _attention, _checks
-from sclkern.ops._registration import public_op
+from sclkern.ops._registration import choose, public_op
 from sclkern.ops.attention import run_kernel
-from sclkern.ops.dispatch import Choice, autocast_all, logged, may_read, select_backend
+from sclkern.ops.dispatch import Choice, autocast_all, may_read, select_backend
 
 
 @public_op
@@ -61,18 +60,16 @@ def packed_attention(
             ``SCLKERN_DEBUG=1``), or unknown backend.
         RuntimeError: second derivatives of the kernel; ``backend="eager"`` has them.
     """
-    numbers = dropout_p, softmax_scale, seed
-    check(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *numbers)
+    packing = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    path = choose("packed_attention", check, plan, query, key, value, *packing, dropout_p, softmax_scale, seed, backend)
     query, key, value = autocast_all(query, key, value)
     packing = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k
     scale = _attention.resolve_scale(query.shape[-1], softmax_scale)
-    options: dict[str, Any] = {"dropout_p": dropout_p, "softmax_scale": scale, "seed": seed}
-    path = logged("packed_attention", plan(query, key, value, *packing, **options, backend=backend)).path
     if path == "triton":
         return run_kernel(query, key, value, None, packing, seed, dropout_p, scale)[0]
     if path == "grouped":
         return _attend_by_lengths(query, key, value, *packing[:2], dropout_p, scale, seed)
-    return reference.packed_attention(query, key, value, *packing, **options)
+    return reference.packed_attention(query, key, value, *packing, dropout_p=dropout_p, softmax_scale=scale, seed=seed)
 
 
 def plan(

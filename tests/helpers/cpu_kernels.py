@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sclkern import reference
+from sclkern.ops._registration import RUNNERS
 from sclkern.ops.dispatch import interpreted
 from sclkern.reference.cross_attention import absorbed_attention
 from sclkern.tools.specs import SPECS
@@ -110,14 +111,19 @@ def install() -> None:
             # packed_attention has the op of attention; other ops run on a CPU by themselves.
             continue
         definition = DEFINITIONS.get(name, spec.definition)
-        _LIBRARY.impl(name, _forward(op, definition, STATISTICS.get(name)), "CPU")
+        _install(name, _forward(op, definition, STATISTICS.get(name)))
         if hasattr(torch.ops.sclkern, f"{name}_backward"):
             backward = getattr(torch.ops.sclkern, f"{name}_backward").default
-            _LIBRARY.impl(
+            _install(
                 f"{name}_backward",
                 _backward(op, backward, definition, INPUTS.get(name, dict), RESULTS.get(name, list)),
-                "CPU",
             )
+
+
+def _install(name, function):
+    """For the dispatcher, and for calls that leave it out."""
+    _LIBRARY.impl(name, function, "CPU")
+    RUNNERS[name]["cpu"] = function
 
 
 def _forward(op, definition, note=None):

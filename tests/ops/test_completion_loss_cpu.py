@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from op_testing import DEVICE, KERNELS_RUN
 from sclkern import reference
-from sclkern.ops import completion_loss_tiled
+from sclkern.kernels import completion_loss_cpu
 from sclkern.ops.completion_loss import completion_loss
 from sclkern.ops.dispatch import TRITON_INSTALLED, interpreted
 
@@ -63,15 +63,15 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.skipif(KERNELS_RUN, reason="for the CPU path")
 def test_nothing_of_n_by_n_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(completion_loss_tiled, "TILE", 2**20)
+    monkeypatch.setattr(completion_loss_cpu, "TILE", 2**20)
     # Seen only from inside the op: a dispatch mode that is active outside does not look into it.
     n, (recovered, complete) = 6000, (x.detach()[None] for x in features((6000, 4)))
     temperature = torch.tensor(0.1)
     with Largest() as largest:
-        losses, _, lse, _, rnorm = completion_loss_tiled.forward(
+        losses, _, lse, _, rnorm = completion_loss_cpu.forward(
             recovered, complete, temperature, None, True, True, 1e-8, 0, n
         )
-        sides = completion_loss_tiled.backward(
+        sides = completion_loss_cpu.backward(
             recovered, complete, temperature, None, torch.ones_like(lse), lse, rnorm, 1e-8, 0, n, True, True
         )
     assert all(side.isfinite().all() for side in (losses, *sides))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from op_testing import DEVICE, DTYPES, KERNELS_RUN, needs_kernels, run_in_interpreter, thorough_except
 from sclkern import reference
-from sclkern.ops import completion_loss_tiled
+from sclkern.kernels import completion_loss_cpu
 from sclkern.ops.completion_loss import completion_loss
 from sclkern.ops.dispatch import interpreted
 
@@ -23,7 +23,7 @@ NAMES = ("loss", "recovered", "complete", "temperature")
 def tiled(monkeypatch):
     """Tiles at any size, and several of them."""
     monkeypatch.setattr(sys.modules["sclkern.ops.completion_loss"], "MAX_EAGER_ROWS", -1)
-    monkeypatch.setattr(completion_loss_tiled, "TILE", 1000)
+    monkeypatch.setattr(completion_loss_cpu, "TILE", 1000)
 
 
 def features(shape, dtype=torch.float32):
