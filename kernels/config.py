@@ -251,8 +251,17 @@ def settled(function: _Settled) -> _Settled:
         The function, with the cache.
     """
     cached = functools.lru_cache(maxsize=1024)(function)
-    _cached.append(cached.cache_clear)
+    on_override(cached.cache_clear)
     return cached  # type: ignore[return-value]
+
+
+def on_override(clear: Callable[[], None]) -> None:
+    """Have a cache emptied where ``override`` begins and ends.
+
+    Args:
+        clear: empties it.
+    """
+    _cached.append(clear)
 
 
 @contextmanager

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sclkern.kernels.config import Configs, LaunchConfig, of_kernel, resolve, select
+from sclkern.kernels.config import Configs, Features, LaunchConfig, of_kernel, resolve, select, settled
 from sclkern.kernels.config_rules import ceil_div
-from sclkern.kernels.launch import launch, static_entry
+from sclkern.kernels.launch import Prepared, static_entry
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -246,21 +246,50 @@ def shared_patches(frames: int, tokens: int, rows: int, keys: int) -> int:
     return rest if together < apart else 0
 
 
-def _strides(**tensors: Tensor) -> dict[str, int]:
+def _strides(*tensors: tuple[str, tuple[int, ...]]) -> dict[str, int]:
     axes = (("batch", 0), ("row", 1), ("head", 2))
-    return {f"{name}_{axis_name}_stride": t.stride(i) for name, t in tensors.items() for axis_name, i in axes}
+    return {f"{name}_{axis_name}_stride": strides[i] for name, strides in tensors for axis_name, i in axes}
 
 
-def _launch_by_row(kernel: Any, config: LaunchConfig, query: Tensor, frames: int, **arguments: Any) -> None:
-    batch, length, heads, head_dim = query.shape
+def _by_row(kernel: Any, config: LaunchConfig, shape: torch.Size, frames: int, **numbers: Any) -> Prepared:
+    batch, length, heads, head_dim = shape
     tokens, rows = length // frames, config["BLOCK_ROWS"]
     rest = shared_patches(frames, tokens, rows, config["BLOCK_KEYS"])
     shared_tiles = ceil_div(frames * (1 + rest), rows)
     programs = batch * heads * (shared_tiles + frames * ceil_div(tokens - 1 - rest, rows))
-    launch(
-        kernel, (programs,), config, query_ptr=query, shared_programs=batch * heads * shared_tiles,
-        shared_tiles=shared_tiles, heads=heads, frames=frames, tokens=tokens, length=length, rest=rest,
-        HEAD_DIM=head_dim, **arguments,
+    return Prepared(
+        kernel, (programs,), config, shared_programs=batch * heads * shared_tiles, shared_tiles=shared_tiles,
+        heads=heads, frames=frames, tokens=tokens, length=length, rest=rest, HEAD_DIM=head_dim, **numbers,
+    )  # fmt: skip
+
+
+@settled
+def _prepare(
+    config: LaunchConfig | None, dtype: torch.dtype, device: torch.device, shape: torch.Size, frames: int,
+    softmax_scale: float, *strides: tuple[int, ...],
+) -> Prepared:  # fmt: skip
+    like, head_dim = Features(dtype, device), shape[-1]
+    (chosen,) = resolve(config, ("frame_attention_forward_kernel",), like, head_dim=head_dim)
+    numbers = _strides(*zip(("query", "key", "value"), strides, strict=True))
+    return _by_row(frame_attention_forward_kernel, chosen, shape, frames, scale=softmax_scale, **numbers)
+
+
+@settled
+def _prepare_backward(
+    config: Configs, dtype: torch.dtype, device: torch.device, shape: torch.Size, frames: int, softmax_scale: float,
+    *strides: tuple[int, ...],
+) -> tuple[Prepared, Prepared]:  # fmt: skip
+    names = ("frame_attention_backward_query_kernel", "frame_attention_backward_key_kernel")
+    batch, length, heads, head_dim = shape
+    configs = resolve(config, names, Features(dtype, device), head_dim=head_dim)
+    by_query, by_key = (of_kernel(configs, name) for name in names)
+    numbers: dict[str, Any] = _strides(*zip(("grad_out", "query", "key", "value"), strides, strict=True))
+    numbers["scale"] = softmax_scale
+    tokens = length // frames
+    programs = batch * heads * frames * ceil_div(tokens, by_key["BLOCK_KEYS"])
+    return _by_row(frame_attention_backward_query_kernel, by_query, shape, frames, **numbers), Prepared(
+        frame_attention_backward_key_kernel, (programs,), by_key, heads=heads, frames=frames, tokens=tokens,
+        length=length, HEAD_DIM=head_dim, **numbers,
     )  # fmt: skip
 
 
@@ -273,15 +302,11 @@ def frame_attention_forward(
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(B, L, H, D) each, rows contiguous, L a positive multiple of ``frames``: out, and base-2 LSE (B, H, L)."""
-    batch, length, heads, head_dim = query.shape
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse = torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
-    (chosen,) = resolve(config, ("frame_attention_forward_kernel",), query, head_dim=head_dim)
-    if lse.numel():
-        _launch_by_row(
-            frame_attention_forward_kernel, chosen, query, frames, key_ptr=key, value_ptr=value, out_ptr=out,
-            lse_ptr=lse, scale=softmax_scale, **_strides(query=query, key=key, value=value),
-        )  # fmt: skip
+    shape = query.shape
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = query.new_empty((shape[0], shape[2], shape[1]), dtype=torch.float32)
+    settings = config, query.dtype, query.device, shape, frames, softmax_scale
+    _prepare(*settings, query.stride(), key.stride(), value.stride())(query, key, value, out, lse)
     return out, lse
 
 
@@ -297,30 +322,16 @@ def frame_attention_backward(
     config: Configs = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, contiguous, in two launches."""
-    batch, length, heads, head_dim = query.shape
-    grad_query, grad_key, grad_value = (
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value)
-    )
-    names = ("frame_attention_backward_query_kernel", "frame_attention_backward_key_kernel")
-    configs = resolve(config, names, query, head_dim=head_dim)
-    by_query, by_key = (of_kernel(configs, name) for name in names)
-    if lse.numel():
-        delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
-        arguments: dict[str, Any] = {
-            "grad_out_ptr": grad_out, "key_ptr": key, "value_ptr": value, "lse_ptr": lse, "delta_ptr": delta,
-            "scale": softmax_scale, **_strides(grad_out=grad_out, query=query, key=key, value=value),
-        }  # fmt: skip
-        _launch_by_row(
-            frame_attention_backward_query_kernel, by_query, query, frames, out_ptr=out, grad_query_ptr=grad_query,
-            **arguments,
-        )  # fmt: skip
-        tokens = length // frames
-        programs = batch * heads * frames * ceil_div(tokens, by_key["BLOCK_KEYS"])
-        launch(
-            frame_attention_backward_key_kernel, (programs,), by_key, query_ptr=query, grad_key_ptr=grad_key,
-            grad_value_ptr=grad_value, heads=heads, frames=frames, tokens=tokens, length=length, HEAD_DIM=head_dim,
-            **arguments,
-        )  # fmt: skip
+    contiguous = torch.contiguous_format
+    grad_query, grad_key, grad_value = (torch.empty_like(t, memory_format=contiguous) for t in (query, key, value))
+    delta = torch.empty_like(lse)
+    if config is not None and not isinstance(config, LaunchConfig):
+        config = tuple(config)
+    settings = config, query.dtype, query.device, query.shape, frames, softmax_scale
+    strides = grad_out.stride(), query.stride(), key.stride(), value.stride()
+    by_query, by_key = _prepare_backward(*settings, *strides)
+    by_query(grad_out, query, key, value, out, lse, delta, grad_query)
+    by_key(grad_out, query, key, value, lse, delta, grad_key, grad_value)
     return grad_query, grad_key, grad_value
 
 

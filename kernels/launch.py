@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sclkern.kernels.config import LaunchConfig, settled
+from sclkern.kernels.config import LaunchConfig, on_override
 
 
 @dataclass(frozen=True)
@@ -143,16 +144,36 @@ def launch(
         fp_fusion: whether a product and a sum may be rounded once.
         **arguments: the other arguments of the kernel by name.
     """
-    numbers = {n: v for n, v in arguments.items() if v is not None and not isinstance(v, Tensor)}
-    # Beside the types, because 1, 1.0 and True are equal.
-    values = *numbers.values(), *map(type, numbers.values())
-    prepared = _prepare(kernel, grid, config, fp_fusion, tuple(numbers), *values)
-    prepared(*[arguments[name] for name in prepared.tensors])
+    values = tuple(arguments.values())
+    key = id(kernel), tuple(arguments), tuple(map(type, values))
+    if (call := _calls.get(key)) is None:
+        call = _calls[key] = _Call(kernel, arguments)
+    numbers = call.numbers(values)
+    if (prepared := call.prepared.get((grid, config, fp_fusion, numbers))) is None:
+        if len(call.prepared) >= MAX_PREPARED:
+            call.prepared.clear()
+        named = {name: arguments[name] for name in call.named}
+        prepared = call.prepared[grid, config, fp_fusion, numbers] = Prepared(kernel, grid, config, fp_fusion, **named)
+    prepared(*call.tensors(values))
 
 
-@settled
-def _prepare(kernel: Any, grid: Any, config: LaunchConfig, fp_fusion: bool, names: Any, *values: Any) -> Prepared:
-    return Prepared(kernel, grid, config, fp_fusion, **dict(zip(names, values, strict=False)))
+class _Call:
+    """A call of ``launch`` with some types of arguments: picks its tensors, in the kernel's order, and its numbers."""
+
+    def __init__(self, kernel: Any, arguments: dict[str, Any]) -> None:
+        names = list(arguments)
+        absent_or_tensor = [n for n, value in arguments.items() if value is None or isinstance(value, Tensor)]
+        tensors = [name for name in inspect.signature(kernel.fn).parameters if name in absent_or_tensor]
+        self.named = [name for name in names if name not in tensors]
+        self.tensors, self.numbers = (operator.itemgetter(*map(names.index, some)) for some in (tensors, self.named))
+        self.prepared: dict[Any, Prepared] = {}
+
+
+# By kernel, names and types of the arguments, because 1, 1.0 and True are equal.
+_calls: dict[Any, _Call] = {}
+on_override(_calls.clear)
+# Launches that a call keeps.
+MAX_PREPARED = 1024
 
 
 def static_entry(

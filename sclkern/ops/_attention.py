@@ -117,6 +117,11 @@ def plan_heads(
 
 def contiguous_channels(*tensors: Tensor) -> tuple[Tensor, ...]:
     """``tensors`` with a last dimension of stride 1, as the kernels read it."""
+    for tensor in tensors:
+        if tensor.stride(-1) != 1:
+            break
+    else:
+        return tensors
     return tuple(tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors)
 
 

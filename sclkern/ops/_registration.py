@@ -225,9 +225,7 @@ def register(
             setup(ctx, inputs, output)
             return output
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            return gradient(ctx, *grads)
+        backward = staticmethod(gradient)
 
     apply = Function.apply
     return call
@@ -243,7 +241,10 @@ def _define(name: str, function: Callable[..., Any], fake: Any, cpu: Callable[..
 
     def launch(*arguments: Any) -> Any:
         # Triton launches on the current device, which may not be the tensors'.
-        with torch.cuda.device_of(_first_tensor(arguments)):
+        for tensor in arguments:
+            if isinstance(tensor, Tensor):
+                break
+        with torch.cuda.device_of(tensor):
             return function(*arguments)
 
     def on_cpu(*arguments: Any) -> Any:
@@ -260,13 +261,6 @@ def _define(name: str, function: Callable[..., Any], fake: Any, cpu: Callable[..
 
     torch.library.register_fake(f"sclkern::{name}", fake_by_name, lib=_LIBRARY)
     return op
-
-
-def _first_tensor(arguments: Sequence[Any]) -> Tensor:
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            return argument
-    raise AssertionError("an op has a tensor")
 
 
 def _runner(name: str, op: Any) -> Callable[..., Any]:
