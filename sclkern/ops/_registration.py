@@ -111,8 +111,8 @@ def _signature(op: str, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
     if device not in SETTLED_ON or (op in _READERS and may_read(tensors[0])):
         return None
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    surroundings = torch.is_grad_enabled(), autocast, resolve_backend(values[-1])
-    return op, kinds, surroundings, others, *map(_described, tensors)
+    surroundings = op, kinds, torch.is_grad_enabled(), autocast, resolve_backend(values[-1])
+    return *surroundings, others, *map(_described, tensors)
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Choice:
@@ -244,6 +244,9 @@ def _define(name: str, function: Callable[..., Any], fake: Any, cpu: Callable[..
         for tensor in arguments:
             if isinstance(tensor, Tensor):
                 break
+        index = tensor.get_device()
+        if index < 0 or index == torch.cuda.current_device():
+            return function(*arguments)
         with torch.cuda.device_of(tensor):
             return function(*arguments)
 

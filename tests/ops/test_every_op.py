@@ -217,6 +217,9 @@ def test_kernels_are_launched_on_the_device_of_the_tensors(name, monkeypatch):
         launches.append(bool(current))
         return run(self, *arguments, **options)
 
+    # The tensors are on another device than the current one.
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(InterpretedFunction, "run", watched)
     arguments = build(name)
