@@ -1,4 +1,4 @@
-"""The exception type that the command line prints as a single line before it exits with status 2."""
+"""The exceptions that the command line prints as a single line before it exits with a status of their own."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The message is one line. ``sclkern`` on the command line prints it without a traceback and exits with 2.
     """
+
+
+class WorkerError(RuntimeError):
+    """A data worker process died. The message is one line, and ``sclkern`` on the command line exits with 3."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from sclkern.cli.parser import build_parser
-from sclkern.errors import UserError
+from sclkern.errors import UserError, WorkerError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,8 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command and its options; None = those of the process.
 
     Returns:
-        The exit status: 0 on success, 1 when a check failed, 2 for a mistake of the user (explained in one line on
-        stderr), 130 when interrupted, 141 when the reader of stdout closed the pipe.
+        The exit status: 0 on success, also of a run that a signal stopped and that is saved; 1 when a check failed; 2
+        for a mistake of the user, and 3 for a data worker that died (each explained in one line on stderr); 128 + its
+        number when a signal stopped the command with nothing to save; 141 when the reader of stdout closed the pipe.
     """
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except UserError as error:
         return _fail(options.name, str(error))
+    except WorkerError as error:
+        return _fail(options.name, str(error), status=3)
     except BrokenPipeError:
         # The reader, such as head, has read enough. Python would complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -47,9 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk or a lost file system can show at any write
         place = f"{error.filename}: " if error.filename else ""
         return _fail(options.name, f"{place}{error.strerror or error}")
-    except KeyboardInterrupt:
-        print(f"sclkern {options.name}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        number = getattr(error, "number", signal.SIGINT)
+        print(f"sclkern {options.name}: interrupted by {number.name}", file=sys.stderr)
+        return 128 + int(number)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -77,9 +81,9 @@ def _load(module: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("sclkern"):
             raise
-        raise UserError(f"needs the package {error.name!r}, which is not installed") from error
+        raise UserError(f"needs the package {error.name!r}, which is not installed; install it") from error
 
 
-def _fail(command: str, message: str) -> int:
+def _fail(command: str, message: str, *, status: int = 2) -> int:
     print(f"sclkern {command}: error: {message}", file=sys.stderr)
-    return 2
+    return status

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import logging
 
 from sclkern.cli.config_files import load
 from sclkern.training.loop import Pretraining
+from sclkern.training.signals import Interrupted, StopSignals
+
+log = logging.getLogger("sclkern.training")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train until the end of the schedule or ``run.stop_at``."""
-    training = Pretraining(load(options.config, options.overrides), resume=options.resume)
-    if training.run():
-        model = training.export()
-        report = training.report()
-        print(f"model: {model}\nreport: {report}")
+    """Train until the end of the schedule, ``run.stop_at`` or a signal."""
+    with StopSignals() as stop:
+        training = Pretraining(load(options.config, options.overrides), resume=options.resume, stop=stop)
+        finished = training.run()
+        try:
+            if finished and not stop.requested:
+                _finish(training, stop)
+        except Interrupted:
+            log.warning("stopped before the report; write it with --resume")
     return 0
+
+
+def _finish(training: Pretraining, stop: StopSignals) -> None:
+    with stop.stage("the model is written, then the run stops; --resume writes the report", patience=None):
+        model = training.export()
+    stop.check()
+    with stop.stage("stops; the run is saved, and --resume writes its report", patience=0, anywhere=True):
+        report = training.report()
+    print(f"model: {model}\nreport: {report}")

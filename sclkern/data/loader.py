@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from itertools import chain, count
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from sclkern.data.buckets import Buckets
 from sclkern.data.dataset import PairDataset, data_seed
+from sclkern.data.workers import ignore_signals, iterate
 from sclkern.errors import UserError
 
 Batch = dict[str, Any]
@@ -99,6 +101,7 @@ class PairLoader:
 
         Raises:
             UserError: ``start`` is past the end of the epoch; while iterating, the dataset's errors.
+            WorkerError: while iterating, a worker has died.
         """
         self._check_start(epoch, start)
         return self._load(self._indices(epoch, start))
@@ -143,11 +146,13 @@ class PairLoader:
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),
+            worker_init_fn=ignore_signals,
         )
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        with closing(iterate(loader)) as batches:
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
 
     def _order(self, epoch: int) -> torch.Tensor:
         pairs = self.dataset.source.num_pairs

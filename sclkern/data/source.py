@@ -31,6 +31,9 @@ class PairSource(Protocol):
     Two rules hold for every source. The same files give the same pairs in the same order, because a resumed run counts
     on it. A source can be pickled, because worker processes receive a copy: leave open files out of its state.
 
+    A source may have a ``digest``, a text that changes with the pairs and their captions, by which a resumed run
+    notices other data; without one, it is computed from every distinct caption.
+
     Attributes:
         num_images: number of images.
         num_pairs: number of (image, caption) pairs; an image may have several captions.

@@ -119,6 +119,7 @@ def evaluate_retrieval(
     rerank: int = 16,
     max_images: int | None = None,
     undecodable: UndecodableImages | None = None,
+    between_batches: Callable[[], object] = lambda: None,
 ) -> RetrievalResult:
     """Compute recalls in both directions over the images of a source.
 
@@ -134,6 +135,7 @@ def evaluate_retrieval(
         max_images: images to retrieve from, spread evenly over the source; None takes all.
         undecodable: counts the images that cannot be decoded or are smaller than a patch, which are left out; None
             counts for this call alone.
+        between_batches: called before each image is decoded and each batch is encoded or re-ranked; may raise.
 
     Returns:
         The recalls.
@@ -144,16 +146,17 @@ def evaluate_retrieval(
     was_training = model.training
     model.eval()
     undecodable = undecodable if undecodable is not None else UndecodableImages(source.num_images)
-    pixels, images = _decode(source, transform, model.config.patch_size, max_images, undecodable)
+    pixels, images = _decode(source, transform, model.config.patch_size, max_images, undecodable, between_batches)
     captions, relevant = _captions(source, images)
-    gallery = _encode(model, pixels, *tokenizer(captions, model.config.max_text_len), relevant, batch_size)
+    ids, mask = tokenizer(captions, model.config.max_text_len)
+    gallery = _encode(model, pixels, ids, mask, relevant, batch_size, between_batches)
     values: dict[str, float] = {}
     for direction in ("image_to_text", "text_to_image"):
         by_image = direction == "image_to_text"
         scores, answers = (x if by_image else x.T for x in (gallery.similarity, gallery.relevant))
         methods = {"itc": recalls(scores, answers), "chance": chance_recalls(answers)}
         if rerank:
-            reranked = _rerank(model, gallery, scores, by_image, rerank, batch_size=4 * batch_size)
+            reranked = _rerank(model, gallery, scores, by_image, rerank, 4 * batch_size, between_batches)
             methods["itm"] = recalls(reranked, answers)
         values |= {f"{method}_{direction}_{k}": value for method, row in methods.items() for k, value in row.items()}
     model.train(was_training)
@@ -166,11 +169,13 @@ def _decode(
     min_size: int,
     max_images: int | None,
     undecodable: UndecodableImages,
+    between_batches: Callable[[], object],
 ) -> tuple[Tensor, np.ndarray]:
     """Pixels (N, 3, S, S) and image indices (N,) of the images that can be decoded."""
     pixels, images = [], []
     count = min(source.num_images, max_images or source.num_images)
     for image in np.linspace(0, source.num_images - 1, count).round().astype(int).tolist():
+        between_batches()
         try:
             decoded = read_image(source, image, min_size)
         except ValueError as error:
@@ -195,14 +200,24 @@ def _captions(source: PairSource, images: np.ndarray) -> tuple[list[str], Tensor
 
 
 def _encode(
-    model: SCLNetwork, pixels: Tensor, text_ids: Tensor, text_mask: Tensor, relevant: Tensor, batch_size: int
+    model: SCLNetwork,
+    pixels: Tensor,
+    text_ids: Tensor,
+    text_mask: Tensor,
+    relevant: Tensor,
+    batch_size: int,
+    between_batches: Callable[[], object],
 ) -> _Gallery:
     device = next(model.parameters()).device
     text_mask = text_mask.bool()
-    batches = zip(text_ids.split(batch_size), text_mask.split(batch_size), strict=True)
-    text = torch.cat([model.encode_text(ids.to(device), mask.to(device)) for ids, mask in batches])
-    text_mask = text_mask.to(device)
-    encoded = [model.encode_image(batch.to(device)) for batch in pixels.split(batch_size)]
+    texts, encoded = [], []
+    for ids, mask in zip(text_ids.split(batch_size), text_mask.split(batch_size), strict=True):
+        between_batches()
+        texts.append(model.encode_text(ids.to(device), mask.to(device)))
+    for batch in pixels.split(batch_size):
+        between_batches()
+        encoded.append(model.encode_image(batch.to(device)))
+    text, text_mask = torch.cat(texts), text_mask.to(device)
     image = VisionFeatures(torch.cat([features.tokens for features in encoded]), encoded[0].num_frames)
     projected = model.project(first_token(text, text_mask), image.cls)
     text_feature, image_feature = (torch.nn.functional.normalize(x.float(), dim=-1) for x in projected)
@@ -210,22 +225,36 @@ def _encode(
 
 
 def _rerank(
-    model: SCLNetwork, gallery: _Gallery, scores: Tensor, by_image: bool, count: int, *, batch_size: int
+    model: SCLNetwork,
+    gallery: _Gallery,
+    scores: Tensor,
+    by_image: bool,
+    count: int,
+    batch_size: int,
+    between_batches: Callable[[], object],
 ) -> Tensor:
     """Scores (Q, N) whose ``count`` best candidates a query are ordered by the matching head, before all others."""
     candidates = scores.topk(min(count, scores.shape[1]), dim=1).indices
     queries = torch.arange(len(scores), device=scores.device)[:, None].expand_as(candidates)
     images, texts = (queries, candidates) if by_image else (candidates, queries)
-    matching = _match(model, gallery, images.flatten(), texts.flatten(), batch_size=batch_size)
+    matching = _match(model, gallery, images.flatten(), texts.flatten(), batch_size, between_batches)
     # The others stay behind the candidates in the order of their similarity, which is within [-1, 1].
     behind = scores - 3 + matching.min()
     return behind.scatter(1, candidates, matching.view_as(candidates))
 
 
-def _match(model: SCLNetwork, gallery: _Gallery, images: Tensor, texts: Tensor, *, batch_size: int) -> Tensor:
+def _match(
+    model: SCLNetwork,
+    gallery: _Gallery,
+    images: Tensor,
+    texts: Tensor,
+    batch_size: int,
+    between_batches: Callable[[], object],
+) -> Tensor:
     """Logit of "matches" minus logit of "does not match" of pairs of gallery rows: (pairs,) float32."""
     logits = []
     for i, t in zip(images.split(batch_size), texts.split(batch_size), strict=True):
+        between_batches()
         image = gallery.image.with_tokens(gallery.image.tokens[i])
         fused = model.run_fusion(gallery.text[t], gallery.text_mask[t], image)
         logits.append(model.itm_head(model.pool(*fused.cls)).float())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ import torch
 
 from sclkern.errors import UserError
 from sclkern.io import write_atomically
-from sclkern.training.config import PretrainConfig, build_config, resume_difference
-from sclkern.training.config_yaml import write_yaml
 
 FORMAT = 1
+# What every checkpoint of this format has; later ones have more.
+KEYS = ("config", "step", "best", "model", "optimizer", "bad_pictures")
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -45,55 +44,37 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         The state that was written.
 
     Raises:
-        UserError: missing, cut short, or not a checkpoint of this project.
+        UserError: missing, cut short, damaged, or not a checkpoint of this project.
     """
     try:
+        with zipfile.ZipFile(path) as parts:
+            damaged = parts.testzip()  # torch does not compare the checksums
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint; give the run folder of a started run") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}); correct that, or {remedy(path)}"
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes torch, zipfile and pickle raise whatever they meet
         raise UserError(
             f"{path}: not a whole checkpoint ({type(error).__name__}); it was cut short or is another kind of file; "
-            "use another checkpoint of the run"
+            f"{remedy(path)}"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path}: not a training checkpoint of this version (format {FORMAT} expected)")
+        raise UserError(f"{path}: not a training checkpoint of this version (format {FORMAT} expected); {remedy(path)}")
+    if missing := [key for key in KEYS if key not in state]:
+        raise UserError(f"{path}: lacks {', '.join(missing)}; {remedy(path)}")
     return state
 
 
-def open_directory(config: PretrainConfig, *, resume: bool) -> dict[str, Any] | None:
-    """Prepare the run's folder for writing and save the resolved configuration in it.
-
-    Args:
-        config: configuration of the run that starts.
-        resume: whether a run that is already there goes on.
-
-    Returns:
-        The latest checkpoint of the run that is there; None for a new run.
-
-    Raises:
-        UserError: the folder cannot be written, holds a run and ``resume`` is False, or holds a run of another
-            configuration.
-    """
-    directory = Path(config.run.output_dir)
-    checkpoints = directory / "checkpoints"
-    latest = checkpoints / "latest.pt"
-    if latest.exists() and not resume:
-        raise UserError(
-            f"{directory}: already holds a run; add --resume to go on with it, or give another run.output_dir"
-        )
-    try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run.output_dir {directory}: {error.strerror}; give a folder that can be written") from error
-    for left_over in checkpoints.glob(".*.tmp"):  # of a process killed while it wrote
-        left_over.unlink(missing_ok=True)
-    saved = load_checkpoint(latest) if latest.exists() else None
-    if saved:
-        # Keys that came later have their defaults in a run that was saved without them.
-        before = build_config(saved["config"]).to_dict()
-        if difference := resume_difference(before, config.to_dict()):
-            raise UserError(f"{latest}: {difference}; resume with the same configuration, or start in another folder")
-    resolved = write_yaml(config.to_dict())
-    write_atomically(directory / "config.yaml", lambda path: path.write_text(resolved, encoding="utf-8"))
-    return saved
+def remedy(path: Path) -> str:
+    """What can be done about a checkpoint that cannot be used."""
+    best = path.with_name("best.pt")
+    if path.name == "latest.pt" and best.exists():
+        return f"remove it to go on from {best.name} with --resume, or start in another folder"
+    return "start in another folder, with another run.output_dir"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -12,6 +15,7 @@ from torch import Tensor
 from sclkern.data import PairSource, open_pairs
 from sclkern.data.buckets import Buckets
 from sclkern.data.dataset import PairDataset
+from sclkern.data.digest import digest
 from sclkern.data.loader import PairLoader
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import build_transform
@@ -33,6 +37,7 @@ class TrainingData:
         train_loader: shuffled batches of ``train_source``.
         val_loader: batches of ``val_source`` in its order.
         caption_lengths: tokens of about a thousand training captions.
+        identity: what a resumed run must find again: numbers of pairs and digests.
     """
 
     train_source: PairSource
@@ -42,6 +47,7 @@ class TrainingData:
     train_loader: PairLoader
     val_loader: PairLoader
     caption_lengths: list[int]
+    identity: dict[str, Any]
 
 
 def open_data(config: PretrainConfig, device: torch.device) -> TrainingData:
@@ -73,11 +79,66 @@ def open_data(config: PretrainConfig, device: torch.device) -> TrainingData:
         val_lengths = _caption_lengths(val_source, tokenizer, config.model.max_text_len)
         train_buckets = Buckets.from_lengths(lengths, train_batch, config.model.max_text_len)
         val_buckets = Buckets.from_lengths(val_lengths, val_batch, config.model.max_text_len)
-    _check_batch(config, "run.batch_size", train_batch)
-    _check_batch(config, "data.val_tables, pairs", val_batch)
+    if config.objectives.in_batch_negatives:
+        if train_batch < 2:
+            raise UserError(
+                f"run.batch_size: got {train_batch}, expected 2 or more, because a negative image is another row's; or "
+                "use objectives.itm_negatives=dataset"
+            )
+        if val_batch < 2:
+            raise UserError(
+                "data.val_tables: got 1 pair, expected 2 or more, because a negative image is another row's; hold out "
+                "more pairs"
+            )
     train_loader = _loader(config, train_source, tokenizer, transform, train_batch, train_buckets, shuffle=True)
     val_loader = _loader(config, val_source, tokenizer, val_transform, val_batch, val_buckets, shuffle=False)
-    return TrainingData(train_source, val_source, tokenizer, val_transform, train_loader, val_loader, lengths)
+    identity = {
+        "training data": _identity_of(train_source),
+        "held-out data": _identity_of(val_source),
+        "tokenizer": _tokenizer_digest(tokenizer, train_source, config.model.max_text_len),
+    }
+    return TrainingData(train_source, val_source, tokenizer, val_transform, train_loader, val_loader, lengths, identity)
+
+
+def data_difference(saved: dict[str, Any], current: dict[str, Any]) -> str | None:
+    """Find what would make a resumed run one over other data.
+
+    Args:
+        saved: ``TrainingData.identity`` of the run.
+        current: the same of the data that it is resumed with.
+
+    Returns:
+        The difference in one line; None if there is none.
+    """
+    for name in ("training data", "held-out data"):
+        before, now = saved[name], current[name]
+        if any(before[key] != now[key] for key in ("pairs", "images")):
+            return (
+                f"the {name} were {before['pairs']} pairs of {before['images']} images and are now {now['pairs']} "
+                f"pairs of {now['images']} images"
+            )
+        if before["digest"] != now["digest"]:
+            return f"the {name} have other captions than at the start, or in another order"
+    if saved["tokenizer"] != current["tokenizer"]:
+        return "the tokenizer gives other ids than at the start"
+    return None
+
+
+def _identity_of(source: PairSource) -> dict[str, Any]:
+    return {"pairs": source.num_pairs, "images": source.num_images, "digest": digest(source)}
+
+
+def _tokenizer_digest(tokenizer: CaptionTokenizer, source: PairSource, max_text_len: int) -> str:
+    """Digest of the vocabulary, and of the ids of some captions, which depend on the rest of a tokenizer."""
+    hashed = hashlib.blake2b(json.dumps(sorted(tokenizer.tokenizer.get_vocab().items())).encode(), digest_size=16)
+    ids, _ = tokenizer([source.caption(pair) for pair in _sample(source)], max_text_len)
+    hashed.update(json.dumps(ids.tolist()).encode())
+    return hashed.hexdigest()
+
+
+def _sample(source: PairSource) -> range:
+    """About a thousand pairs, spread evenly."""
+    return range(0, source.num_pairs, max(1, source.num_pairs // 1000))
 
 
 def check_tokenizer(config: PretrainConfig, tokenizer: CaptionTokenizer) -> None:
@@ -89,14 +150,6 @@ def check_tokenizer(config: PretrainConfig, tokenizer: CaptionTokenizer) -> None
                 f"model.{name}: got {expected}, the tokenizer {config.data.tokenizer!r} has {value}; "
                 f"set model.{name}={value} or use the model's tokenizer"
             )
-
-
-def _check_batch(config: PretrainConfig, name: str, size: int) -> None:
-    if size < 2 and config.objectives.in_batch_negatives:
-        raise UserError(
-            f"{name}: got {size}, expected 2 or more, because a negative image is another row's; or use "
-            "objectives.itm_negatives=dataset"
-        )
 
 
 def _loader(
@@ -132,6 +185,5 @@ def _loader(
 
 def _caption_lengths(source: PairSource, tokenizer: CaptionTokenizer, max_text_len: int) -> list[int]:
     """Tokens of about a thousand captions of a source."""
-    sample = range(0, source.num_pairs, max(1, source.num_pairs // 1000))
-    _, mask = tokenizer([source.caption(pair) for pair in sample], max_text_len)
+    _, mask = tokenizer([source.caption(pair) for pair in _sample(source)], max_text_len)
     return mask.sum(1).tolist()

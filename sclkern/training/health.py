@@ -41,7 +41,7 @@ class FiniteCheck:
         if self._finite:
             return
         cause = self._first_broken(values or {}) or "an earlier loss"
-        kept = f"the checkpoint of step {saved_step} is kept; " if saved_step >= 0 else ""
+        kept = f"the checkpoint of step {saved_step} is kept; " if saved_step >= 0 else "no step was saved; "
         raise UserError(
             f"step {step}: {cause} is not finite; {kept}lower optimizer.learning_rate or set optimizer.max_grad_norm, "
             "then --resume"

@@ -17,14 +17,16 @@ from sclkern.io import write_atomically
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a ``metrics.jsonl``; a last line cut short by a crash is left out."""
+    """Rows of a ``metrics.jsonl``; a line cut short or damaged by a crash is left out."""
     rows: list[dict[str, Any]] = []
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+                row = json.loads(line)
+            except ValueError:
                 continue
+            if isinstance(row, dict) and {"kind", "step"} <= row.keys():
+                rows.append(row)
     return rows
 
 
@@ -35,11 +37,13 @@ class RunLog:
         directory: folder of the run.
         start: step that a resumed run continues from; rows of later steps are dropped, as those steps run again.
         total: last step.
+        validated: last step whose validation does not run again; None is ``start``.
     """
 
-    def __init__(self, directory: Path, *, start: int, total: int) -> None:
+    def __init__(self, directory: Path, *, start: int, total: int, validated: int | None = None) -> None:
         self.path = directory / "metrics.jsonl"
-        rows = [row for row in read_metrics(self.path) if row["step"] <= start]
+        last = {"val": start if validated is None else validated}
+        rows = [row for row in read_metrics(self.path) if row["step"] <= last.get(row["kind"], start)]
         write_atomically(self.path, lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in rows)))
         self._file = self.path.open("a", buffering=1)
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)

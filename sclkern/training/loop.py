@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,25 @@ import torch
 from torch import Tensor
 
 from sclkern.data.undecodable import UndecodableImages
-from sclkern.errors import UserError
+from sclkern.errors import UserError, WorkerError
 from sclkern.evaluation.attention_maps import choose_pairs, plot_attention
 from sclkern.evaluation.retrieval import RetrievalResult, evaluate_retrieval
 from sclkern.model import SCLModel
 from sclkern.profiling import phase
 from sclkern.random import mix_seed
 from sclkern.step import check_capture, check_objectives
-from sclkern.training.checkpoint import open_directory, save_checkpoint
+from sclkern.training.checkpoint import remedy, save_checkpoint
 from sclkern.training.clock import StepClock
 from sclkern.training.config import PretrainConfig
-from sclkern.training.data import open_data
+from sclkern.training.data import data_difference, open_data
+from sclkern.training.directory import begin, lock_directory, open_directory
 from sclkern.training.health import FiniteCheck
 from sclkern.training.logs import RunLog, read_metrics
 from sclkern.training.optim import build_optimizer, schedule_factor, set_learning_rate
 from sclkern.training.passes import Passes
 from sclkern.training.report import RunSummary, write_report
 from sclkern.training.setup import initial_model, resolve_device
-from sclkern.training.signals import StopSignals
+from sclkern.training.signals import Interrupted, StopSignals
 from sclkern.training.state import TrainingState
 from sclkern.training.throughput import Throughput
 
@@ -48,20 +50,30 @@ class Pretraining:
     Args:
         config: the resolved configuration.
         resume: whether to continue from ``checkpoints/latest.pt`` of the output folder, if there is one.
+        stop: the signals that stop it; None takes them during ``run``.
 
     Raises:
         UserError: the configuration, the data or the folder cannot work.
     """
 
-    def __init__(self, config: PretrainConfig, *, resume: bool = False) -> None:
+    def __init__(self, config: PretrainConfig, *, resume: bool = False, stop: StopSignals | None = None) -> None:
         self.config = config
+        self.stop = StopSignals() if stop is None else stop
+        self._updating = False
         self.directory = Path(config.run.output_dir)
         self.device = resolve_device(config.run.device)
         if config.run.cuda_graphs:
             check_capture(self.device, config.step)
         check_objectives(config.model, config.objectives)
         saved = open_directory(config, resume=resume)
+        self._lock = lock_directory(self.directory)
         self.data = open_data(config, self.device)
+        if saved and "data" in saved.state:
+            difference = data_difference(saved.state["data"], self.data.identity)
+            if difference:
+                raise UserError(
+                    f"{saved.path}: {difference}; resume over the data of the run, or start in another folder"
+                )
         torch.manual_seed(mix_seed(config.run.seed, _MODEL))
         # A resumed run needs no other weights, nor the file they once came from.
         model = SCLModel(config.model, config.objectives) if saved else initial_model(config)
@@ -72,7 +84,10 @@ class Pretraining:
         undecodable = UndecodableImages(self.data.train_source.num_images)
         self.state = TrainingState(self.model, self.optimizer, undecodable)
         if saved:
-            self.state.load_state_dict(saved)
+            try:
+                self.state.load_state_dict(saved.state)
+            except UserError as error:
+                raise UserError(f"{saved.path}: {error}; {remedy(saved.path)}") from error
         # Retrieval needs heads that the recipe trains.
         trained = {head for objective in config.objectives.selected for head in objective.heads}
         self.ranks = "itc" in trained
@@ -82,38 +97,80 @@ class Pretraining:
         self.clock = StepClock()
         pad_to_max = self.data.train_loader.pad_to_max
         self.throughput = Throughput(config, self.data.caption_lengths, pad_to_max, self.device)
+        begin(config, new=saved is None)
 
     # -- training ------------------------------------------------------------------------------------------------------
 
     def run(self) -> bool:
-        """Train to the end, or to ``stop_at`` or a SIGTERM or SIGINT, after which the latest checkpoint is on disk.
+        """Train to the end, or to ``stop_at`` or a signal, after which the latest checkpoint is on disk.
+
+        After any error, the steps that were taken are saved too, if that is possible.
 
         Returns:
-            Whether the run reached ``max_steps``.
+            Whether the run reached ``max_steps`` and its last validation ended.
 
         Raises:
             UserError: undecodable images above 1 %, a loss that is not finite, a checkpoint that cannot be written.
+            WorkerError: a data worker died.
+            Interrupted: a signal came before the first step of a new run, so that there is nothing to save.
         """
         run, state = self.config.run, self.state
         last = run.max_steps if run.stop_at is None else min(run.stop_at, run.max_steps)
-        if state.step >= last:
-            return state.step >= run.max_steps
-        with RunLog(self.directory, start=state.step, total=run.max_steps) as run_log, StopSignals() as stop:
-            run_log.message(self.describe() + (f"; from step {state.step}" if state.step else ""))
-            batches = self.batches()
-            self.clock.restart()
-            while state.step < last and not stop.requested:
+        if state.step < last or self._validation_is_due():
+            with (
+                self.stop,
+                RunLog(self.directory, start=state.step, total=run.max_steps, validated=state.validated) as run_log,
+                closing(self.batches()) as batches,
+                self.stop.stage("the run is saved and stops", patience=None),
+            ):
+                run_log.message(self.describe() + (f"; from step {state.step}" if state.step else ""))
+                self._run_saved(batches, run_log, last)
+            if self.stop.number is not None:
+                if state.saved_step < 0:
+                    raise Interrupted(self.stop.number)
+                log.warning("stopped at step %d, saved; go on with --resume", state.saved_step)
+        return state.step >= run.max_steps and not self._validation_is_due()
+
+    def _run_saved(self, batches: Generator[dict[str, Any]], run_log: RunLog, last: int) -> None:
+        """Train to step ``last``, and save what was trained however that ends."""
+        state = self.state
+        try:
+            self._train(batches, run_log, last)
+        except Interrupted:
+            pass
+        except UserError:
+            self._save_if_possible()
+            raise
+        except Exception as error:
+            self._save_if_possible()
+            # A scheduler may have ended a process that worked for this one, such as a compiler, by the same signal.
+            if not self.stop.requested:
+                if isinstance(error, WorkerError):
+                    remedy = "go on with --resume, with fewer data.num_workers or more memory"
+                    raise WorkerError(f"{error}; {self._kept()}; {remedy}") from error
+                raise
+            log.warning("after the signal: %s: %s", type(error).__name__, str(error).partition("\n")[0])
+        if state.unsaved:
+            self.save("latest")
+
+    def _train(self, batches: Generator[dict[str, Any]], run_log: RunLog, last: int) -> None:
+        run, state = self.config.run, self.state
+        if self._validation_is_due():  # the run was stopped within it
+            self._validate_saved(run_log)
+        self.clock.restart()
+        while state.step < last and not self.stop.requested:
+            awaited = f"step {state.step + 1} is taken and saved, then the run stops; a second signal leaves it out"
+            with self.stop.stage(awaited, patience=1):
                 self.train_step(batches, run_log)
-                if state.step == run.max_steps or _due(state.step, run.val_every):
-                    self._validate_or_save(run_log)
-                    self.clock.restart()
-                if _due(state.step, run.save_every):
-                    self.save("latest")
-            if state.step != state.saved_step:
+            if self._validation_is_due() and not self.stop.requested:
+                self._validate_saved(run_log)
+                self.clock.restart()
+            if _due(state.step, run.save_every):
                 self.save("latest")
-        if stop.requested and state.step < last:
-            log.warning("stopped at step %d, saved; go on with --resume", state.step)
-        return state.step >= run.max_steps
+
+    def _kept(self) -> str:
+        saved = self.state.saved_step
+        return f"the checkpoint of step {saved} is kept" if saved >= 0 else "no step was saved"
 
     def batches(self) -> Generator[dict[str, Any]]:
         """Micro-batches from the position that belongs to the current step, epoch after epoch."""
@@ -136,7 +193,7 @@ class Pretraining:
         self.optimizer.zero_grad(set_to_none=True)
         values: dict[str, Tensor] = {}
         for micro in range(run.accumulation):
-            with self.clock.waiting(), phase("data wait"):
+            with self.clock.waiting(), phase("data wait"), self.stop.interruptible():
                 batch = next(batches)
             state.undecodable.add(batch.pop("undecodable"))
             losses = self.passes.forward_backward(batch, mix_seed(run.seed, _STEP, state.step, micro))
@@ -147,9 +204,12 @@ class Pretraining:
         self.finite.observe(values["total"], values["grad_norm"])
         if self.device.type == "cpu":
             self.finite.require(state.step + 1, state.saved_step, values)
+        self._updating = True
         with phase("optimiser"):
             self.optimizer.step()
         state.step += 1
+        state.unsaved = True
+        self._updating = False
         self.clock.count_step()
         run_log.advance()
         if state.step == 1 or state.step % run.log_every == 0:
@@ -174,12 +234,19 @@ class Pretraining:
 
     # -- validation ----------------------------------------------------------------------------------------------------
 
-    def _validate_or_save(self, run_log: RunLog) -> None:
-        try:
-            self.validate(run_log)
-        except UserError:  # an error of the held-out data must not lose what was trained
+    def _validation_is_due(self) -> bool:
+        """Whether the step that was taken last still needs its validation."""
+        step, run = self.state.step, self.config.run
+        return step > self.state.validated and step > 0 and (step == run.max_steps or _due(step, run.val_every))
+
+    def _validate_saved(self, run_log: RunLog) -> None:
+        """Validate when the steps are saved: it takes long, and the memory of retrieval."""
+        if self.state.unsaved:
             self.save("latest")
-            raise
+        step = self.state.step
+        awaited = f"step {step} is saved; the run stops after its validation; a second signal stops without waiting"
+        with self.stop.stage(awaited, patience=1):
+            self.validate(run_log)
 
     def validate(self, run_log: RunLog) -> None:
         """Log losses and retrieval on the held-out pairs, and save ``checkpoints/best.pt`` if they are the best so far.
@@ -201,19 +268,29 @@ class Pretraining:
             score, line = result.sum, f", {result.line()}"
         run_log.write("val", self.state.step, values)
         run_log.message(f"step {self.state.step}: held-out loss {values['total']:.2f}{line}")
+        before = self.state.validated, self.state.best
+        self.state.validated = self.state.step
+        self.state.unsaved = True
         if score > self.state.best:
             self.state.best = score
-            self.save("best")
+            try:
+                self.save("best")
+            except UserError:  # not validated, so that a resumed run tries again
+                self.state.validated, self.state.best = before
+                raise
 
     @torch.no_grad()
     def _held_out_losses(self) -> dict[str, float]:
         """Mean losses over the held-out pairs that fill whole batches, with the same masks every time."""
         sums: dict[str, float] = {}
-        for index, batch in enumerate(self.data.val_loader.epoch(0)):
-            self.undecodable_val.add(batch.pop("undecodable"))
-            losses = self.passes.forward(batch, mix_seed(self.config.run.seed, _VALIDATION, index))
-            for name, value in {**losses.named(), **losses.metrics}.items():
-                sums[name] = sums.get(name, 0.0) + value.item()
+        with closing(self.data.val_loader.epoch(0)) as batches:
+            for index in range(len(self.data.val_loader)):
+                with self.stop.interruptible():
+                    batch = next(batches)
+                self.undecodable_val.add(batch.pop("undecodable"))
+                losses = self.passes.forward(batch, mix_seed(self.config.run.seed, _VALIDATION, index))
+                for name, value in {**losses.named(), **losses.metrics}.items():
+                    sums[name] = sums.get(name, 0.0) + value.item()
         return {name: value / len(self.data.val_loader) for name, value in sums.items()}
 
     def retrieval(self, *, held_out: bool, max_images: int | None = None) -> RetrievalResult:
@@ -235,6 +312,7 @@ class Pretraining:
             rerank=self.rerank,
             max_images=max_images,
             undecodable=self.undecodable_val if held_out else self.state.undecodable,
+            between_batches=self.stop.check,
         )
 
     # -- files ---------------------------------------------------------------------------------------------------------
@@ -243,9 +321,18 @@ class Pretraining:
         """Write ``checkpoints/<name>.pt``; weights that are not finite raise instead, and the old file stays."""
         self.finite.require(self.state.step, self.state.saved_step)
         path = self.directory / "checkpoints" / f"{name}.pt"
-        save_checkpoint(path, {"config": self.config.to_dict(), **self.state.state_dict()})
+        with self.stop.stage(f"{path.name} of step {self.state.step} is written, then the run stops", patience=None):
+            content = {"config": self.config.to_dict(), "data": self.data.identity, **self.state.state_dict()}
+            save_checkpoint(path, content)
         if name == "latest":
             self.state.saved_step = self.state.step
+            self.state.unsaved = False
+
+    def _save_if_possible(self) -> None:
+        """Save after a failure, which is what will be reported; never weights that are updated by half."""
+        if self.state.unsaved and not self._updating:
+            with suppress(UserError, RuntimeError):
+                self.save("latest")
 
     def export(self) -> Path:
         """Write the model and its tokenizer to ``model/`` for ``SCLModel.from_pretrained``."""

@@ -148,7 +148,7 @@ class RunConfig:
         backend: "triton", "sdpa" or "eager" for every op; "auto" lets each op choose.
         cuda_graphs: whether forward and backward are recorded once for each batch shape and replayed (GPU only).
         log_every: steps between logged steps.
-        save_every: steps between checkpoints; 0 saves at the end only.
+        save_every: steps between checkpoints; 0 saves before validations and at the end only.
         val_every: steps between validations; 0 validates at the end only.
     """
 

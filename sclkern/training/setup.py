@@ -31,6 +31,11 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(f"device: got {name!r}, expected auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device: got {name!r}, but torch sees no GPU; use cpu")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise UserError(
+            f"device: got {name!r}, but torch sees {torch.cuda.device_count()} GPUs, cuda:0 to "
+            f"cuda:{torch.cuda.device_count() - 1}; use one of them"
+        )
     return device
 
 

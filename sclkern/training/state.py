@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sclkern.data.undecodable import UndecodableImages
+from sclkern.errors import UserError
 from sclkern.model import SCLModel
 
 
@@ -26,7 +27,9 @@ class TrainingState:
         undecodable: undecodable training images so far.
         step: optimiser steps taken.
         best: largest recall sum of a validation so far; -inf before the first.
+        validated: last step whose validation ended; -1 before the first.
         saved_step: step of the latest checkpoint; -1 if there is none.
+        unsaved: whether the latest checkpoint lacks a step or a validation.
     """
 
     model: SCLModel
@@ -34,7 +37,9 @@ class TrainingState:
     undecodable: UndecodableImages
     step: int
     best: float
+    validated: int
     saved_step: int
+    unsaved: bool
 
     def __init__(self, model: SCLModel, optimizer: torch.optim.Optimizer, undecodable: UndecodableImages) -> None:
         self.model = model
@@ -42,25 +47,50 @@ class TrainingState:
         self.undecodable = undecodable
         self.step = 0
         self.best = float("-inf")
+        self.validated = -1
         self.saved_step = -1
+        self.unsaved = False
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values, under the keys of checkpoint format 1."""
         return {
             "step": self.step,
             "best": self.best,
+            "validated": self.validated,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "bad_pictures": self.undecodable.state_dict(),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Continue from a checkpoint; the learning rates stay the configuration's, which may have been lowered."""
+        """Continue from a checkpoint; the learning rates stay the configuration's, which may have been lowered.
+
+        Args:
+            saved: keys of ``state_dict``.
+
+        Raises:
+            UserError: values of another model or optimiser, missing, or not finite.
+        """
         rates = [group["base_lr"] for group in self.optimizer.param_groups]
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.undecodable.load_state_dict(saved["bad_pictures"])
+            self.step, self.best = int(saved["step"]), float(saved["best"])
+            # Checkpoints of before 0.1.0 were written after the validation.
+            self.validated = int(saved.get("validated", self.step))
+        except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"is damaged, or not of this model ({type(error).__name__}: {reason:.200})") from error
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["base_lr"] = rate
-        self.undecodable.load_state_dict(saved["bad_pictures"])
-        self.step, self.best = saved["step"], saved["best"]
+        self._check_tensors()
         self.saved_step = self.step
+
+    def _check_tensors(self) -> None:
+        """Raise unless parameters are finite, and the optimiser has moments of their shapes."""
+        for name, parameter in self.model.named_parameters():
+            moments = self.optimizer.state.get(parameter, {})
+            values = [parameter, *(value for key, value in moments.items() if key != "step")]
+            if any(value.shape != parameter.shape or not torch.isfinite(value).all() for value in values):
+                raise UserError(f"is damaged: {name} or its moments are not finite, or of another shape")

@@ -4,6 +4,8 @@ import io
 
 from PIL import Image
 
+from sclkern.data.sources.arrow import write_pairs
+
 # A model small enough to train for a few steps in a second, on the embedded data.
 TINY = {
     "model.preset": "tiny",
@@ -25,6 +27,17 @@ TINY = {
 def overrides(output, **changes):
     values = {**TINY, "run.output_dir": output, **{k.replace("__", "."): v for k, v in changes.items()}}
     return [f"{key}={value}" for key, value in values.items()]
+
+
+# Nearly no arithmetic, where only the course of a run is tested.
+NO_LAYERS = {"model__text_layers": 0, "model__vision_layers": 0, "model__fusion_layers": 1}
+
+
+def small_data(folder, count=24):
+    """Changes of a run that trains and validates on ``count`` pairs, written to ``folder``."""
+    write_pairs(folder / "t.arrow", rows(count))
+    tables = {"data__train_tables": "[t]", "data__val_tables": "[t]", "data__val_split": "train"}
+    return {"data__root": folder, **tables}
 
 
 def image_file(color=(200, 30, 30), size=(40, 40)):

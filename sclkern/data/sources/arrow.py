@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from sclkern.data.digest import digest_pairs, first_pairs
 from sclkern.data.images import decode_image
 from sclkern.data.source import register_source
 from sclkern.data.text import one_line
@@ -50,6 +51,7 @@ class ArrowPairs:
         num_pairs: Number of (image, caption) pairs.
         pair_image: (num_pairs,) int64, image index in ``[0, num_images)``, non-decreasing.
         pair_group: (num_pairs,) int64, id of the caption's text: the same text has the same id in all files.
+        digest: of the pairs and their captions, see ``sclkern.data.digest``.
 
     Raises:
         UserError: A file is missing or unreadable, a column is missing or of another type, the split has no
@@ -61,6 +63,7 @@ class ArrowPairs:
     num_pairs: int
     pair_image: np.ndarray
     pair_group: np.ndarray
+    digest: str
 
     def __init__(self, root: Path, tables: Sequence[str], split: str | None = None) -> None:
         if not tables:
@@ -165,6 +168,12 @@ class ArrowPairs:
         self._image_row = kept_rows.astype(np.int64)
         self.num_images = len(kept_rows)
         self.num_pairs = len(first)
+        distinct = code[keep][first][first_pairs(self.pair_group)]
+        dictionary = encoded.chunk(0).dictionary
+        parts = (dictionary.take(pa.array(distinct[i : i + 65536])) for i in range(0, len(distinct), 65536))
+        self.digest = digest_pairs(
+            self.pair_image, self.pair_group, (text for part in parts for text in part.to_pylist())
+        )
 
     def _check_columns(self, number: int) -> None:
         schema = self._batches[number].schema

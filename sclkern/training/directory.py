@@ -1,0 +1,154 @@
+"""The folder of a run: what is in it already, and what a new run may do about that."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from sclkern.errors import UserError
+from sclkern.io import write_atomically
+from sclkern.training.checkpoint import load_checkpoint, remedy
+from sclkern.training.config import PretrainConfig, build_config, resume_difference
+from sclkern.training.config_yaml import write_yaml
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger("sclkern.training")
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run that goes on.
+
+    Attributes:
+        path: its checkpoint.
+        state: the content of the checkpoint.
+    """
+
+    path: Path
+    state: dict[str, Any]
+
+
+def open_directory(config: PretrainConfig, *, resume: bool) -> SavedRun | None:
+    """Check a run's folder, and read the checkpoint to go on from. Nothing that is there changes.
+
+    Args:
+        config: configuration of the run that starts.
+        resume: whether a run that is already there goes on.
+
+    Returns:
+        The run that is there: its latest checkpoint, or its best where there is no latest; None for a new run.
+
+    Raises:
+        UserError: the folder cannot be written, holds anything of a run and ``resume`` is False, holds a run of another
+            configuration, or a model without a checkpoint to go on from.
+    """
+    directory = Path(config.run.output_dir)
+    checkpoints = directory / "checkpoints"
+    there = _content(directory)
+    latest, best = checkpoints / "latest.pt", checkpoints / "best.pt"
+    path = next((file for file in (latest, best) if file.exists()), None)
+    if path is None and {"model", "report.md"} & set(there):
+        raise UserError(
+            f"{directory}: holds {', '.join(there)} of a run, but no checkpoint to go on from; give another "
+            "run.output_dir"
+        )
+    if there and not resume:
+        raise UserError(
+            f"{directory}: already holds a run; add --resume to go on with it, or give another run.output_dir "
+            f"(there are {', '.join(there)})"
+        )
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.output_dir {directory}: {error.strerror}; give a folder that can be written") from error
+    if path is None:
+        return None
+    saved = SavedRun(path, load_checkpoint(path))
+    try:
+        # Keys that came later have their defaults in a run that was saved without them.
+        before = build_config(saved.state["config"]).to_dict()
+    except (UserError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: its configuration cannot be read ({error}); {remedy(path)}") from error
+    if difference := resume_difference(before, config.to_dict()):
+        raise UserError(f"{path}: {difference}; resume with the same configuration, or start in another folder")
+    if path == best:
+        log.warning("%s: no latest.pt; goes on from best.pt, of step %s", checkpoints, saved.state["step"])
+    return saved
+
+
+def lock_directory(directory: Path) -> IO[str] | None:
+    """Keep other processes from writing the same folder, for as long as the file that is returned is open.
+
+    Args:
+        directory: folder of the run.
+
+    Returns:
+        The locked file; None where the file system has no locks.
+
+    Raises:
+        UserError: another process writes this folder.
+    """
+    if fcntl is None:
+        return None
+    file = (directory / ".lock").open("w")
+    try:
+        # Not flock: data workers would hold it for as long as they outlive a killed run.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(
+                f"{directory}: another process writes this run; wait until it has ended, or give another run.output_dir"
+            ) from error
+        return None
+    return file
+
+
+def begin(config: PretrainConfig, *, new: bool) -> None:
+    """Save the resolved configuration; a new run keeps what one without a checkpoint left, under another name.
+
+    Args:
+        config: configuration of the run that starts.
+        new: whether it starts at step 0.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    directory = Path(config.run.output_dir)
+    for folder in (directory, directory / "checkpoints", directory / "model"):
+        for left_over in folder.glob(".*.tmp"):  # of a process killed while it wrote
+            left_over.unlink(missing_ok=True)
+    resolved, path, metrics = write_yaml(config.to_dict()), directory / "config.yaml", directory / "metrics.jsonl"
+    if new and "metrics.jsonl" in _content(directory):
+        log.warning("%s: no checkpoint to go on from, starts at step 0; the rows there are now %s",
+                    metrics, _set_aside(metrics).name)  # fmt: skip
+    if new and path.is_file() and path.read_text(encoding="utf-8", errors="replace") != resolved:
+        log.warning("%s: the file there is now %s", path, _set_aside(path).name)
+    write_atomically(path, lambda temporary: temporary.write_text(resolved, encoding="utf-8"))
+
+
+def _content(directory: Path) -> list[str]:
+    """What of a run is in a folder."""
+    names = sorted(f"checkpoints/{file.name}" for file in (directory / "checkpoints").glob("[!.]*.pt"))
+    metrics, model = directory / "metrics.jsonl", directory / "model"
+    if metrics.is_file() and metrics.stat().st_size:
+        names.append(metrics.name)
+    if model.is_dir() and any(model.iterdir()):
+        names.append(model.name)
+    if (directory / "report.md").is_file():
+        names.append("report.md")
+    return names
+
+
+def _set_aside(path: Path) -> Path:
+    number = 1
+    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    return path.rename(aside)
