@@ -234,7 +234,7 @@ def test_one_pair_has_no_negative_image(fails, tmp_path):
     fails("run.batch_size: got 1, expected 2 or more", run__batch_size=1)
     settings = data(tmp_path, rows(20))
     write_pairs(tmp_path / "one.arrow", rows(1))
-    fails("data.val_tables, pairs: got 1, expected 2 or more", **{**settings, "data__val_tables": "[one]"})
+    fails("data.val_tables: got 1 pair, expected 2 or more", **{**settings, "data__val_tables": "[one]"})
 
 
 def test_a_recipe_the_model_cannot_train(fails):
