@@ -1,5 +1,7 @@
 """The exceptions that the command line prints as a single line before it exits with a status of their own."""
 
+import signal
+
 
 class UserError(ValueError):
     """A mistake that the user can correct: the message names the argument, what came, what was expected and the remedy.
@@ -10,3 +12,15 @@ class UserError(ValueError):
 
 class WorkerError(RuntimeError):
     """A data worker process died. The message is one line, and ``sclkern`` on the command line exits with 3."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal stopped what was running; ``sclkern`` on the command line exits with 128 + its number.
+
+    Args:
+        number: the signal.
+    """
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.number = number

@@ -11,11 +11,13 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 from sclkern.cli.parser import build_parser
-from sclkern.errors import UserError, WorkerError
+from sclkern.errors import Interrupted, UserError, WorkerError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,8 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    before: dict[signal.Signals, Any] = {}
     try:
         if options.trains:
+            if threading.current_thread() is threading.main_thread():
+                # Loading takes seconds, in which SIGTERM would end the process without a word.
+                before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
             # Must be set before torch is loaded. By default, OpenMP threads that wait for each other spin for so long
             # that a step takes ten times as long once another process, such as a data worker, needs a core.
             os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -51,9 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         return _fail(options.name, f"{place}{error.strerror or error}")
     except KeyboardInterrupt as error:
-        number = getattr(error, "number", signal.SIGINT)
-        print(f"sclkern {options.name}: interrupted by {number.name}", file=sys.stderr)
-        return 128 + int(number)
+        number = getattr(error, "number", None)
+        print(f"sclkern {options.name}: interrupted{f' by {number.name}' if number else ''}", file=sys.stderr)
+        return 128 + int(number or signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -73,6 +82,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if rest:
         options.overrides += rest
     return options
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    raise Interrupted(signal.Signals(number))
 
 
 def _load(module: str) -> ModuleType:

@@ -6,8 +6,9 @@ import argparse
 import logging
 
 from sclkern.cli.config_files import load
+from sclkern.errors import Interrupted
 from sclkern.training.loop import Pretraining
-from sclkern.training.signals import Interrupted, StopSignals
+from sclkern.training.signals import StopSignals
 
 log = logging.getLogger("sclkern.training")
 

@@ -87,7 +87,8 @@ class UndecodableImages:
             name, reason = next(iter(self._names.items()))
             raise UserError(
                 f"{len(self)} of {self.num_images} images cannot be decoded, expected 1 % at most, or one; the first "
-                f"is {one_line(name, 200)}{reason and f' ({reason})'}; repair them or remove them from the data"
+                f"is {one_line(name, 200)}{reason and f' ({reason})'}; repair them and --resume, or remove "
+                "them and start in another folder"
             )
 
     def state_dict(self) -> dict[str, list[str]]:

@@ -93,11 +93,14 @@ def lock_directory(directory: Path) -> IO[str] | None:
         The locked file; None where the file system has no locks.
 
     Raises:
-        UserError: another process writes this folder.
+        UserError: another process writes this folder, or this one cannot.
     """
     if fcntl is None:
         return None
-    file = (directory / ".lock").open("w")
+    try:
+        file = (directory / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"run.output_dir {directory}: {error.strerror}; give a folder that can be written") from error
     try:
         # Not flock: data workers would hold it for as long as they outlive a killed run.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sclkern.data.undecodable import UndecodableImages
-from sclkern.errors import UserError, WorkerError
+from sclkern.errors import Interrupted, UserError, WorkerError
 from sclkern.evaluation.attention_maps import choose_pairs, plot_attention
 from sclkern.evaluation.retrieval import RetrievalResult, evaluate_retrieval
 from sclkern.model import SCLModel
@@ -34,7 +34,7 @@ from sclkern.training.optim import build_optimizer, schedule_factor, set_learnin
 from sclkern.training.passes import Passes
 from sclkern.training.report import RunSummary, write_report
 from sclkern.training.setup import initial_model, resolve_device
-from sclkern.training.signals import Interrupted, StopSignals
+from sclkern.training.signals import StopSignals
 from sclkern.training.state import TrainingState
 from sclkern.training.throughput import Throughput
 

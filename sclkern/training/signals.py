@@ -12,17 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-
-class Interrupted(KeyboardInterrupt):
-    """A signal stopped what was running.
-
-    Args:
-        number: the signal.
-    """
-
-    def __init__(self, number: signal.Signals) -> None:
-        super().__init__(number.name)
-        self.number = number
+from sclkern.errors import Interrupted
 
 
 @dataclass(frozen=True)

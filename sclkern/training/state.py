@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sclkern.data.undecodable import UndecodableImages
+from sclkern.data.undecodable import UndecodableImages, undecodable_limit
 from sclkern.errors import UserError
 from sclkern.model import SCLModel
 
@@ -75,7 +75,9 @@ class TrainingState:
         try:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
-            self.undecodable.load_state_dict(saved["bad_pictures"])
+            # A run that too many stopped goes on when they are repaired; else they are counted again.
+            if len(saved["bad_pictures"]["names"]) <= undecodable_limit(self.undecodable.num_images):
+                self.undecodable.load_state_dict(saved["bad_pictures"])
             self.step, self.best = int(saved["step"]), float(saved["best"])
             # Checkpoints of before 0.1.0 were written after the validation.
             self.validated = int(saved.get("validated", self.step))

@@ -11,7 +11,7 @@ import pytest
 
 from sclkern import cli
 from sclkern.cli import main, parse
-from sclkern.errors import UserError
+from sclkern.errors import Interrupted, UserError, WorkerError
 
 ROOT = Path(__file__).parents[2]
 # Every command with the arguments that it requires.
@@ -86,7 +86,9 @@ class Command:
         (UserError("width: got 3, expected 64"), 2, "error: width: got 3, expected 64"),
         (OSError(28, "No space left on device", "/full/file"), 2, "error: /full/file: No space left on device"),
         (OSError("broken"), 2, "error: broken"),
+        (WorkerError("a data worker died"), 3, "error: a data worker died"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (Interrupted(signal.SIGTERM), 143, "interrupted by SIGTERM"),
     ],
 )
 def test_an_error_is_one_line_and_a_status(error, status, message, monkeypatch, capsys):
@@ -126,3 +128,12 @@ def test_a_reader_that_has_enough_is_no_error():
     with run_python("-m", "sclkern.cli", "plan", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 128 + signal.SIGPIPE
+
+
+def test_a_signal_while_a_command_is_loaded(monkeypatch, capsys):
+    """Before the run takes signals itself."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "_load", lambda module: signal.raise_signal(signal.SIGTERM))
+    assert main(["pretrain"]) == 143
+    assert capsys.readouterr().err == "sclkern pretrain: interrupted by SIGTERM\n"
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -34,7 +34,7 @@ def test_one_percent_may_be_undecodable(caplog: pytest.LogCaptureFixture) -> Non
             counter.add(bad(11))
         assert str(caught.value) == (
             "11 of 1000 images cannot be decoded, expected 1 % at most, or one; the first is t.arrow row 0"
-            f"{reason}; repair them or remove them from the data"
+            f"{reason}; repair them and --resume, or remove them and start in another folder"
         )
     assert first.state_dict() == again.state_dict()
 

@@ -241,3 +241,20 @@ def test_no_byte_can_change_unnoticed(pretraining, stopped):
         assert {k: v for k, v in state.items() if k not in ("model", "optimizer")} == {
             k: v for k, v in whole.items() if k not in ("model", "optimizer")
         }
+
+
+def test_what_is_advised_about_undecodable_images_works(pretraining, tmp_path):
+    options = {**TINY, "data__root": tmp_path, "data__train_tables": "[bad]", "data__val_tables": "[good]"}
+    options |= {"data__val_split": "train", "run__max_steps": 6, "run__save_every": 0}
+    pairs = rows(24)
+    broken = [{**row, "image": b"none"} if i % 8 == 0 else row for i, row in enumerate(pairs)]
+    table(tmp_path, pairs, "good")
+    table(tmp_path, broken, "bad")
+    with pytest.raises(
+        UserError, match=r"of 24 images cannot be decoded, .*; repair them and --resume, or remove them"
+    ):
+        pretraining(**options).run()
+    with pytest.raises(UserError, match=r"of 24 images cannot be decoded"):
+        pretraining(**options, resume=True).run()
+    table(tmp_path, pairs, "bad")
+    assert pretraining(**options, resume=True).run()

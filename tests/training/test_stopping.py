@@ -10,13 +10,12 @@ import pytest
 
 from same_state import assert_states_equal
 from sclkern.cli import main
-from sclkern.errors import UserError, WorkerError
+from sclkern.errors import Interrupted, UserError, WorkerError
 from sclkern.evaluation import retrieval
 from sclkern.training import loop
 from sclkern.training.checkpoint import load_checkpoint
 from sclkern.training.config import load_config
 from sclkern.training.loop import Pretraining
-from sclkern.training.signals import Interrupted
 from tiny_run import NO_LAYERS, overrides, small_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,7 +12,7 @@ from sclkern.tools.bench import records, roofline
 def run(options: argparse.Namespace) -> int:
     """Measure, record and print the rates."""
     if options.output is None and not records.RESULTS.is_dir():
-        raise UserError("--output: not given, and there is no benchmarks/results here (only a source tree has it)")
+        raise UserError("--output: not given, and only a source tree has benchmarks/results; give --output a folder")
     rates = roofline.measure()
     file = records.append("roofline", results=Path(options.output or records.RESULTS), **rates)
     print(f"{roofline.format_rates(rates)}\nrecorded in {file}")
