@@ -23,10 +23,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sclkern.integrations.fuse.source import KNOWN_FILE, Source
+from sclkern.integrations.source import KNOWN_FILE, Source
 
-# Sections for every function of a name, in whatever modeling file it stands; the others are for classes by name.
-FUNCTIONS = {"eager_attention_forward": "eager_attention_forward"}
+# Sections for every function whose name matches, in whatever modeling file; the others are for classes by name.
+FUNCTIONS = {"eager_attention_forward": r"\w*eager_attention_forward"}
 # By section, by digest.
 Table = dict[str, dict[str, dict[str, Any]]]
 
@@ -70,7 +70,11 @@ def find(table: Table, package: Any) -> Iterator[Found]:
             if not file.name.startswith("modeling_") or not file.name.endswith(".py"):
                 continue
             text = file.read_text(encoding="utf-8")
-            wanted = classes.get(module, []) + [(s, f) for s, f in FUNCTIONS.items() if f"\ndef {f}(" in text]
+            wanted = classes.get(module, []) + [
+                (section, function)
+                for section, pattern in FUNCTIONS.items()
+                for function in re.findall(rf"^def ({pattern})\(", text, re.MULTILINE)
+            ]
             if not wanted:
                 continue
             source = Source(text)

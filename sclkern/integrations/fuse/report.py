@@ -15,7 +15,7 @@ from sclkern.integrations.fuse.attention import mask_of_owner
 from sclkern.integrations.fuse.modules import Fused, Swap
 from sclkern.integrations.fuse.rules import RULES
 from sclkern.integrations.fuse.trial import remembered
-from sclkern.integrations.huggingface.fusing import configure, dispatches, obstacle
+from sclkern.integrations.huggingface.fusing import around, configure, dispatches, obstacle
 from sclkern.ops.dispatch import select_backend
 
 
@@ -228,7 +228,7 @@ def _fuse(model: nn.Module, names: tuple[str, ...], report: FuseReport) -> None:
                 if name == "attention" and original is not nn.MultiheadAttention:
                     attentions.append(module)
     for path, module in dispatching:
-        if reason := obstacle(module):
+        if reason := obstacle(module, around(model, path)):
             report.left.append(Left(path, type(module).__name__, reason))
         else:
             calls = "calls with a padding mask or none; other masks: torch's attention; maps: the model's own attention"

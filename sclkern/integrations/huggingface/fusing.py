@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from sclkern.integrations.huggingface.interface import register_attention
+from sclkern.integrations.huggingface.calls import call_of
+from sclkern.integrations.huggingface.config import REPLACEABLE, is_view, view
+from sclkern.integrations.huggingface.formulas import formula_of
 from sclkern.integrations.huggingface.maps import MapRequest, note_request
 
-IMPLEMENTATION = "sclkern"
-# Attention implementations of Hugging Face that use torch, and that ours may replace.
-_REPLACEABLE = ("eager", "sdpa")
+_MASK_MAKERS = re.compile(r"\bcreate_\w*mask\w*|\bget_extended_attention_mask\b|\b_prepare_4d\w*mask\w*")
+_CAUSAL_MAKERS = {"create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask"}
 
 
 def forward_names(module: nn.Module) -> set[str]:
@@ -29,21 +30,64 @@ def dispatches(module: nn.Module) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in forward_names(module) and hasattr(module, "config")
 
 
-def obstacle(module: Any) -> str | None:
-    """The reason why the attention of a module that ``dispatches`` is left, or None."""
-    implementation = module.config._attn_implementation
-    if implementation == IMPLEMENTATION:
+def around(model: nn.Module, path: str) -> list[nn.Module]:
+    """The modules that contain the one at a path.
+
+    Args:
+        model: the outermost.
+        path: path of a module within it.
+
+    Returns:
+        They, the nearest first.
+    """
+    modules = [model]
+    for name in path.split(".")[:-1]:
+        modules.append(getattr(modules[-1], name))
+    return modules[::-1] if path else []
+
+
+def obstacle(module: Any, around: list[nn.Module]) -> str | None:
+    """Why the attention of a module that ``dispatches`` is left.
+
+    Args:
+        module: the attention module.
+        around: the modules that contain it, the nearest first.
+
+    Returns:
+        The reason; None where ``ops.attention`` computes its ordinary calls.
+    """
+    if is_view(module.config):
         return "fused already"
-    if implementation not in (*_REPLACEABLE, None):
+    implementation = module.config._attn_implementation
+    if implementation not in REPLACEABLE:
         return f"its attention is {implementation!r} by choice"
+    call, formula = call_of(type(module)), formula_of(type(module))
+    if call is None or not call.looked_up:
+        return "its forward does more with the name of its attention than look it up"
+    if formula.beyond is not None:
+        return formula.beyond
+    if not call.mask:
+        return "its forward makes a mask of its own"
+    for name in formula.extras:
+        if any(_value(module, source) is not None for source in call.keywords.get(name, ())):
+            return f"{name} changes its scores"
+    flags = [_value(module, source) for source in call.keywords.get("is_causal", ("self.is_causal",))]
+    makers = _mask_makers(around)
+    # Eager attention ignores the flag: BridgeTower's cross-modal layers have it, and no causal mask.
+    ignored = implementation != "sdpa" and bool(makers) and not any("causal" in maker for maker in makers)
+    if (True in flags and not ignored) or (makers and makers <= _CAUSAL_MAKERS):
+        return "causal attention, which torch's attention computes"
+    if formula.grouped and getattr(module, "num_key_value_groups", 1) != 1:
+        return "several queries share a key, which torch's attention computes"
     return None
 
 
 def configure(model: nn.Module, attentions: list[nn.Module], undo: list[Callable[[], Any]]) -> None:
-    """Select our attention and masks in Hugging Face configurations, and pass on requests for attention maps.
+    """Select our attention in the modules that were fused, mark masks, and pass on requests for attention maps.
 
     Args:
-        model: the model that is fused. Its configurations are replaced by copies, since other models may share them.
+        model: the model that is fused. Its configurations stay as they are, since other models may share them; modules
+            get views of them.
         attentions: fused attention modules.
         undo: gets the steps that undo this, in the order in which they are made.
     """
@@ -51,33 +95,65 @@ def configure(model: nn.Module, attentions: list[nn.Module], undo: list[Callable
     from transformers import PreTrainedModel
 
     owners = {path: module for path, module in model.named_modules() if isinstance(module, PreTrainedModel)}
-    register_attention(IMPLEMENTATION)
     requests = {path: MapRequest() for path in owners}
-    selected: dict[int, Any] = {}
-    attention_ids = {id(module) for module in attentions}
+    fused = {id(module) for module in attentions}
+    viewing: list[nn.Module] = []
     for path, module in model.named_modules():
-        if id(module) not in attention_ids:
-            continue
-        around = [owner for owner in owners if _within(path, owner)]
-        # Any model around may make the masks: BridgeTower makes those of its text model itself.
-        configs = [owners[owner].config for owner in around] + ([module.config] if dispatches(module) else [])
-        selected |= {id(config): config for config in configs if config._attn_implementation in _REPLACEABLE}
-        if around:
-            module.__dict__["_sclkern_maps"] = requests[max(around, key=len)]
-            undo.append(functools.partial(module.__dict__.pop, "_sclkern_maps", None))
+        inside = [owner for owner in owners if _within(path, owner)]
+        nearest = max(inside, key=len) if inside else None
+        if id(module) in fused:
+            if nearest is not None:
+                module.__dict__["_sclkern_maps"] = requests[nearest]
+                undo.append(functools.partial(module.__dict__.pop, "_sclkern_maps", None))
+            # Any model around may make the masks: BridgeTower makes those of its text model itself.
+            viewing += [owners[owner] for owner in inside if _only_makes_masks(type(owners[owner]))]
+            viewing += [module] if dispatches(module) else []
+        elif nearest is not None and dispatches(module):
+            requests[nearest].complete = False
     for path, owner in owners.items():
         inner = [request for other, request in requests.items() if _within(other, path)]
         handle = owner.register_forward_pre_hook(functools.partial(note_request, inner), with_kwargs=True)
         undo.append(handle.remove)
-    copies: dict[int, Any] = {}
-    for module in model.modules() if selected else ():
-        config = module.__dict__.get("config")
-        if config is not None and hasattr(config, "_attn_implementation"):
-            undo.append(functools.partial(setattr, module, "config", config))
-            module.config = copy.deepcopy(config, copies)
-    for config in selected.values():
-        copies[id(config)]._attn_implementation_internal = IMPLEMENTATION
+    views: dict[int, Any] = {}
+    for viewer in {id(viewer): viewer for viewer in viewing}.values():
+        config: Any = viewer.config
+        if not is_view(config) and config._attn_implementation in REPLACEABLE:
+            undo.append(functools.partial(setattr, viewer, "config", config))
+            viewer.config = views.setdefault(id(config), view(config))
 
 
 def _within(path: str, owner: str) -> bool:
     return not owner or path == owner or path.startswith(f"{owner}.")
+
+
+def _value(module: Any, source: str) -> Any:
+    """The value of an argument of a call: a constant, or an attribute of the module; otherwise the source itself."""
+    if source in ("None", "True", "False"):
+        return {"None": None, "True": True, "False": False}[source]
+    name = source.removeprefix("self.")
+    return getattr(module, name, None) if source.startswith("self.") and name.isidentifier() else source
+
+
+def _mask_makers(modules: list[nn.Module]) -> set[str]:
+    """What the nearest module that makes masks makes them with; CLIP's layers are not told."""
+    found = (set(_MASK_MAKERS.findall("\n".join(_methods(type(module))))) for module in modules)
+    return next((makers for makers in found if makers), set())
+
+
+def _only_makes_masks(cls: type) -> bool:
+    """Whether a model uses the name of its attention for nothing but masks, after it was made."""
+    own = [base for base in cls.__mro__ if base.__module__.startswith("transformers.models.") or base is cls]
+    return not any("_attn_implementation" in source for base in own for source in _methods(base))
+
+
+@functools.cache
+def _methods(cls: type) -> tuple[str, ...]:
+    """The sources of the methods that a class itself has, without ``__init__``."""
+    sources = []
+    for name, method in vars(cls).items():
+        if inspect.isfunction(method) and name != "__init__":
+            try:
+                sources.append(inspect.getsource(inspect.unwrap(method)))
+            except (OSError, TypeError):
+                continue
+    return tuple(sources)

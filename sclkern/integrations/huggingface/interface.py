@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sclkern import ops
 from sclkern.errors import UserError
-from sclkern.integrations.huggingface.maps import wants_maps
-from sclkern.integrations.huggingface.masks import key_padding, mask
+from sclkern.integrations.huggingface.calls import call_of
+from sclkern.integrations.huggingface.formulas import Formula, formula_of
+from sclkern.integrations.huggingface.maps import find_collector, maps_of
+from sclkern.integrations.huggingface.masks import added, causal, key_padding, mask
 from sclkern.integrations.huggingface.warn import warn_once
 
-# Arguments of Hugging Face's attention functions that change the result and that the fused op does not have.
-_UNSUPPORTED = ("position_bias", "softcap", "s_aux", "sliding_window", "head_mask", "cache")
+# Keywords of the interface that tell other implementations what the mask tells already, or that concern no attention.
+HARMLESS = (
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "is_causal", "max_length_k", "max_length_q",
+    "num_items_in_batch", "output_attentions", "output_hidden_states", "position_embeddings", "position_ids",
+    "return_dict", "sliding_window", "use_cache",
+)  # fmt: skip
+# Keywords of which eager functions read their own form.
+_READ_BY_EAGER = {"position_bias", "s_aux", "sinks", "softcap"}
 
 
 def register_attention(name: str = "sclkern") -> None:
@@ -22,13 +30,15 @@ def register_attention(name: str = "sclkern") -> None:
 
     It serves models that take their attention from ``transformers.AttentionInterface`` (BERT, RoBERTa, CLIP,
     BridgeTower, ...). Others (ViLT, BLIP) are not changed by it; ``sclkern.fuse`` serves them. The result is that of
-    ``attn_implementation="eager"``, causal masks included. Torch's attention computes calls with a causal mask or any
-    other mask that differs between queries, and one warning says so; the op's eager path computes head dimensions that
-    have no kernel. Attention maps (``output_attentions=True``) are computed with all scores in memory.
+    ``attn_implementation="eager"``. The op computes calls without a mask and with padding; torch's attention computes
+    causal and other masks that differ between queries; the module's own eager function computes attention maps
+    (``output_attentions=True``), and everything beyond softmax(query key^T * scale + mask) value: position biases,
+    capped scores, attention sinks. One warning names each.
 
-    Registering a name twice has no further effect. There are two differences: a query whose keys are all padding gets
-    zeros; a float mask that has one row for all queries is read as padding (0 attends, below -5000 does not). That is
-    checked where values may be read (on a CPU, or with ``SCLKERN_DEBUG=1``).
+    Registering a name twice has no further effect. A query whose keys are all padding gets zeros, which is the only
+    difference. Padding is what is known to be padding: bool masks, those that transformers makes for this
+    implementation, and float masks whose values are 0 or below -5000. Values are read once for each mask, and never
+    under torch.compile or in a CUDA graph, where torch's attention computes masks of a model's own making.
 
     Args:
         name: value of ``attn_implementation``.
@@ -49,6 +59,7 @@ def register_attention(name: str = "sclkern") -> None:
         raise UserError(f"name: got {name!r}, which transformers has already; expected another, such as 'sclkern'")
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
+    find_collector()
 
 
 def attention(
@@ -68,61 +79,96 @@ def attention(
         query: (B, H, Lq, D).
         key: (B, H, Lk, D).
         value: (B, H, Lk, D).
-        attention_mask: (B, 1, 1 or Lq, Lk), bool (True = attend) or float (added to the scores); None attends to all.
+        attention_mask: (B, 1, 1 or Lq, Lk), bool (True = attend) or float (added to the scores); None attends to all,
+            or causally where the model leaves that to its implementation.
         dropout: dropout probability.
-        scaling: factor of the scores; None = 1 / sqrt(D).
+        scaling: factor of the scores; None = the module's default.
         **options: further arguments of the interface.
 
     Returns:
         The output (B, Lq, H, D), and the attention maps (B, H, Lq, Lk) if they were requested, otherwise None.
+
+    Raises:
+        UserError: the module computes something that only an implementation of transformers can.
     """
-    if options.get("output_attentions") or wants_maps(module):
-        warn_once("attention maps are requested: computed with all scores in memory")
-        return _with_maps(module, query, key, value, attention_mask, dropout, scaling)
+    formula, keys = formula_of(type(module)), key.shape[2]
+    if not formula.masked:
+        attention_mask = None
+    elif formula.sliced and attention_mask is not None and attention_mask.shape[-1] > keys:
+        attention_mask = attention_mask[..., :keys]
+    is_causal = attention_mask is None and query.shape[2] > 1 and _wants_causality(module, options)
+    maps, beyond = maps_of(module, options), _beyond(formula, query, key, attention_mask, options)
+    if maps or beyond is not None:
+        warn_once(f"{beyond or 'attention maps are requested'}: computed by the eager attention of the model")
+        function = _eager(module, formula, options)
+        if is_causal:
+            attention_mask = causal(query.shape[2], keys, query.device)
+        given = None if attention_mask is None else added(attention_mask, query.dtype)
+        out, weights = function(module, query, key, value, given, dropout=dropout, scaling=scaling, **options)
+        return out, weights if maps else None
     padding, reason = key_padding(attention_mask, query.shape[0], query.shape[2])
-    unsupported = [name for name in _UNSUPPORTED if options.get(name) is not None]
-    if unsupported:
-        reason = f"{unsupported[0]} is given"
-    elif key.shape[1] != query.shape[1] or value.shape[-1] != query.shape[-1]:
-        reason = "keys and queries differ in their number of heads, or values in their width"
+    if is_causal:
+        reason = "causal attention"
+    elif padding is not None and padding.shape[-1] != keys:
+        reason = "a mask for another number of keys"
+    elif key.shape[0] != query.shape[0] or key.shape[1] != query.shape[1] or value.shape[-1] != query.shape[-1]:
+        reason = "keys and queries differ in their number of heads or sequences, or values in their width"
+    scaling = formula.resolve_scale(module, scaling)
+    dropout = dropout if module.training else 0.0
     if reason is None:
-        out: Any = ops.attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            key_padding_mask=padding,
-            dropout_p=dropout,
-            softmax_scale=scaling,
-        )
-        return out, None
+        heads_last = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        fused: Any = ops.attention(*heads_last, key_padding_mask=padding, dropout_p=dropout, softmax_scale=scaling)
+        return fused.contiguous(), None
     from transformers import AttentionInterface
 
     warn_once(f"{reason}: computed by torch's attention")
-    # The mask holds causality. Modules also have a flag for it, but Hugging Face's eager attention ignores that.
-    options["is_causal"] = False
     result: tuple[Tensor, Tensor | None] = AttentionInterface()["sdpa"](
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal
     )
     return result
 
 
-def _with_maps(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-) -> tuple[Tensor, Tensor]:
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if key.shape[1] != query.shape[1]:
-        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
-    scores = query @ key.transpose(-1, -2) * scale
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
-    maps = scores.softmax(-1)
-    maps = nn.functional.dropout(maps, dropout, module.training)
-    return (maps @ value).transpose(1, 2).contiguous(), maps
+def _wants_causality(module: nn.Module, options: dict[str, Any]) -> bool:
+    """Whether attention without a mask is causal, as the implementation decides that the model has chosen."""
+    own = getattr(getattr(module, "config", None), "_attn_implementation_internal", None)
+    wanted = options.get("is_causal")
+    if own == "sdpa":
+        return bool(getattr(module, "is_causal", True) if wanted is None else wanted)
+    # Eager attention has a mask wherever it is causal, and ignores what a fused model tells its implementation.
+    return own not in ("eager", None) and bool(wanted)
+
+
+def _beyond(
+    formula: Formula, query: Tensor, key: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
+) -> str | None:
+    """The reason why the module's own function must compute this call, or None."""
+    if formula.beyond is not None:
+        return formula.beyond
+    if query.ndim != 4 or query.dtype != key.dtype or (attention_mask is not None and attention_mask.ndim != 4):
+        return "queries or a mask of other than four dimensions, or keys of another dtype"
+    return next((f"{name} is given" for name in _unknown(options)), None)
+
+
+def _unknown(options: dict[str, Any]) -> list[str]:
+    given = [name for name, value in options.items() if value is not None and value is not False]
+    return [name for name in given if name not in HARMLESS]
+
+
+def _eager(module: nn.Module, formula: Formula, options: dict[str, Any]) -> Callable[..., Any]:
+    """The eager function of a module; raises UserError where that computes something else than the module wants."""
+    name, remedy = type(module).__name__, 'make the model with attn_implementation="eager"'
+    if formula.function is None:
+        raise UserError(f"attn_implementation: {name} has no eager attention that sclkern could call; {remedy}")
+    unknown = [given for given in _unknown(options) if given not in _READ_BY_EAGER]
+    # DeepSeek's attention masks what its indexer leaves out for "eager" and "sdpa", and tells others which keys remain.
+    if unknown and not _only_looks_up(type(module)):
+        raise UserError(
+            f"attn_implementation: {name} leaves to implementations that are not transformers' own what its eager "
+            f"attention does not do ({unknown[0]} is given); {remedy}"
+        )
+    return formula.function
+
+
+def _only_looks_up(cls: type[nn.Module]) -> bool:
+    call = call_of(cls)
+    return call is None or call.looked_up

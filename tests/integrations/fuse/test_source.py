@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from sclkern.integrations.fuse import known, source
-from sclkern.integrations.fuse.source import Source, source_digest
+from sclkern.integrations import source
+from sclkern.integrations.fuse import known
+from sclkern.integrations.source import Source, source_digest
 
 TEXT = '''
 import math

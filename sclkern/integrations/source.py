@@ -19,7 +19,7 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-KNOWN_FILE = Path(__file__).with_name("known.json")
+KNOWN_FILE = Path(__file__).with_name("fuse") / "known.json"
 _DOCUMENTING = ("auto_docstring", "add_start_docstrings", "add_end_docstrings", "replace_return_docstrings")
 # Bases of other files whose source changes nothing of what a forward computes.
 _BASES = ("torch.nn.Module", "torch.nn.modules.module.Module", "modeling_layers.GradientCheckpointingLayer")
