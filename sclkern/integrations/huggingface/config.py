@@ -71,7 +71,7 @@ def view(config: Any) -> Any:
         An object of a subclass of its class. Whatever is changed in one of the two changes in both.
     """
     register_attention(IMPLEMENTATION)
-    seen = object.__new__(_view_class(type(config)))
+    seen: Any = object.__new__(_view_class(type(config)))  # type: ignore[arg-type]
     object.__setattr__(seen, "__dict__", config.__dict__)
     object.__setattr__(seen, "_sclkern_plain", config)
     return seen
@@ -97,5 +97,5 @@ def _view_class(cls: type) -> type:
     # The class's own name, which Hugging Face saves and looks up.
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     # A slot, because the view has the dictionary of another object. ``__init__``, because transformers would make one.
-    more = {"__slots__": ("_sclkern_plain",), "__new__": new, "__init__": cls.__init__}
+    more = {"__slots__": ("_sclkern_plain",), "__new__": new, "__init__": cls.__init__}  # type: ignore[misc]
     return type(cls.__name__, (_View, cls), {**names, **more, "__eq__": _View.__eq__, "__hash__": _View.__hash__})

@@ -71,7 +71,7 @@ def formula_of(cls: type[nn.Module]) -> Formula:
     Returns:
         The formula. ``beyond`` is set where it is not known.
     """
-    return _formulas[cls] if cls in _formulas else _read_constant(cls)
+    return _read_constant(cls) if torch.compiler.is_compiling() else _read(cls)
 
 
 def _read(cls: type[nn.Module]) -> Formula:

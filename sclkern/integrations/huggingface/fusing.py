@@ -61,7 +61,7 @@ def obstacle(module: Any, around: list[nn.Module]) -> str | None:
     implementation = module.config._attn_implementation
     if implementation not in REPLACEABLE:
         return f"its attention is {implementation!r} by choice"
-    call, formula = call_of(type(module)), formula_of(type(module))
+    call, formula = call_of(type(module)), formula_of(type(module))  # type: ignore[arg-type]
     if call is None or not call.looked_up:
         return "its forward does more with the name of its attention than look it up"
     if formula.beyond is not None:
@@ -136,7 +136,7 @@ def _value(module: Any, source: str) -> Any:
 
 def _mask_makers(modules: list[nn.Module]) -> set[str]:
     """What the nearest module that makes masks makes them with; CLIP's layers are not told."""
-    found = (set(_MASK_MAKERS.findall("\n".join(_methods(type(module))))) for module in modules)
+    found = (set(_MASK_MAKERS.findall("\n".join(_methods(type(module))))) for module in modules)  # type: ignore[arg-type]
     return next((makers for makers in found if makers), set())
 
 

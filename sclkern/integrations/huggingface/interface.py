@@ -170,5 +170,5 @@ def _eager(module: nn.Module, formula: Formula, options: dict[str, Any]) -> Call
 
 
 def _only_looks_up(cls: type[nn.Module]) -> bool:
-    call = call_of(cls)
+    call = call_of(cls)  # type: ignore[arg-type]
     return call is None or call.looked_up

@@ -31,6 +31,8 @@ def mask(*args: Any, **options: Any) -> Tensor | None:
     if full is None or padding is None or args or options.get("mask_function") is not bidirectional_mask_function:
         return full
     if not options.get("kv_offset", 0) and tuple(padding.shape) == (full.shape[0], full.shape[-1]):
+        if torch.compiler.is_compiling():
+            full = full[:, :, :1].expand(full.shape)
         _remember(full, padding.bool())
     return full
 
@@ -125,11 +127,17 @@ def _readable(tensor: Tensor) -> bool:
 
 def _remember(attention_mask: Tensor, padding: Tensor | str) -> Tensor | str:
     """Keep with a mask what it is, until it is changed in place, which an inference tensor does not tell."""
-    if torch.compiler.is_compiling() or not attention_mask.is_inference():
+    if torch.compiler.is_compiling():
+        attention_mask._sclkern_padding = (padding, None)  # type: ignore[attr-defined]
+    elif not attention_mask.is_inference():
         attention_mask._sclkern_padding = (padding, attention_mask._version)  # type: ignore[attr-defined]
     return padding
 
 
 def _remembered(attention_mask: Tensor) -> Tensor | str | None:
-    padding, version = getattr(attention_mask, "_sclkern_padding", (None, 0))
-    return padding if padding is not None and version == attention_mask._version else None
+    padding, version = getattr(attention_mask, "_sclkern_padding", (None, None))
+    if padding is None:
+        return None
+    # torch.compile cannot ask for the version, but nothing writes into a mask whose rows share their memory.
+    unchanged = version is None if torch.compiler.is_compiling() else version == attention_mask._version
+    return padding if unchanged else None
