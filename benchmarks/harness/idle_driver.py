@@ -68,8 +68,10 @@ def idle_driver(launched: Launched = _nothing) -> Iterator[None]:
             yield
     finally:
         triton.runtime.driver.set_active(None)  # type: ignore[arg-type]
-        for function in triton.runtime.jit._triton_jit_function_registry.values():
-            function.device_caches.pop(DEVICE, None)
+        modules = [module for name, module in list(sys.modules.items()) if name.startswith("sclkern.kernels.")]
+        for value in (value for module in modules for value in vars(module).values()):
+            if isinstance(value, triton.runtime.JITFunction):
+                value.device_caches.pop(DEVICE, None)
 
 
 @contextmanager
