@@ -257,11 +257,8 @@ def test_a_detached_side_skips_its_work(monkeypatch):
     assert len(calls) == 1 and torch.equal(calls[0][0], recovered)
 
 
-def test_one_row_has_no_loss_and_no_row_is_as_the_definition_says():
+def test_one_row_has_no_loss():
     assert all((x == 0).all() for x in run(completion_loss, features((1, 8))))
-    empty = features((0, 8))
-    assert completion_loss(*empty, temperature=0.1).isnan()
-    assert completion_loss(*empty, temperature=0.1, valid=torch.zeros(0, dtype=torch.bool, device=DEVICE)) == 0
 
 
 def test_dtypes_are_promoted_and_the_loss_is_float32():

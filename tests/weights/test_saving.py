@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.tensor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -127,6 +128,18 @@ def test_the_meta_device(tmp_path: Path, model: SCLModel) -> None:
     for call in (lambda: save_pretrained(empty, tmp_path / "new"), lambda: to_reference(empty)):
         with pytest.raises(UserError, match="is on the meta device and has no values; load its weights before"):
             call()
+    assert not (tmp_path / "new").exists()
+
+
+def test_weights_of_which_each_rank_has_a_part(tmp_path: Path, model: SCLModel, one_process: None) -> None:
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    shards = torch.distributed.tensor.distribute_tensor(
+        model.text.word.weight.detach(), mesh, [torch.distributed.tensor.Shard(0)]
+    )
+    model.text.word.weight = nn.Parameter(shards)
+    for save in (lambda network: save_pretrained(network, tmp_path / "new"), to_reference):
+        with pytest.raises(UserError, match=r"text.word.weight is spread over ranks \(DTensor\); gather the weights"):
+            save(model)
     assert not (tmp_path / "new").exists()
 
 
