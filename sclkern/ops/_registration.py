@@ -39,6 +39,13 @@ SETTLED_ON = {"cuda"}
 MAX_CHOICES = 4096
 _choices: dict[Any, Choice] = {}
 _profiler_enabled = torch._C._autograd._profiler_enabled
+# The dispatch keys that a thread includes, outside of modes and tracers; the second are those of inference mode.
+_included = torch._C._dispatch_tls_local_include_set
+_BELOW = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+_USUAL = {
+    (_BELOW | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)).raw_repr(),
+    _BELOW.raw_repr(),
+}
 _PLAIN = {bool, int, float, str, type(None), torch.device, *PLAIN_TENSORS}
 _described = operator.attrgetter("shape", "dtype", "device", "requires_grad")
 # By the types of arguments, what picks the tensors and what picks the others.
@@ -176,8 +183,8 @@ def register(
     are not differentiable. The backward has no derivative of its own and says so.
 
     Kernels are called without torch's dispatcher, which takes longer than the launch itself, where nobody could tell:
-    by ``RUNNERS``, outside of compilers, function transforms, dispatch modes (selective checkpointing, FakeTensor) and
-    profilers, and on no subclass of a tensor. Everywhere else ``torch.ops.sclkern.<name>`` is called.
+    by ``RUNNERS``, outside of compilers, tracers, function transforms, dispatch modes (selective checkpointing,
+    FakeTensor) and profilers, and on no subclass of a tensor. Everywhere else ``torch.ops.sclkern.<name>`` is called.
 
     Args:
         name: of the op and of the public function.
@@ -272,7 +279,7 @@ def _runner(name: str, op: Any) -> Callable[..., Any]:
 
     def run(*arguments: Any) -> Any:
         device = None
-        if not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _profiler_enabled()):
+        if _included().raw_repr() in _USUAL and not (torch.compiler.is_compiling() or _profiler_enabled()):
             for argument in arguments:
                 if type(argument) in PLAIN_TENSORS:
                     device = device or argument.device.type

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -74,6 +75,21 @@ def test_the_dispatcher_is_left_out_and_gives_the_same(name, direct):
     assert past and past == calls.found
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a, b) and a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_a_traced_graph_holds_the_op(direct, pre_dispatch):
+    x, bias = (arguments_of("bias_gelu")[name].detach() for name in ("x", "bias"))
+    graph = make_fx(lambda x: ops.bias_gelu(x, bias), pre_dispatch=pre_dispatch)(x)
+    assert torch.ops.sclkern.bias_gelu.default in {node.target for node in graph.graph.nodes}
+    assert torch.equal(graph(2 * x), ops.bias_gelu(2 * x, bias))
+
+
+def test_inference_mode_leaves_the_dispatcher_out_too(direct):
+    arguments = arguments_of("bias_gelu")
+    with torch.inference_mode():
+        out = ops.bias_gelu(**arguments)
+    assert direct == ["bias_gelu"] and torch.equal(out, ops.bias_gelu(**arguments))
 
 
 def test_a_profiler_names_the_ops(direct):
