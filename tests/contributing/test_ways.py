@@ -71,7 +71,7 @@ def test_an_op(copy):
     contract = (*test, "tests/ops/test_rms_norm.py", "tests/ops/test_every_op.py", "-k", "rms_norm")
     # The first runs the op's own tests in the interpreter as well.
     assert " passed" in run(*contract)
-    assert " passed" in run(*contract, TRITON_INTERPRET="1")
+    assert " passed" in run(*contract, "--sanitize", TRITON_INTERPRET="1")
     cases = run(*test, "benchmarks/cases/test_ops.py", "--collect-only", "-k", "rms_norm")
     assert "rms_norm/4x325/float32/both/sclkern" in cases
     output = run(
