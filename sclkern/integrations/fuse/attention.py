@@ -35,9 +35,7 @@ def attention(module: Any) -> Verdict:
     linears = ("query", "key", "value") if separate else ("qkv", "projection")
     if obstacle := child_obstacle(module, **dict.fromkeys(linears, nn.Linear), dropout=nn.Dropout):
         return obstacle
-    is_known = source_digest(type(module)) in known("attention")
-    obstacle = beyond(module, *linears, "dropout")
-    if obstacle and (not is_known or not obstacle.startswith("its code reads")):
+    if obstacle := beyond(module, *linears, "dropout"):
         return obstacle
     heads = getattr(module, "num_attention_heads", getattr(module, "num_heads", None))
     width = (module.query if separate else module.projection).out_features
@@ -46,15 +44,16 @@ def attention(module: Any) -> Verdict:
     names, defaults, rest = _signature(module)
     if names[:1] != ("hidden_states",):
         return "its forward does not begin with hidden_states"
-    parameters = inspect.signature(module.forward).parameters.values()
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)][
-        1:
-    ]
+    required = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
+    needed = [p.name for p in required[1:] if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     if needed:
         return f"its forward needs {', '.join(needed)} too"
-    settings = Attention(names, 0, heads, frozenset(), defaults, False, attributes(module, *linears, "dropout"))
+    read = attributes(module, *linears, "dropout")
+    # Where there is one mask, it is that of the context, if a context is given.
+    context_mask = "encoder_attention_mask" if "encoder_attention_mask" in names else "attention_mask"
+    settings = Attention(names, 0, heads, frozenset(), defaults, False, context_mask, read)
     mixin = fused.FusedSelfAttention if separate else fused.FusedPackedAttention
-    tried = trial.once(module, mixin, lambda: _try_attention(module, mixin, settings, rest, is_known))
+    tried = trial.once(module, mixin, lambda: _try_attention(module, mixin, settings, rest))
     if isinstance(tried, str):
         return tried
     known_names = (*fused.OPERANDS, *_SELDOM, *tried.harmless)
@@ -74,42 +73,45 @@ def _torch_attention(module: nn.MultiheadAttention) -> Verdict:
     return Swap("nn.MultiheadAttention", fused_nn.MultiheadAttention, {"backend": "auto"}, calls=calls)
 
 
-def mask_of_owner(model: nn.Module, path: str) -> str | None:
-    """The reason to leave a ``torch.nn.MultiheadAttention`` whose owner holds a mask for it, or None.
+def owner_obstacle(model: nn.Module, path: str) -> str | None:
+    """The reason to leave an attention that would never run, because of the modules around it, or None.
 
     Args:
         model: the model that is fused.
         path: of the attention in it.
 
     Returns:
-        The reason: OpenAI's and open_clip's text models give their ``attn_mask`` with every call.
+        The reason: OpenAI's and open_clip's text models give their ``attn_mask`` with every call, decoders a causal
+        mask.
     """
-    parts = path.split(".")
-    owner = model
+    parts = path.split(".") if path else []
+    owner, causal = model, False
     for index, part in enumerate(parts):
         mask = owner._buffers.get("attn_mask", owner.__dict__.get("attn_mask"))
         # CLIP's own mask is for its text model, "transformer"; that of a block is for the block's attention.
         if isinstance(mask, Tensor) and (part == "transformer" or index == len(parts) - 1):
             return "its owner gives it attn_mask in every call: torch's attention computes that"
+        decodes = type(owner).__name__.endswith(("LMHeadModel", "ForCausalLM"))
+        causal = causal or (decodes and getattr(owner.__dict__.get("config"), "is_decoder", False) is True)
         owner = getattr(owner, part)
+    causal = causal or getattr(owner, "is_decoder", False) is True
+    if causal and not any("cross" in part for part in parts):
+        return "causal attention: its own forward computes that"
     return None
 
 
-def _try_attention(
-    module: Any, mixin: type[fused.Fused], settings: Attention, rest: bool, is_known: bool
-) -> Attention | str:
+def _try_attention(module: Any, mixin: type[fused.Fused], settings: Attention, rest: bool) -> Attention | str:
     attempt = Trial(module, mixin, settings)
     with trial.quiet():
         try:
             attempt.train(False)
             attempt.settings = _outputs(attempt)
             for where, call in _short_calls(attempt):
-                attempt.compare(where, call, gradients=not is_known)
+                attempt.compare(where, call, gradients=True)
             attempt.settings = attempt.settings._replace(
                 bool_mask=_reads_bool(attempt), harmless=_harmless(attempt, rest)
             )
-            if not is_known:
-                _try_wholly(attempt)
+            _try_wholly(attempt)
             attempt.unchanged()
             tried: Attention = attempt.settings
             attempt.on_kernels(next(iter(_short_calls(attempt)))[1])
@@ -216,12 +218,16 @@ def _short_calls(attempt: Trial) -> Iterator[tuple[str, dict[str, Any]]]:
         if "attention_mask" in names:
             yield "with a padding mask", {"hidden_states": hidden, "attention_mask": _padding(dtype, 5)}
     if separate and "encoder_hidden_states" in names:
-        call = {"hidden_states": hidden, "encoder_hidden_states": trial.random_input(dtype, 2, 9, own.key.in_features)}
+        # Some modules take no context of another length than the hidden states.
+        contexts = [trial.random_input(dtype, 2, keys, own.key.in_features) for keys in (9, 5)]
+        calls = [{"hidden_states": hidden, "encoder_hidden_states": context} for context in contexts]
+        call = calls[0] if _accepts(own, calls[0]) else calls[1]
+        keys, name = call["encoder_hidden_states"].shape[1], attempt.settings.context_mask
         yield "in cross-attention", call
-        if "encoder_attention_mask" in names:
-            masks = {"encoder_attention_mask": _padding(dtype, 9)}
+        if name in names:
+            masks = {name: _padding(dtype, keys)}
             yield "in cross-attention with a padding mask", call | masks
-            if "attention_mask" in names:
+            if name != "attention_mask" and "attention_mask" in names:
                 yield "in cross-attention with both masks", call | masks | {"attention_mask": _padding(dtype, 5)}
 
 
@@ -230,10 +236,10 @@ def _masked_calls(attempt: Trial) -> Iterator[tuple[str, dict[str, Any]]]:
     own, dtype = attempt.own, attempt.dtype
     for where, call in _short_calls(attempt):
         if where == "in cross-attention" and "attention_mask" in attempt.settings.names:
-            other = {**call, "attention_mask": _padding(dtype, 9)}
+            other = {**call, "attention_mask": _padding(dtype, call["encoder_hidden_states"].shape[1])}
             if _accepts(own, other):
                 yield "in cross-attention with the mask of self-attention", other
-        name = "encoder_attention_mask" if "encoder_hidden_states" in call else "attention_mask"
+        name = attempt.settings.context_mask if "encoder_hidden_states" in call else "attention_mask"
         if where not in ("with a padding mask", "in cross-attention with a padding mask"):
             continue
         keys = call[name].shape[-1]

@@ -214,6 +214,7 @@ class Attention(NamedTuple):
         harmless: arguments that do not change the result.
         defaults: defaults of the arguments that are not None.
         bool_mask: whether it reads a mask of bool as True = attend.
+        context_mask: name of the mask that belongs to ``encoder_hidden_states``.
         attributes: plain attributes that the original forward reads, as they were.
     """
 
@@ -223,6 +224,7 @@ class Attention(NamedTuple):
     harmless: frozenset[str] = frozenset()
     defaults: tuple[tuple[str, Any], ...] = ()
     bool_mask: bool = False
+    context_mask: str = "encoder_attention_mask"
     attributes: Attributes = ()
 
 
@@ -237,7 +239,7 @@ class _FusedAttention(Fused):
         padding = None
         if reason is None:
             hidden, context = arguments["hidden_states"], arguments.get("encoder_hidden_states")
-            mask = arguments.get("attention_mask" if context is None else "encoder_attention_mask")
+            mask = arguments.get("attention_mask" if context is None else self._sclkern.context_mask)
             keys = (hidden if context is None else context).shape[1]
             if mask is not None and (mask.ndim != 4 or mask.shape[-1] != keys):
                 reason = f"a mask of shape {tuple(mask.shape)}"

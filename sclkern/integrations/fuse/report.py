@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from torch import nn
 
 from sclkern.errors import UserError
-from sclkern.integrations.fuse.attention import mask_of_owner
-from sclkern.integrations.fuse.modules import Fused, Swap
+from sclkern.integrations.fuse.attention import owner_obstacle
+from sclkern.integrations.fuse.modules import Fused, Swap, Verdict
 from sclkern.integrations.fuse.rules import RULES
 from sclkern.integrations.fuse.trial import remembered
 from sclkern.integrations.huggingface.fusing import around, configure, dispatches, obstacle
@@ -213,10 +213,9 @@ def _fuse(model: nn.Module, names: tuple[str, ...], report: FuseReport) -> None:
                 if name == "attention" and dispatches(module):
                     dispatching.append((path, module))
                     continue
-                verdict = (
-                    mask_of_owner(model, path) if original is nn.MultiheadAttention and name == "attention" else None
-                )
-                verdict = verdict or RULES[name](module)
+                verdict: Verdict = RULES[name](module)
+                if name == "attention" and isinstance(verdict, Swap):
+                    verdict = owner_obstacle(model, path) or verdict
             except Exception as error:
                 # Whatever a module of somebody else raises while it is looked at.
                 verdict = f"it cannot be tried: {type(error).__name__}: {error}"

@@ -237,6 +237,28 @@ def test_an_attention_that_does_more_is_left(cls, why):
     assert getattr(model[0], "calls", 0) == 0
 
 
+class OneMask(Attention):
+    """As RemBERT's: its mask is that of the context, where one is given."""
+
+    def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, past_key_values=None):
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (
+            self.heads(layer(x))
+            for layer, x in ((self.query, hidden_states), (self.key, context), (self.value, context))
+        )
+        maps = self.maps(self.masked(self.scores(query, key), attention_mask))
+        return (maps @ value).transpose(1, 2).flatten(-2)
+
+
+class SameLength(OneMask):
+    """As MegatronBERT's, which takes no context of another length."""
+
+    def forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None):
+        if encoder_hidden_states is not None and encoder_hidden_states.shape != hidden_states.shape:
+            raise RuntimeError("shapes")
+        return super().forward(hidden_states, attention_mask, encoder_hidden_states)
+
+
 class IgnoredBool(Attention):
     def masked(self, scores, mask):
         return scores if mask is None else scores.masked_fill(mask.bool(), -1e9)
@@ -278,6 +300,7 @@ def _pruned(module):
 
 
 PADDED = torch.arange(16).expand(2, 1, 1, 16) > 11
+CONTEXT = torch.linspace(-1, 1, 2 * 8 * 64).sin().reshape(2, 8, 64)
 POSITIONS = torch.arange(16).expand(2, -1)
 
 
@@ -292,6 +315,9 @@ POSITIONS = torch.arange(16).expand(2, -1)
         (Attention, {"attention_mask": -10000.0 * PADDED[..., :1]}, None, False),
         (IgnoredBool, {"attention_mask": PADDED}, None, False),
         (AttendedBool, {"attention_mask": ~PADDED}, None, True),
+        (OneMask, {"encoder_hidden_states": CONTEXT, "attention_mask": -10000.0 * PADDED[..., 8:]}, None, True),
+        (OneMask, {"encoder_hidden_states": CONTEXT}, None, True),
+        (SameLength, {"attention_mask": -10000.0 * PADDED}, None, True),
         (Temperature, {}, lambda module: setattr(module, "temperature", 3.0), False),
         (CausalFlag, {}, None, True),
         (CausalFlag, {}, lambda module: setattr(module, "is_causal", True), False),
@@ -511,6 +537,16 @@ def test_a_torch_attention_whose_owner_holds_a_mask_is_left():
     report = sclkern.fuse(block)
     assert [entry.path for entry in report.replaced] == ["transformer.0.attn"]
     assert report.left[0].why.startswith("its owner gives it attn_mask in every call")
+
+
+def test_a_causal_decoder_is_left_and_its_cross_attention_is_not():
+    model = nn.ModuleDict({"self": OneMask(), "crossattention": OneMask(), "encoder": OneMask()})
+    model["self"].is_decoder = model["crossattention"].is_decoder = True
+    report = sclkern.fuse(model)
+    assert [entry.path for entry in report.replaced] == ["crossattention", "encoder"]
+    assert [(entry.path, entry.why) for entry in report.left] == [
+        ("self", "causal attention: its own forward computes that")
+    ]
 
 
 class LowRank(nn.Linear):
