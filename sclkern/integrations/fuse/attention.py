@@ -15,7 +15,6 @@ from sclkern.integrations.fuse import trial
 from sclkern.integrations.fuse.modules import Attention, Swap, Verdict, fused_class
 from sclkern.integrations.fuse.structure import attributes, beyond, child_obstacle
 from sclkern.integrations.fuse.trial import Difference, Trial
-from sclkern.integrations.source import known, source_digest
 
 # Arguments that change nothing in most modules; a trial finds out in which.
 _PERHAPS_HARMLESS = (

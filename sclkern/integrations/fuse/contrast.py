@@ -67,7 +67,8 @@ def completion_loss(module: Any) -> Verdict:
         return "it has no logit_scale"
     if source_digest(forward.__globals__.get(names[0])) not in _LOSSES or not _is_contrast(forward):
         return "its loss is not known to be that of its normalised text_embeds and image_embeds"
-    return Swap("ops.completion_loss", fused_class(type(module), FusedContrast), {})
+    calls = "calls with return_loss=True that return no tuple; others have no loss, or the model's own"
+    return Swap("ops.completion_loss", fused_class(type(module), FusedContrast), {}, calls=calls)
 
 
 def _is_contrast(forward: Any) -> bool:

@@ -227,7 +227,11 @@ def _fuse(model: nn.Module, names: tuple[str, ...], report: FuseReport) -> None:
                 if name == "attention" and original is not nn.MultiheadAttention:
                     attentions.append(module)
     for path, module in dispatching:
-        if reason := obstacle(module, around(model, path)):
+        try:
+            reason = obstacle(module, around(model, path))
+        except Exception as error:
+            reason = f"it cannot be tried: {type(error).__name__}: {error}"
+        if reason:
             report.left.append(Left(path, type(module).__name__, reason))
         else:
             calls = "calls with a padding mask or none; other masks: torch's attention; maps: the model's own attention"
