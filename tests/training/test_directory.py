@@ -258,3 +258,12 @@ def test_what_is_advised_about_undecodable_images_works(pretraining, tmp_path):
         pretraining(**options, resume=True).run()
     table(tmp_path, pairs, "bad")
     assert pretraining(**options, resume=True).run()
+
+
+def test_what_is_advised_about_a_loss_that_is_not_finite_works_before_a_step_is_saved(pretraining):
+    options = {**TINY, "run__max_steps": 40, "run__save_every": 0}
+    with pytest.raises(
+        UserError, match=r"is not finite; no step was saved; lower optimizer\.learning_rate .* then --resume"
+    ):
+        pretraining(**options, optimizer__learning_rate=1e18).run()
+    assert pretraining(**options, optimizer__learning_rate=1e-4, resume=True, run__stop_at=1).run() is False

@@ -35,7 +35,7 @@ def test_the_cause_is_named_from_losses_to_parameters(layer):
         "step 7: itm is not finite; the checkpoint of step 4 is kept; lower"
     )
     assert message_of(check, 7, -1).startswith(
-        "step 7: an earlier loss is not finite; lower optimizer.learning_rate or"
+        "step 7: an earlier loss is not finite; no step was saved; lower optimizer.learning_rate or"
     )
     layer.bias.data[0] = torch.nan
     assert "the parameter bias is not finite" in message_of(check, 7, -1)
