@@ -16,7 +16,7 @@ from sclkern import ops
 from sclkern.integrations.fuse.modules import Fused, Swap, Verdict, fused_class
 from sclkern.integrations.source import source_digest
 
-_LOSS = re.compile(r"clip_loss|chinese_clip_loss|image_text_contrastive_loss")
+_LOSS = re.compile(r"\w*clip_loss|image_text_contrastive_loss")
 # Digests of the two forms that transformers 5.0 to 5.24 have: the mean of the cross-entropies of both directions.
 _LOSSES = ("6e5775632d452c54", "79ea9786d7f01f99")
 # What a forward may do with the features, the scale and the logits from the normalisation on.

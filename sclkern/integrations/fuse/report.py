@@ -134,8 +134,8 @@ def fuse(model: nn.Module, *, only: str | Iterable[str] | None = None, strict: b
 
     - "attention": ``torch.nn.MultiheadAttention``; modules {query, key, value, dropout} (METER's and SCL's
       ``BertCrossLayer``, BERT, BLIP's text model, ViLT) and {qkv, projection, dropout} (BLIP's vision model); modules
-      that use Hugging Face's ``AttentionInterface`` (BERT, RoBERTa, BridgeTower, CLIP), through copies of the model's
-      configurations that say "sclkern".
+      that use Hugging Face's ``AttentionInterface`` (BERT, RoBERTa, BridgeTower, CLIP) with a known eager attention,
+      through views of the model's configurations that say "sclkern".
     - "dropout_add_layer_norm": {dense, LayerNorm, dropout}.
     - "linear_gelu": {dense, intermediate_act_fn}, {fc1, activation_fn, fc2}, and a ``torch.nn.Sequential`` with a
       linear layer and a GELU (the MLP of OpenAI's CLIP and of open_clip).
