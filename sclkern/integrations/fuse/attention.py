@@ -325,4 +325,4 @@ def _signature(module: nn.Module) -> tuple[tuple[str, ...], tuple[tuple[str, Any
 
 
 def _has(module: nn.Module, *names: str) -> bool:
-    return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
+    return all(isinstance(module._modules.get(name), nn.Module) for name in names)

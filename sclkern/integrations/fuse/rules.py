@@ -191,7 +191,7 @@ RULES: dict[str, Callable[[Any], Verdict]] = {
 
 
 def _has_children(module: nn.Module, *names: str) -> bool:
-    return all(isinstance(getattr(module, name, None), nn.Module) for name in names)
+    return all(isinstance(module._modules.get(name), nn.Module) for name in names)
 
 
 def _arguments(module: nn.Module) -> tuple[str, ...] | None:

@@ -578,6 +578,17 @@ def test_changed_parts_are_left(change, why):
     assert not report.replaced and why in report.left[0].why
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_compiled_part(dtype):
+    model = nn.Sequential(Attention(), nn.Identity()).eval().to(dtype)
+    expected = copy.deepcopy(model)
+    model[0] = torch.compile(model[0], backend="eager")
+    report = sclkern.fuse(model)
+    assert [entry.path for entry in report.active] == ["0._orig_mod"] and not report.left
+    x = torch.randn(2, 9, 64, dtype=dtype)
+    torch.testing.assert_close(model[0](x), expected[0](x), rtol=1e-2, atol=1e-2)
+
+
 def test_one_trial_for_equal_modules(monkeypatch):
     tried, own = [], trial.Trial.__init__
     monkeypatch.setattr(trial.Trial, "__init__", lambda *args: tried.append(1) or own(*args))
