@@ -23,6 +23,8 @@ HARMLESS = (
 )  # fmt: skip
 # Keywords of which eager functions read their own form.
 _READ_BY_EAGER = {"position_bias", "s_aux", "sinks", "softcap"}
+# Hugging Face's function for torch's attention, set by ``register_attention``: torch.compile traces no import.
+_torch_attention: Any = None
 
 
 def register_attention(name: str = "sclkern") -> None:
@@ -57,6 +59,8 @@ def register_attention(name: str = "sclkern") -> None:
     known = AttentionInterface()
     if not name or name == "eager" or (name in known and known[name] is not attention):
         raise UserError(f"name: got {name!r}, which transformers has already; expected another, such as 'sclkern'")
+    global _torch_attention
+    _torch_attention = known["sdpa"]
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
     find_collector()
@@ -119,10 +123,8 @@ def attention(
         heads_last = (tensor.transpose(1, 2) for tensor in (query, key, value))
         fused: Any = ops.attention(*heads_last, key_padding_mask=padding, dropout_p=dropout, softmax_scale=scaling)
         return fused.contiguous(), None
-    from transformers import AttentionInterface
-
     warn_once(f"{reason}: computed by torch's attention")
-    result: tuple[Tensor, Tensor | None] = AttentionInterface()["sdpa"](
+    result: tuple[Tensor, Tensor | None] = _torch_attention(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal
     )
     return result
