@@ -17,8 +17,6 @@ from torch import Tensor
 
 from sclkern.data.undecodable import UndecodableImages
 from sclkern.errors import Interrupted, UserError, WorkerError
-from sclkern.evaluation.attention_maps import choose_pairs, plot_attention
-from sclkern.evaluation.retrieval import RetrievalResult, evaluate_retrieval
 from sclkern.model import SCLModel
 from sclkern.profiling import phase
 from sclkern.random import mix_seed
@@ -28,6 +26,7 @@ from sclkern.training.clock import StepClock
 from sclkern.training.config import PretrainConfig
 from sclkern.training.data import data_difference, open_data
 from sclkern.training.directory import begin, lock_directory, open_directory
+from sclkern.training.evaluation import RunEvaluation
 from sclkern.training.health import FiniteCheck
 from sclkern.training.logs import RunLog, read_metrics
 from sclkern.training.optim import build_optimizer, schedule_factor, set_learning_rate
@@ -40,8 +39,8 @@ from sclkern.training.throughput import Throughput
 
 log = logging.getLogger("sclkern.training")
 
-# Streams of the run's seed.
-_MODEL, _STEP, _VALIDATION = range(3)
+# Streams of the run's seed; validation has 2.
+_MODEL, _STEP = range(2)
 
 
 class Pretraining:
@@ -80,7 +79,6 @@ class Pretraining:
         model.step = config.step
         self.model = model.set_backend(config.run.backend).to(self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self.undecodable_val = UndecodableImages(self.data.val_source.num_images)
         undecodable = UndecodableImages(self.data.train_source.num_images)
         self.state = TrainingState(self.model, self.optimizer, undecodable)
         if saved:
@@ -88,11 +86,8 @@ class Pretraining:
                 self.state.load_state_dict(saved.state)
             except UserError as error:
                 raise UserError(f"{saved.path}: {error}; {remedy(saved.path)}") from error
-        # Retrieval needs heads that the recipe trains.
-        trained = {head for objective in config.objectives.selected for head in objective.heads}
-        self.ranks = "itc" in trained
-        self.rerank = config.evaluation.rerank if "itm" in trained else 0
         self.passes = Passes(self.model, config, self.device)
+        self.evaluation = RunEvaluation(config, self.data, self.passes, self.state.undecodable, self.stop)
         self.finite = FiniteCheck(self.model, self.device)
         self.clock = StepClock()
         pad_to_max = self.data.train_loader.pad_to_max
@@ -123,7 +118,7 @@ class Pretraining:
                 closing(self.batches()) as batches,
                 self.stop.stage("the run is saved and stops", patience=None),
             ):
-                run_log.message(self.describe() + (f"; from step {state.step}" if state.step else ""))
+                run_log.message(self.evaluation.describe() + (f"; from step {state.step}" if state.step else ""))
                 self._run_saved(batches, run_log, last)
             if self.stop.number is not None:
                 if state.saved_step < 0:
@@ -260,10 +255,10 @@ class Pretraining:
             UserError: undecodable images above 1 %.
         """
         self.model.eval()
-        values = self._held_out_losses()
+        values = self.evaluation.held_out_losses()
         score, line = -values["total"], ""
-        if self.ranks:
-            result = self.retrieval(held_out=True)
+        if self.evaluation.ranks:
+            result = self.evaluation.retrieval()
             values |= {**result.recalls, "recall_sum": result.sum}
             score, line = result.sum, f", {result.line()}"
         run_log.write("val", self.state.step, values)
@@ -278,42 +273,6 @@ class Pretraining:
             except UserError:  # not validated, so that a resumed run tries again
                 self.state.validated, self.state.best = before
                 raise
-
-    @torch.no_grad()
-    def _held_out_losses(self) -> dict[str, float]:
-        """Mean losses over the held-out pairs that fill whole batches, with the same masks every time."""
-        sums: dict[str, float] = {}
-        with closing(self.data.val_loader.epoch(0)) as batches:
-            for index in range(len(self.data.val_loader)):
-                with self.stop.interruptible():
-                    batch = next(batches)
-                self.undecodable_val.add(batch.pop("undecodable"))
-                losses = self.passes.forward(batch, mix_seed(self.config.run.seed, _VALIDATION, index))
-                for name, value in {**losses.named(), **losses.metrics}.items():
-                    sums[name] = sums.get(name, 0.0) + value.item()
-        return {name: value / len(self.data.val_loader) for name, value in sums.items()}
-
-    def retrieval(self, *, held_out: bool, max_images: int | None = None) -> RetrievalResult:
-        """Zero-shot retrieval with the settings of ``config.evaluation``.
-
-        Args:
-            held_out: whether to retrieve from the held-out images; else from the training images.
-            max_images: images to retrieve from, spread evenly over the source; None takes all.
-
-        Returns:
-            The recalls.
-        """
-        return evaluate_retrieval(
-            self.model,
-            self.data.val_source if held_out else self.data.train_source,
-            self.data.tokenizer,
-            self.data.val_transform,
-            batch_size=self.config.evaluation.batch_size,
-            rerank=self.rerank,
-            max_images=max_images,
-            undecodable=self.undecodable_val if held_out else self.state.undecodable,
-            between_batches=self.stop.check,
-        )
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -350,38 +309,15 @@ class Pretraining:
         Returns:
             The path of the report.
         """
-        evaluation, data = self.config.evaluation, self.data
-        results = {"held-out": self.retrieval(held_out=True)} if self.ranks else {}
-        if self.ranks and evaluation.train_images:
-            results["training"] = self.retrieval(held_out=False, max_images=evaluation.train_images)
-        attention = None
-        if evaluation.attention_images and self.config.model.fusion_layers:
-            patch = self.config.model.patch_size
-            if pairs := choose_pairs(data.val_source, evaluation.attention_images, patch):
-                attention = self.directory / "attention.png"
-                plot_attention(attention, self.model, data.val_source, pairs, data.tokenizer, data.val_transform)
         summary = RunSummary(
-            description=self.describe(),
+            description=self.evaluation.describe(),
             rows=read_metrics(self.directory / "metrics.jsonl"),
-            retrieval=results,
-            rerank=self.rerank,
-            undecodable={"training": len(self.state.undecodable), "held-out": len(self.undecodable_val)},
-            attention=attention,
+            retrieval=self.evaluation.retrievals(),
+            rerank=self.evaluation.rerank,
+            attention=self.evaluation.plot_attention(self.directory / "attention.png"),
+            undecodable={name: len(images) for name, images in self.evaluation.undecodable.items()},
         )
         return write_report(summary, self.directory)
-
-    def describe(self) -> str:
-        """The run in one line: size, data, batch, negatives, steps."""
-        run, config, data = self.config.run, self.config, self.data
-        parameters = sum(p.numel() for p in self.model.parameters())
-        return (
-            f"{parameters / 1e6:.1f} M parameters, recipe {config.objectives.recipe_name}, "
-            f"{data.train_source.num_images} images with {data.train_source.num_pairs} captions to train on, "
-            f"{data.val_source.num_images} held out; "
-            f"batch {run.batch_size} x {run.accumulation}, {run.batch_size - 1} negatives for each contrast; "
-            f"{run.max_steps} steps = {run.max_steps * run.accumulation / len(data.train_loader):.1f} epochs on "
-            f"{self.device}, {run.precision}"
-        )
 
 
 def _due(step: int, every: int) -> bool:

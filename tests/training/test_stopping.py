@@ -299,7 +299,7 @@ def test_a_worker_that_dies_in_validation(pretraining, monkeypatch, tmp_path):
     def dies(*_):
         raise WorkerError("a data worker died")
 
-    monkeypatch.setattr(run, "_held_out_losses", dies)
+    monkeypatch.setattr(run.evaluation, "held_out_losses", dies)
     with pytest.raises(WorkerError, match=r"a data worker died; the checkpoint of step 1 is kept; go on with --resume"):
         run.run()
     assert latest(tmp_path / "run")["step"] == 1

@@ -39,6 +39,6 @@ def test_a_model_without_the_heads_of_retrieval_trains(pretraining):
 def test_validation_draws_the_same_masks_every_time(pretraining):
     run = pretraining(run__max_steps=1)
     run.model.eval()
-    first = run._held_out_losses()
+    first = run.evaluation.held_out_losses()
     torch.manual_seed(123)
-    assert run._held_out_losses() == first
+    assert run.evaluation.held_out_losses() == first

@@ -1,0 +1,140 @@
+"""What a run measures of its model: held-out losses, retrieval, the attention that its report shows."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import torch
+
+from sclkern.data.undecodable import UndecodableImages
+from sclkern.evaluation.attention_maps import choose_pairs, plot_attention
+from sclkern.evaluation.retrieval import RetrievalResult, evaluate_retrieval
+from sclkern.random import mix_seed
+from sclkern.training.config import PretrainConfig
+from sclkern.training.data import TrainingData
+from sclkern.training.passes import Passes
+from sclkern.training.signals import StopSignals
+
+# Stream of the run's seed; the loop has 0 and 1.
+_VALIDATION = 2
+
+
+class RunEvaluation:
+    """Measures the model of a run with the settings of its configuration. Whoever calls puts the model into eval mode.
+
+    Args:
+        config: of the run.
+        data: of the run.
+        passes: the forward pass, with the model.
+        undecodable_train: counts the training images that cannot be decoded.
+        stop: the signals that stop it between batches.
+
+    Attributes:
+        ranks: whether the recipe trains the head that retrieval ranks by.
+        rerank: candidates that the matching head re-ranks; 0 if the recipe does not train it.
+        undecodable: counts of the images that cannot be decoded, by the name of their set.
+    """
+
+    ranks: bool
+    rerank: int
+    undecodable: dict[str, UndecodableImages]
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        data: TrainingData,
+        passes: Passes,
+        undecodable_train: UndecodableImages,
+        stop: StopSignals,
+    ) -> None:
+        self.config = config
+        self.data = data
+        self.passes = passes
+        self.stop = stop
+        self.undecodable = {"training": undecodable_train, "held-out": UndecodableImages(data.val_source.num_images)}
+        trained = {head for objective in config.objectives.selected for head in objective.heads}
+        self.ranks = "itc" in trained
+        self.rerank = config.evaluation.rerank if "itm" in trained else 0
+
+    @torch.no_grad()
+    def held_out_losses(self) -> dict[str, float]:
+        """Mean losses over the held-out pairs that fill whole batches, with the same masks every time.
+
+        Returns:
+            Losses and metrics by name.
+
+        Raises:
+            UserError: undecodable images above 1 %.
+        """
+        sums: dict[str, float] = {}
+        with closing(self.data.val_loader.epoch(0)) as batches:
+            for index in range(len(self.data.val_loader)):
+                with self.stop.interruptible():
+                    batch = next(batches)
+                self.undecodable["held-out"].add(batch.pop("undecodable"))
+                losses = self.passes.forward(batch, mix_seed(self.config.run.seed, _VALIDATION, index))
+                for name, value in {**losses.named(), **losses.metrics}.items():
+                    sums[name] = sums.get(name, 0.0) + value.item()
+        return {name: value / len(self.data.val_loader) for name, value in sums.items()}
+
+    def retrieval(self, name: str = "held-out", *, max_images: int | None = None) -> RetrievalResult:
+        """Zero-shot retrieval from the images of a set.
+
+        Args:
+            name: "held-out" or "training".
+            max_images: images to retrieve from, spread evenly over the set; None takes all.
+
+        Returns:
+            The recalls.
+        """
+        return evaluate_retrieval(
+            self.passes.model,
+            self.data.val_source if name == "held-out" else self.data.train_source,
+            self.data.tokenizer,
+            self.data.val_transform,
+            batch_size=self.config.evaluation.batch_size,
+            rerank=self.rerank,
+            max_images=max_images,
+            undecodable=self.undecodable[name],
+            between_batches=self.stop.check,
+        )
+
+    def retrievals(self) -> dict[str, RetrievalResult]:
+        """Retrieval from each set that the report shows, by its name; none for recipes that cannot retrieve."""
+        if not self.ranks:
+            return {}
+        results = {"held-out": self.retrieval()}
+        if count := self.config.evaluation.train_images:
+            results["training"] = self.retrieval("training", max_images=count)
+        return results
+
+    def plot_attention(self, path: Path) -> Path | None:
+        """Draw the attention of held-out captions over their images.
+
+        Args:
+            path: PNG file to write.
+
+        Returns:
+            ``path``; None if the configuration wants no plot, or there is no fusion layer or no picture to draw.
+        """
+        count, model = self.config.evaluation.attention_images, self.config.model
+        source = self.data.val_source
+        pairs = choose_pairs(source, count, model.patch_size) if count and model.fusion_layers else []
+        if not pairs:
+            return None
+        plot_attention(path, self.passes.model, source, pairs, self.data.tokenizer, self.data.val_transform)
+        return path
+
+    def describe(self) -> str:
+        """The run in one line: size, data, batch, negatives, steps."""
+        run, config, data = self.config.run, self.config, self.data
+        parameters = sum(p.numel() for p in self.passes.model.parameters())
+        return (
+            f"{parameters / 1e6:.1f} M parameters, recipe {config.objectives.recipe_name}, "
+            f"{data.train_source.num_images} images with {data.train_source.num_pairs} captions to train on, "
+            f"{data.val_source.num_images} held out; "
+            f"batch {run.batch_size} x {run.accumulation}, {run.batch_size - 1} negatives for each contrast; "
+            f"{run.max_steps} steps = {run.max_steps * run.accumulation / len(data.train_loader):.1f} epochs on "
+            f"{self.passes.device}, {run.precision}"
+        )
