@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BUDGET ?= 540
+MODELS ?=
 # Processes of pytest, one thread each.
 JOBS ?= 2
 RUN := $(VENV)/bin
 OLDEST := $(VENV)/oldest
 
-.PHONY: demo test quick test-op test-sanitized test-oldest lint api gpu
+.PHONY: demo test quick test-op test-sanitized test-models record-models test-oldest lint api gpu
 
 # Stamped, so that an interrupted installation is done again. PIP_ARGS: further arguments of pip.
 $(VENV)/.installed: setup.py pyproject.toml
@@ -21,12 +22,20 @@ demo: $(VENV)/.installed
 	$(RUN)/sclkern pretrain --config configs/demo.yaml --resume
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not gpu" -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not gpu and not models" -n $(JOBS) --dist loadfile
+
+# Tiny models of transformers, timm, open_clip and torch.nn, each fused in every way.
+test-models: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -m models -n $(JOBS) tests/swapped_models
+
+# Writes what is taken and what is left into the record and docs/swapping_in.md. MODELS: only these, such as BertModel.
+record-models: $(VENV)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests/helpers $(RUN)/python -m swapped_models.record $(MODELS)
 
 # The quick loop, under two minutes: everything but the tests that are marked slow, which interpret or compile kernels,
 # start other processes or train.
 quick: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -m "not gpu and not slow" -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -m "not gpu and not slow and not models" -n $(JOBS) --dist loadfile
 
 # One op, under a minute: its definition, its kernel in the interpreter, and what holds for every op. make test-op OP=name
 test-op: $(VENV)/.installed

@@ -68,13 +68,15 @@ setup(
         "tqdm",
         "nvtx",
     ],
-    # kernels: Hugging Face's, to prove that our folder of that name does not get in its way.
+    # kernels: Hugging Face's, to prove that our folder of that name does not get in its way. open_clip_torch: ops are
+    # swapped into its models.
     extras_require={
         "test": [
             "pytest",
             "pytest-benchmark",
             "hypothesis",
             "kernels",
+            "open_clip_torch",
             "ruff",
             "pytest-xdist",
             "mypy",
