@@ -6,7 +6,7 @@ A command is one function here, and the module ``sclkern.cli.<command>`` with ``
 from __future__ import annotations
 
 import argparse
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from sclkern import __version__
 
@@ -184,10 +184,23 @@ def _add(
 def _config(command: argparse.ArgumentParser, default: str | None = None) -> None:
     described = "a YAML file, or the name of a shipped configuration (sclkern configs lists them)"
     described += f"; default: {default}" if default else ""
-    command.add_argument("--config", metavar="FILE|NAME", default=default, help=described)
+    command.add_argument("--config", metavar="FILE|NAME", default=default, help=described, action=_Once)
     command.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="override the configuration: run.batch_size=16"
     )
+
+
+class _Once(argparse.Action):
+    """An option that is refused the second time, where argparse would take the last value in silence."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        given: dict[str, Any] = namespace.__dict__.setdefault("given", {})
+        if self.dest in given:
+            parser.error(f"{option}: got {values!r}, before {given[self.dest]!r}; keep one of them")
+        given[self.dest] = values
+        setattr(namespace, self.dest, values)
 
 
 def _json(command: argparse.ArgumentParser) -> None:

@@ -54,13 +54,14 @@ class PretrainConfig:
 
 
 # Keys that may change when a run is resumed. None of them changes what is computed, except the learning rate and the
-# gradient clipping, which are the remedies for a run that diverged.
+# gradient clipping, which are the remedies for a run that diverged. The best checkpoint is chosen by recalls after
+# re-ranking, so evaluation.rerank is not among them.
 RESUMABLE_CHANGES = {
     "optimizer.learning_rate", "optimizer.max_grad_norm", "run.output_dir",
     "run.stop_at", "run.device", "run.cuda_graphs", "run.log_every", "run.save_every", "run.val_every",
     "data.format", "data.num_workers",
     "weights.pretrained", "weights.reference", "weights.text", "weights.vision", "weights.strict",
-    *(f"evaluation.{f.name}" for f in dataclasses.fields(EvaluationConfig)),
+    "evaluation.batch_size", "evaluation.train_images", "evaluation.attention_images",
 }  # fmt: skip
 
 

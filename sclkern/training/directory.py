@@ -47,17 +47,17 @@ def open_directory(config: PretrainConfig, *, resume: bool) -> SavedRun | None:
 
     Raises:
         UserError: the folder cannot be written, holds anything of a run and ``resume`` is False, holds a run of another
-            configuration, or a model without a checkpoint to go on from.
+            configuration, or a model or a checkpoint without one to go on from.
     """
     directory = Path(config.run.output_dir)
     checkpoints = directory / "checkpoints"
     there = _content(directory)
     latest, best = checkpoints / "latest.pt", checkpoints / "best.pt"
     path = next((file for file in (latest, best) if file.exists()), None)
-    if path is None and {"model", "report.md"} & set(there):
+    if path is None and set(there) - {"metrics.jsonl"}:
         raise UserError(
-            f"{directory}: holds {', '.join(there)} of a run, but no checkpoint to go on from; give another "
-            "run.output_dir"
+            f"{directory}: holds {', '.join(there)} of a run, but neither latest.pt nor best.pt to go on from; "
+            "give a checkpoint one of these names, or give another run.output_dir"
         )
     if there and not resume:
         raise UserError(
@@ -84,7 +84,7 @@ def open_directory(config: PretrainConfig, *, resume: bool) -> SavedRun | None:
 
 
 def lock_directory(directory: Path) -> IO[str] | None:
-    """Keep other processes from writing the same folder, for as long as the file that is returned is open.
+    """Make the folder, and keep other processes from writing it for as long as the file that is returned is open.
 
     Args:
         directory: folder of the run.
@@ -98,6 +98,7 @@ def lock_directory(directory: Path) -> IO[str] | None:
     if fcntl is None:
         return None
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         file = (directory / ".lock").open("w")
     except OSError as error:
         raise UserError(f"run.output_dir {directory}: {error.strerror}; give a folder that can be written") from error
@@ -126,7 +127,7 @@ def begin(config: PretrainConfig, *, new: bool) -> None:
     """
     directory = Path(config.run.output_dir)
     for folder in (directory, directory / "checkpoints", directory / "model"):
-        for left_over in folder.glob(".*.tmp"):  # of a process killed while it wrote
+        for left_over in folder.glob(".*.[0-9]*.tmp"):  # of a process killed while it wrote
             left_over.unlink(missing_ok=True)
     resolved, path, metrics = write_yaml(config.to_dict()), directory / "config.yaml", directory / "metrics.jsonl"
     if new and "metrics.jsonl" in _content(directory):

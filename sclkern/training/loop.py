@@ -64,8 +64,9 @@ class Pretraining:
         if config.run.cuda_graphs:
             check_capture(self.device, config.step)
         check_objectives(config.model, config.objectives)
-        saved = open_directory(config, resume=resume)
+        # Before anything is read: the run that still holds the folder may save another step.
         self._lock = lock_directory(self.directory)
+        saved = open_directory(config, resume=resume)
         self.data = open_data(config, self.device)
         if saved and "data" in saved.state:
             difference = data_difference(saved.state["data"], self.data.identity)
@@ -124,6 +125,9 @@ class Pretraining:
                 if state.saved_step < 0:
                     raise Interrupted(self.stop.number)
                 log.warning("stopped at step %d, saved; go on with --resume", state.saved_step)
+        elif state.step < run.max_steps:
+            log.warning("nothing to do: step %d is saved, and run.stop_at is %d; raise it, or set it to null to go on",
+                        state.step, run.stop_at)  # fmt: skip
         return state.step >= run.max_steps and not self._validation_is_due()
 
     def _run_saved(self, batches: Generator[dict[str, Any]], run_log: RunLog, last: int) -> None:

@@ -27,11 +27,11 @@ def _check(section: object, holds: Callable[[Any], bool], expected: str, *names:
 
 
 # A shell does not expand "~" behind "=", and an empty path is the working directory.
-_PATH = "a path that is not empty and does not begin with '~'; write it out"
+_PATH = "a path that is not empty and does not begin with '~', without NUL; write it out"
 
 
 def _written_out(path: str) -> bool:
-    return bool(path.strip()) and not path.startswith("~")
+    return bool(path.strip()) and not path.startswith("~") and "\0" not in path
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,14 @@ def test_the_module_for_torchrun_is_pretrain():
     assert process.returncode == 0
 
 
+def test_a_configuration_given_twice_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "--config", "demo", "run.seed=1", "--config=pretrain_base"])
+    assert stop.value.code == 2
+    assert "--config: got 'pretrain_base', before 'demo'; keep one of them" in capsys.readouterr().err
+    assert parse(["profile"]).config == "demo"
+
+
 def test_overrides_may_stand_on_both_sides_of_options():
     options = parse(["plan", "run.seed=1", "--json", "run.max_steps=2", "--frames", "2", "run.batch_size=4"])
     assert options.overrides == ["run.seed=1", "run.max_steps=2", "run.batch_size=4"]

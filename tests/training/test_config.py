@@ -72,6 +72,9 @@ def test_resuming_may_change_how_often_but_not_what():
     assert resume_difference(saved, build_config({"run": {"log_every": 3, "device": "cpu"}}).to_dict()) is None
     changed = build_config({"optimizer": {"weight_decay": 0.1}}).to_dict()
     assert resume_difference(saved, changed) == "optimizer.weight_decay was 0.01 and is now 0.1"
+    # The best checkpoint so far was chosen by recalls of this re-ranking.
+    changed = build_config({"evaluation": {"rerank": 0, "train_images": 3}}).to_dict()
+    assert resume_difference(saved, changed) == "evaluation.rerank was 16 and is now 0"
 
 
 def test_every_key_is_described_with_its_default():

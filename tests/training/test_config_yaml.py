@@ -95,6 +95,7 @@ def test_what_is_written_is_read_back(value):
         ("objectives.itc_weight=-.inf", r"objectives\.itc_weight: got -inf, expected a finite number"),
         ("run.output_dir=~/runs", r"run\.output_dir: got '~/runs', expected a path that is not empty and does not"),
         ("run.output_dir=''", r"run\.output_dir: got '', expected a path that is not empty"),
+        ('run.output_dir="a\\0b"', r"run\.output_dir: got 'a\\x00b', expected a path .* without NUL"),
         ("weights.pretrained=~/model", r"weights\.pretrained: got '~/model', expected a path"),
     ],
 )

@@ -15,6 +15,7 @@ from sclkern.data.sources.arrow import write_pairs
 from sclkern.errors import UserError
 from sclkern.training.checkpoint import load_checkpoint, save_checkpoint
 from sclkern.training.config import load_config
+from sclkern.training.directory import lock_directory
 from sclkern.training.loop import Pretraining
 from tiny_run import NO_LAYERS, overrides, rows, small_data
 
@@ -80,12 +81,12 @@ def test_rows_without_a_checkpoint_are_kept(pretraining, stopped, caplog):
     assert metrics(stopped, "metrics.1.jsonl") == before and len(metrics(stopped)) == 1
 
 
-@pytest.mark.parametrize("name", ["model/model.safetensors", "report.md"])
+@pytest.mark.parametrize("name", ["model/model.safetensors", "report.md", "checkpoints/latest.old.pt"])
 def test_an_exported_model_and_a_report_are_not_replaced(pretraining, tmp_path, name):
     (tmp_path / "run" / name).parent.mkdir(parents=True)
     (tmp_path / "run" / name).write_text("of a run")
     for resume in (False, True):
-        with pytest.raises(UserError, match=r"of a run, but no checkpoint to go on from; give another run\.output_dir"):
+        with pytest.raises(UserError, match=r"of a run, but neither latest\.pt nor best\.pt to go on from; "):
             pretraining(**TINY, resume=resume)
 
 
@@ -112,6 +113,42 @@ def test_two_processes_do_not_write_one_folder(pretraining, tmp_path):
             pretraining(**TINY)
         process.communicate("\n")
     pretraining(**TINY)
+
+
+def test_the_step_that_another_process_saves_last_is_not_lost(pretraining, stopped, monkeypatch):
+    """The other process lets go of the folder just before this one could lock it."""
+    later = checkpoint(stopped).read_bytes()
+    shutil.copy(checkpoint(stopped, "best"), checkpoint(stopped))
+
+    def lock(directory):
+        checkpoint(stopped).write_bytes(later)
+        return lock_directory(directory)
+
+    monkeypatch.setattr("sclkern.training.loop.lock_directory", lock)
+    assert pretraining(**TINY, run__val_every=2, resume=True).state.step == 3
+
+
+def test_a_run_that_has_reached_its_stop_says_so(pretraining, stopped, caplog):
+    for stop_at in (3, 2):
+        assert not pretraining(**TINY, run__val_every=2, run__stop_at=stop_at, resume=True).run()
+        assert f"nothing to do: step 3 is saved, and run.stop_at is {stop_at}; raise it" in caplog.text
+    assert pretraining(**TINY, run__val_every=2, run__stop_at="null", resume=True).run()
+
+
+def test_rows_of_another_form_are_left_out(pretraining, stopped):
+    before = metrics(stopped)
+    with (stopped / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": "3"}\n{"kind": [], "step": 3}\n{"kind": "val", "step": null}\n[]\n')
+    pretraining(**TINY, run__val_every=2, resume=True).run()
+    assert metrics(stopped)[: len(before)] == before
+
+
+def test_files_of_the_user_are_not_taken_for_left_overs(pretraining, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in (".notes.tmp", ".config.yaml.123.tmp"):
+        (tmp_path / "run" / name).write_text("")
+    pretraining(**TINY)
+    assert [file.name for file in (tmp_path / "run").glob(".*.tmp")] == [".notes.tmp"]
 
 
 def table(tmp_path, pairs, name="t"):
