@@ -21,7 +21,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112  # of EXIF
-_PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 262, 258, 339  # of TIFF
+_PHOTOMETRIC, _BITS, _SAMPLE_FORMAT, _COLOUR_MAP = 262, 258, 339, 320  # of TIFF
 # Formats whose grey of more than 8 bits Pillow scales to 16; a TIFF says its bits itself.
 _SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")
 # Formats that often leave the place of alpha at zero; viewers then show the picture without it.
@@ -78,6 +78,7 @@ def _orientation(image: Image.Image) -> int:
 def _to_rgb(image: Image.Image, data: bytes | memoryview) -> Image.Image:
     if image.format == "TIFF":
         _check_tiff(image)
+        _widen_palette(image)
     key = image.info.get("transparency")
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         samples, bits = _deep_grey(image)
@@ -98,6 +99,15 @@ def _check_tiff(image: Image.Image) -> None:
     is_ycbcr = image.tag_v2.get(_PHOTOMETRIC) == 6  # type: ignore[attr-defined]
     if is_ycbcr and image.mode == "RGB" and image.info.get("compression") == "raw":
         raise ValueError("this Pillow takes YCbCr without compression for RGB; install Pillow 13 or compress it")
+
+
+def _widen_palette(image: Image.Image) -> None:
+    """Take a TIFF's palette of 8 bits for what it is: it should have 16, of which Pillow takes the upper 8."""
+    colours: tuple[int, ...] = image.tag_v2.get(_COLOUR_MAP, ())  # type: ignore[attr-defined]
+    if image.mode in ("P", "PA") and 0 < max(colours, default=0) < 256:
+        count = len(colours) // 3
+        channels = (colours[:count], colours[count : 2 * count], colours[2 * count :])
+        image.putpalette(bytes(value for colour in zip(*channels, strict=True) for value in colour))
 
 
 def _surround_with_white(image: Image.Image, frame: tuple[int, int, int, int]) -> Image.Image:

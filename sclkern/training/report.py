@@ -94,6 +94,8 @@ def format_report(summary: RunSummary) -> str:
 
 
 def _loss_section(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not rows:
+        return ["## Losses", "", "None: no step is logged.", ""]
     lines = ["## Losses", "", "| loss | first step | last logged step | held-out, last |", "|---|---|---|---|"]
     train = [row for row in rows if row["kind"] == "train"]
     held_out = [row for row in rows if row["kind"] == "val"]

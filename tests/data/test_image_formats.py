@@ -107,6 +107,16 @@ def test_palettes() -> None:
         assert_shows(one, np.where((index == 1)[..., None], 255, palette[index]))
 
 
+@pytest.mark.parametrize("scale", [257, 1], ids=["16 bits", "8 bits, as some programs wrote"])
+def test_tiff_palettes(scale: int) -> None:
+    palette = NOISE.integers(0, 256, (256, 3))
+    index = HIGH.astype(np.uint8)
+    assert_shows(tiff(index, 3, tag_320=scale * palette.T), palette[index])
+    with_alpha = np.stack([index, ALPHA >> 8], -1).astype(np.uint8)
+    shown = on_white(palette[index].astype(float), with_alpha[..., 1] / 255)
+    assert_shows(tiff(with_alpha, 3, extra=2, tag_320=scale * palette.T), shown, 1)
+
+
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_grey_tiff(order: str) -> None:
     assert_shows(tiff(GREY, order=order), HIGH)

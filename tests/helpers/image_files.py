@@ -36,14 +36,14 @@ def _packed(row, bits):
 
 
 def tiff(samples, photometric=1, *, order="<", bits=None, sample_format=None, extra=None, content=None, **tags):
-    """An uncompressed TIFF of samples (H, W) or (H, W, channels); further tags of one SHORT as ``tag_123=4``."""
+    """An uncompressed TIFF of samples (H, W) or (H, W, channels); further tags of SHORT as ``tag_123=4`` or a list."""
     samples = np.asarray(samples)
     height, width = samples.shape[:2]
     channels = 1 if samples.ndim == 2 else samples.shape[2]
     bits = bits or 8 * samples.itemsize
     data = content if content is not None else samples.astype(samples.dtype.newbyteorder(order)).tobytes()
     short = {256: [width], 257: [height], 258: [bits] * channels, 259: [1], 262: [photometric], 277: [channels]}
-    short |= {278: [height], **{int(name[4:]): [value] for name, value in tags.items()}}
+    short |= {278: [height], **{int(name[4:]): np.ravel(value).tolist() for name, value in tags.items()}}
     if sample_format:
         short[339] = [sample_format] * channels
     if extra is not None:

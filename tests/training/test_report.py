@@ -34,7 +34,7 @@ def test_losses_recalls_and_skipped_images_are_shown(tmp_path):
 
 def test_a_report_without_rows_has_no_losses(tmp_path):
     text = write_report(summary(rows=[]), tmp_path).read_text()
-    assert "| total |" not in text and "| held-out, 40 images" in text
+    assert "| total |" not in text and "losses.png" not in text and "| held-out, 40 images" in text
     assert not (tmp_path / "losses.png").exists()
 
 
