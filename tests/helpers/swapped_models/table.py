@@ -23,7 +23,6 @@ class Model:
         inputs: arguments of the forward beyond what ``make_inputs`` finds.
         dtype: float64, except where the model's own code computes in float32.
         generates: whether ``generate`` takes what the forward takes.
-        idle: classes that are taken, but that this model calls with what the op does not have, such as a causal mask.
         selected_maps: whether ``attn_implementation="sclkern"`` gives the maps that are requested.
     """
 
@@ -31,7 +30,6 @@ class Model:
     inputs: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
     generates: bool = True
-    idle: tuple[str, ...] = ()
     selected_maps: bool = True
 
 
@@ -63,9 +61,7 @@ VIDEO = {"pixel_values": make.frames}
 
 MODELS: dict[str, Model] = {
     # Text.
-    "BigBirdPegasusForConditionalGeneration": Model(idle=("BigBirdPegasusDecoderAttention",)),
     "CodeGenForCausalLM": Model({"rotary_dim": 16}),
-    "EvollaForProteinText2Text": Model(idle=("EvollaSaProtSelfAttention",)),
     "EsmModel": Model({"vocab_size": 64}),
     "FSMTForConditionalGeneration": Model(**FLOAT32),
     "GPTJForCausalLM": Model({"rotary_dim": 16}),
@@ -81,7 +77,7 @@ MODELS: dict[str, Model] = {
     "XLNetLMHeadModel": Model(generates=False),
     "XmodModel": Model({"languages": ["en_XX"], "default_language": "en_XX"}),
     # Images and videos.
-    "ConditionalDetrModel": Model(DETR, idle=("ConditionalDetrDecoderCrossAttention",)),
+    "ConditionalDetrModel": Model(DETR),
     "DabDetrModel": Model(DETR, **FLOAT32),
     "DeformableDetrModel": Model(DETR),
     "DetrModel": Model(DETR),
@@ -99,7 +95,6 @@ MODELS: dict[str, Model] = {
     "AlignModel": Model({"vision_config": EFFICIENTNET | {"out_channels": [16, 24, 40, 64, 64, 64, 256]}}),
     "Gemma3ForConditionalGeneration": Model({"mm_tokens_per_image": 4}),
     "Glm4vForConditionalGeneration": Model({"text_config": HALF_MROPE}, **FLOAT32),
-    "GitForCausalLM": Model(idle=("GitSelfAttention",)),
     "Idefics2ForConditionalGeneration": Model({}, IMAGES),
     "Idefics3ForConditionalGeneration": Model({}, IMAGES),
     "IdeficsForVisionText2Text": Model(
@@ -110,7 +105,7 @@ MODELS: dict[str, Model] = {
     "LlavaNextForConditionalGeneration": Model({"image_grid_pinpoints": [[32, 32]]}, TILES),
     "LlavaOnevisionForConditionalGeneration": Model({"image_grid_pinpoints": [[32, 32]]}, TILES),
     "LxmertModel": Model({"visual_feat_dim": 64}, {"visual_feats": normal(5, 64), "visual_pos": normal(5, 4)}),
-    "Mistral3ForConditionalGeneration": Model({}, SIZES, idle=("PixtralAttention",)),
+    "Mistral3ForConditionalGeneration": Model({}, SIZES),
     "ModernVBertModel": Model({}, IMAGES),
     "Qwen2_5_VLForConditionalGeneration": Model({"text_config": MROPE}),
     "Qwen2VLForConditionalGeneration": Model({"text_config": MROPE}),
@@ -122,7 +117,6 @@ MODELS: dict[str, Model] = {
     # Sound.
     "ASTModel": Model({"max_length": 32, "num_mel_bins": 32}, {"input_values": normal(32, 32)}),
     "BarkSemanticModel": Model({"input_vocab_size": 64, "output_vocab_size": 64}, generates=False),
-    "BlipForConditionalGeneration": Model(idle=("BlipTextSelfAttention",)),
     "BridgeTowerModel": Model(selected_maps=False),
     "ClapModel": Model({"audio_config": HTSAT}, {"input_features": normal(1, 32, 16)}),
     "HiggsAudioV2ForConditionalGeneration": Model(generates=False),
@@ -134,6 +128,10 @@ MODELS: dict[str, Model] = {
 
 # Models that need nothing beyond what ``tiny`` sets and ``make_inputs`` finds.
 PLAIN = """
+    BlipForConditionalGeneration
+    GitForCausalLM
+    EvollaForProteinText2Text
+    BigBirdPegasusForConditionalGeneration
     AfmoeForCausalLM Aimv2Model Aimv2VisionModel AlbertModel AltCLIPModel Apertus1p5TextForCausalLM
     ApertusForCausalLM ArceeForCausalLM AriaTextForCausalLM AXK1ForCausalLM AXK2ForCausalLM
     AyaVisionForConditionalGeneration BartForConditionalGeneration BeamForCausalLM BeitModel BertGenerationDecoder
@@ -194,6 +192,27 @@ PLAIN = """
     YosoModel YoutuForCausalLM Zamba2ForCausalLM ZayaForCausalLM
 """
 MODELS |= {name: Model() for name in PLAIN.split() if name not in MODELS} | {name: Model() for name in OTHERS}
+
+# By model: classes that are taken, but that it hands what the op does not have (the causal mask of a decoder, whose
+# class its cross-attention shares; masks of image blocks; wider keys than values), or that these inputs do not reach.
+IDLE = {
+    "BigBirdPegasusForConditionalGeneration": "BigBirdPegasusDecoderAttention",
+    "BlipForConditionalGeneration": "BlipTextSelfAttention",
+    "ConditionalDetrModel": "ConditionalDetrDecoderCrossAttention",
+    "EvollaForProteinText2Text": "EvollaSaProtSelfAttention",
+    "GitForCausalLM": "GitSelfAttention",
+    "Kosmos2_5ForConditionalGeneration": "Kosmos2_5TextAttention",
+    "Lfm3VlForConditionalGeneration": "Lfm3VlVisionAttention",
+    "Mistral3ForConditionalGeneration": "PixtralAttention",
+    "MoonshineForConditionalGeneration": "MoonshineAttention",
+    "NllbMoeForConditionalGeneration": "NllbMoeAttention",
+    "PegasusXForConditionalGeneration": "PegasusXAttention",
+    "Phi4MultimodalForCausalLM": "Phi4MultimodalVisionAttention Phi4MultimodalVisionMLP",
+    "PixtralVisionModel": "PixtralAttention",
+    "Sam3LiteTextModel": "Sam3LiteTextAttention",
+    "Sam3Model": "Sam3Attention",
+    "VideoLlavaForConditionalGeneration": "CLIPAttention CLIPMLP",
+}
 
 
 def build(name: str, dropout: dict[str, float] | None = None, **options: Any) -> tuple[Any, dict[str, Any]]:
