@@ -352,3 +352,24 @@ def test_layers_of_another_library_are_no_obstacle():
     expected = model(IDS)
     sclkern.fuse(model, only="attention")
     torch.testing.assert_close(model(IDS), expected)
+
+
+@pytest.mark.parametrize("mask", [torch.tensor([1, 1, 1, 1, 1, 1, 0, 0, 0]), torch.zeros(9, dtype=torch.int32)])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_a_mask_of_integers_is_added_as_eager_attention_adds_it(mask, rows):
+    mask = mask.expand(2, 1, rows, 9)
+    expected = first(build("BertModel", implementation="eager", **SMALL)(IDS, attention_mask=mask))
+    fused = build("BertModel", implementation="eager", **SMALL)
+    sclkern.fuse(fused, only="attention")
+    for model in (fused, build("BertModel", implementation="sclkern", **SMALL)):
+        torch.testing.assert_close(first(model(IDS, attention_mask=mask)), expected)
+
+
+def test_revert_keeps_a_configuration_that_was_given_later():
+    model = build("BertModel", implementation="sdpa", **SMALL)
+    report = sclkern.fuse(model, only="attention")
+    later = copy.deepcopy(model.config._sclkern_plain)
+    model.config = later
+    report.revert()
+    assert model.config is later
+    assert not any("sclkern" in str(type(getattr(module, "config", None)).__mro__) for module in model.modules())

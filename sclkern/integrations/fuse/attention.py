@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sclkern import nn as fused_nn
 from sclkern.integrations.fuse import modules as fused
 from sclkern.integrations.fuse import trial
+from sclkern.integrations.fuse.doubts import doubt
 from sclkern.integrations.fuse.modules import Attention, Swap, Verdict, fused_class
 from sclkern.integrations.fuse.structure import attributes, beyond, child_obstacle
 from sclkern.integrations.fuse.trial import Difference, Trial
@@ -55,6 +56,8 @@ def attention(module: Any) -> Verdict:
     tried = trial.once(module, mixin, lambda: _try_attention(module, mixin, settings, rest))
     if isinstance(tried, str):
         return tried
+    if reason := doubt(type(module)):
+        return reason
     known_names = (*fused.OPERANDS, *_SELDOM, *tried.harmless)
     if more := [name for name in names if name not in known_names]:
         return f"its {', '.join(more)} may change the result of any call, and the op does not have it"

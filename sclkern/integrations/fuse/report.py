@@ -64,6 +64,8 @@ class FuseReport:
     left: list[Left] = field(default_factory=list)
     # The modules of ``replaced``.
     _modules: list[nn.Module] = field(default_factory=list, repr=False)
+    # Modules whose class was changed, with their own class and that of the fused form.
+    _swapped: list[tuple[nn.Module, tuple[type, type]]] = field(default_factory=list, repr=False)
     # Steps that restore the model, in the order in which they were made.
     _undo: list[Callable[[], Any]] = field(default_factory=list, repr=False)
 
@@ -77,7 +79,17 @@ class FuseReport:
         ]
 
     def revert(self) -> None:
-        """Restore the model that was fused; copies of it stay fused. A second call does nothing."""
+        """Restore the model that was fused; copies of it stay fused. A second call does nothing.
+
+        Raises:
+            UserError: a module was given another class since, which would be lost; nothing is restored then.
+        """
+        for module, classes in self._swapped if self._undo else ():
+            if type(module) not in classes:
+                raise UserError(
+                    f"revert: a {classes[0].__name__} was made a {type(module).__name__} after fuse (FSDP does that); "
+                    "undo that first, or call revert before it"
+                )
         while self._undo:
             self._undo.pop()()
 
@@ -128,7 +140,9 @@ def fuse(model: nn.Module, *, only: str | Iterable[str] | None = None, strict: b
 
     Only what is known is replaced: classes of torch, classes whose source was examined (``known.json``), and modules
     that have a declared structure and nothing beyond it, and that compute the same as the ops in a trial: random
-    weights, up to 1,100 tokens, masks of every kind, training with dropout. All else is left, and the report says why.
+    weights, up to 1,100 tokens, masks of every kind, training with dropout. Code that decides by sizes, values or
+    dtypes, draws random numbers, or reads variables outside the module is not believed, whatever a trial shows. All
+    else is left, and the report says why.
     Parameters, ``state_dict``, hooks, modes and optimizers stay as they are. Only the class of a module changes, to a
     subclass of its original class. The rules:
 
@@ -148,7 +162,8 @@ def fuse(model: nn.Module, *, only: str | Iterable[str] | None = None, strict: b
     stay the model's own: only attention gains there (``report.active``). Outputs agree to rounding, with these
     exceptions: attention maps that were not requested are None; a query whose keys are all padding gets zeros; dropout
     with the same seed drops other elements. Masks are read as ``register_attention`` reads them. A fused model can be
-    copied, pickled, compiled, and fused again with more rules; modules that are fused already are left.
+    copied, pickled, compiled, and fused again with more rules; modules that are fused already are left. Second
+    derivatives and forward-mode derivatives exist where torch's attention has them, which is not so on a CPU.
 
     Args:
         model: any module.
@@ -256,6 +271,7 @@ def _note(
 
 def _apply(module: nn.Module, swap: Swap, report: FuseReport) -> None:
     report._undo.append(functools.partial(setattr, module, "__class__", type(module)))
+    report._swapped.append((module, (type(module), swap.cls)))
     for name, value in swap.attributes.items():
         object.__setattr__(module, name, value)
         report._undo.append(functools.partial(module.__dict__.pop, name, None))

@@ -19,6 +19,7 @@ from sclkern.integrations.fuse import trial
 from sclkern.integrations.fuse.activations import gelu_kind
 from sclkern.integrations.fuse.attention import attention
 from sclkern.integrations.fuse.contrast import completion_loss
+from sclkern.integrations.fuse.doubts import doubt
 from sclkern.integrations.fuse.modules import Gelu, Output, Swap, Verdict, fused_class
 from sclkern.integrations.fuse.structure import attributes, beyond, child_obstacle, is_plain, signature
 from sclkern.integrations.fuse.trial import Difference, Trial
@@ -42,7 +43,7 @@ def dropout_add_layer_norm(module: Any) -> Verdict:
         return "its forward does not take two tensors"
     settings = Output(names, attributes(module, *children))
     reason = trial.once(module, fused.FusedOutput, lambda: _try_output(module, settings))
-    if reason is not None:
+    if (reason := reason or doubt(type(module))) is not None:
         return str(reason)
     cls = fused_class(type(module), fused.FusedOutput)
     return Swap("ops.dropout_add_layer_norm", cls, {"_sclkern": settings}, calls=_ON_KERNELS, device="cuda")
@@ -107,7 +108,7 @@ def _gelu_between(module: Any, first: str, activation: str, second: str | None) 
         return "its forward does not take one tensor"
     settings = Gelu(first, activation, second, kind, signature(gelu), names, attributes(module, *children))
     reason = trial.once(module, kind, lambda: _try_gelu(module, settings))
-    if reason is not None:
+    if (reason := reason or doubt(type(module)) or doubt(_code(gelu))) is not None:
         return str(reason)
     cls = fused_class(type(module), fused.FusedGelu)
     return Swap(f"ops.bias_gelu ({kind})", cls, {"_sclkern": settings}, calls=_ON_KERNELS, device="cuda")
@@ -142,9 +143,9 @@ def _gelu_in_sequential(module: nn.Sequential) -> Verdict:
         kind = gelu_kind(gelu) if type(linear) is nn.Linear and _may_be_gelu(gelu) else None
         if kind is None:
             continue
-        reason = child_obstacle(module, **{first: nn.Linear}) or (
-            "forward" in module.__dict__ and "its forward was replaced on this instance"
-        )
+        reason = child_obstacle(module, **{first: nn.Linear}) or doubt(_code(gelu))
+        if "forward" in module.__dict__:
+            reason = "its forward was replaced on this instance"
         if not reason and linear.bias is not None:
             found.append(Gelu(first, following, None, kind, signature(gelu)))
     if not found:
@@ -202,6 +203,11 @@ def _arguments(module: nn.Module) -> tuple[str, ...] | None:
         for parameter in parameters
     )
     return tuple(parameter.name for parameter in parameters) if plain else None
+
+
+def _code(activation: Any) -> Any:
+    """What ``doubt`` reads of an activation."""
+    return type(activation) if isinstance(activation, nn.Module) else getattr(activation, "func", activation)
 
 
 def _name(thing: Any) -> str:

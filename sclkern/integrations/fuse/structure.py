@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# An attribute that a module does not have; it can be pickled and compared.
-MISSING = ...
+# An attribute that a module does not have, and a method of its class; both can be pickled.
+MISSING, METHOD = ..., NotImplemented
+# Hooks for every module: a profiler's, for instance.
+_HOOKS: Any = nn.modules.module
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 # Names and values of the plain attributes that a module's code reads.
@@ -23,7 +25,8 @@ Attributes = tuple[tuple[str, Any], ...]
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling ``module`` does exactly what its class ``kind`` does: no subclass, hooks or own forward."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return type(module) is kind and not any(hooks) and "forward" not in module.__dict__
+    every = (_HOOKS._global_forward_hooks, _HOOKS._global_forward_pre_hooks, _HOOKS._global_backward_hooks)
+    return type(module) is kind and not any(hooks) and not any(every) and "forward" not in module.__dict__
 
 
 def child_obstacle(module: nn.Module, **kinds: type[nn.Module]) -> str | None:
@@ -84,16 +87,18 @@ def attributes(module: nn.Module, *others: str) -> Attributes:
         *others: attributes that are not to be listed.
 
     Returns:
-        Names and values; ``MISSING`` for a name that the code looks up and that is not there.
+        Names and values; ``MISSING`` for a name that the code looks up and that is not there, ``METHOD`` for a method.
     """
     found = ((name, value) for name, value in _read_attributes(module) if name not in others and _is_data(value))
-    return tuple((name, copy.deepcopy(value)) for name, value in found)
+    cls: Any = type(module)
+    methods = sorted(name for name in _code_names(cls)[0] if _is_method(cls, name))
+    return (*((name, copy.deepcopy(value)) for name, value in found), *((name, METHOD) for name in methods))
 
 
 def changed(module: nn.Module, before: Attributes) -> str | None:
     """The name of an attribute that no longer has the value it had, or None."""
     for name, value in before:
-        if getattr(module, name, MISSING) != value:
+        if name in module.__dict__ if value is METHOD else getattr(module, name, MISSING) != value:
             return name
     return None
 
@@ -107,6 +112,8 @@ def signature(thing: Any) -> Any:
     Returns:
         Something to compare.
     """
+    if isinstance(thing, functools.partial):
+        return (thing.func, thing.args, tuple(sorted(thing.keywords.items())))
     if not isinstance(thing, nn.Module):
         return thing
     values = ((name, value) for name, value in thing.__dict__.items() if name != "training" and _is_data(value))
@@ -162,6 +169,11 @@ def clone(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> 
         return nn.Parameter((scale * values + shift).to(device, dtype))
 
     return copied(module)
+
+
+def _is_method(cls: type[nn.Module], name: str) -> bool:
+    """Whether a name is a method that an instance may replace, and none of torch's."""
+    return name not in dir(nn.Module) and inspect.isroutine(inspect.getattr_static(cls, name, None))
 
 
 def _is_data(value: Any) -> bool:

@@ -118,8 +118,14 @@ def configure(model: nn.Module, attentions: list[nn.Module], undo: list[Callable
     for viewer in {id(viewer): viewer for viewer in viewing}.values():
         config: Any = viewer.config
         if not is_view(config) and config._attn_implementation in REPLACEABLE:
-            undo.append(functools.partial(setattr, viewer, "config", config))
             viewer.config = views.setdefault(id(config), view(config))
+            undo.append(functools.partial(_restore, viewer, viewer.config, config))
+
+
+def _restore(viewer: Any, seen: Any, config: Any) -> None:
+    """Give a module its configuration back, unless it has got another one since."""
+    if viewer.config is seen:
+        viewer.config = config
 
 
 def _within(path: str, owner: str) -> bool:

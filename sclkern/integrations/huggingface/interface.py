@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sclkern import ops
@@ -37,10 +38,11 @@ def register_attention(name: str = "sclkern") -> None:
     (``output_attentions=True``), and everything beyond softmax(query key^T * scale + mask) value: position biases,
     capped scores, attention sinks. One warning names each.
 
-    Registering a name twice has no further effect. A query whose keys are all padding gets zeros, which is the only
-    difference. Padding is what is known to be padding: bool masks, those that transformers makes for this
-    implementation, and float masks whose values are 0 or below -5000. Values are read once for each mask, and never
-    under torch.compile or in a CUDA graph, where torch's attention computes masks of a model's own making.
+    Registering a name twice has no further effect. There are two differences: a query whose keys are all padding gets
+    zeros, and a mask of bool means True = attend, where eager attention adds it as numbers. Padding is what is known to
+    be padding: bool masks, those that transformers makes for this implementation, and float masks whose values are 0 or
+    below -5000. Values are read once for each mask, and never under torch.compile or in a CUDA graph, where torch's
+    attention computes masks of a model's own making.
 
     Args:
         name: value of ``attn_implementation``.
@@ -100,6 +102,9 @@ def attention(
         attention_mask = None
     elif formula.sliced and attention_mask is not None and attention_mask.shape[-1] > keys:
         attention_mask = attention_mask[..., :keys]
+    if attention_mask is not None and not _is_usual(attention_mask) and _chosen(module) != "sdpa":
+        # Eager attention adds them to the scores.
+        attention_mask = attention_mask.to(query.dtype)
     is_causal = attention_mask is None and query.shape[2] > 1 and _wants_causality(module, options)
     maps, beyond = maps_of(module, options), _beyond(formula, query, key, attention_mask, options)
     if maps or beyond is not None:
@@ -130,10 +135,20 @@ def attention(
     return result
 
 
+def _chosen(module: nn.Module) -> str | None:
+    """The implementation that the model has chosen."""
+    own: str | None = getattr(getattr(module, "config", None), "_attn_implementation_internal", None)
+    return own
+
+
+def _is_usual(attention_mask: Tensor) -> bool:
+    """Whether a mask is bool or float; torch's attention takes no other."""
+    return attention_mask.dtype == torch.bool or attention_mask.is_floating_point()
+
+
 def _wants_causality(module: nn.Module, options: dict[str, Any]) -> bool:
     """Whether attention without a mask is causal, as the implementation decides that the model has chosen."""
-    own = getattr(getattr(module, "config", None), "_attn_implementation_internal", None)
-    wanted = options.get("is_causal")
+    own, wanted = _chosen(module), options.get("is_causal")
     if own == "sdpa":
         return bool(getattr(module, "is_causal", True) if wanted is None else wanted)
     # Eager attention has a mask wherever it is causal, and ignores what a fused model tells its implementation.

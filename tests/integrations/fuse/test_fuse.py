@@ -89,6 +89,20 @@ def test_context_manager_reverts_after_an_error(cross_layer):
     assert type(layer.output) is cls
 
 
+def test_revert_refuses_to_lose_a_class_that_was_given_later(cross_layer):
+    layer, _ = cross_layer
+    own = type(layer.output)
+    report = sclkern.fuse(layer)
+    fused = type(layer.output)
+    layer.output.__class__ = type("FSDPOutput", (fused,), {})
+    with pytest.raises(UserError, match="a Output was made a FSDPOutput after fuse"):
+        report.revert()
+    assert type(layer.attention.self).__mro__[1].__name__ == "FusedSelfAttention"
+    layer.output.__class__ = fused
+    report.revert()
+    assert type(layer.output) is own
+
+
 def test_report_reads_as_a_table(cross_layer):
     layer, _ = cross_layer
     layer.output.dense.register_forward_hook(lambda *a: None)
