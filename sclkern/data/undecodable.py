@@ -92,8 +92,8 @@ class UndecodableImages:
             )
 
     def state_dict(self) -> dict[str, list[str]]:
-        """The names, in the order they were met."""
-        return {"names": list(self._names)}
+        """The names, in the order they were met; plain texts, although a reader may take them from a numpy array."""
+        return {"names": [str(name) for name in self._names]}
 
     def load_state_dict(self, state: dict[str, list[str]]) -> None:
         """Take over the names of ``state_dict`` without logging them again."""

@@ -125,7 +125,8 @@ def data_difference(saved: dict[str, Any], current: dict[str, Any]) -> str | Non
 
 
 def _identity_of(source: PairSource) -> dict[str, Any]:
-    return {"pairs": source.num_pairs, "images": source.num_images, "digest": digest(source)}
+    # Readers may count with numpy, whose numbers and texts no checkpoint could be read with.
+    return {"pairs": int(source.num_pairs), "images": int(source.num_images), "digest": str(digest(source))}
 
 
 def _tokenizer_digest(tokenizer: CaptionTokenizer, source: PairSource, max_text_len: int) -> str:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -198,6 +199,34 @@ def test_another_tokenizer_is_refused(pretraining, tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(UserError, match=r"latest\.pt: the tokenizer gives other ids than at the start"):
         pretraining(**options, resume=True)
+
+
+def test_a_reader_may_count_and_name_with_numpy(pretraining, tmp_path, monkeypatch):
+    class Numpy:
+        """A source whose attributes and names are numpy's scalars."""
+
+        def __init__(self, source):
+            self.source = source
+            self.num_pairs, self.num_images = np.int64(source.num_pairs), np.int64(source.num_images)
+            self.digest = np.str_(source.digest)
+
+        def __getattr__(self, name):
+            return getattr(self.source, name)
+
+        def image_name(self, image):
+            return np.str_(self.source.image_name(image))
+
+    def opened(*arguments, **options):
+        return Numpy(open_pairs(*arguments, **options))
+
+    monkeypatch.setattr("sclkern.training.data.open_pairs", opened)
+    pairs = rows(8)
+    table(tmp_path, [{**pairs[0], "image": b""}, *pairs[1:]], "n")
+    options = {**TINY, "data__root": tmp_path, "data__train_tables": "[n]", "data__val_tables": "[n]"}
+    options |= {"data__val_split": "train"}
+    pretraining(**options, run__stop_at=1).run()
+    assert len(load_checkpoint(checkpoint(tmp_path / "run"))["bad_pictures"]["names"]) == 1
+    assert pretraining(**options, resume=True).run()
 
 
 def test_a_checkpoint_of_before_still_goes_on(pretraining, stopped):
