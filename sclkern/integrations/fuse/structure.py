@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 # An attribute that a module does not have, and a method of its class; both can be pickled.
 MISSING, METHOD = ..., NotImplemented
-# Hooks for every module: a profiler's, for instance.
-_HOOKS: Any = nn.modules.module
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 # Names and values of the plain attributes that a module's code reads.
@@ -25,8 +23,7 @@ Attributes = tuple[tuple[str, Any], ...]
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling ``module`` does exactly what its class ``kind`` does: no subclass, hooks or own forward."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    every = (_HOOKS._global_forward_hooks, _HOOKS._global_forward_pre_hooks, _HOOKS._global_backward_hooks)
-    return type(module) is kind and not any(hooks) and not any(every) and "forward" not in module.__dict__
+    return type(module) is kind and not any(hooks) and "forward" not in module.__dict__
 
 
 def child_obstacle(module: nn.Module, **kinds: type[nn.Module]) -> str | None:
