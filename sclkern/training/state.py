@@ -90,9 +90,15 @@ class TrainingState:
         self.saved_step = self.step
 
     def _check_tensors(self) -> None:
-        """Raise unless parameters are finite, and the optimiser has moments of their shapes."""
+        """Raise unless parameters are finite, and the optimiser has moments of their shapes after as many steps."""
         for name, parameter in self.model.named_parameters():
             moments = self.optimizer.state.get(parameter, {})
             values = [parameter, *(value for key, value in moments.items() if key != "step")]
             if any(value.shape != parameter.shape or not torch.isfinite(value).all() for value in values):
                 raise UserError(f"is damaged: {name} or its moments are not finite, or of another shape")
+        taken = max((int(moments["step"]) for moments in self.optimizer.state.values()), default=0)
+        if taken != self.step or self.best != self.best:
+            raise UserError(
+                f"is damaged: it is of step {self.step} with a best score of {self.best}, and its optimiser has taken "
+                f"{taken} steps"
+            )
