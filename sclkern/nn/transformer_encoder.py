@@ -94,7 +94,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             TypeError: as in ``MultiheadAttention``.
             ValueError: as in ``MultiheadAttention``.
         """
-        if src.is_nested:
+        replaced = "_sa_block" in self.__dict__ or "_ff_block" in self.__dict__
+        if src.is_nested or replaced:
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         if self.norm_first:
             src = src + self._sa_block(self.norm1(src), src_mask, src_key_padding_mask, is_causal)

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from sclkern import ops
 from sclkern.integrations.fuse.structure import Attributes, changed, is_plain, signature
@@ -349,6 +350,9 @@ def _gelu_holds(module: nn.Module, settings: Gelu) -> bool:
 
 def kernels_run(*tensors: Tensor) -> bool:
     """Whether a kernel would run for these tensors; without one, the original forward is as fast."""
+    if any(type(tensor) not in (Tensor, nn.Parameter, FakeTensor) for tensor in tensors):
+        # A class of tensors with products of its own, such as quantised weights.
+        return False
     return bool(_trial) or select_backend(*tensors).backend == "triton"
 
 

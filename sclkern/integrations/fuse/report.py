@@ -158,12 +158,13 @@ def fuse(model: nn.Module, *, only: str | Iterable[str] | None = None, strict: b
 
     At run time, the original forward of a module computes the calls that the ops cannot: attention maps
     (``output_attentions=True``), causal and other masks that differ between queries, caches, head masks; and all calls
-    after one of the module's own attributes was changed. One warning names each. On a CPU, GELU and LayerNorm also
-    stay the model's own: only attention gains there (``report.active``). Outputs agree to rounding, with these
-    exceptions: attention maps that were not requested are None; a query whose keys are all padding gets zeros; dropout
-    with the same seed drops other elements. Masks are read as ``register_attention`` reads them. A fused model can be
-    copied, pickled, compiled, and fused again with more rules; modules that are fused already are left. Second
-    derivatives and forward-mode derivatives exist where torch's attention has them, which is not so on a CPU.
+    after one of the module's own attributes was changed. One warning names each. On a CPU, GELU and LayerNorm also stay
+    the model's own: only attention gains there (``report.active``). Outputs agree to rounding, with these exceptions:
+    attention maps that were not requested are None; a query whose keys are all padding gets zeros; padded rows of
+    ``torch.nn.TransformerEncoder`` are undefined; dropout with the same seed drops other elements. Masks are read as
+    ``register_attention`` reads them. A fused model can be copied, pickled, compiled, and fused again with more rules;
+    modules that are fused already are left. Second derivatives and forward-mode derivatives exist where torch's
+    attention has them, which is not so on a CPU.
 
     Args:
         model: any module.

@@ -36,7 +36,9 @@ def remembered() -> Iterator[None]:
     """
     _outcomes.append({})
     try:
-        yield
+        # Whatever the user has set around it: a trial needs gradients, and values.
+        with torch.inference_mode(False), torch.device("cpu"):
+            yield
     finally:
         _outcomes.pop()
 

@@ -183,3 +183,47 @@ def test_a_copy_of_a_partial_gelu_is_the_same_gelu(kernels, monkeypatch):
     monkeypatch.setattr(sclkern.ops, "bias_gelu", lambda *args, **more: calls.append(1) or own(*args, **more))
     torch.testing.assert_close(copied(x), mlp(x))
     assert len(calls) == 2
+
+
+class Doubled(torch.Tensor):
+    """Weights with a product of their own, as quantised ones have."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        out = super().__torch_function__(function, types, args, kwargs or {})
+        return 2 * out.as_subclass(torch.Tensor) if function is F.linear else out
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_weights_of_a_class_of_their_own(when, kernels):
+    expected = nn.ModuleList([Output(), Mlp(), nn.Sequential(nn.Linear(64, 64), nn.GELU())]).eval()
+    actual = copy.deepcopy(expected)
+    if when == "after":
+        sclkern.fuse(actual)
+    for model in (expected, actual):
+        for layer in (model[0].dense, model[1].fc1, model[2][0]):
+            layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Doubled))
+    if when == "before":
+        sclkern.fuse(actual)
+    x = torch.randn(2, 64)
+    torch.testing.assert_close(actual[0](x, x), expected[0](x, x))
+    torch.testing.assert_close(actual[1](x), expected[1](x))
+    torch.testing.assert_close(actual[2](x), expected[2](x))
+
+
+@pytest.mark.parametrize("around", [torch.inference_mode, lambda: torch.device("meta")], ids=["inference", "meta"])
+def test_whatever_is_set_around_fuse(around):
+    model = nn.ModuleList([Attention(), Output(), Mlp(), nn.Sequential(nn.Linear(64, 64), nn.GELU())])
+    with around():
+        report = sclkern.fuse(model)
+    assert len(report.replaced) == 4
+
+
+def test_a_part_of_torchs_layer_that_is_replaced_later():
+    expected = nn.ModuleList([nn.TransformerEncoderLayer(64, 2, 96, 0.0, batch_first=True)])
+    actual = copy.deepcopy(expected)
+    sclkern.fuse(actual)
+    x = torch.randn(2, 9, 64)
+    for model in (expected, actual):
+        model[0]._ff_block = torch.zeros_like
+    torch.testing.assert_close(actual[0](x), expected[0](x))
