@@ -2,13 +2,16 @@
 
     python -m sclkern.integrations.fuse.known  # what the installed transformers has that the table lacks
     python -m sclkern.integrations.fuse.known --update --transformers transformers-5.*.whl
-    python -m sclkern.integrations.fuse.known --add attention transformers.models.vilt.modeling_vilt:ViltSelfAttention
+    python -m sclkern.integrations.fuse.known --add compared transformers.models.vilt.modeling_vilt:ViltSelfAttention
 
-A section belongs to a rule of ``fuse``, or to the functions of one name (``FUNCTIONS``). An entry, by digest, has the
-``names`` and the ``versions`` in which it was found, and whatever its section adds, such as what a function computes.
-``--update`` adds a class that is in the table already in the form that it has in another version: run the tests with
-that version afterwards. A function that the table lacks is printed, because somebody must read what it computes.
-Sources are read and never imported.
+"eager_attention_forward" has the functions of this name, with what they compute, which ``register_attention`` and
+``fuse`` read. "compared" has the classes that ``fuse`` takes in the models of tests/swapped_models, as they were when
+those were compared with and without the ops; a test fails when an installed one differs. An entry, by digest, has the
+``names`` and the ``versions`` in which it was found.
+
+``--update`` adds a class that is in the table already in the form that it has in another version: run
+``make test-models`` with that version first. A function that the table lacks is printed, because somebody must read
+what it computes. Sources are read and never imported.
 """
 
 from __future__ import annotations

@@ -270,8 +270,15 @@ def _note(
     report._modules.append(module)
 
 
+def _restore_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    # transformers 5.0 keeps the forward that it found on each instance, after a call that collects attention maps.
+    if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+        del module.__dict__["forward"]
+    module.__class__ = cls
+
+
 def _apply(module: nn.Module, swap: Swap, report: FuseReport) -> None:
-    report._undo.append(functools.partial(setattr, module, "__class__", type(module)))
+    report._undo.append(functools.partial(_restore_class, module, type(module)))
     report._swapped.append((module, (type(module), swap.cls)))
     for name, value in swap.attributes.items():
         object.__setattr__(module, name, value)
