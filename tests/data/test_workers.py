@@ -35,8 +35,9 @@ def test_signals_do_not_end_workers(start_method):
     batches = iterate(loader(start_method, workers=2 if start_method == "fork" else 1))
     first = next(batches)
     workers = set(children()) - before
-    assert len(workers) >= 2
-    for pid in workers:  # also the process that spawn starts to clean up, which ignores them by itself
+    # With the process that spawn starts to clean up, which ignores them by itself, unless an earlier test started it.
+    assert len(workers) >= (2 if start_method == "fork" else 1)
+    for pid in workers:
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGINT)
     assert torch.cat([first[0], *(batch for (batch,) in batches)]).tolist() == list(range(400))
