@@ -55,9 +55,9 @@ test-sanitized: $(VENV)/.installed
 # Triton's interpreter takes, and what this transformers imports): every kernel compiles and obeys the rules, the tests of
 # ops run interpreted, and models are fused.
 test-oldest: $(OLDEST)/.installed
-	PYTHONPATH=$(abspath $(OLDEST)) $(RUN)/python -m pytest -k "compiles_for or obeys or in_the_interpreter" \
-		tests/tools/static tests/ops
-	PYTHONPATH=$(abspath $(OLDEST)) $(RUN)/python -m pytest tests/integrations
+	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(OLDEST)) $(RUN)/python -m pytest -n $(JOBS) --dist loadfile \
+		-k "compiles_for or obeys or in_the_interpreter" tests/tools/static tests/ops
+	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(OLDEST)) $(RUN)/python -m pytest -n $(JOBS) --dist loadfile tests/integrations
 
 $(OLDEST)/.installed: $(VENV)/.installed
 	$(RUN)/python -m pip install --quiet --no-deps --upgrade $(PIP_ARGS) --target $(OLDEST) "triton==3.6.0" "numpy<2.4" \
