@@ -156,7 +156,7 @@ def _gelu_in_sequential(module: nn.Sequential) -> Verdict:
 
 
 def _may_be_gelu(module: Any) -> bool:
-    """Whether it is worth a try: a module without parameters that is none of torch's, or torch's GELU."""
+    """Whether a module can be a GELU: torch's GELU, or a module without parameters that is not one of torch's."""
     known = type(module).__module__.startswith("torch.nn.")
     return isinstance(module, nn.Module) and (type(module) is nn.GELU or not known) and is_plain(module, type(module))
 

@@ -338,7 +338,7 @@ def describe(report: Any) -> dict[str, Any]:
 
 
 def claims(report: Any, calls: collections.Counter, excused: Sequence[str] = ()) -> None:
-    """Every module that the report calls active has called its op, but for the classes that are excused."""
+    """Every module that the report calls active has called its op, except the excused classes."""
     idle = [
         f"{one.path or '(the model)'} ({one.by})"
         for one in report.active
