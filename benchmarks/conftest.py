@@ -32,8 +32,11 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    # Float32 convolutions compute in float32, as matrix products do by default.
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    # Float32 convolutions compute in float32, as matrix products do by default. By both interfaces, and for every
+    # operation of cuDNN: otherwise torch refuses to say what ``allow_tf32`` is.
+    torch.backends.cudnn.allow_tf32 = False
+    for operation in (torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+        operation.fp32_precision = "ieee"
     config.addinivalue_line("markers", "priority(level): 1 to 3, which benchmarks run first")
 
 

@@ -12,7 +12,15 @@ import torch
 from benchmarks.harness.implementations import UnsupportedError
 from benchmarks.harness.op_cases import Case, cases
 from benchmarks.harness.profiler_trace import peak_bytes, record_trace
-from benchmarks.harness.timing import cost_of, make_call, on_device, quartiles, reason_to_skip, rounds_of
+from benchmarks.harness.timing import (
+    DeviceLostError,
+    cost_of,
+    make_call,
+    on_device,
+    quartiles,
+    reason_to_skip,
+    rounds_of,
+)
 from benchmarks.harness.verification import GPU, verify
 from sclkern.tools.bench.roofline import MachineSpec, lower_bound
 
@@ -31,6 +39,8 @@ def test_op(benchmark, record, rates, case):
         measure(benchmark, record, rates, case)
     except UnsupportedError as error:
         pytest.skip(str(error))
+    except DeviceLostError as error:
+        pytest.exit(f"{case}: {error}", returncode=1)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         pytest.skip(f"{case.implementation.name}: out of memory for {case.op} {case.size.name}")

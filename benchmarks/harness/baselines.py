@@ -135,8 +135,9 @@ BASELINES: dict[str, tuple[Implementation, ...]] = {
     # Its products are TF32 for every dtype.
     "completion_loss": (_baseline("inf-cl", _inf_cl, dtypes=HALF),),
     "linear_cross_entropy": (
-        _baseline("liger-kernel", _liger_cross_entropy),
-        _baseline("cut-cross-entropy", _cce, without=("bias",), dtypes=HALF),
+        # Both count or look for the rows that have a label, on the host.
+        _baseline("liger-kernel", _liger_cross_entropy, reads_back=True),
+        _baseline("cut-cross-entropy", _cce, without=("bias",), dtypes=HALF, reads_back=True),
     ),
     "dropout_add_layer_norm": (
         _baseline("liger-kernel", _liger_layer_norm),

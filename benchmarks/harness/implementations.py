@@ -37,6 +37,7 @@ class Implementation:
         backward: has a backward.
         without: arguments that it does not take; the check leaves them out as well.
         dtypes: supported dtypes.
+        reads_back: waits for values of the GPU, so that no CUDA graph can be captured.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Implementation:
     backward: bool = True
     without: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = DTYPES
+    reads_back: bool = False
 
 
 def definition(op: str) -> Callable[..., object]:

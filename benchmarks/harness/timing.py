@@ -6,7 +6,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,10 +14,15 @@ from torch import Tensor
 from benchmarks.harness.implementations import UnsupportedError
 from benchmarks.harness.op_cases import Case
 from benchmarks.harness.verification import DEVICE, GPU, SEED, leaves, make_inputs, output_gradient, prepare
+from sclkern.step.cuda_graph import capture
 from sclkern.tools.specs import SPECS, Cost
 
 # Three times the second-level cache of an H200: no buffer is still there when its turn comes again.
 ROTATED_BYTES = 3 * 60e6
+
+
+class DeviceLostError(Exception):
+    """This process can time nothing more."""
 
 
 def make_call(case: Case) -> tuple[Callable[[], object], int]:
@@ -71,8 +76,8 @@ def on_device(case: Case) -> dict:
         case: op, size, dtype, implementation and pass.
 
     Returns:
-        "device_quartiles" in seconds of a call, "captured", "rotated_copies" of the inputs, "peak_bytes" beside the
-        inputs and "launches" of a call.
+        "device_quartiles" in seconds of a call, "captured", if not "capture_problem", "rotated_copies" of the inputs,
+        "peak_bytes" beside the inputs and "launches" of a call.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -94,19 +99,14 @@ def on_device(case: Case) -> dict:
         for run in calls:
             run()
     torch.cuda.synchronize()
-    graph, captured = torch.cuda.CUDAGraph(), True
-    try:
-        with torch.cuda.graph(graph, stream=stream):
-            for run in calls:
-                run()
-    except RuntimeError:
-        captured = False
+    problem = f"{case.implementation.name} reads values back" if case.implementation.reads_back else None
+    graph, problem = (None, problem) if problem else captured(calls, stream)
     times = []
     with torch.cuda.stream(stream):
         for _ in range(22):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            if captured:
+            if graph is not None:
                 graph.replay()
             else:
                 for run in calls:
@@ -118,11 +118,63 @@ def on_device(case: Case) -> dict:
     # The first two warm up the clocks and the replay.
     return {
         "device_quartiles": quartiles(times[2:]),
-        "captured": captured,
+        "captured": graph is not None,
         "rotated_copies": copies,
         "peak_bytes": peak,
         "launches": launches,
+        **({"capture_problem": problem} if problem else {}),
     }
+
+
+def captured(
+    calls: Sequence[Callable[[], object]], stream: torch.cuda.Stream
+) -> tuple[torch.cuda.CUDAGraph | None, str | None]:
+    """Capture calls that have run before.
+
+    What waits for the device is found beforehand, because a capture that fails leaves a process in doubt.
+
+    Args:
+        calls: in their order.
+        stream: on which they ran.
+
+    Returns:
+        The graph, or None and why there is none.
+
+    Raises:
+        DeviceLostError: after a failed capture nothing runs any more.
+    """
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            for run in calls:
+                run()
+    except RuntimeError as error:
+        return None, f"waits for the device: {_first_line(error)}"
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with capture(graph, stream=stream):
+            for run in calls:
+                run()
+    except RuntimeError as error:
+        _require_device(error)
+        return None, f"cannot be captured: {_first_line(error)}"
+    return graph, None
+
+
+def _require_device(cause: Exception) -> None:
+    """Raise unless this process still allocates, draws and computes on its device."""
+    try:
+        torch.rand(64, 64, device="cuda").matmul(torch.rand(64, 64, device="cuda")).sum().item()
+    except RuntimeError as error:
+        raise DeviceLostError(f"after a failed capture ({_first_line(cause)}): {_first_line(error)}") from cause
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
 
 
 def _launches(run: Callable[[], object]) -> int:

@@ -6,7 +6,8 @@ At small batches a GPU waits for Python to launch the next kernel. A graph is re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -22,6 +23,36 @@ from sclkern.step.losses import SCLLosses, check_step, take_step
 
 # Runs before a graph is recorded: kernels compile and libraries allocate in the first.
 WARMUP = 2
+
+
+@contextmanager
+def capture(graph: torch.cuda.CUDAGraph, pool: Any = None, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
+    """Record what is launched inside; after a failure, what follows runs as before.
+
+    ``torch.cuda.graph`` leaves a capture that fails half open: its stream stays the current one, the allocator and the
+    generator believe that they are still recorded.
+
+    Args:
+        graph: what is recorded into.
+        pool: of ``torch.cuda.graph_pool_handle``; None is one of its own.
+        stream: on which it is recorded; None is torch's for captures.
+    """
+    before, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle() if pool is None else pool
+    try:
+        # A loader's thread that pins memory meanwhile is no part of it.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            yield
+    except BaseException:
+        torch.cuda.set_stream(before)
+        device = before.device_index
+        for close in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+            # It refuses where torch did so itself.
+            with suppress(RuntimeError):
+                close(device, pool)
+        generator = torch.cuda.default_generators[device]
+        fresh = torch.Generator(f"cuda:{device}").manual_seed(generator.initial_seed())
+        generator.graphsafe_set_state(fresh.graphsafe_get_state())
+        raise
 
 
 class TrainingModel(Protocol):
@@ -185,8 +216,7 @@ class CapturedStep:
             # Graphs never run at the same time: they share the memory of what a step holds.
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # A loader's thread that pins memory meanwhile is no part of it.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with capture(graph, self._pool):
             losses = step()
         return graph.replay, losses
 

@@ -35,7 +35,7 @@ from sclkern.training.report import RunSummary, write_report
 from sclkern.training.setup import initial_model, resolve_device
 from sclkern.training.signals import StopSignals
 from sclkern.training.state import TrainingState
-from sclkern.training.throughput import Throughput
+from sclkern.training.throughput import Throughput, precision_remark
 
 log = logging.getLogger("sclkern.training")
 
@@ -93,6 +93,8 @@ class Pretraining:
         self.clock = StepClock()
         pad_to_max = self.data.train_loader.pad_to_max
         self.throughput = Throughput(config, self.data.caption_lengths, pad_to_max, self.device)
+        if remark := precision_remark(self.device, config.run.precision):
+            log.warning(remark)
         begin(config, new=saved is None)
 
     # -- training ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from sclkern.models.config import SCLConfig
@@ -11,11 +13,20 @@ from sclkern.step.flops import Counter
 from sclkern.step.plan import make_plan
 from sclkern.training.config import PretrainConfig
 
-# Dense FLOP/s in bfloat16 (tensor cores) and in float32 (CUDA cores), from NVIDIA's data sheets.
+# Dense FLOP/s in bfloat16 (tensor cores, sums in float32) and in float32 (CUDA cores), by the name that torch gives a
+# device, without "NVIDIA" and "GeForce". Data sheets of NVIDIA name bfloat16 with sparsity: half of that is dense.
 PEAKS = {
-    "H200": (989e12, 67e12),
-    "H100": (989e12, 67e12),
-    "A100": (312e12, 19.5e12),
+    r"B200": (2250e12, 75e12),  # data sheet of the HGX platform: 36 PFLOP/s sparse and 600 TFLOP/s for eight
+    r"H200": (989e12, 67e12),  # data sheet of the H200, SXM
+    r"H200 NVL": (835e12, 60e12),  # the same data sheet
+    r"H100 80GB HBM\w+": (989e12, 67e12),  # data sheet of the H100, SXM
+    r"H100 NVL": (835e12, 60e12),  # the same data sheet
+    r"H100 PCIe": (756e12, 51e12),  # product brief of the H100 PCIe
+    r"A100-(SXM4|PCIE)-[48]0GB|A100 80GB PCIe": (312e12, 19.5e12),  # data sheet of the A100
+    r"L40S": (362e12, 91.6e12),  # data sheet of the L40S
+    r"RTX 5090": (209.5e12, 104.8e12),  # RTX Blackwell architecture white paper, appendix A
+    r"RTX 4090": (165.2e12, 82.6e12),  # Ada architecture white paper, appendix A
+    r"RTX 3090": (71e12, 35.6e12),  # GA102 architecture white paper, appendix A
 }
 
 
@@ -69,8 +80,35 @@ class Throughput:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s of a device in "bfloat16" or "float32"; None if it is not in ``PEAKS``."""
+    """Peak FLOP/s of a device in "bfloat16" or "float32"; None if it is not in ``PEAKS``, such as part of a GPU."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peaks[precision == "float32"] for known, peaks in PEAKS.items() if known in name), None)
+    name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ").removeprefix("GeForce ")
+    return next(
+        (peaks[precision == "float32"] for known, peaks in PEAKS.items() if re.fullmatch(known, name, re.IGNORECASE)),
+        None,
+    )
+
+
+def precision_remark(device: torch.device, precision: str) -> str | None:
+    """What a run in float32 leaves unused of a GPU.
+
+    Args:
+        device: that trains.
+        precision: of the run.
+
+    Returns:
+        A sentence with the remedy; None where matrix products use tensor cores, or the device has none for bfloat16.
+    """
+    if device.type != "cuda" or precision != "float32" or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return None
+    peaks = peak_flops(device, "float32"), peak_flops(device, "bfloat16")
+    rates = (
+        "" if None in peaks else " (at most {:.3g} of {:.3g} TFLOP/s)".format(*(peak / 1e12 for peak in peaks if peak))
+    )
+    return (
+        f"run.precision=float32 computes matrix products without tensor cores{rates}; run.precision=bfloat16 trains "
+        "several times as fast"
+    )

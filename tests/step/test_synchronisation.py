@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import (
@@ -13,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sclkern import ObjectiveConfig, SCLConfig, SCLModel
+from sclkern.step import StepConfig
 from step_testing import build
 
 
@@ -49,6 +52,13 @@ GUARDED = [
     {"recipe": "glscl", "itm_negatives": "hard"},
     {"recipe": "glscl", "itm_negatives": "dataset"},
     {"recipe": "glscl", "mlm_mask": "published", "text_mask": "published", "frame_norm": "published"},
+    {"recipe": "glscl", "empty_selections": "published", "directions": "recovered_to_complete"},
+    dataclasses.asdict(ObjectiveConfig.published("glscl")),
+]
+STEPS = [
+    StepConfig(share_encodings="all", absorb="never"),
+    StepConfig(share_encodings="none", prune_last_layer=False, checkpoint_blocks=True),
+    StepConfig.published(),
 ]
 
 
@@ -65,6 +75,21 @@ def test_a_training_step_reads_nothing_back(monkeypatch, options, frames):
         losses.total.backward()
         assert all(loss.shape == () for loss in losses.named().values())
         assert model.vision.position.grad.shape == model.vision.position.shape
+
+
+@pytest.mark.parametrize("step", STEPS, ids=["shared", "recomputed", "published"])
+def test_no_way_to_execute_it_reads_anything_back(monkeypatch, step):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with FakeTensorMode():
+        model = SCLModel(SCLConfig.preset("tiny").replace(max_frames=2), ObjectiveConfig(recipe="glscl")).train()
+        model.step = step
+        model(fake_batch(2), seed=torch.empty(1, dtype=torch.int64)).total.backward()
+    with FakeTensorMode(), torch.device("cuda"):
+        model, batch = SCLModel(model.config, model.objectives), fake_batch(2)
+        model.step = step
+        with NoHostTensors():
+            assert model(batch, seed=5).total.device.type == "cuda"
 
 
 def fake_batch(frames):

@@ -1,11 +1,12 @@
 """The arithmetic a run logs beside its speed."""
 
+import pytest
 import torch
 
 from sclkern import ObjectiveConfig, SCLConfig
 from sclkern.step import StepConfig
 from sclkern.step.flops import describe_plan
-from sclkern.training.throughput import flops_a_pair, peak_flops
+from sclkern.training.throughput import flops_a_pair, peak_flops, precision_remark
 
 
 def test_flops_are_those_of_the_plan():
@@ -16,10 +17,61 @@ def test_flops_are_those_of_the_plan():
         assert flops_a_pair(config, objectives, step, 13.2, padded) == described["flops"]
 
 
-def test_a_peak_is_known_of_few_devices(monkeypatch):
+@pytest.fixture
+def gpu(monkeypatch):
+    """(name, capability) -> a device of that name."""
+
+    def make(name, capability=(9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return torch.device("cuda")
+
+    return make
+
+
+# Names as torch gives them, with dense TFLOP/s in bfloat16 and in float32.
+NAMES = {
+    "NVIDIA B200": (2250, 75),
+    "NVIDIA H200": (989, 67),
+    "NVIDIA H200 NVL": (835, 60),
+    "NVIDIA H100 80GB HBM3": (989, 67),
+    "NVIDIA H100 NVL": (835, 60),
+    "NVIDIA H100 PCIe": (756, 51),
+    "NVIDIA A100-SXM4-80GB": (312, 19.5),
+    "NVIDIA A100-PCIE-40GB": (312, 19.5),
+    "NVIDIA A100 80GB PCIe": (312, 19.5),
+    "NVIDIA L40S": (362, 91.6),
+    "NVIDIA GeForce RTX 5090": (209.5, 104.8),
+    "NVIDIA GeForce RTX 4090": (165.2, 82.6),
+    "NVIDIA GeForce RTX 3090": (71, 35.6),
+}
+
+
+def test_a_peak_is_that_of_the_data_sheet(gpu):
     assert peak_flops(torch.device("cpu"), "float32") is None
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    assert peak_flops(torch.device("cuda"), "bfloat16") == 989e12
-    assert peak_flops(torch.device("cuda"), "float32") == 67e12
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some other GPU")
-    assert peak_flops(torch.device("cuda"), "bfloat16") is None
+    for name, peaks in NAMES.items():
+        device = gpu(name)
+        assert tuple(peak_flops(device, kind) / 1e12 for kind in ("bfloat16", "float32")) == peaks, name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Some other GPU", "NVIDIA GB200", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"],
+)
+def test_the_peak_of_a_relative_is_not_guessed(gpu, name):
+    assert peak_flops(gpu(name), "bfloat16") is None
+
+
+def test_float32_on_a_gpu_is_remarked_upon_with_the_remedy(gpu, monkeypatch):
+    said = precision_remark(gpu("NVIDIA H200"), "float32")
+    assert "at most 67 of 989 TFLOP/s" in said and "run.precision=bfloat16" in said
+    assert "TFLOP" not in precision_remark(gpu("Some other GPU"), "float32")
+    assert precision_remark(gpu("NVIDIA H200"), "bfloat16") is None
+    assert precision_remark(gpu("Tesla V100-SXM2-32GB", (7, 0)), "float32") is None
+    assert precision_remark(torch.device("cpu"), "float32") is None
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert precision_remark(gpu("NVIDIA H200"), "float32") is None
+    finally:
+        torch.set_float32_matmul_precision(before)
