@@ -219,7 +219,7 @@ def select_kernels(
 
 
 def current_arch(device: torch.device) -> str:
-    """The architecture of a device; "sm_90" of a CPU (the interpreter) and of meta tensors."""
+    """The architecture of a device; "sm_90" of a CPU (the interpreter), meta tensors, and a GPU that is not there."""
     if device.type != "cuda":
         return "sm_90"
     return _arch_of_gpu(torch.cuda.current_device() if device.index is None else device.index)
@@ -229,6 +229,8 @@ def current_arch(device: torch.device) -> str:
 def _arch_of_gpu(index: int) -> str:
     if torch.version.hip:
         return "gfx942"
+    if not torch.cuda.is_available():
+        return "sm_90"
     major, minor = torch.cuda.get_device_capability(index)
     # A GPU without a table takes that of its generation, an unknown generation the one that needs the least memory.
     generations = {8: "sm_86", 9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_120"}

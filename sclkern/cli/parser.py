@@ -43,9 +43,14 @@ def _plan(commands: Commands) -> None:
         "plan",
         help="show what a training step computes",
         description="Show the views of a step, the outputs that losses use, and the arithmetic compared with separate "
-        "padded passes.",
+        "padded passes; with --ledger, what it launches on a GPU and the bytes that moves, under autocast to bfloat16, "
+        "counted without a GPU.",
     )
     _config(command)
+    command.add_argument("--ledger", action="store_true", help="show launches and bytes of a step of run.batch_size")
+    command.add_argument("--check", action="store_true", help="with --ledger: compare the base model with the budget")
+    command.add_argument("--update", action="store_true", help="with --ledger: write the budget again")
+    command.add_argument("--budget", metavar="FILE", help="another budget than benchmarks/step_budget.json")
     command.add_argument(
         "--caption-tokens", type=int, default=13, help="tokens of every caption, <s> and </s> included (default: 13)"
     )

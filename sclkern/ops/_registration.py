@@ -240,11 +240,14 @@ def register(
 
 # What computes an op on a type of device, by the op's name.
 RUNNERS: dict[str, dict[str, Callable[..., Any]]] = {}
+# The function of each op that runs its launchers, also on tensors without memory.
+LAUNCHERS: dict[str, Callable[..., Any]] = {}
 
 
 def _define(name: str, function: Callable[..., Any], fake: Any, cpu: Callable[..., Any] | None) -> Any:
     schema = torch.library.infer_schema(function, mutates_args=())
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    LAUNCHERS[name] = function
 
     def launch(*arguments: Any) -> Any:
         # Triton launches on the current device, which may not be the tensors'.

@@ -3,6 +3,7 @@
 import json
 
 from sclkern.cli import main
+from sclkern.tools.ledger import budget as step_budget
 
 
 def test_a_plan_is_shown_and_printed_as_json(capsys):
@@ -15,3 +16,23 @@ def test_a_plan_is_shown_and_printed_as_json(capsys):
     assert described["flops"] == sum(part["flops"] + part["backward"] for part in described["parts"])
     assert main(["plan", "--caption-tokens", "51", *config]) == 2
     assert "caption_tokens: got 51, expected 3 to max_text_len 50" in capsys.readouterr().err
+
+
+def test_a_ledger_is_shown_and_compared_with_its_budget(capsys, monkeypatch, tmp_path):
+    tiny = ["--config", "demo", "model.preset=tiny", "run.batch_size=4", "--caption-tokens=9"]
+    assert main(["plan", "--ledger", "--json", *tiny]) == 0
+    assert json.loads(capsys.readouterr().out)["step"]["triton"] > 0
+    found = {case: dict(figures) for case, figures in step_budget.read()["cases"].items()}
+    monkeypatch.setattr(step_budget, "figures", lambda: found)
+    file = tmp_path / "budget.json"
+    file.write_text(step_budget.BUDGET.read_text())
+    budget = ["--budget", str(file)]
+    assert main(["plan", "--ledger", "--update", *budget]) == 0
+    found["clips, batch 64"]["torch"] += 1
+    capsys.readouterr()
+    assert main(["plan", "--ledger", "--check", *budget]) == 1
+    assert "FAILED clips, batch 64: torch" in capsys.readouterr().out
+    assert main(["plan", "--ledger", "--check", "--json", *budget]) == 1
+    assert len(json.loads(capsys.readouterr().out)["failed"]) == 1
+    assert main(["plan", "--check"]) == 2
+    assert main(["plan", "--ledger", "--check", "--budget", str(tmp_path / "none")]) == 2
