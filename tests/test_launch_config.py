@@ -148,7 +148,7 @@ def test_every_launch_is_the_selected_one_and_can_be_overridden(op):
 
 
 X, BIAS = meta(40, 768), meta(768)
-GELU = LaunchConfig.of("bias_gelu_forward_kernel", BLOCK_ROWS=4, BLOCK_COLUMNS=128, num_warps=2)
+GELU = LaunchConfig.of("bias_gelu_forward_kernel", BLOCK_ROWS=4, BLOCK_COLUMNS=128, BUILTIN_ERF=0, num_warps=2)
 
 
 def test_a_given_configuration_is_launched():
@@ -178,7 +178,10 @@ def test_one_configuration_replaces_that_of_its_kernel():
         (GELU.replace(BLOCK_ROWS=3), "BLOCK_ROWS 3, expected a power of two"),
         (GELU.replace(num_warps=64), "num_warps 64, expected at most 32"),
         (GELU.replace(num_stages=0), "num_stages 0, expected at least 1"),
-        (LaunchConfig.of(GELU.kernel, BLOCK=64, num_warps=4), "constants BLOCK, expected BLOCK_ROWS, BLOCK_COLUMNS"),
+        (
+            LaunchConfig.of(GELU.kernel, BLOCK=64, num_warps=4),
+            "constants BLOCK, expected BLOCK_ROWS, BLOCK_COLUMNS, BUILTIN_ERF",
+        ),
         ((), "config: got none, expected those of bias_gelu_forward_kernel"),
     ],
     ids=str,
@@ -186,7 +189,9 @@ def test_one_configuration_replaces_that_of_its_kernel():
 def test_a_configuration_that_does_not_fit_is_refused(config, message):
     with pytest.raises(ValueError, match=message):
         bias_gelu_forward(X, BIAS, 0, config=config)
-    with pytest.raises(ValueError, match="got BLOCK_K, expected some of BLOCK_ROWS, BLOCK_COLUMNS, num_warps"):
+    with pytest.raises(
+        ValueError, match="got BLOCK_K, expected some of BLOCK_ROWS, BLOCK_COLUMNS, BUILTIN_ERF, num_warps"
+    ):
         GELU.replace(BLOCK_K=16)
 
 

@@ -5,6 +5,7 @@ import torch
 
 from op_testing import DEVICE, DTYPES, needs_kernels, run_in_interpreter, thorough_except
 from sclkern import ops, reference
+from sclkern.kernels.config import override
 
 KINDS = ["none", "tanh", "quick"]
 SHAPES = [(1, 1), (3, 17), (8, 256), (9, 257), (33, 768), (2, 3, 5, 40), (0, 8), (7, 0)]
@@ -59,6 +60,40 @@ def test_large_inputs_stay_finite(kind):
     torch.testing.assert_close(out[0, :3].abs().max().item(), 0.0, atol=1e-6, rtol=0)
     torch.testing.assert_close(out[0, 4:], x[0, 4:].detach())
     torch.testing.assert_close(grad[0, [0, 1, 2, 4, 5, 6]].cpu(), torch.tensor([0.0, 0, 0, 1, 1, 1]), atol=1e-6, rtol=0)
+
+
+def sweep(dtype):
+    """Rows that are dense over -14 to 14, denser near zero, of both signs."""
+    tiny = torch.logspace(-30, -1, 8192, dtype=torch.float64)
+    x = torch.cat([torch.linspace(-14, 14, 2**16, dtype=torch.float64), tiny, -tiny])
+    return x.reshape(-1, 256).to(DEVICE, dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize("builtin", thorough_except([0], [0, 1]))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exact_gelu_is_right_everywhere(dtype, builtin):
+    x = sweep(dtype)
+    zero, ones = torch.zeros(x.shape[1], device=DEVICE, dtype=dtype), torch.ones_like(x)
+    with override(["bias_gelu_forward_kernel", "bias_gelu_backward_kernel"], BUILTIN_ERF=builtin):
+        out, grad, _ = run(ops.bias_gelu, x, zero, ones, backend="triton")
+    true_out, true_grad, _ = run(reference.bias_gelu, x, zero, ones, torch.float64)
+    eps = torch.finfo(dtype).eps
+    # What rounding to the dtype costs, and an error of the probability of 2 float32 units of 1.
+    probability = 2 * torch.finfo(torch.float32).eps
+    smallest = torch.finfo(dtype).smallest_normal
+    assert ((out - true_out).abs() <= eps / 2 * true_out.abs() + probability * x.abs() + smallest * eps).all()
+    assert ((grad - true_grad).abs() <= eps / 2 * true_grad.abs() + 2 * probability).all()
+    # Near zero GELU is x / 2, to a rounding.
+    near = x.double().abs() < 1e-8
+    assert near.any() and ((out - x.double() / 2).abs() <= eps * x.abs() + smallest * eps)[near].all()
+
+
+@needs_kernels
+def test_what_is_not_finite_stays_so():
+    x = torch.tensor([[float("inf"), float("nan")]], device=DEVICE)
+    out = ops.bias_gelu(x, torch.zeros(2, device=DEVICE), backend="triton")
+    assert out[0, 0] == float("inf") and out[0, 1].isnan()
 
 
 @needs_kernels
