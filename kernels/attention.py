@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sclkern.kernels.config import Features, LaunchConfig, resolve, select, settled
 from sclkern.kernels.config_rules import ceil_div
-from sclkern.kernels.dropout import dropout_keep_mask
+from sclkern.kernels.dropout import dropout_keep_mask, sequence_head
 from sclkern.kernels.launch import Prepared, static_entry
 from sclkern.reference import attention_dropout_threshold
 
@@ -104,6 +104,7 @@ def attention_forward_kernel(
     cu_seqlens_q_ptr,  # (B + 1,) int32, or None
     cu_seqlens_k_ptr,  # (B + 1,) int32, or None
     seed_ptr,  # (1,) int64, or None without dropout
+    ids_ptr,  # (B,) int64, which key the dropout mask in place of the index, or None
     out_ptr,  # as query, contiguous
     lse_ptr,  # (H, T) float32, base 2
     heads,
@@ -158,6 +159,8 @@ def attention_forward_kernel(
     out = tl.zeros((HEAD_DIM, BLOCK_QUERIES) if TRANSPOSED else (BLOCK_QUERIES, HEAD_DIM), tl.float32)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
+        if ids_ptr is not None:
+            batch_head = sequence_head(ids_ptr, batch, head, heads)
     for start in range(0, keys, BLOCK_KEYS):
         column = start + tl.arange(0, BLOCK_KEYS)
         valid = key_mask(mask_ptr, batch, column, keys)
@@ -264,10 +267,11 @@ def attention_forward(
     dropout_p: float,
     softmax_scale: float,
     packing: Packing | None = None,
+    dropout_ids: Tensor | None = None,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """query (B, Lq, H, D), key and value (B, Lk, H, D), packed (T, H, D), channels contiguous: out, and the base-2
-    log-sum-exp (H, T) of the queries."""
+    """query (B, Lq, H, D), key and value (B, Lk, H, D), packed (T, H, D), channels contiguous, dropout_ids (B,)
+    contiguous: out, and the base-2 log-sum-exp (H, T) of the queries."""
     shape = query.shape
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty((shape[-2], math.prod(shape[:-2])), dtype=torch.float32)
@@ -277,7 +281,7 @@ def attention_forward(
         value.stride(),
     )  # fmt: skip
     cu_seqlens_q, cu_seqlens_k = packing[:2] if packing else (None, None)
-    launch(query, key, value, mask, cu_seqlens_q, cu_seqlens_k, seed, out, lse)
+    launch(query, key, value, mask, cu_seqlens_q, cu_seqlens_k, seed, dropout_ids, out, lse)
     return out, lse
 
 
@@ -285,7 +289,7 @@ def entry(kernel: Any, config: LaunchConfig, dtype: torch.dtype, head_dim: int, 
     """What the static checks compile: with dropout, and with a mask where padded, which needs the most registers."""
     name = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
     tensors = ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value")
-    absent = ("mask_ptr",) if packed else ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr")
+    absent = ("ids_ptr", "mask_ptr") if packed else ("ids_ptr", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr")
     signature = {f"{tensor}_ptr": name for tensor in tensors}
     signature |= {"mask_ptr": "*i1", "cu_seqlens_q_ptr": "*i32", "cu_seqlens_k_ptr": "*i32", "seed_ptr": "*i64"}
     signature |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32", "keep_scale": "fp32"}

@@ -34,7 +34,7 @@ from sclkern.kernels.attention import (
 )
 from sclkern.kernels.config import Configs, Features, LaunchConfig, resolve, select, settled
 from sclkern.kernels.config_rules import ceil_div
-from sclkern.kernels.dropout import dropout_keep_mask
+from sclkern.kernels.dropout import dropout_keep_mask, sequence_head
 from sclkern.kernels.launch import Prepared
 
 
@@ -79,6 +79,7 @@ def attention_backward_query_kernel(
     cu_seqlens_q_ptr,  # (B + 1,) int32, or None
     cu_seqlens_k_ptr,  # (B + 1,) int32, or None
     seed_ptr,  # (1,) int64, or None without dropout
+    ids_ptr,  # (B,) int64, which key the dropout mask in place of the index, or None
     out_ptr,  # as query, contiguous
     lse_ptr,  # (H, T) float32, base 2
     delta_ptr,  # (H, T) float32: rowsum(grad_out * out), written for the other kernel
@@ -151,6 +152,8 @@ def attention_backward_query_kernel(
     if not SINGLE_TILE:
         tl.store(delta_ptr + stats, delta, mask=inside)
     seed = 0 if seed_ptr is None else tl.load(seed_ptr)
+    if ids_ptr is not None:
+        batch_head = sequence_head(ids_ptr, batch, head, heads)
     grad_query = tl.zeros((HEAD_DIM, BLOCK_QUERIES) if TRANSPOSED else (BLOCK_QUERIES, HEAD_DIM), tl.float32)
     for start in range(0, keys, BLOCK_KEYS):
         column = start + tl.arange(0, BLOCK_KEYS)
@@ -178,8 +181,9 @@ def attention_backward_query_kernel(
 
 @triton.jit(do_not_specialize=DYNAMIC_ARGS)
 def attention_backward_key_kernel(
-    grad_out_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seed_ptr, out_ptr,
-    lse_ptr, delta_ptr, grad_query_ptr, grad_key_ptr, grad_value_ptr, heads, queries, keys, query_rows, key_rows,
+    grad_out_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seed_ptr, ids_ptr,
+    out_ptr, lse_ptr, delta_ptr, grad_query_ptr, grad_key_ptr, grad_value_ptr, heads, queries, keys, query_rows,
+    key_rows,
     grad_out_batch_stride, grad_out_row_stride, grad_out_head_stride,
     query_batch_stride, query_row_stride, query_head_stride,
     key_batch_stride, key_row_stride, key_head_stride,
@@ -220,6 +224,8 @@ def attention_backward_key_kernel(
     key = load_rows(key_ptr, column, valid, key_row_stride, HEAD_DIM)
     value = load_rows(value_ptr, column, valid, value_row_stride, HEAD_DIM)
     seed = 0 if seed_ptr is None else tl.load(seed_ptr)
+    if ids_ptr is not None:
+        batch_head = sequence_head(ids_ptr, batch, head, heads)
     grad_key = tl.zeros((BLOCK_KEYS, HEAD_DIM) if TRANSPOSED else (HEAD_DIM, BLOCK_KEYS), tl.float32)
     grad_value = tl.zeros((BLOCK_KEYS, HEAD_DIM) if TRANSPOSED else (HEAD_DIM, BLOCK_KEYS), tl.float32)
     for start in range(0, queries, BLOCK_QUERIES):
@@ -328,6 +334,7 @@ def attention_backward(
     dropout_p: float,
     softmax_scale: float,
     packing: Packing | None = None,
+    dropout_ids: Tensor | None = None,
     config: Configs = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, contiguous; shapes as ``attention_forward`` takes and returns them."""
@@ -341,9 +348,9 @@ def attention_backward(
     # A kernel that runs alone does not follow this pointer.
     delta = lse if len(launches) == 1 else torch.empty_like(lse)
     cu_seqlens_q, cu_seqlens_k = packing[:2] if packing else (None, None)
-    packed = cu_seqlens_q, cu_seqlens_k
+    masks = mask, cu_seqlens_q, cu_seqlens_k, seed, dropout_ids
     for launch in launches:
-        launch(grad_out, query, key, value, mask, *packed, seed, out, lse, delta, grad_query, grad_key, grad_value)
+        launch(grad_out, query, key, value, *masks, out, lse, delta, grad_query, grad_key, grad_value)
     return grad_query, grad_key, grad_value
 
 

@@ -42,6 +42,7 @@ def cross_attention_forward_kernel(
     out_bias_ptr,  # (W,)
     mask_ptr,  # (B, Lk) bool, or None
     seed_ptr,  # (1,) int64, or None without dropout
+    ids_ptr,  # (B,) int64, which key the dropout mask in place of the index, or None
     out_ptr,  # (B, Lq, W)
     batches,
     heads,
@@ -69,7 +70,8 @@ def cross_attention_forward_kernel(
         bias = tl.load(score_bias_ptr + column, mask=exists, other=0.0).to(tl.float32)
         p = softmax_by_head(scores[group] + bias[None, :], valid, BLOCK_KEYS)
         if seed_ptr is not None:
-            keep = tile_keep_mask(tl.load(seed_ptr), batch, heads, row, group, threshold, COLUMNS, BLOCK_KEYS)
+            keep = tile_keep_mask(tl.load(seed_ptr), ids_ptr, batch, heads, row, group, threshold,
+                                  COLUMNS, BLOCK_KEYS)
             p = tl.where(keep, p * keep_scale, 0.0)
         p_dropped = p_dropped + (tl.reshape(p, (ROWS, COLUMNS)).to(value_weight_ptr.dtype.element_ty),)  # type: ignore[assignment]  # noqa: RUF005
     columns_times_rows(p_dropped, value_weight_ptr, out_bias_ptr, out_ptr, token, inside, batch, batches, heads, keys,
@@ -86,6 +88,7 @@ def cross_attention_backward_kernel(
     value_weight_ptr,  # (H, B, Lk, W)
     mask_ptr,  # (B, Lk) bool, or None
     seed_ptr,  # (1,) int64, or None without dropout
+    ids_ptr,  # (B,) int64, which key the dropout mask in place of the index, or None
     grad_x_ptr,  # (B, Lq, W)
     grad_scores_ptr,  # (B, Lq, H, BLOCK_KEYS)
     p_dropped_ptr,  # (B, Lq, H, BLOCK_KEYS): what dropout left of the probabilities
@@ -117,7 +120,8 @@ def cross_attention_backward_kernel(
             p = softmax_by_head(scores[group - first] + bias[None, :], valid, BLOCK_KEYS)
             if seed_ptr is not None:
                 # The sign remembers what is dropped, so that nothing is drawn twice.
-                keep = tile_keep_mask(tl.load(seed_ptr), batch, heads, row, group, threshold, COLUMNS, BLOCK_KEYS)
+                keep = tile_keep_mask(tl.load(seed_ptr), ids_ptr, batch, heads, row, group, threshold,
+                                      COLUMNS, BLOCK_KEYS)
                 p = tl.where(keep, p, -p)
             # Parked where the dropped probabilities will be, because the next product needs their registers.
             offset, mask = score_offsets(token, inside, group, heads, COLUMNS, BLOCK_KEYS)
@@ -166,6 +170,7 @@ def _launch(
     value_weight: Tensor,
     mask: Tensor | None,
     seed: Tensor | None,
+    dropout_ids: Tensor | None,
     dropout_p: float,
     /,
     **tensors: Tensor,
@@ -183,6 +188,7 @@ def _launch(
         value_weight_ptr=value_weight,
         mask_ptr=mask,
         seed_ptr=seed,
+        ids_ptr=dropout_ids,
         batches=batches,
         heads=heads,
         queries=x.shape[1],
@@ -203,12 +209,13 @@ def cross_attention_forward(
     mask: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    dropout_ids: Tensor | None = None,
     config: LaunchConfig | None = None,
 ) -> Tensor:
     """x (B, Lq, W) and the tensors of ``absorb_into_keys``, all contiguous: (B, Lq, W)."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
-        common = x, score_weight, score_bias, value_weight, mask, seed, dropout_p
+        common = x, score_weight, score_bias, value_weight, mask, seed, dropout_ids, dropout_p
         _launch(cross_attention_forward_kernel, config, *common, out_bias=out_bias, out=out)
     return out
 
@@ -222,6 +229,7 @@ def cross_attention_backward(
     mask: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    dropout_ids: Tensor | None = None,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (B, Lq, W) and of the scores, and the probabilities after dropout, both (B, Lq, H, BLOCK_KEYS).
@@ -233,7 +241,7 @@ def cross_attention_backward(
     grad_x, grad_scores, p_dropped = (torch.empty(shape, dtype=x.dtype, device=x.device) for shape in shapes)
     if grad_x.numel():
         written = {"grad_x": grad_x, "grad_scores": grad_scores, "p_dropped": p_dropped}
-        common = x, score_weight, score_bias, value_weight, mask, seed, dropout_p
+        common = x, score_weight, score_bias, value_weight, mask, seed, dropout_ids, dropout_p
         _launch(cross_attention_backward_kernel, config, *common, grad_out=grad_out, **written)
     return grad_x, grad_scores, p_dropped
 
@@ -245,7 +253,7 @@ def _entry(kernel: Any, config: LaunchConfig, name: str, keys: int) -> dict[str,
     )  # fmt: skip
     signature = {f"{tensor}_ptr": f"*{name}" for tensor in tensors}
     signature |= {"mask_ptr": "*i1", "seed_ptr": "*i64", "keep_scale": "fp32"}
-    return static_entry(kernel, config, signature, **_constants(config, 12, keys, 768))
+    return static_entry(kernel, config, signature, ids_ptr=None, **_constants(config, 12, keys, 768))
 
 
 def ahead_of_time(arch: str) -> list[dict[str, Any]]:

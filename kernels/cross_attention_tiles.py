@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sclkern.kernels.dropout import dropout_keep_mask
+from sclkern.kernels.dropout import dropout_keep_mask, sequence_head
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -116,10 +116,10 @@ def sum_by_head(values, BLOCK_KEYS: tl.constexpr):
 
 
 @triton.jit
-def tile_keep_mask(seed, batch, heads, row, group, threshold, COLUMNS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+def tile_keep_mask(seed, ids_ptr, batch, heads, row, group, threshold, COLUMNS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
     """(ROWS, heads of the tile, BLOCK_KEYS) bool: the probabilities that dropout keeps."""
     head = group * (COLUMNS // BLOCK_KEYS) + tl.arange(0, COLUMNS // BLOCK_KEYS)
-    batch_head = (batch * heads + head).to(tl.int32)[None, :, None]
+    batch_head = sequence_head(ids_ptr, batch, head, heads)[None, :, None]
     key_group = tl.arange(0, BLOCK_KEYS // 8)[None, None, :]
     return dropout_keep_mask(seed, batch_head, row[:, None, None], key_group, threshold)
 

@@ -38,6 +38,7 @@ def dropout_add_layer_norm_forward_kernel(
     bias_ptr,  # (D,)
     x_bias_ptr,  # (D,) or None
     seed_ptr,  # int64, or None without dropout
+    ids_ptr,  # (R,) int64, which key the dropout mask in place of the row, or None
     out_ptr,  # (R, D)
     total_ptr,  # (R, D), or None where the sum is not returned
     mean_ptr,  # (R,) float32
@@ -55,7 +56,7 @@ def dropout_add_layer_norm_forward_kernel(
     column = tl.arange(0, BLOCK_COLUMNS)[None, :]
     inside = (row < rows) & (column < columns)
     total, _ = dropped_sum(
-        x_ptr, residual_ptr, x_bias_ptr, seed_ptr, row, column, rows, columns, threshold, scale,
+        x_ptr, residual_ptr, x_bias_ptr, seed_ptr, ids_ptr, row, column, rows, columns, threshold, scale,
         BLOCK_ROWS, BLOCK_COLUMNS, STREAM,
     )  # fmt: skip
     if total_ptr is not None:
@@ -78,6 +79,7 @@ def dropout_add_layer_norm_backward_kernel(
     weight_ptr,  # (D,)
     x_bias_ptr,  # (D,) or None
     seed_ptr,  # int64, or None without dropout
+    ids_ptr,  # (R,) int64, which key the dropout mask in place of the row, or None
     mean_ptr,  # (R,) float32
     rstd_ptr,  # (R,) float32
     grad_x_ptr,  # (R, D), or None where it equals grad_residual
@@ -105,7 +107,7 @@ def dropout_add_layer_norm_backward_kernel(
         element = row * columns + column
         if total_ptr is None:
             total, factor = dropped_sum(
-                x_ptr, residual_ptr, x_bias_ptr, seed_ptr, row, column, rows, columns, threshold, scale,
+                x_ptr, residual_ptr, x_bias_ptr, seed_ptr, ids_ptr, row, column, rows, columns, threshold, scale,
                 BLOCK_ROWS, BLOCK_COLUMNS, STREAM,
             )  # fmt: skip
         else:
@@ -120,7 +122,9 @@ def dropout_add_layer_norm_backward_kernel(
         grad_x = grad_total
         if seed_ptr is not None:
             if total_ptr is not None:
-                factor = dropout_factor(seed_ptr, row, threshold, scale, BLOCK_ROWS, BLOCK_COLUMNS, STREAM)
+                factor = dropout_factor(
+                    seed_ptr, ids_ptr, row, rows, threshold, scale, BLOCK_ROWS, BLOCK_COLUMNS, STREAM
+                )  # fmt: skip
             grad_x *= factor
         if grad_x_ptr is not None:
             tl.store(grad_x_ptr + element, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
@@ -163,6 +167,7 @@ def dropout_add_layer_norm_forward(
     dropout_p: float,
     eps: float,
     return_sum: bool = False,
+    dropout_ids: Tensor | None = None,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Launch the forward kernel.
@@ -177,6 +182,7 @@ def dropout_add_layer_norm_forward(
         dropout_p: dropout probability.
         eps: added to the variance.
         return_sum: whether the sum is written.
+        dropout_ids: (R,) int64 contiguous, which key the mask in place of the row, or None.
         config: launch configuration, None for the selected one.
 
     Returns:
@@ -188,7 +194,7 @@ def dropout_add_layer_norm_forward(
     total = _empty_like(x, dtype=wider) if return_sum else None
     mean, rstd = (x.new_empty(x.shape[:1], dtype=torch.float32) for _ in range(2))
     launch = _prepare(False, config, x.dtype, x.device, x.shape, dropout_p, eps)
-    launch(x, residual, weight, bias, x_bias, seed, out, total, mean, rstd)
+    launch(x, residual, weight, bias, x_bias, seed, dropout_ids, out, total, mean, rstd)
     return out, total, mean, rstd
 
 
@@ -206,6 +212,7 @@ def dropout_add_layer_norm_backward(
     dropout_p: float,
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype,
+    dropout_ids: Tensor | None = None,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Launch the backward kernel.
@@ -224,6 +231,7 @@ def dropout_add_layer_norm_backward(
         dropout_p: as in the forward.
         x_dtype: dtype of x.
         residual_dtype: dtype of residual.
+        dropout_ids: as in the forward.
         config: launch configuration, None for the selected one.
 
     Returns:
@@ -237,14 +245,14 @@ def dropout_add_layer_norm_backward(
     launch = _prepare(True, config, grad_out.dtype, grad_out.device, grad_out.shape, dropout_p)
     sums = launch.grid[0], 2 if x_bias is None else 3, grad_out.shape[1]
     partial = grad_out.new_empty(sums, dtype=torch.float32)
-    inputs = grad_out, grad_total, x, residual, total, weight, x_bias, seed, mean, rstd
+    inputs = grad_out, grad_total, x, residual, total, weight, x_bias, seed, dropout_ids, mean, rstd
     launch(*inputs, grad_x, grad_residual, partial)
     return grad_x, grad_residual, partial.sum(0)
 
 
 def _entries(arch: str, columns: int, stream: str | None, absent: tuple[str, ...]) -> list[dict[str, Any]]:
     """Both kernels for bfloat16 rows, with the sum beside a residual ``stream`` of that type, or without the sum."""
-    absent += ("total_ptr", "grad_total_ptr") if stream is None else ()
+    absent += ("ids_ptr", "total_ptr", "grad_total_ptr") if stream is None else ("ids_ptr",)
     recomputed = () if stream is None else ("x_ptr", "residual_ptr")
     branch = ("x_ptr", "out_ptr", "grad_out_ptr", "grad_x_ptr")
     streams = ("residual_ptr", "total_ptr", "grad_total_ptr", "grad_residual_ptr")

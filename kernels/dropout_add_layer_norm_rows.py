@@ -9,7 +9,9 @@ import triton.language as tl
 @triton.jit
 def dropout_factor(
     seed_ptr,
+    ids_ptr,
     row,  # (BLOCK_ROWS, 1) int64
+    rows,
     threshold,
     scale,
     BLOCK_ROWS: tl.constexpr,
@@ -17,11 +19,15 @@ def dropout_factor(
     STREAM: tl.constexpr,
 ):
     """The factor of dropout, 0 or scale, (BLOCK_ROWS, BLOCK_COLUMNS) float32, as reference.feature_dropout_keep says:
-    column 8 g + 2 w + h takes half h of word w of counter (row, g)."""
+    column 8 g + 2 w + h takes half h of word w of counter (row, g); an id stands for the row where there are ids."""
     zero = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS // 8), dtype=tl.int32)
     group = zero + tl.arange(0, BLOCK_COLUMNS // 8)[None, :]
+    last = zero
+    if ids_ptr is not None:
+        row = tl.load(ids_ptr + row, mask=row < rows, other=0)
+        last += (row >> 32).to(tl.int32)
     word0, word1, word2, word3 = tl.philox(
-        tl.load(seed_ptr), group, zero + row.to(tl.int32), zero + STREAM, zero, n_rounds=7
+        tl.load(seed_ptr), group, zero + row.to(tl.int32), zero + STREAM, last, n_rounds=7
     )
     words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
     halves = tl.join(words & 0xFFFF, words >> 16).to(tl.int32)
@@ -34,6 +40,7 @@ def dropped_sum(
     residual_ptr,
     x_bias_ptr,
     seed_ptr,
+    ids_ptr,
     row,  # (BLOCK_ROWS, 1) int64
     column,  # (1, BLOCK_COLUMNS)
     rows,
@@ -52,7 +59,9 @@ def dropped_sum(
     if x_bias_ptr is not None:
         x += tl.load(x_bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
     if seed_ptr is not None:
-        factor = dropout_factor(seed_ptr, row, threshold, scale, BLOCK_ROWS, BLOCK_COLUMNS, STREAM)
+        factor = dropout_factor(
+            seed_ptr, ids_ptr, row, rows, threshold, scale, BLOCK_ROWS, BLOCK_COLUMNS, STREAM
+        )  # fmt: skip
         # Not a product: a dropped element must not show, even if it is NaN.
         x = tl.where(factor > 0.0, x * factor, 0.0)
     else:

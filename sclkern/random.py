@@ -25,7 +25,9 @@ def _multiply_high_low(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _WORD, product & _WORD
 
 
-def philox(seed: int | Tensor, counter: Tensor, stream: int = 0, *, rounds: int = 10) -> tuple[Tensor, ...]:
+def philox(
+    seed: int | Tensor, counter: Tensor, stream: int = 0, *, rounds: int = 10, last: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Four words of Philox-4x32 for each counter.
 
     Args:
@@ -33,6 +35,7 @@ def philox(seed: int | Tensor, counter: Tensor, stream: int = 0, *, rounds: int 
         counter: int64 tensor of any shape, the low two words of the 128-bit counter.
         stream: the third word: draws of different purposes use different streams.
         rounds: 10 is the standard; 7 is the fewest known to pass BigCrush.
+        last: int64, broadcastable to ``counter``: its low 32 bits are the last word. None is 0.
 
     Returns:
         Four int64 tensors of the shape of ``counter``, each uniform on [0, 2**32).
@@ -42,7 +45,8 @@ def philox(seed: int | Tensor, counter: Tensor, stream: int = 0, *, rounds: int 
         seed = torch.full((), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=counter.device)
     key_a, key_b = seed & _WORD, (seed >> 32) & _WORD
     word0, word1 = counter & _WORD, (counter >> 32) & _WORD
-    word2, word3 = torch.full_like(counter, stream), torch.zeros_like(counter)
+    word2 = torch.full_like(counter, stream)
+    word3 = torch.zeros_like(counter) if last is None else (last & _WORD).expand_as(counter)
     for _ in range(rounds):
         high_b, low_b = _multiply_high_low(word2, _MULTIPLIER_B)
         high_a, low_a = _multiply_high_low(word0, _MULTIPLIER_A)

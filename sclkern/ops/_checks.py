@@ -204,6 +204,22 @@ def seed(value: Any, device: torch.device, *, optional: bool = True) -> None:
         raise TypeError(f"seed: got {type(value).__name__}, expected {expected}")
 
 
+def dropout_ids(form: str, expected: tuple[int, ...], like: str, first: Tensor, value: Any) -> None:
+    """An int64 tensor of this shape on the device of another argument, or None.
+
+    Args:
+        form: the shape in letters.
+        expected: the shape in numbers.
+        like: name of that argument.
+        first: that argument.
+        value: what came.
+    """
+    if value is not None:
+        dtype(torch.int64, dropout_ids=value)
+        shape(form, expected, dropout_ids=value)
+        same_device(like, first, dropout_ids=value)
+
+
 def _differ(actual: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
     return any(e is not None and a != e for a, e in zip(actual, expected, strict=True))
 

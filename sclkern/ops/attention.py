@@ -25,13 +25,14 @@ def attention(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     seed: int | Tensor | None = None,
+    dropout_ids: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention; scores and probabilities are never in memory (Dao et al., arXiv 2205.14135).
 
     Where no kernel can run on a CPU, "auto" uses PyTorch's scaled_dot_product_attention, unless the dropout mask of a
-    seed is wanted.
+    seed or of ids is wanted.
 
     Args:
         query: (B, Lq, H, D) float16, bfloat16 or float32 (any floating dtype on the eager path), any strides; the
@@ -47,6 +48,9 @@ def attention(
         seed: of the dropout mask (``reference.attention_dropout_mask``): int, or int64 tensor of one element on the
             device of query; every backend drops the same probabilities. None draws from torch's generator: a seed for
             the kernel, the mask itself on the eager path, where counting is slow.
+        dropout_ids: (B,) int64 on the device of query: the dropout mask of a sample depends on its id in place of its
+            index, so that the sample keeps it in another batch, at another place and in ``packed_attention``. Ids from
+            0 to 2**63 / H - 1 have masks of their own, equal ids equal ones; the ids 0 to B - 1 are the default.
         return_lse: also return the log-sum-exp.
         backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.select_backend``).
 
@@ -59,23 +63,24 @@ def attention(
         ValueError: wrong shape, device or range, or unknown backend.
         RuntimeError: second derivatives of the kernel; ``backend="eager"`` has them.
     """
-    numbers = dropout_p, softmax_scale, seed, return_lse, backend
+    numbers = dropout_p, softmax_scale, seed, dropout_ids, return_lse, backend
     path = choose("attention", check, plan, query, key, value, key_padding_mask, *numbers)
     query, key, value = autocast_all(query, key, value)
     scale = _attention.resolve_scale(query.shape[-1], softmax_scale)
     if path == "triton":
         mask = None if key_padding_mask is None else key_padding_mask.contiguous()
-        out, lse = run_kernel(query, key, value, mask, None, seed, dropout_p, scale)
+        out, lse = run_kernel(query, key, value, mask, None, seed, dropout_ids, dropout_p, scale)
         if not return_lse:
             return out
         # (H, B * Lq) in the kernel.
         lse = lse.detach().view(query.shape[2], *query.shape[:2]).transpose(0, 1)
         return out, lse * math.log(2)
-    options: dict[str, Any] = {"dropout_p": dropout_p, "softmax_scale": scale, "seed": seed}
     if path == "sdpa":
         out = _attention.sdpa_attention(query, key, value, key_padding_mask, scale, dropout_p)
     else:
-        out = reference.attention(query, key, value, key_padding_mask=key_padding_mask, **options)
+        options: dict[str, Any] = {"dropout_p": dropout_p, "softmax_scale": scale, "seed": seed}
+        options |= {"key_padding_mask": key_padding_mask, "dropout_ids": dropout_ids}
+        out = reference.attention(query, key, value, **options)
     if not return_lse:
         return out
     mask = None if key_padding_mask is None else key_padding_mask[:, None, None, :]
@@ -85,14 +90,14 @@ def attention(
 def plan(
     query: Tensor | None, key: Tensor | None, value: Tensor | None, *, key_padding_mask: Tensor | None = None,
     dropout_p: float = 0.0, softmax_scale: float | None = None, seed: int | Tensor | None = None,
-    return_lse: bool = False, backend: str = "auto",
+    dropout_ids: Tensor | None = None, return_lse: bool = False, backend: str = "auto",
 ) -> Choice:  # fmt: skip
     """The path of these arguments; see ``sclkern.ops.explain``."""
     if query is None:
         return select_backend(key, value, backend=backend)
     problems: tuple[str, ...] = ()
-    if dropout_p > 0 and seed is not None:
-        problems += ("PyTorch's attention cannot draw the dropout mask of a seed",)
+    if dropout_p > 0 and not (seed is None and dropout_ids is None):
+        problems += ("PyTorch's attention cannot draw the dropout mask of a seed or of ids",)
     if 0 in query.shape[:2] or (key is not None and key.shape[1] == 0):
         problems += ("no queries or no keys",)
     sdpa = "PyTorch's scaled_dot_product_attention on a CPU"
@@ -101,11 +106,12 @@ def plan(
 
 def check(
     query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, dropout_p: float,
-    softmax_scale: float | None, seed: int | Tensor | None, return_lse: bool,
+    softmax_scale: float | None, seed: int | Tensor | None, dropout_ids: Tensor | None, return_lse: bool,
 ) -> None:  # fmt: skip
     """Raise for arguments that no path takes."""
     _attention.check_tensors(query, key, value, ("(B, Lq, H, D)", "(B, Lk, H, D)"))
     _attention.check_padding_mask("query", query, key, key_padding_mask)
+    _checks.dropout_ids("(B,)", query.shape[:1], "query", query, dropout_ids)
     _checks.boolean("return_lse", return_lse)
     _attention.check_numbers(dropout_p, softmax_scale, seed, query.device, query.shape[1], key.shape[1])
 
@@ -116,7 +122,7 @@ Packing = tuple[Tensor, Tensor, int, int]
 
 def run_kernel(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, packing: Packing | None,
-    seed: int | Tensor | None, dropout_p: float, scale: float,
+    seed: int | Tensor | None, dropout_ids: Tensor | None, dropout_p: float, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The kernel of padded and packed attention.
 
@@ -127,6 +133,7 @@ def run_kernel(
         mask: (B, Lk) bool, contiguous, or None.
         packing: the lengths of packed sequences, contiguous, or None.
         seed: of the dropout mask; None draws one.
+        dropout_ids: (B,) int64, or None.
         dropout_p: dropout probability.
         scale: factor of the scores.
 
@@ -135,9 +142,10 @@ def run_kernel(
         conversion would round a score of 1000 twice more.
     """
     seed = seed_tensor(seed, query.device) if dropout_p > 0 else None
+    ids = None if seed is None or dropout_ids is None else dropout_ids.contiguous()
     tensors = _attention.contiguous_channels(query, key, value)
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = packing or (None, None, 0, 0)
-    lengths = cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k
+    lengths = cu_seqlens_q, cu_seqlens_k, seed, ids, max_seqlen_q, max_seqlen_k
     result: tuple[Tensor, Tensor] = _op(*tensors, mask, *lengths, float(dropout_p), scale)
     return result
 
@@ -148,21 +156,22 @@ def _packing(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_q: in
 
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None, seed: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, dropout_p: float,
-    softmax_scale: float,
+    cu_seqlens_k: Tensor | None, seed: Tensor | None, dropout_ids: Tensor | None, max_seqlen_q: int,
+    max_seqlen_k: int, dropout_p: float, softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return kernels.attention.attention_forward(query, key, value, mask, seed, dropout_p, softmax_scale, packing)
+    options = dropout_p, softmax_scale, packing, dropout_ids
+    return kernels.attention.attention_forward(query, key, value, mask, seed, *options)
 
 
 def _backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None, seed: Tensor | None, out: Tensor, lse: Tensor, max_seqlen_q: int, max_seqlen_k: int,
-    dropout_p: float, softmax_scale: float,
+    cu_seqlens_k: Tensor | None, seed: Tensor | None, dropout_ids: Tensor | None, out: Tensor, lse: Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tensors = *_attention.contiguous_channels(grad_out), query, key, value, mask, seed, out, lse
     packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return kernels.attention_backward.attention_backward(*tensors, dropout_p, softmax_scale, packing)
+    return kernels.attention_backward.attention_backward(*tensors, dropout_p, softmax_scale, packing, dropout_ids)
 
 
 def _fake(query: Tensor, **_: object) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,7 @@ def cross_attention(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     seed: int | Tensor | None = None,
+    dropout_ids: Tensor | None = None,
     absorb: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
@@ -82,6 +83,7 @@ def cross_attention(
         softmax_scale: factor of the scores, default 1 / sqrt(W / H).
         seed: of the dropout mask (``reference.attention_dropout_mask``): int, or int64 tensor of one element on the
             device of x. None draws one from torch's generator. Every form and backend drops the same probabilities.
+        dropout_ids: (B,) int64, of the samples, as in ``attention``.
         absorb: "auto", or the form by name: "never" is the definition, "keys", "queries".
         backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.select_backend``); "triton" by name uses only
             forms that have a kernel.
@@ -95,13 +97,14 @@ def cross_attention(
         RuntimeError: second derivatives of the kernel; ``backend="eager"`` has them.
     """
     tensors = x, context, in_weight, in_bias, out_weight, out_bias
-    numbers = dropout_p, softmax_scale, seed, absorb, backend
+    numbers = dropout_p, softmax_scale, seed, dropout_ids, absorb, backend
     path = choose("cross_attention", check, plan, *tensors, num_heads, key_padding_mask, *numbers)
     cast = autocast_all(*tensors)
     x, context, in_weight, in_bias, out_weight, out_bias = cast
     options: dict[str, Any] = {"dropout_p": dropout_p, "softmax_scale": softmax_scale, "seed": seed}
     if dropout_p > 0 and (seed is not None or path.startswith("triton")):
         options["seed"] = seed_tensor(seed, x.device)
+    options["dropout_ids"] = dropout_ids
     if path in ("absorbed-keys", "absorbed-queries"):
         form = path.removeprefix("absorbed-")
         options |= {"num_heads": num_heads, "key_padding_mask": key_padding_mask, "absorb": form}
@@ -112,7 +115,9 @@ def cross_attention(
         absorbed = absorb_into_keys(*cast[1:5], num_heads=num_heads, scale=scale, mask=key_padding_mask)
         mask = None if key_padding_mask is None else key_padding_mask.contiguous()
         arguments = [t.contiguous() for t in (x, *absorbed, out_bias)]
-        out: Tensor = _op(*arguments, mask, options["seed"] if dropout_p > 0 else None, float(dropout_p))
+        seed, ids = (options["seed"], dropout_ids) if dropout_p > 0 else (None, None)
+        ids = None if ids is None else ids.contiguous()
+        out: Tensor = _op(*arguments, mask, seed, ids, float(dropout_p))
         return out
     if key_padding_mask is not None:
         # The projections would carry NaN of the padding into the gradients of their weights.
@@ -153,7 +158,7 @@ def plan(
     x: Tensor | None, context: Tensor | None, in_weight: Tensor | None, in_bias: Tensor | None,
     out_weight: Tensor | None, out_bias: Tensor | None, *, num_heads: int | None,
     key_padding_mask: Tensor | None = None, dropout_p: float = 0.0, softmax_scale: float | None = None,
-    seed: int | Tensor | None = None, absorb: str = "auto", backend: str = "auto",
+    seed: int | Tensor | None = None, dropout_ids: Tensor | None = None, absorb: str = "auto", backend: str = "auto",
 ) -> Choice:  # fmt: skip
     """The path of these arguments; see ``sclkern.ops.explain``."""
     tensors = x, context, in_weight, in_bias, out_weight, out_bias
@@ -165,7 +170,7 @@ def plan(
     if form != "never":
         return choice
     query, key = (tensor.unflatten(-1, (num_heads, -1)) for tensor in (x, context))
-    core = plan_attention(query, key, key, seed=seed, **numbers)
+    core = plan_attention(query, key, key, seed=seed, dropout_ids=dropout_ids, **numbers)
     return Choice(core.path, core.reasons + tuple(r for r in choice.reasons if r not in core.reasons))
 
 
@@ -262,7 +267,7 @@ def _padded(num_keys: int) -> int:
 def check(
     x: Tensor, context: Tensor, in_weight: Tensor, in_bias: Tensor, out_weight: Tensor, out_bias: Tensor,
     num_heads: int, key_padding_mask: Tensor | None, dropout_p: float, softmax_scale: float | None,
-    seed: int | Tensor | None, absorb: str,
+    seed: int | Tensor | None, dropout_ids: Tensor | None, absorb: str,
 ) -> None:  # fmt: skip
     """Raise for arguments that no path takes."""
     _checks.floating(x=x)
@@ -285,24 +290,26 @@ def check(
     if width % num_heads:
         raise ValueError(f"num_heads: got {num_heads}, expected a divisor of W = {width}")
     _checks.choice("absorb", absorb, FORMS)
+    _checks.dropout_ids("(B,)", (batch,), "x", x, dropout_ids)
     _attention.check_numbers(dropout_p, softmax_scale, seed, x.device, num_queries, context.shape[1])
 
 
 def _forward(
     x: Tensor, score_weight: Tensor, score_bias: Tensor, value_weight: Tensor, out_bias: Tensor, mask: Tensor | None,
-    seed: Tensor | None, dropout_p: float,
+    seed: Tensor | None, dropout_ids: Tensor | None, dropout_p: float,
 ) -> Tensor:  # fmt: skip
     tensors = x, score_weight, score_bias, value_weight, out_bias
-    return kernels.cross_attention.cross_attention_forward(*tensors, mask, seed, dropout_p)
+    return kernels.cross_attention.cross_attention_forward(*tensors, mask, seed, dropout_p, dropout_ids)
 
 
 def _backward(
     grad_out: Tensor, x: Tensor, score_weight: Tensor, score_bias: Tensor, value_weight: Tensor, out_bias: Tensor,
-    mask: Tensor | None, seed: Tensor | None, dropout_p: float, needs_out_bias: bool,
+    mask: Tensor | None, seed: Tensor | None, dropout_ids: Tensor | None, dropout_p: float, needs_out_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grad_out = grad_out.contiguous()
     tensors = grad_out, x, score_weight, score_bias, value_weight, mask, seed
-    grad_x, grad_scores, p_dropped = kernels.cross_attention.cross_attention_backward(*tensors, dropout_p)
+    launch = kernels.cross_attention.cross_attention_backward
+    grad_x, grad_scores, p_dropped = launch(*tensors, dropout_p, dropout_ids)
     grad_out_bias = grad_out.sum((0, 1)) if needs_out_bias else out_bias.new_empty(out_bias.shape)
     num_keys, rows = score_weight.shape[2], grad_scores.shape[2:]
     # Sums over the queries, (B, H, Lk or more, ...).

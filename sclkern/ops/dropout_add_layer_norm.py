@@ -29,6 +29,7 @@ def dropout_add_layer_norm(
     dropout_p: float = 0.0,
     eps: float = 1e-5,
     seed: int | Tensor | None = None,
+    dropout_ids: Tensor | None = None,
     return_sum: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -52,6 +53,9 @@ def dropout_add_layer_norm(
         seed: int, or int64 tensor of one element on the device of x, so that a captured CUDA graph can be replayed
             with another. None draws one from torch's generator of that device (on the eager path it is torch's own
             dropout). It must not be changed in place between forward and backward.
+        dropout_ids: (...) int64 on the device of x: the dropout mask of a row depends on its id in place of its index,
+            so that the row keeps it in another batch and at another place. Every id has a mask of its own, equal ids
+            have equal ones; the indices of the rows, as if all leading dimensions were one, are the default.
         return_sum: return the sum too, which the backward then reads in place of x and residual.
         backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.select_backend``).
 
@@ -66,13 +70,15 @@ def dropout_add_layer_norm(
         ValueError: wrong shape, device, ``dropout_p``, ``eps``, ``seed`` or backend, or "triton" requested by name
             where it cannot run. RuntimeError: second derivatives of the kernel; ``backend="eager"`` has them.
     """
-    tensors, numbers = (x, residual, weight, bias), (dropout_p, eps, seed, return_sum)
+    tensors, numbers = (x, residual, weight, bias), (dropout_p, eps, seed, dropout_ids, return_sum)
     if choose("dropout_add_layer_norm", check, plan, *tensors, x_bias, *numbers, backend) == "eager":
         options: dict[str, Any] = {"x_bias": x_bias, "dropout_p": dropout_p, "eps": eps, "seed": seed}
-        return reference.dropout_add_layer_norm(*tensors, **options, return_sum=return_sum)
+        options |= {"dropout_ids": dropout_ids, "return_sum": return_sum}
+        return reference.dropout_add_layer_norm(*tensors, **options)
     parameters = weight.contiguous(), bias.contiguous(), None if x_bias is None else x_bias.contiguous()
     seed = seed_tensor(seed, x.device) if dropout_p > 0 else None
-    out, total, *_ = _op(_rows(x), _rows(residual), *parameters, seed, float(dropout_p), float(eps), return_sum)
+    ids = None if seed is None or dropout_ids is None else dropout_ids.flatten().contiguous()
+    out, total, *_ = _op(_rows(x), _rows(residual), *parameters, seed, ids, float(dropout_p), float(eps), return_sum)
     if x.ndim != 2:
         out, total = out.reshape(x.shape), total.reshape(x.shape) if return_sum else total
     return (out, total) if return_sum else out
@@ -91,7 +97,7 @@ def plan(
 
 def check(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None, dropout_p: float, eps: float,
-    seed: int | Tensor | None, return_sum: bool,
+    seed: int | Tensor | None, dropout_ids: Tensor | None, return_sum: bool,
 ) -> None:  # fmt: skip
     """Raise for arguments that no path takes."""
     _checks.floating(x=x, residual=residual, weight=weight, bias=bias, **_checks.given(x_bias=x_bias))
@@ -102,6 +108,7 @@ def check(
     _checks.probability("dropout_p", dropout_p)
     _checks.number("eps", eps, 0)
     _checks.seed(seed, x.device)
+    _checks.dropout_ids("(...)", x.shape[:-1], "x", x, dropout_ids)
     _checks.boolean("return_sum", return_sum)
 
 
@@ -112,17 +119,18 @@ def _rows(x: Tensor) -> Tensor:
 
 def _forward(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None, seed: Tensor | None,
-    dropout_p: float, eps: float, return_sum: bool,
+    dropout_ids: Tensor | None, dropout_p: float, eps: float, return_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     launch = kernels.dropout_add_layer_norm.dropout_add_layer_norm_forward
-    out, total, mean, rstd = launch(x, residual, weight, bias, x_bias, seed, dropout_p, eps, return_sum)
+    numbers = dropout_p, eps, return_sum
+    out, total, mean, rstd = launch(x, residual, weight, bias, x_bias, seed, *numbers, dropout_ids)
     return out, _empty_if_none(total, x), mean, rstd
 
 
 def _backward(
     grad_out: Tensor | None, grad_total: Tensor | None, x: Tensor | None, residual: Tensor | None,
-    total: Tensor | None, weight: Tensor, x_bias: Tensor | None, seed: Tensor | None, mean: Tensor, rstd: Tensor,
-    dropout_p: float, x_dtype: torch.dtype, residual_dtype: torch.dtype,
+    total: Tensor | None, weight: Tensor, x_bias: Tensor | None, seed: Tensor | None, dropout_ids: Tensor | None,
+    mean: Tensor, rstd: Tensor, dropout_p: float, x_dtype: torch.dtype, residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if grad_out is None:
         # Only where nothing reads the norm, for which a kernel of its own would not pay.
@@ -132,7 +140,7 @@ def _backward(
     grad_total = None if grad_total is None or total is None else grad_total.contiguous()
     tensors = grad_out.contiguous(), grad_total, x, residual, total, weight, x_bias, seed, mean, rstd
     launch = kernels.dropout_add_layer_norm.dropout_add_layer_norm_backward
-    grad_x, grad_residual, sums = launch(*tensors, dropout_p, x_dtype, residual_dtype)
+    grad_x, grad_residual, sums = launch(*tensors, dropout_p, x_dtype, residual_dtype, dropout_ids)
     return _empty_if_none(grad_x, grad_residual), grad_residual, sums
 
 
@@ -163,7 +171,7 @@ def _fake_backward(
 
 def _saved(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None, seed: Tensor | None,
-    dropout_p: float, eps: float, return_sum: bool, out: Tensor, total: Tensor, *_: Tensor,
+    dropout_ids: Tensor | None, dropout_p: float, eps: float, return_sum: bool, out: Tensor, total: Tensor, *_: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
     """The sum in place of x and residual, where the forward wrote it."""
     return (*((None, None, total) if return_sum else (x, residual, None)), x.dtype, residual.dtype)

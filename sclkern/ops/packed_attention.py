@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from sclkern.ops import _attention, _checks
 from sclkern.ops._registration import choose, public_op
 from sclkern.ops.attention import run_kernel
 from sclkern.ops.dispatch import Choice, autocast_all, may_read, select_backend
+from sclkern.random import seed_tensor
 
 
 @public_op
@@ -27,14 +29,15 @@ def packed_attention(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     seed: int | Tensor | None = None,
+    dropout_ids: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention of each query to the keys of its own sequence; the same numbers as ``attention`` of the padded form.
 
     On a GPU nothing waits for the device, so the op can be captured into a CUDA graph: the lengths may change from
     replay to replay within ``max_seqlen``. Where no kernel can run on a CPU, "auto" computes sequences of equal lengths
-    together, by PyTorch's scaled_dot_product_attention unless the dropout mask of a seed is wanted; "eager" is
-    ``reference.packed_attention``, which pads.
+    together, by PyTorch's scaled_dot_product_attention unless the dropout mask of a seed or of ids is wanted; "eager"
+    is ``reference.packed_attention``, which pads.
 
     Args:
         query: (Tq, H, D), dtypes and head dims as in ``attention``.
@@ -49,6 +52,7 @@ def packed_attention(
         dropout_p: as in ``attention``, whose limits hold for ``max_seqlen_q`` and ``max_seqlen_k``.
         softmax_scale: as in ``attention``.
         seed: as in ``attention``; sequence b has the dropout mask of sample b of a padded batch.
+        dropout_ids: (B,) int64, of the sequences, as in ``attention``.
         backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.select_backend``).
 
     Returns:
@@ -61,21 +65,24 @@ def packed_attention(
         RuntimeError: second derivatives of the kernel; ``backend="eager"`` has them.
     """
     packing = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    path = choose("packed_attention", check, plan, query, key, value, *packing, dropout_p, softmax_scale, seed, backend)
+    numbers = dropout_p, softmax_scale, seed, dropout_ids, backend
+    path = choose("packed_attention", check, plan, query, key, value, *packing, *numbers)
     query, key, value = autocast_all(query, key, value)
     packing = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k
     scale = _attention.resolve_scale(query.shape[-1], softmax_scale)
     if path == "triton":
-        return run_kernel(query, key, value, None, packing, seed, dropout_p, scale)[0]
+        return run_kernel(query, key, value, None, packing, seed, dropout_ids, dropout_p, scale)[0]
     if path == "grouped":
-        return _attend_by_lengths(query, key, value, *packing[:2], dropout_p, scale, seed)
-    return reference.packed_attention(query, key, value, *packing, dropout_p=dropout_p, softmax_scale=scale, seed=seed)
+        return _attend_by_lengths(query, key, value, *packing[:2], dropout_p, scale, seed, dropout_ids)
+    options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "dropout_ids": dropout_ids}
+    return reference.packed_attention(query, key, value, *packing, softmax_scale=scale, **options)
 
 
 def plan(
     query: Tensor | None, key: Tensor | None, value: Tensor | None, cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None, max_seqlen_q: int | None, max_seqlen_k: int | None, *, dropout_p: float = 0.0,
-    softmax_scale: float | None = None, seed: int | Tensor | None = None, backend: str = "auto",
+    softmax_scale: float | None = None, seed: int | Tensor | None = None, dropout_ids: Tensor | None = None,
+    backend: str = "auto",
 ) -> Choice:  # fmt: skip
     """The path of these arguments; see ``sclkern.ops.explain``."""
     if query is None:
@@ -86,8 +93,8 @@ def plan(
     if cu_seqlens_q is not None and cu_seqlens_q.shape[0] <= 1:
         problems += ("no sequences",)
     by = "PyTorch's scaled_dot_product_attention"
-    if dropout_p > 0 and seed is not None:
-        by = "the definition, for the dropout mask of a seed"
+    if dropout_p > 0 and not (seed is None and dropout_ids is None):
+        by = "the definition, for the dropout mask of a seed or of ids"
     grouped = f"sequences of equal lengths are computed together, by {by}"
     choice = _attention.plan_heads((query, key, value), query.shape[-1], softmax_scale, backend, grouped, problems)
     return choice._replace(path="grouped") if choice.path == "sdpa" else choice
@@ -96,6 +103,7 @@ def plan(
 def check(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
     max_seqlen_k: int, dropout_p: float, softmax_scale: float | None, seed: int | Tensor | None,
+    dropout_ids: Tensor | None,
 ) -> None:  # fmt: skip
     """Raise for arguments that no path takes."""
     _attention.check_tensors(query, key, value, ("(Tq, H, D)", "(Tk, H, D)"))
@@ -111,6 +119,7 @@ def check(
         if may_read(cu_seqlens):
             _check_ends(name, limit, cu_seqlens.tolist(), max_seqlen, tokens.shape[0])
     _attention.check_numbers(dropout_p, softmax_scale, seed, query.device, max_seqlen_q, max_seqlen_k)
+    _checks.dropout_ids("(B,)", (cu_seqlens_q.shape[0] - 1,), "query", query, dropout_ids)
 
 
 def _check_ends(name: str, limit: str, ends: list[int], max_seqlen: int, num_tokens: int) -> None:
@@ -124,9 +133,10 @@ def _check_ends(name: str, limit: str, ends: list[int], max_seqlen: int, num_tok
 
 def _attend_by_lengths(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, dropout_p: float,
-    scale: float, seed: int | Tensor | None,
+    scale: float, seed: int | Tensor | None, dropout_ids: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """``reference.packed_attention`` without padding: one batch for all sequences of the same two lengths."""
+    seed = seed_tensor(seed, query.device) if dropout_ids is not None and dropout_p > 0 else seed
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     groups: dict[tuple[int, int], list[int]] = {}
     lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)
@@ -144,7 +154,8 @@ def _attend_by_lengths(
     for ((num_queries, num_keys), group), q, k, v in sides:
         q = q.unflatten(0, (len(group), num_queries))
         k, v = (tensor.unflatten(0, (len(group), num_keys)) for tensor in (k, v))
-        outputs.append(_attend_group(q, k, v, torch.tensor(group), dropout_p, scale, seed).flatten(0, 1))
+        ids = None if seed is None else torch.tensor(group) if dropout_ids is None else dropout_ids[group]
+        outputs.append(_attend_group(q, k, v, dropout_p, scale, seed, ids).flatten(0, 1))
     if len(groups) == 1 and ends_q[-1] == query.shape[0]:
         return outputs[0]
     out = torch.cat(outputs)
@@ -158,15 +169,11 @@ def _tokens(groups: dict[tuple[int, int], list[int]], ends: list[int]) -> Tensor
 
 
 def _attend_group(
-    query: Tensor, key: Tensor, value: Tensor, sequences: Tensor, dropout_p: float, scale: float,
-    seed: int | Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, dropout_p: float, scale: float, seed: int | Tensor | None,
+    ids: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """``attention`` of a batch whose samples are these sequences."""
-    if dropout_p > 0 and seed is not None:
-        p = reference.attention_probabilities(query, key, softmax_scale=scale)
-        keep = reference.attention_dropout_mask(sequences, *p.shape[1:], dropout_p=dropout_p, seed=seed)
-        p_dropped = p.masked_fill(~keep, 0.0) * reference.attention_dropout_threshold(dropout_p)[1]
-        return torch.einsum("bhqk,bkhd->bqhd", p_dropped, value)
-    if 0 in (query.shape[1], key.shape[1]):
-        return reference.attention(query, key, value, softmax_scale=scale)
+    """``attention`` of a batch of sequences, of these ids where the dropout mask of a seed is wanted."""
+    if (dropout_p > 0 and seed is not None) or 0 in (query.shape[1], key.shape[1]):
+        options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "dropout_ids": ids}
+        return reference.attention(query, key, value, softmax_scale=scale, **options)
     return _attention.sdpa_attention(query, key, value, None, scale, dropout_p)

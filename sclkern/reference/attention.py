@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sclkern.random import STREAM_ATTENTION, philox
+from sclkern.random import STREAM_ATTENTION, philox, seed_tensor
 
 # The counter of the dropout mask has 16 bits for the query and 16 for a group of eight keys.
 MAX_DROPOUT_QUERIES, MAX_DROPOUT_KEYS = 2**16, 2**19
@@ -94,13 +94,14 @@ def attention_dropout_mask(
     seed: int | Tensor,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The dropout mask of attention; each element depends on (seed, b * H + h, query, key) alone, not on a length.
+    """The dropout mask of attention; each element depends on (seed, id * H + h, query, key) alone, not on a length.
 
     ``dropout_keep_mask`` in ``kernels/dropout.py`` draws the same mask in the kernels. One call of Philox with 7 rounds
-    serves eight neighbouring keys by the 16-bit halves of its four words, the low half first.
+    serves eight neighbouring keys by the 16-bit halves of its four words, the low half first. id * H + h wraps at
+    2**64, so that ids from 0 to 2**63 / H - 1 have masks of their own.
 
     Args:
-        batch: B, or the indices of the samples, (B,) int64.
+        batch: B, for the ids 0 to B - 1, or the ids of the samples, (B,) int64 on ``device``.
         heads: H.
         queries: Lq, at most 65536; the counter has no room for more.
         keys: Lk, at most 524288.
@@ -112,13 +113,14 @@ def attention_dropout_mask(
         (B, H, Lq, Lk) bool, True = keep.
     """
     check_dropout_lengths(queries, keys)
-    batch = torch.arange(batch, device=device) if isinstance(batch, int) else batch
+    ids = batch if isinstance(batch, Tensor) else torch.arange(batch, device=device)
     head, row, group = (torch.arange(size, device=device) for size in (heads, queries, (keys + 7) // 8))
-    batch_head = (batch[:, None] * heads + head).flatten()
+    batch_head = (ids[:, None] * heads + head).flatten()
     counter = (batch_head[:, None, None] << 32) | (row[:, None] << 16) | group
-    words = torch.stack(philox(seed, counter, STREAM_ATTENTION, rounds=7), -1)
+    last = (batch_head >> 32)[:, None, None] if isinstance(batch, Tensor) else None
+    words = torch.stack(philox(seed, counter, STREAM_ATTENTION, rounds=7, last=last), -1)
     draws = torch.stack((words & 0xFFFF, words >> 16), -1).flatten(2)[..., :keys]
-    return (draws >= attention_dropout_threshold(dropout_p)[0]).view(batch.shape[0], heads, queries, keys)
+    return (draws >= attention_dropout_threshold(dropout_p)[0]).view(ids.shape[0], heads, queries, keys)
 
 
 def attention(
@@ -130,6 +132,7 @@ def attention(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     seed: int | Tensor | None = None,
+    dropout_ids: Tensor | None = None,
 ) -> Tensor:
     """Scaled dot-product attention with key padding and dropout on the probabilities.
 
@@ -140,7 +143,9 @@ def attention(
         key_padding_mask: (B, Lk) bool, True = attend. Keys and values at other positions are never read, NaN included.
         dropout_p: dropout probability.
         softmax_scale: default 1 / sqrt(D).
-        seed: of the mask of ``attention_dropout_mask``; None is torch's own dropout.
+        seed: of the mask of ``attention_dropout_mask``; None is torch's own dropout, or with ``dropout_ids`` a seed
+            that is drawn.
+        dropout_ids: (B,) int64, of the samples in that mask; None are their indices.
 
     Returns:
         (B, Lq, H, D).
@@ -152,12 +157,17 @@ def attention(
         padding = ~key_padding_mask[:, :, None, None]
         key, value = key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
     probabilities = attention_probabilities(query, key, mask=mask, softmax_scale=softmax_scale)
-    if seed is None or dropout_p == 0:
-        probabilities = F.dropout(probabilities, dropout_p)
-    else:
-        keep = attention_dropout_mask(*probabilities.shape, dropout_p=dropout_p, seed=seed, device=query.device)
-        probabilities = probabilities.masked_fill(~keep, 0.0) * attention_dropout_threshold(dropout_p)[1]
-    return torch.einsum("bhqk,bkhd->bqhd", probabilities, value)
+    return torch.einsum("bhqk,bkhd->bqhd", attention_dropout(probabilities, dropout_p, seed, dropout_ids), value)
+
+
+def attention_dropout(p: Tensor, dropout_p: float, seed: int | Tensor | None, dropout_ids: Tensor | None) -> Tensor:
+    """Dropout of probabilities (B, H, Lq, Lk) as ``attention`` has it."""
+    if dropout_p == 0 or (seed is None and dropout_ids is None):
+        return F.dropout(p, dropout_p)
+    batch = p.shape[0] if dropout_ids is None else dropout_ids
+    seed = seed_tensor(seed, p.device)[0]
+    keep = attention_dropout_mask(batch, *p.shape[1:], dropout_p=dropout_p, seed=seed, device=p.device)
+    return p.masked_fill(~keep, 0.0) * attention_dropout_threshold(dropout_p)[1]
 
 
 def pad_sequences(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
@@ -191,6 +201,7 @@ def packed_attention(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     seed: int | Tensor | None = None,
+    dropout_ids: Tensor | None = None,
 ) -> Tensor:
     """``attention`` of concatenated variable-length sequences, computed in the padded form; reads nothing back.
 
@@ -206,6 +217,7 @@ def packed_attention(
         dropout_p: dropout probability.
         softmax_scale: default 1 / sqrt(D).
         seed: as in ``attention``; the mask of a sequence is that of a sample.
+        dropout_ids: (B,) int64, of the sequences, as in ``attention``.
 
     Returns:
         (Tq, H, D).
@@ -214,8 +226,9 @@ def packed_attention(
     keys, valid = pad_sequences(key, cu_seqlens_k, max_seqlen_k)
     values, _ = pad_sequences(value, cu_seqlens_k, max_seqlen_k)
     out = attention(
-        padded, keys, values, key_padding_mask=valid, dropout_p=dropout_p, softmax_scale=softmax_scale, seed=seed
-    )
+        padded, keys, values, key_padding_mask=valid, dropout_p=dropout_p, softmax_scale=softmax_scale, seed=seed,
+        dropout_ids=dropout_ids,
+    )  # fmt: skip
     return pack_sequences(out, cu_seqlens_q, query.shape[0])
 
 

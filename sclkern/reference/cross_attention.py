@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sclkern.random import seed_tensor
-from sclkern.reference.attention import attention, attention_dropout_mask, attention_dropout_threshold
+from sclkern.reference.attention import attention, attention_dropout
 
 
 def cross_attention(
@@ -25,6 +25,7 @@ def cross_attention(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     seed: int | Tensor | None = None,
+    dropout_ids: Tensor | None = None,
     absorb: str = "never",
 ) -> Tensor:
     """Query, key and value projections, attention, output projection.
@@ -48,7 +49,9 @@ def cross_attention(
             without a valid key gets ``out_bias``.
         dropout_p: dropout probability.
         softmax_scale: default 1 / sqrt(W / H).
-        seed: of the mask of ``attention_dropout_mask``; None is torch's own dropout.
+        seed: of the mask of ``attention_dropout_mask``; None is torch's own dropout, or with ``dropout_ids`` a seed
+            that is drawn.
+        dropout_ids: (B,) int64, of the samples in that mask; None are their indices.
         absorb: "never" is the definition, "keys" and "queries" the two forms.
 
     Returns:
@@ -56,12 +59,12 @@ def cross_attention(
     """
     width = x.shape[-1]
     scale = 1 / math.sqrt(width // num_heads) if softmax_scale is None else softmax_scale
-    seed = seed_tensor(seed, x.device) if dropout_p > 0 and seed is not None else None
+    options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "dropout_ids": dropout_ids}
     if absorb == "keys":
         absorbed = absorb_into_keys(
             context, in_weight, in_bias, out_weight, num_heads=num_heads, scale=scale, mask=key_padding_mask
         )
-        return absorbed_attention(x, *absorbed, out_bias, key_padding_mask, dropout_p=dropout_p, seed=seed)
+        return absorbed_attention(x, *absorbed, out_bias, key_padding_mask, **options)
     if key_padding_mask is not None:
         context = context.masked_fill(~key_padding_mask[:, :, None], 0.0)
     query = F.linear(x, in_weight[:width], in_bias[:width]).unflatten(-1, (num_heads, -1))
@@ -72,7 +75,7 @@ def cross_attention(
         scores = queries.transpose(1, 2).flatten(1, 2) @ context.transpose(1, 2)
         scores = scores.view(len(x), num_heads, x.shape[1], context.shape[1])
         mask = None if key_padding_mask is None else key_padding_mask[:, None, None]
-        p_dropped = dropout(masked_softmax(scores, mask), dropout_p, seed)
+        p_dropped = attention_dropout(masked_softmax(scores, mask), dropout_p, seed, dropout_ids)
         mixed = (p_dropped.flatten(1, 2) @ context).view(queries.transpose(1, 2).shape).transpose(1, 2)
         # After dropout a row of probabilities does not sum to 1, which scales the bias of the values.
         bias = p_dropped.sum(-1).transpose(1, 2)[..., None] * in_bias[2 * width :].view(num_heads, -1)
@@ -80,9 +83,7 @@ def cross_attention(
     else:
         key, value = F.linear(context, in_weight[width:], in_bias[width:]).chunk(2, -1)
         key, value = (tensor.unflatten(-1, (num_heads, -1)) for tensor in (key, value))
-        out = attention(
-            query, key, value, key_padding_mask=key_padding_mask, dropout_p=dropout_p, softmax_scale=scale, seed=seed
-        )
+        out = attention(query, key, value, key_padding_mask=key_padding_mask, softmax_scale=scale, **options)
     return F.linear(out.flatten(-2), out_weight, out_bias)
 
 
@@ -141,7 +142,8 @@ def absorbed_attention(
     mask: Tensor | None,
     *,
     dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    dropout_ids: Tensor | None = None,
 ) -> Tensor:
     """Attention with the tensors of ``absorb_into_keys``, without further projections.
 
@@ -153,13 +155,14 @@ def absorbed_attention(
         out_bias: (W,).
         mask: (B, Lk) bool, True = attend, or None.
         dropout_p: dropout probability.
-        seed: int64 of one element; None is torch's own dropout.
+        seed: as in ``cross_attention``.
+        dropout_ids: as in ``cross_attention``.
 
     Returns:
         (B, Lq, W).
     """
     p = absorbed_probabilities(x, score_weight, score_bias, mask)
-    p_dropped = dropout(p.transpose(1, 2), dropout_p, seed).transpose(1, 2)
+    p_dropped = attention_dropout(p.transpose(1, 2), dropout_p, seed, dropout_ids).transpose(1, 2)
     return p_dropped.flatten(2) @ value_weight.transpose(0, 1).flatten(1, 2) + out_bias
 
 
@@ -177,11 +180,3 @@ def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
         return scores.softmax(-1)
     # A finite fill: a row without a valid key then has finite gradients, and is zeroed afterwards.
     return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~mask, 0.0)
-
-
-def dropout(p: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """Dropout of (B, H, Lq, Lk) by ``attention_dropout_mask``; without a seed, torch's own."""
-    if dropout_p == 0 or seed is None:
-        return F.dropout(p, dropout_p)
-    keep = attention_dropout_mask(*p.shape, dropout_p=dropout_p, seed=seed, device=p.device)
-    return p.masked_fill(~keep, 0.0) * attention_dropout_threshold(dropout_p)[1]

@@ -19,15 +19,16 @@ def feature_dropout_scale(dropout_p: float) -> float:
     return 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
 
 
-def feature_dropout_keep(rows: int, columns: int, dropout_p: float, seed: Tensor) -> Tensor:
+def feature_dropout_keep(rows: int | Tensor, columns: int, dropout_p: float, seed: Tensor) -> Tensor:
     """The dropout mask of features, True = keep: a function of (seed, row, column) alone.
 
     One Philox-4x32 call of 7 rounds serves 8 neighbouring columns. Column c = 8 g + 2 w + h of row r takes the low
-    (h = 0) or high (h = 1) 16 bits of word w of the counter r << 32 | g in stream ``STREAM_FEATURES``, and is kept
-    where that number is at least ``feature_dropout_threshold(dropout_p)``.
+    (h = 0) or high (h = 1) 16 bits of word w of the counter (g, low half of r, ``STREAM_FEATURES``, high half of r),
+    and is kept where that number is at least ``feature_dropout_threshold(dropout_p)``.
 
     Args:
-        rows: number of rows.
+        rows: number of rows, for the rows 0, 1, ..., or the ids that stand for them, (R,) int64 on the device of seed;
+            every id has a mask of its own.
         columns: number of columns.
         dropout_p: dropout probability.
         seed: int64 tensor of one element; the mask is on its device.
@@ -35,9 +36,11 @@ def feature_dropout_keep(rows: int, columns: int, dropout_p: float, seed: Tensor
     Returns:
         (rows, columns) bool.
     """
-    row = torch.arange(rows, dtype=torch.int64, device=seed.device)
+    ids = rows if isinstance(rows, Tensor) else torch.arange(rows, dtype=torch.int64, device=seed.device)
+    row = ids[:, None]
     group = torch.arange((columns + 7) // 8, dtype=torch.int64, device=seed.device)
-    words = torch.stack(philox(seed.reshape(()), (row[:, None] << 32) | group, STREAM_FEATURES, rounds=7), dim=-1)
+    last = row >> 32 if isinstance(rows, Tensor) else None
+    words = torch.stack(philox(seed.reshape(()), (row << 32) | group, STREAM_FEATURES, rounds=7, last=last), dim=-1)
     halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(1)
     return halves[:, :columns] >= feature_dropout_threshold(dropout_p)
 
@@ -52,6 +55,7 @@ def dropout_add_layer_norm(
     dropout_p: float = 0.0,
     eps: float = 1e-5,
     seed: int | Tensor | None = None,
+    dropout_ids: Tensor | None = None,
     return_sum: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm of residual + dropout(x + x_bias) over the last dimension.
@@ -65,7 +69,9 @@ def dropout_add_layer_norm(
         dropout_p: dropout probability; the mask is that of ``feature_dropout_keep``, whose rows are all leading
             dimensions as one. With 0 no random number is drawn.
         eps: added to the variance.
-        seed: int or int64 tensor of one element; None is torch's own dropout.
+        seed: int or int64 tensor of one element; None is torch's own dropout, or with ``dropout_ids`` a seed that is
+            drawn.
+        dropout_ids: (...) int64, of the rows in that mask; None are their indices.
         return_sum: return the sum as well.
 
     Returns:
@@ -75,11 +81,12 @@ def dropout_add_layer_norm(
     dtype = x.dtype
     if x_bias is not None:
         x = x + x_bias.to(x.dtype)
-    if dropout_p > 0 and seed is None:
+    if dropout_p > 0 and seed is None and dropout_ids is None:
         x = F.dropout(x, dropout_p)
     elif dropout_p > 0:
         seed = seed_tensor(seed, x.device)
-        keep = feature_dropout_keep(x.shape[:-1].numel(), x.shape[-1], dropout_p, seed).reshape(x.shape)
+        rows = x.shape[:-1].numel() if dropout_ids is None else dropout_ids.flatten()
+        keep = feature_dropout_keep(rows, x.shape[-1], dropout_p, seed).reshape(x.shape)
         x = torch.where(keep, x * feature_dropout_scale(dropout_p), 0.0)
     total = residual + x
     out = F.layer_norm(total, x.shape[-1:], weight.to(total.dtype), bias.to(total.dtype), eps)

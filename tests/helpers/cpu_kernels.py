@@ -23,9 +23,16 @@ _LIBRARY = torch.library.Library("sclkern", "IMPL")
 
 
 def _dropout_add_layer_norm(
-    weight, bias, x_bias, seed, dropout_p, x=None, residual=None, total=None, eps=1e-5, return_sum=False, **_
-):
-    options = {"x_bias": x_bias, "dropout_p": dropout_p if seed is not None else 0.0, "seed": seed, "eps": eps}
+    weight, bias, x_bias, seed, dropout_ids, dropout_p, x=None, residual=None, total=None, eps=1e-5, return_sum=False,
+    **_,
+):  # fmt: skip
+    options = {
+        "dropout_ids": dropout_ids,
+        "x_bias": x_bias,
+        "dropout_p": dropout_p if seed is not None else 0.0,
+        "seed": seed,
+        "eps": eps,
+    }
     return reference.dropout_add_layer_norm(x, residual, weight, bias, return_sum=return_sum, **options)
 
 
@@ -65,18 +72,19 @@ def _mask_text(completion, **arguments):
 
 
 def _attention(
-    query, key, value, mask, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale
-):
-    options = {"seed": seed, "dropout_p": dropout_p, "softmax_scale": softmax_scale}
+    query, key, value, mask, cu_seqlens_q, cu_seqlens_k, seed, dropout_ids, max_seqlen_q, max_seqlen_k, dropout_p,
+    softmax_scale,
+):  # fmt: skip
+    options = {"seed": seed, "dropout_ids": dropout_ids, "dropout_p": dropout_p, "softmax_scale": softmax_scale}
     if cu_seqlens_q is None:
         return reference.attention(query, key, value, key_padding_mask=mask, **options)
     packing = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     return reference.packed_attention(query, key, value, *packing, **options)
 
 
-def _cross_attention(x, score_weight, score_bias, value_weight, out_bias, mask, seed, dropout_p):
+def _cross_attention(x, score_weight, score_bias, value_weight, out_bias, mask, seed, dropout_ids, dropout_p):
     tensors = x, score_weight, score_bias, value_weight, out_bias, mask
-    return absorbed_attention(*tensors, dropout_p=dropout_p, seed=seed)
+    return absorbed_attention(*tensors, dropout_p=dropout_p, seed=seed, dropout_ids=dropout_ids)
 
 
 # By op, from its inputs (by the names of its schema) to its first outputs; the others are statistics. An op that is not

@@ -41,6 +41,11 @@ MASK = [
     ([True], TypeError, "got list, expected a tensor"),
     (torch.zeros(7, 7, 7, dtype=torch.bool), ValueError, r"got shape \(7, 7, 7\), expected \("),
 ]
+IDS = [
+    ([0, 1], TypeError, "got list, expected a tensor"),
+    (NOT_INT64, TypeError, r"got torch\.float32, expected torch\.int64"),
+    (TWO.expand(7, 7, 2), ValueError, r"got shape \(7, 7, 2\), expected \("),
+]
 # Wrong values of the arguments that are no floating tensors, whichever op takes them.
 WRONG = {
     "absorb": NAME,
@@ -48,6 +53,7 @@ WRONG = {
     "backend": NAME,
     "batch": [*INTEGER, NEGATIVE],
     "directions": NAME,
+    "dropout_ids": IDS,
     "dropout_p": PROBABILITY,
     "eps": [*NUMBER, (-1.0, ValueError, "got -1.0, expected a")],
     "gather": NAME,

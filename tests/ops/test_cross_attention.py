@@ -178,7 +178,8 @@ def core(dropout_p=0.0, masked=False):
     absorbed = absorb_into_keys(context, in_weight, in_bias, out_weight, num_heads=3, scale=0.3, mask=None)
     leaves = [t.detach().contiguous().requires_grad_() for t in (x, *absorbed, out_bias)]
     seed = torch.tensor([5], device=DEVICE) if dropout_p else None
-    return leaves, (mask if masked else None, seed, dropout_p)
+    ids = torch.tensor([2**40, 3], device=DEVICE) if masked else None
+    return leaves, (mask if masked else None, seed, ids, dropout_p)
 
 
 def test_registration():
@@ -194,9 +195,9 @@ def test_registration():
 
 @pytest.mark.parametrize("full", [False, True])
 def test_the_op_has_the_gradients_of_its_core(full):
-    leaves, (mask, seed, dropout_p) = core(0.25 * full, full)
-    out = torch.ops.sclkern.cross_attention(*leaves, mask, seed, dropout_p)
-    truth = reference_core(*leaves, mask, dropout_p=dropout_p, seed=seed)
+    leaves, (mask, seed, ids, dropout_p) = core(0.25 * full, full)
+    out = torch.ops.sclkern.cross_attention(*leaves, mask, seed, ids, dropout_p)
+    truth = reference_core(*leaves, mask, dropout_p=dropout_p, seed=seed, dropout_ids=ids)
     torch.testing.assert_close(out, truth)
     grad = torch.randn_like(out)
     for a, b in zip(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(truth, leaves, grad), strict=True):

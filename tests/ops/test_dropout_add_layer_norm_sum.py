@@ -208,12 +208,13 @@ def test_registration(dropout_p, x_bias, read, half):
     if half:
         tensors["x"] = tensors["x"].detach().half().requires_grad_()
     seed = torch.tensor([3], device=DEVICE) if dropout_p else None
-    arguments = (*(tensors.get(name) for name in NAMES), seed, dropout_p, 1e-5, True)
+    ids = torch.arange(2**40, 2**40 + 6, device=DEVICE) if half and dropout_p else None
+    arguments = (*(tensors.get(name) for name in NAMES), seed, ids, dropout_p, 1e-5, True)
     torch.library.opcheck(torch.ops.sclkern.dropout_add_layer_norm, arguments)
     out, total, mean, rstd = (t.detach() for t in torch.ops.sclkern.dropout_add_layer_norm(*arguments))
     gradients = grads["out"].to(out.dtype), grads["sum"] if read else None
     parameters = [tensors[name].detach() if name in tensors else None for name in ("weight", "x_bias")]
-    saved = (*gradients, None, None, total, *parameters, seed, mean, rstd)
+    saved = (*gradients, None, None, total, *parameters, seed, ids, mean, rstd)
     rest = dropout_p, tensors["x"].dtype, tensors["residual"].dtype
     torch.library.opcheck(torch.ops.sclkern.dropout_add_layer_norm_backward, (*saved, *rest))
 
@@ -226,7 +227,7 @@ def test_compiles_whole(dropout_p, dynamic, readers):
 
     def call(x, residual, weight, bias, x_bias, **_):
         op = torch.ops.sclkern.dropout_add_layer_norm
-        out, total, *_ = op(x * 2, residual, weight, bias, x_bias, seed, dropout_p, 1e-5, True)
+        out, total, *_ = op(x * 2, residual, weight, bias, x_bias, seed, None, dropout_p, 1e-5, True)
         return out + 1, total * 2
 
     def truth(x, **others):

@@ -189,7 +189,7 @@ def test_a_cpu_computes_equal_lengths_together():
 
 def test_registration():
     query, key, value, grad, lengths = inputs([5, 0, 3], [7, 2, 0])
-    tensors = (query, key, value, None, *lengths[:2], torch.tensor([5], device=DEVICE))
+    tensors = (query, key, value, None, *lengths[:2], torch.tensor([5], device=DEVICE), torch.arange(3, device=DEVICE))
     numbers = (*lengths[2:], 0.25, 0.2)
     out, lse = torch.ops.sclkern.attention(*tensors, *numbers)
     assert lse.shape == (1, 8 + TAIL)
