@@ -252,7 +252,7 @@ def dropout_add_layer_norm_backward(
 
 def _entries(arch: str, columns: int, stream: str | None, absent: tuple[str, ...]) -> list[dict[str, Any]]:
     """Both kernels for bfloat16 rows, with the sum beside a residual ``stream`` of that type, or without the sum."""
-    absent += ("ids_ptr", "total_ptr", "grad_total_ptr") if stream is None else ("ids_ptr",)
+    absent += ("total_ptr", "grad_total_ptr") if stream is None else ()
     recomputed = () if stream is None else ("x_ptr", "residual_ptr")
     branch = ("x_ptr", "out_ptr", "grad_out_ptr", "grad_x_ptr")
     streams = ("residual_ptr", "total_ptr", "grad_total_ptr", "grad_residual_ptr")

@@ -67,9 +67,10 @@ def kernels(target: str = "sm_90") -> list[dict[str, Any]]:
     """Every kernel in the configurations that its launcher selects on a target: ``ahead_of_time`` of the modules of
     ``sclkern.kernels``.
 
-    An entry has ``kernel``, ``signature`` (types of the pointers and of scalars that are not int32), ``constants``,
-    ``num_warps`` and ``num_stages``; ``divisible`` may name integers that are multiples of 16 at the real shapes, such
-    as strides; ``features`` may name the float types, where the narrowest does not tell two entries apart.
+    An entry has ``kernel``, ``signature`` (types of the pointers and of scalars that are not int32), ``constants``
+    (None for an absent pointer; ``ids_ptr`` is absent where it has no type), ``num_warps`` and ``num_stages``;
+    ``divisible`` may name integers that are multiples of 16 at the real shapes, such as strides; ``features`` may name
+    the float types, where the narrowest does not tell two entries apart.
     """
     arch = TABLE_OF.get(target, target)
     modules = (importlib.import_module(f"sclkern.kernels.{name}") for name in MODULES)
@@ -88,7 +89,9 @@ def entry_name(entry: dict[str, Any]) -> str:
 
 def compile_entry(entry: dict[str, Any], target: str) -> Any:
     """Compile one entry for a name of ``TARGETS``; pointers are taken as 16-byte aligned, as torch's are."""
-    function, constants = entry["kernel"], entry["constants"]
+    function, constants = entry["kernel"], dict(entry["constants"])
+    if "ids_ptr" in function.arg_names and "ids_ptr" not in entry["signature"]:
+        constants["ids_ptr"] = None
     signature = {
         name: "constexpr" if name in constants else entry["signature"].get(name, "i32") for name in function.arg_names
     }
