@@ -321,7 +321,7 @@ def _unsupported(module: Any, arguments: dict[str, Any]) -> str | None:
         return "hidden states that are not (B, L, W)"
     if context is not None and context.shape[0] != hidden.shape[0]:
         return "a context of another batch"
-    if arguments.get("output_attentions") or wants_maps(module):
+    if wants_maps(module, arguments):
         return "attention maps are requested"
     if getattr(module, "save_attention", False):
         return "attention maps are to be saved"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ class Formula(NamedTuple):
             "head_dim" (always).
         masked: whether it reads the attention mask.
         sliced: whether it takes as much of the mask as there are keys.
+        place: module and name by which ``function`` can be found; None where it cannot.
     """
 
     function: Callable[..., Any] | None
@@ -42,6 +44,15 @@ class Formula(NamedTuple):
     scale: str = "argument"
     masked: bool = True
     sliced: bool = False
+    place: tuple[str, str] | None = None
+
+    def find_function(self) -> Callable[..., Any] | None:
+        """The eager attention function; None where there is none."""
+        # torch.compile takes the formula as a constant, and traces no function that it holds.
+        if torch.compiler.is_compiling() and self.place is not None:
+            function: Callable[..., Any] = getattr(sys.modules[self.place[0]], self.place[1])
+            return function
+        return self.function
 
     def resolve_scale(self, module: Any, scaling: float | None) -> float | None:
         """The factor of the scores.
@@ -87,10 +98,12 @@ _read_constant = torch.compiler.assume_constant_result(_read)
 def _examine(cls: type[nn.Module]) -> Formula:
     forward = inspect.unwrap(cls.forward)
     code, names = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
-    functions = [names[name] for name in (code.co_names if code else ()) if _EAGER.fullmatch(name) and name in names]
-    if len(functions) != 1:
+    found = [name for name in (code.co_names if code else ()) if _EAGER.fullmatch(name) and name in names]
+    if len(found) != 1:
         return Formula(None, "an attention without an eager function that sclkern can find")
-    entry = known(SECTION).get(source_digest(functions[0]) or "")
+    function, module = names[found[0]], names.get("__name__", "")
+    place = (module, found[0]) if getattr(sys.modules.get(module), found[0], None) is function else None
+    entry = known(SECTION).get(source_digest(function) or "")
     if entry is None:
-        return Formula(functions[0], "an attention function that sclkern does not know")
-    return Formula(functions[0], **{"beyond": None, **entry["computes"]})
+        return Formula(function, "an attention function that sclkern does not know", place=place)
+    return Formula(function, **{"beyond": None, **entry["computes"]}, place=place)

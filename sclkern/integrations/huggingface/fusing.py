@@ -13,7 +13,7 @@ from torch import nn
 from sclkern.integrations.huggingface.calls import call_of
 from sclkern.integrations.huggingface.config import REPLACEABLE, is_view, view
 from sclkern.integrations.huggingface.formulas import formula_of
-from sclkern.integrations.huggingface.maps import MapRequest, note_request
+from sclkern.integrations.huggingface.maps import MapRequest, NoteRequest, find_collector
 
 _MASK_MAKERS = re.compile(r"\bcreate_\w*mask\w*|\bget_extended_attention_mask\b|\b_prepare_4d\w*mask\w*")
 _CAUSAL_MAKERS = {"create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask"}
@@ -94,6 +94,7 @@ def configure(model: nn.Module, attentions: list[nn.Module], undo: list[Callable
     # Imported in a function: transformers is loaded already, see ``fuse``, and sclkern works without it.
     from transformers import PreTrainedModel
 
+    find_collector()
     owners = {path: module for path, module in model.named_modules() if isinstance(module, PreTrainedModel)}
     requests = {path: MapRequest() for path in owners}
     fused = {id(module) for module in attentions}
@@ -104,7 +105,8 @@ def configure(model: nn.Module, attentions: list[nn.Module], undo: list[Callable
         if id(module) in fused:
             if nearest is not None:
                 module.__dict__["_sclkern_maps"] = requests[nearest]
-                undo.append(functools.partial(module.__dict__.pop, "_sclkern_maps", None))
+            for name in ("_sclkern_maps", "_sclkern_wants_maps"):
+                undo.append(functools.partial(module.__dict__.pop, name, None))
             # Any model around may make the masks: BridgeTower makes those of its text model itself.
             viewing += [owners[owner] for owner in inside if _only_makes_masks(type(owners[owner]))]
             viewing += [module] if dispatches(module) else []
@@ -112,7 +114,9 @@ def configure(model: nn.Module, attentions: list[nn.Module], undo: list[Callable
             requests[nearest].complete = False
     for path, owner in owners.items():
         inner = [request for other, request in requests.items() if _within(other, path)]
-        handle = owner.register_forward_pre_hook(functools.partial(note_request, inner), with_kwargs=True)
+        # The class that can be found by its name.
+        cls = getattr(type(owner), "_original", type(owner))
+        handle = owner.register_forward_pre_hook(NoteRequest(cls, inner), with_kwargs=True)
         undo.append(handle.remove)
     views: dict[int, Any] = {}
     for viewer in {id(viewer): viewer for viewer in viewing}.values():

@@ -174,7 +174,8 @@ def _unknown(options: dict[str, Any]) -> list[str]:
 def _eager(module: nn.Module, formula: Formula, options: dict[str, Any]) -> Callable[..., Any]:
     """The eager function of a module; raises UserError where that computes something else than the module wants."""
     name, remedy = type(module).__name__, 'make the model with attn_implementation="eager"'
-    if formula.function is None:
+    function = formula.find_function()
+    if function is None:
         raise UserError(f"attn_implementation: {name} has no eager attention that sclkern could call; {remedy}")
     unknown = [given for given in _unknown(options) if given not in _READ_BY_EAGER]
     # DeepSeek's attention masks what its indexer leaves out for "eager" and "sdpa", and tells others which keys remain.
@@ -183,7 +184,7 @@ def _eager(module: nn.Module, formula: Formula, options: dict[str, Any]) -> Call
             f"attn_implementation: {name} leaves to implementations that are not transformers' own what its eager "
             f"attention does not do ({unknown[0]} is given); {remedy}"
         )
-    return formula.function
+    return function
 
 
 def _only_looks_up(cls: type[nn.Module]) -> bool:

@@ -1,17 +1,25 @@
-"""Requests for attention maps: whether the model around a module was called with ``output_attentions=True``."""
+"""Requests for attention maps: whether the model around a module was called with ``output_attentions=True``.
+
+Most models of transformers collect maps by hooks, and a collector says whether they do. Some collect by hand what their
+layers return (BridgeTower): the request does not reach the attention then, and is read from the calls around it.
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 
-# The part of transformers that collects maps by hooks while a model runs: what it collects now, or None. Set by
-# ``find_collector``, because importing transformers takes seconds.
+# The part of transformers that collects maps by hooks while a model runs: what it collects now, or None. It and the
+# class of all models are set by ``find_collector``, because importing transformers takes seconds.
 _collector: Any = None
+_model_class: Any = None
 
 
 @dataclass
@@ -29,31 +37,84 @@ class MapRequest:
     wanted: bool = False
     complete: bool = True
 
+
+@dataclass
+class NoteRequest:
+    """A forward pre-hook of a model: note whether maps are wanted.
+
+    Attributes:
+        model: class of the model.
+        requests: what the attention modules of this model read.
+    """
+
+    model: type[nn.Module]
+    requests: list[MapRequest]
+
+    def __call__(self, module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Note the request of a call.
+
+        Args:
+            module: the model.
+            args: positional arguments of its forward.
+            options: keyword arguments of its forward.
+        """
+        wanted = options.get("output_attentions")
+        if wanted is None and len(args) > 3:
+            names = list(inspect.signature(type(module).forward).parameters)
+            wanted = dict(zip(names[1:], args, strict=False)).get("output_attentions")
+        if wanted is None:
+            wanted = getattr(module.config, "output_attentions", False)
+        for request in self.requests:
+            request.wanted = bool(wanted)
+
     def __setstate__(self, state):
         # A copy that another process unpickles.
         self.__dict__.update(state)
         find_collector()
+        _register_recorded(self.model)
 
 
 def find_collector() -> None:
     """Find the part of transformers that collects maps (5.2 and newer); it is imported already where models run."""
-    global _collector
+    global _collector, _model_class
+    _model_class = importlib.import_module("transformers.modeling_utils").PreTrainedModel
     try:
         _collector = importlib.import_module("transformers.utils.output_capturing")._active_collector
     except (ImportError, AttributeError):
         _collector = None
 
 
-def wants_maps(module: nn.Module) -> bool:
-    """Whether the model around ``module`` was called with ``output_attentions=True``."""
+def _register_recorded(cls: Any) -> None:
+    """Tell transformers which outputs a class of models records: it learns that only from models that are made."""
+    for name in ("transformers.utils.output_capturing", "transformers.utils.generic"):
+        registry = getattr(sys.modules.get(name), "_CAN_RECORD_REGISTRY", None)
+        if registry is not None:
+            # Newest, its ``__setitem__`` takes a model and keeps the name of its class.
+            dict.setdefault(registry, str(cls), getattr(cls, "_can_record_outputs", None))
+
+
+def wants_maps(module: nn.Module, arguments: dict[str, Any]) -> bool:
+    """Whether the model around a module was called with ``output_attentions=True``.
+
+    Args:
+        module: an attention module.
+        arguments: what it, or its attention function, was called with, by name.
+
+    Returns:
+        The request of this call; where gradient checkpointing repeats a call, that of the call.
+    """
     request = module.__dict__.get("_sclkern_maps")
-    if request is not None and request.wanted:
+    if arguments.get("output_attentions") or (request is not None and request.wanted):
         return True
-    # transformers 5.0 and 5.1 put a function that collects its outputs in the place of a module's forward.
-    if _collector is None:
-        return "forward" in module.__dict__
-    collected = _collector.get()
-    return collected is not None and any("attentions" in key for key in collected)
+    wanted = _collects(module)
+    if torch.compiler.is_compiling():
+        return bool(wanted)
+    if wanted is None and "output_attentions" not in arguments:
+        wanted = _asked_by_callers()
+    seen = module.__dict__.get("_sclkern_wants_maps", False)
+    if wanted is not None and wanted != seen and request is None:
+        module.__dict__["_sclkern_wants_maps"] = wanted
+    return bool(seen if wanted is None else wanted)
 
 
 def maps_of(module: nn.Module, options: dict[str, Any]) -> bool:
@@ -65,29 +126,50 @@ def maps_of(module: nn.Module, options: dict[str, Any]) -> bool:
 
     Returns:
         True where they are wanted, and the implementation that the model has chosen would return them, or every
-        attention of the model is fused.
+        attention of the model is fused; also where torch.compile hides whether they are wanted.
     """
     request, config = module.__dict__.get("_sclkern_maps"), getattr(module, "config", None)
     own = getattr(config, "_attn_implementation_internal", None)
     if own == "sdpa" and (request is None or not request.complete):
         return False
-    return bool(options.get("output_attentions")) or wants_maps(module)
+    if wants_maps(module, options):
+        return True
+    # Models that ``fuse`` changed have hooks that tell; here, nobody looks at the callers.
+    hidden = torch.compiler.is_compiling() and request is None and own not in ("eager", "sdpa", None)
+    return hidden and "output_attentions" not in options and _collects(module) is None
 
 
-def note_request(requests: list[MapRequest], module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """A forward pre-hook of a model: note whether maps are wanted.
+def _collects(module: nn.Module) -> bool | None:
+    """Whether transformers collects maps by hooks in this call; None where it collects nothing by them."""
+    if _collector is None:
+        # transformers 5.0 and 5.1 put a function that collects its outputs in the place of a module's forward.
+        return True if "forward" in module.__dict__ else None
+    collected = _collector.get()
+    return None if collected is None else any("attentions" in key for key in collected)
 
-    Args:
-        requests: what the attention modules of this model read.
-        module: the model.
-        args: positional arguments of its forward.
-        options: keyword arguments of its forward.
-    """
-    wanted = options.get("output_attentions")
-    if wanted is None and len(args) > 3:
-        names = list(inspect.signature(type(module).forward).parameters)
-        wanted = dict(zip(names[1:], args, strict=False)).get("output_attentions")
-    if wanted is None:
-        wanted = getattr(module.config, "output_attentions", False)
-    for request in requests:
-        request.wanted = bool(wanted)
+
+def _asked_by_callers() -> bool | None:
+    """Whether a module was called with ``output_attentions=True`` around this call; None outside of any model."""
+    asked, frame = None, sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" or code.co_name.startswith("get_"):
+            module = frame.f_locals.get("self")
+            is_model = isinstance(module, _model_class or ())
+            if isinstance(module, nn.Module) and _asked(frame, module if is_model else None):
+                return True
+            asked = False if is_model else asked
+        frame = frame.f_back  # type: ignore[assignment]
+    return asked
+
+
+def _asked(frame: FrameType, model: Any) -> bool:
+    """Whether a call of a method asks for maps; of a model, also its configuration."""
+    names, code = frame.f_locals, frame.f_code
+    wanted = names.get("output_attentions")
+    if wanted is None and code.co_flags & inspect.CO_VARKEYWORDS:
+        place = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+        wanted = (names.get(code.co_varnames[place]) or {}).get("output_attentions")
+    if wanted is None and model is not None:
+        wanted = getattr(model.config, "output_attentions", False)
+    return wanted is True

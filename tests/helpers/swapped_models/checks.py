@@ -147,11 +147,8 @@ def _examine_choices(name, model, inputs, expected, tolerance, outcome, faults):
     else:
         with faults.of("selected"):
             agree(compute(selected, inputs), expected, tolerance)
-        if MODELS[name].selected_maps:
-            with faults.of("maps, selected"):
-                maps(model, selected, inputs, tolerance)
-        else:
-            outcome["attn_implementation"] = "equal, without attention maps"
+        with faults.of("maps, selected"):
+            maps(model, selected, inputs, tolerance)
         if MODELS[name].generates and model.can_generate() and "input_ids" in inputs:
             with faults.of("generation, selected"):
                 agree(generate(selected, inputs), generate(model, inputs), tolerance)

@@ -23,14 +23,12 @@ class Model:
         inputs: arguments of the forward beyond what ``make_inputs`` finds.
         dtype: float64, except where the model's own code computes in float32.
         generates: whether ``generate`` takes what the forward takes.
-        selected_maps: whether ``attn_implementation="sclkern"`` gives the maps that are requested.
     """
 
     sizes: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
     generates: bool = True
-    selected_maps: bool = True
 
 
 def normal(*shape: int) -> Callable[[Any], torch.Tensor]:
@@ -124,7 +122,7 @@ MODELS: dict[str, Model] = {
     # Sound.
     "ASTModel": Model({"max_length": 32, "num_mel_bins": 32}, {"input_values": normal(32, 32)}),
     "BarkSemanticModel": Model({"input_vocab_size": 64, "output_vocab_size": 64}, generates=False),
-    "BridgeTowerModel": Model(selected_maps=False),
+    "BridgeTowerModel": Model(),
     "ClapModel": Model({"audio_config": HTSAT}, {"input_features": normal(1, 32, 16)}),
     "HiggsAudioV2ForConditionalGeneration": Model(generates=False),
     "Pop2PianoForConditionalGeneration": Model({}, {"input_features": None}, generates=False),
