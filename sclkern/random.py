@@ -7,6 +7,10 @@ kernel draws the same numbers.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -119,6 +123,89 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device | str) -> Tensor
     if isinstance(seed, Tensor):
         return seed.reshape(1)
     if seed is None:
-        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+        taken = None if torch.compiler.is_compiling() else _taken_seed(device)
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device) if taken is None else taken
     # Filled on the device, because a copy waits.
     return torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+
+
+# Seeds of one draw: more than a step of the base model takes.
+DRAWN_SEEDS = 256
+
+
+class _Draw:
+    """Seeds on each device, and how many of them are taken."""
+
+    def __init__(self, seeds: dict[torch.device, list[Tensor]], taken: dict[torch.device, int]) -> None:
+        self.seeds, self.taken = seeds, taken
+
+    def copy(self) -> _Draw:
+        return _Draw({device: list(seeds) for device, seeds in self.seeds.items()}, dict(self.taken))
+
+    def take(self, device: torch.device) -> Tensor:
+        seeds, place = self.seeds.setdefault(device, []), self.taken.get(device, 0)
+        if place == len(seeds):
+            drawn = torch.randint(2**63 - 1, (DRAWN_SEEDS, 2), dtype=torch.int64, device=device)
+            # Two numbers apart, because a kernel takes addresses that are multiples of 16 without another look.
+            seeds.extend(drawn[:, :1].unbind())
+        self.taken[device] = place + 1
+        return seeds[place]
+
+
+class _Taking(AbstractContextManager[None]):
+    """Inside, ops take their seeds from a draw, or each time anew from a copy of it.
+
+    Only code that runs once takes from it: what a checkpoint runs again later, outside, must draw for itself both
+    times. Such code has hooks on saved tensors, or gradients off, that were not there where the context began.
+    """
+
+    def __init__(self, draw: _Draw, *, anew: bool = False) -> None:
+        self.draw, self.anew = draw, anew
+
+    def __enter__(self) -> None:
+        self.token = _taking.set((self.draw.copy() if self.anew else self.draw, _surroundings()))
+
+    def __exit__(self, *_: object) -> None:
+        _taking.reset(self.token)
+
+
+_taking: ContextVar[tuple[_Draw, tuple[Any, ...]] | None] = ContextVar("seeds", default=None)
+
+
+def _surroundings() -> tuple[Any, ...]:
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+
+def _current() -> _Draw | None:
+    """The draw from which code that runs here may take."""
+    taking = _taking.get()
+    return None if taking is None or taking[1] != _surroundings() else taking[0]
+
+
+def _taken_seed(device: torch.device | str) -> Tensor | None:
+    draw = _current()
+    return None if draw is None else draw.take(torch.device(device))
+
+
+def one_seed_draw() -> AbstractContextManager[None]:
+    """Inside, ops without a seed take theirs from one tensor, which the first of them draws from torch's generator:
+    one launch instead of one for each op. Compiled code draws its own.
+
+    Returns:
+        The context; inside another it changes nothing.
+    """
+    return nullcontext() if torch.compiler.is_compiling() or _current() is not None else _Taking(_Draw({}, {}))
+
+
+def seeds_again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """``context_fn`` of ``torch.utils.checkpoint.checkpoint``: what runs again takes the seeds that it took before.
+
+    Returns:
+        The contexts of the forward and of the recomputation.
+    """
+    draw = _current()
+    if draw is None:
+        return nullcontext(), nullcontext()
+    # A copy of now: what the forward draws beyond it, the recomputation draws again from the same generator state.
+    return _Taking(draw), _Taking(draw.copy(), anew=True)

@@ -17,6 +17,7 @@ from sclkern.models.attention import Attention
 from sclkern.models.execution import Execution
 from sclkern.models.layouts import Layout, Rows
 from sclkern.nn.linear_gelu import linear_gelu
+from sclkern.random import seeds_again
 
 ACTIVATIONS: dict[str, Literal["none", "quick"]] = {"quick_gelu": "quick", "gelu": "none"}
 
@@ -61,6 +62,8 @@ def run_block(block: nn.Module, *inputs: Any, checkpoint: bool, **options: Any) 
     """
     if not (checkpoint and torch.is_grad_enabled()) or options.get("probabilities") is not None:
         return block(*inputs, **options)
+    if not torch.compiler.is_compiling():
+        options["context_fn"] = seeds_again
     return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, **options)
 
 

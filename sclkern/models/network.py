@@ -15,6 +15,7 @@ from sclkern.models.heads import MLP, MLMHead, Pooler
 from sclkern.models.layouts import Padded
 from sclkern.models.text import TextEncoder
 from sclkern.models.vision import VisionEncoder, VisionFeatures
+from sclkern.random import one_seed_draw
 
 # Rows of the modality table.
 TEXT_TYPE, IMAGE_TYPE = 0, 1
@@ -140,7 +141,8 @@ class SCLNetwork(nn.Module):
             ValueError: wrong shape, captions longer than ``max_text_len``; see ``models.captions.check_captions``.
         """
         mask = check_captions(ids, mask, self.config).mask
-        return self.text_transform(self.text(ids, mask, attentions))
+        with one_seed_draw():
+            return self.text_transform(self.text(ids, mask, attentions))
 
     def encode_image(
         self,
@@ -193,13 +195,14 @@ class SCLNetwork(nn.Module):
         """
         text_mask = check_mask(text_mask, text.shape[:2])
         attentions: list[LayerAttention] | None = [] if return_attention else None
-        fused_text, fused_image = self.fusion(
-            text + self.modality.weight[TEXT_TYPE],
-            Padded(text_mask),
-            image.tokens + self.modality.weight[image_type],
-            Padded(),
-            attentions=attentions,
-        )
+        with one_seed_draw():
+            fused_text, fused_image = self.fusion(
+                text + self.modality.weight[TEXT_TYPE],
+                Padded(text_mask),
+                image.tokens + self.modality.weight[image_type],
+                Padded(),
+                attentions=attentions,
+            )
         return FusedFeatures(fused_text, image.with_tokens(fused_image), attentions, text_mask)
 
     def pool(self, text_cls: Tensor, image_cls: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from sclkern import ops
 from sclkern.nn.linear_gelu import linear_gelu
 from sclkern.nn.multihead_attention import MultiheadAttention
 from sclkern.ops.dispatch import BACKENDS
+from sclkern.random import one_seed_draw
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -180,8 +181,9 @@ class TransformerEncoder(nn.TransformerEncoder):
         own = all(type(layer) in (TransformerEncoderLayer, nn.TransformerEncoderLayer) for layer in self.layers)
         if mask is not None or is_causal or floating or src.is_nested or not own:
             return super().forward(src, mask, src_key_padding_mask, is_causal)
-        for layer in self.layers:
-            src = layer(src, src_key_padding_mask=src_key_padding_mask)
+        with one_seed_draw():
+            for layer in self.layers:
+                src = layer(src, src_key_padding_mask=src_key_padding_mask)
         return src if self.norm is None else self.norm(src)
 
 

@@ -14,6 +14,7 @@ from sclkern.models.network import SCLNetwork
 from sclkern.objectives import OBJECTIVES, LossInputs, LossOutput, Objective, ObjectiveConfig
 from sclkern.objectives.itc import text_to_image_similarity
 from sclkern.profiling import phase
+from sclkern.random import one_seed_draw
 from sclkern.step.batch import prepare_batch, unread_fault
 from sclkern.step.config import StepConfig
 from sclkern.step.encoding import Encodings, encode
@@ -121,6 +122,13 @@ def _prepared(network: SCLNetwork, objectives: ObjectiveConfig, batch: Mapping[s
 
 
 def _run(
+    network: SCLNetwork, objectives: ObjectiveConfig, step: StepConfig, batch: Mapping[str, Any], masks: StepMasks
+) -> SCLLosses:
+    with one_seed_draw():
+        return _compute(network, objectives, step, batch, masks)
+
+
+def _compute(
     network: SCLNetwork, objectives: ObjectiveConfig, step: StepConfig, batch: Mapping[str, Any], masks: StepMasks
 ) -> SCLLosses:
     plan = make_plan(objectives, step)
