@@ -18,8 +18,11 @@ OPTIONAL = (
     "transformers", "triton", "sclkern.kernels",
 )  # fmt: skip
 # The lazy names of the package, the command that was chosen, and modules whose names are data: a reader of the user's,
-# packages that the doctor looks for, what a compiling process is sent.
-LOADERS = ("sclkern", "sclkern.cli", "sclkern.data.source", "sclkern.tools.doctor", "sclkern.tools.static.workers")
+# libraries that may be missing, packages that the doctor looks for, what a compiling process is sent.
+LOADERS = (
+    "sclkern", "sclkern.cli", "sclkern.data.source", "sclkern.libraries._lookup", "sclkern.tools.doctor",
+    "sclkern.tools.static.workers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

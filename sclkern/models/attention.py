@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import cast
 
 import torch
@@ -9,10 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sclkern import ops, reference
+from sclkern.libraries import flash
 from sclkern.models.config import HEAD_DIM
 from sclkern.models.execution import Execution
 from sclkern.models.layouts import Layout, Packed, Padded, repack, unpack_groups
 from sclkern.ops.cross_attention import plan_form
+from sclkern.ops.dispatch import autocast_all, autocast_like
+
+log = logging.getLogger("sclkern.models")
+_reported: set[torch.dtype] = set()
 
 
 class Attention(nn.Module):
@@ -96,7 +102,7 @@ class Attention(nn.Module):
 
         If it does, each group of sequences is a call on padded tokens; otherwise all groups are one packed call.
         """
-        if self.execution.absorb == "never" or self.execution.backend == "sdpa":
+        if self.execution.absorb == "never" or self.execution.backend in ("sdpa", "flash"):
             return False
         width = x.shape[-1]
         planned = plan_form(
@@ -157,16 +163,26 @@ def attend(
         query_layout: of query.
         key_layout: of key and value; the same object as ``query_layout`` for self-attention.
         dropout_p: dropout probability.
-        backend: one of ``execution.MODEL_BACKENDS``; "sdpa" is torch's own attention, for padded tokens.
+        backend: one of ``execution.MODEL_BACKENDS``; "sdpa" is torch's own attention, for padded tokens; "flash" is
+            flash-attn, and "auto" for tensors of a dtype that it does not compute.
 
     Returns:
         Like query.
+
+    Raises:
+        TypeError: one layout is padded, the other packed.
+        ValueError: the backend cannot run on these tensors; see the ops.
     """
+    if backend == "flash":
+        backend = _flash_or_auto(query, dropout_p)
     framed = key_layout.num_frames > 1 and query_layout is key_layout
     op_backend = "eager" if backend == "sdpa" else backend
     if isinstance(query_layout, Packed) and isinstance(key_layout, Packed):
         if framed:
             return _framed(query, key, value, key_layout, op_backend)
+        empty = 0 in (query_layout.max_seqlen, key_layout.max_seqlen, len(query_layout.cu_seqlens) - 1)
+        if backend == "flash" and not empty:
+            return _flash_packed(query, key, value, query_layout, key_layout, dropout_p)
         return ops.packed_attention(
             query,
             key,
@@ -191,6 +207,32 @@ def attend(
         attn_mask = None if mask is None else mask[:, None, None, :]
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p).transpose(1, 2)
     return cast(Tensor, ops.attention(query, key, value, key_padding_mask=mask, dropout_p=dropout_p, backend=backend))
+
+
+def _flash_or_auto(query: Tensor, dropout_p: float) -> str:
+    """The backend in place of "flash": a run has it for its steps, and computes retrieval in float32 beside them."""
+    dtype = autocast_like(query)[0].dtype
+    if problems := flash.problems(query.device, head_dim=query.shape[-1], dropout_p=dropout_p):
+        raise ValueError(f"backend='flash': cannot run: {'; '.join(problems)}")
+    if dtype in flash.DTYPES:
+        return "flash"
+    if dtype not in _reported and not torch.compiler.is_compiling():
+        _reported.add(dtype)
+        log.warning("attention of %s tensors takes the backend auto: flash-attn computes float16 and bfloat16", dtype)
+    return "auto"
+
+
+def _flash_packed(
+    query: Tensor, key: Tensor, value: Tensor, query_layout: Packed, key_layout: Packed, dropout_p: float
+) -> Tensor:
+    """``ops.packed_attention`` by flash-attn, which need not fill what the host knows to be empty."""
+    lengths = query_layout.cu_seqlens, key_layout.cu_seqlens, query_layout.max_seqlen, key_layout.max_seqlen
+    query_tail, key_tail = not query_layout.fills(query.shape[0]), not key_layout.fills(key.shape[0])
+    query, key, value = autocast_all(query, key, value)
+    scale = HEAD_DIM**-0.5
+    return flash.packed_attention(
+        query, key, value, *lengths, dropout_p, scale, query_tail=query_tail, key_tail=key_tail
+    )
 
 
 def _framed(query: Tensor, key: Tensor, value: Tensor, layout: Packed, backend: str) -> Tensor:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Absorb = Literal["auto", "never"]
-MODEL_BACKENDS = ("auto", "triton", "sdpa", "eager")
+MODEL_BACKENDS = ("auto", "triton", "sdpa", "flash", "eager")
+LAYER_NORMS = ("sclkern", "torch", "apex")
 
 
 @dataclass
@@ -20,13 +21,15 @@ class Execution:
         absorb: whether cross-attention on packed tokens may fold projections into its shorter side, where that saves
             multiply-adds: "auto" or "never".
         checkpoint_blocks: keep only the input of each block for the backward pass, which runs the block again.
+        layer_norm: one of ``LAYER_NORMS``; see ``SCLNetwork.set_layer_norm``.
     """
 
     backend: str = "auto"
     absorb: Absorb = "auto"
     checkpoint_blocks: bool = False
+    layer_norm: str = "sclkern"
 
     @property
     def op_backend(self) -> str:
-        """``backend`` as the ops of ``sclkern.ops`` name it; "sdpa" is theirs only in attention."""
-        return "eager" if self.backend == "sdpa" else self.backend
+        """``backend`` of the ops that are no attention."""
+        return {"sdpa": "eager", "flash": "auto"}.get(self.backend, self.backend)

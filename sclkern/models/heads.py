@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sclkern.models.execution import Execution
 from sclkern.models.fusion import LAYER_NORM_EPS
+from sclkern.models.norms import LayerNorm
 
 
 class Pooler(nn.Module):
@@ -30,12 +32,13 @@ class MLMHead(nn.Module):
     Args:
         width: D.
         vocab_size: V.
+        execution: how the norm runs; shared with the network.
     """
 
-    def __init__(self, width: int, vocab_size: int) -> None:
+    def __init__(self, width: int, vocab_size: int, execution: Execution | None = None) -> None:
         super().__init__()
         self.dense = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm = LayerNorm(width, LAYER_NORM_EPS, execution)
         self.decoder = nn.Linear(width, vocab_size)
 
     def transform(self, x: Tensor) -> Tensor:
@@ -54,7 +57,9 @@ class MLP(nn.Sequential):
         width_in: input channels.
         hidden: channels between the two products.
         width_out: output channels.
+        execution: how the norm runs; shared with the network.
     """
 
-    def __init__(self, width_in: int, hidden: int, width_out: int) -> None:
-        super().__init__(nn.Linear(width_in, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, width_out))
+    def __init__(self, width_in: int, hidden: int, width_out: int, execution: Execution | None = None) -> None:
+        norm = LayerNorm(hidden, execution=execution)
+        super().__init__(nn.Linear(width_in, hidden), norm, nn.GELU(), nn.Linear(hidden, width_out))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from sclkern import ops
 from sclkern.models.attention import Attention
 from sclkern.models.execution import Execution
 from sclkern.models.layouts import Layout, Rows
+from sclkern.models.norms import LayerNorm
 from sclkern.nn.linear_gelu import linear_gelu
 from sclkern.random import seeds_again
 
@@ -67,10 +69,10 @@ def run_block(block: nn.Module, *inputs: Any, checkpoint: bool, **options: Any) 
     return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, **options)
 
 
-class ResidualNorm(nn.LayerNorm):
+class ResidualNorm(LayerNorm):
     """LayerNorm of a residual stream and the update of its last branch: ``norm(stream + dropout(update))``.
 
-    The sum and the norm are one op.
+    The sum and the norm are one op, unless the norm is torch's or apex's.
 
     Args:
         width: channels of the tokens.
@@ -80,9 +82,8 @@ class ResidualNorm(nn.LayerNorm):
     """
 
     def __init__(self, width: int, eps: float = 1e-5, dropout: float = 0.0, execution: Execution | None = None) -> None:
-        super().__init__(width, eps=eps)
+        super().__init__(width, eps, execution)
         self.dropout = dropout
-        self.execution = execution or Execution()
 
     def forward(self, stream: Tensor, update: Tensor | None = None) -> Tensor:
         """Normalise the sum.
@@ -105,6 +106,9 @@ class ResidualNorm(nn.LayerNorm):
         return self._add(stream, update, return_sum=True)
 
     def _add(self, stream: Tensor, update: Tensor, *, return_sum: bool) -> Any:
+        if self.execution.layer_norm != "sclkern":
+            total = stream + F.dropout(update, self.dropout, self.training)
+            return (super().forward(total), total) if return_sum else super().forward(total)
         return ops.dropout_add_layer_norm(
             update,
             stream,

@@ -48,6 +48,10 @@ class Packed(NamedTuple):
     mask: Tensor | None = None
     padded_index: Tensor | None = None
 
+    def fills(self, num_tokens: int) -> bool:
+        """Whether the host knows that no token lies after the last sequence."""
+        return sum(sequences * length for sequences, length in self.groups) == num_tokens
+
 
 Layout = Padded | Packed
 

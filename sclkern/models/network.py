@@ -7,9 +7,10 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from sclkern.libraries import apex, flash
 from sclkern.models.captions import check_captions, check_mask, first_token
 from sclkern.models.config import SCLConfig
-from sclkern.models.execution import MODEL_BACKENDS, Execution
+from sclkern.models.execution import LAYER_NORMS, MODEL_BACKENDS, Execution
 from sclkern.models.fusion import FusionEncoder, LayerAttention
 from sclkern.models.heads import MLP, MLMHead, Pooler
 from sclkern.models.layouts import Padded
@@ -72,15 +73,15 @@ class SCLNetwork(nn.Module):
         if "itm" in config.heads:
             self.itm_head = nn.Linear(2 * width, 2)
         if "mlm" in config.heads:
-            self.mlm_head = MLMHead(width, config.vocab_size)
+            self.mlm_head = MLMHead(width, config.vocab_size, self.execution)
         if "itc" in config.heads:
-            self.text_projection = MLP(width, width, config.projection_dim)
-            self.image_projection = MLP(width, width, config.projection_dim)
+            self.text_projection = MLP(width, width, config.projection_dim, self.execution)
+            self.image_projection = MLP(width, width, config.projection_dim, self.execution)
             self.temperature = nn.Parameter(torch.tensor(config.temperature_init))
         if "vqa" in config.heads:
-            self.vqa_head = MLP(2 * width, 2 * width, config.vqa_answers)
+            self.vqa_head = MLP(2 * width, 2 * width, config.vqa_answers, self.execution)
         if "nlvr2" in config.heads:
-            self.nlvr2_head = MLP(4 * width, 2 * width, 2)
+            self.nlvr2_head = MLP(4 * width, 2 * width, 2, self.execution)
         if "rank" in config.heads:
             self.rank_head = nn.Linear(2 * width, 1)
         self._initialise()
@@ -109,17 +110,41 @@ class SCLNetwork(nn.Module):
 
         Args:
             backend: "auto" takes the kernels where they can run; "triton" requires them; "eager" is plain PyTorch
-                (``sclkern.reference``); "sdpa" is plain PyTorch with torch's own fused attention.
+                (``sclkern.reference``); "sdpa" is plain PyTorch with torch's own fused attention; "flash" is "auto"
+                with the attention of flash-attn 2, which draws dropout masks of its own, and absorbs no projections.
 
         Returns:
             The network itself.
 
         Raises:
-            ValueError: not one of these names.
+            ValueError: not one of these names, or flash-attn is not there.
         """
         if backend not in MODEL_BACKENDS:
             raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(MODEL_BACKENDS)}")
+        if backend == "flash" and (missing := flash.missing()):
+            raise ValueError(f"backend: got 'flash', but {missing}")
         self.execution.backend = backend
+        return self
+
+    def set_layer_norm(self, layer_norm: str) -> Self:
+        """Choose what every LayerNorm of the network runs on; parameters and their names stay.
+
+        Args:
+            layer_norm: "sclkern" is one op with what precedes the norm (dropout and sum, the patch embedding), and
+                torch's elsewhere; "torch" is torch's, after plain dropout and sum; "apex" is likewise, by apex's
+                kernel.
+
+        Returns:
+            The network itself.
+
+        Raises:
+            ValueError: not one of these names, or apex is not there.
+        """
+        if layer_norm not in LAYER_NORMS:
+            raise ValueError(f"layer_norm: got {layer_norm!r}, expected one of {', '.join(LAYER_NORMS)}")
+        if layer_norm == "apex" and (missing := apex.FUSED_LAYER_NORM.problem()):
+            raise ValueError(f"layer_norm: got 'apex', but {missing}")
+        self.execution.layer_norm = layer_norm
         return self
 
     # -- encoders ----------------------------------------------------------------------------------------------------

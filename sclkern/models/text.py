@@ -9,6 +9,7 @@ from sclkern.models.config import SCLConfig
 from sclkern.models.execution import Execution
 from sclkern.models.layers import PostNormBlock, run_block
 from sclkern.models.layouts import Layout, Padded
+from sclkern.models.norms import LayerNorm
 
 # RoBERTa's epsilon; that of the fusion layers differs.
 LAYER_NORM_EPS = 1e-5
@@ -29,7 +30,7 @@ class TextEncoder(nn.Module):
         self.word = nn.Embedding(config.vocab_size, config.width, padding_idx=config.pad_id)
         self.position = nn.Embedding(config.text_positions, config.width, padding_idx=config.pad_id)
         self.token_type = nn.Embedding(config.text_types, config.width)
-        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.norm = LayerNorm(config.width, LAYER_NORM_EPS, shared)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             PostNormBlock(config.width, config.mlp_ratio, config.dropout, LAYER_NORM_EPS, execution=shared)

@@ -12,6 +12,7 @@ from sclkern.models.config import SCLConfig
 from sclkern.models.execution import Execution
 from sclkern.models.layers import PreNormBlock, ResidualNorm, run_block
 from sclkern.models.layouts import Layout, Padded
+from sclkern.models.norms import LayerNorm
 
 
 class VisionFeatures(NamedTuple):
@@ -60,7 +61,7 @@ class VisionEncoder(nn.Module):
             nn.Parameter(scale * torch.randn(config.max_frames, config.width)) if config.max_frames else None
         )
         self.mask_token = nn.Parameter(torch.randn(config.width)) if config.patch_mask_token else None
-        self.norm_pre = nn.LayerNorm(config.width)
+        self.norm_pre = LayerNorm(config.width, execution=shared)
         self.blocks = nn.ModuleList(
             PreNormBlock(config.width, config.mlp_ratio, config.vision_activation, shared)
             for _ in range(config.vision_layers)
@@ -126,6 +127,7 @@ class VisionEncoder(nn.Module):
             )
         if replace is not None and self.mask_token is None:
             raise ValueError("replace: the model has no mask token for patches (patch_mask_token is False)")
+        fused = self.execution.layer_norm == "sclkern"
         x = ops.embed_patches(
             images,
             self.patch_embed.weight,
@@ -135,12 +137,12 @@ class VisionEncoder(nn.Module):
             keep=keep,
             replace=replace,
             mask_token=self.mask_token if replace is not None else None,
-            norm_weight=self.norm_pre.weight,
-            norm_bias=self.norm_pre.bias,
+            norm_weight=self.norm_pre.weight if fused else None,
+            norm_bias=self.norm_pre.bias if fused else None,
             eps=self.norm_pre.eps,
             backend=self.execution.op_backend,
         )
-        return x, frames
+        return x if fused else self.norm_pre(x), frames
 
     def encode(self, x: Tensor, layout: Layout, probabilities: list[Tensor] | None = None) -> Tensor:
         """Run the blocks and the last norm on embedded tokens in any layout.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sclkern.libraries import flash
 from sclkern.ops import _checks
 from sclkern.ops.dispatch import Choice, autocast_like, select_backend, takes_cpu_form
 from sclkern.reference.attention import check_dropout_lengths
@@ -115,6 +117,27 @@ def plan_heads(
     return Choice("eager", choice.reasons + sdpa_problems) if sdpa_problems else choice.via("sdpa", sdpa)
 
 
+def plan_flash(query: Tensor, empty: bool = False, **call: Any) -> Choice:
+    """The path of an attention op with ``backend="flash"``.
+
+    Args:
+        query: (..., D).
+        empty: whether there are no queries or no keys.
+        **call: what else ``flash.problems`` asks for.
+
+    Returns:
+        The path "flash"; "eager" for an empty call, which has nothing to launch.
+
+    Raises:
+        ValueError: flash-attn cannot run.
+    """
+    if problems := flash.problems(query.device, autocast_like(query)[0].dtype, query.shape[-1], **call):
+        raise ValueError(f"backend='flash': cannot run: {'; '.join(problems)}")
+    if empty:
+        return Choice("eager", ("no queries or no keys, for which flash-attn has no launch",))
+    return Choice("flash", ("requested by backend", f"flash-attn {flash.version()}"))
+
+
 def contiguous_channels(*tensors: Tensor) -> tuple[Tensor, ...]:
     """``tensors`` with a last dimension of stride 1, as the kernels read it."""
     for tensor in tensors:
@@ -149,6 +172,10 @@ def sdpa_attention(
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, dropout_p=dropout_p)
     return out.transpose(1, 2)
+
+
+# Plain attention that is not ours, by the name of its path.
+THEIRS = {"sdpa": sdpa_attention, "flash": flash.attention}
 
 
 def fake_gradients(query: Tensor, key: Tensor, value: Tensor, **_: object) -> tuple[Tensor, ...]:

@@ -52,7 +52,8 @@ def attention(
             index, so that the sample keeps it in another batch, at another place and in ``packed_attention``. Ids from
             0 to 2**63 / H - 1 have masks of their own, equal ids equal ones; the ids 0 to B - 1 are the default.
         return_lse: also return the log-sum-exp.
-        backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.select_backend``).
+        backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.select_backend``), or "flash":
+            flash-attn 2, which draws a dropout mask of its own (``sclkern.libraries.flash``).
 
     Returns:
         (B, Lq, H, D) in the dtype of query; with ``return_lse`` also the natural log-sum-exp of the scores (before
@@ -60,7 +61,7 @@ def attention(
 
     Raises:
         TypeError: a tensor, the seed or a number has the wrong type.
-        ValueError: wrong shape, device or range, or unknown backend.
+        ValueError: wrong shape, device or range, unknown backend, or one requested by name that cannot run.
         RuntimeError: second derivatives of the kernel; ``backend="eager"`` has them.
     """
     numbers = dropout_p, softmax_scale, seed, dropout_ids, return_lse, backend
@@ -75,8 +76,8 @@ def attention(
         # (H, B * Lq) in the kernel.
         lse = lse.detach().view(query.shape[2], *query.shape[:2]).transpose(0, 1)
         return out, lse * math.log(2)
-    if path == "sdpa":
-        out = _attention.sdpa_attention(query, key, value, key_padding_mask, scale, dropout_p)
+    if path in _attention.THEIRS:
+        out = _attention.THEIRS[path](query, key, value, key_padding_mask, scale, dropout_p)
     else:
         options: dict[str, Any] = {"dropout_p": dropout_p, "softmax_scale": scale, "seed": seed}
         options |= {"key_padding_mask": key_padding_mask, "dropout_ids": dropout_ids}
@@ -98,7 +99,11 @@ def plan(
     problems: tuple[str, ...] = ()
     if dropout_p > 0 and not (seed is None and dropout_ids is None):
         problems += ("PyTorch's attention cannot draw the dropout mask of a seed or of ids",)
-    if 0 in query.shape[:2] or (key is not None and key.shape[1] == 0):
+    empty = 0 in query.shape[:2] or (key is not None and key.shape[1] == 0)
+    if backend == "flash":
+        call = {"dropout_p": dropout_p, "softmax_scale": softmax_scale, "seed": seed, "dropout_ids": dropout_ids}
+        return _attention.plan_flash(query, empty, **call, return_lse=return_lse)
+    if empty:
         problems += ("no queries or no keys",)
     sdpa = "PyTorch's scaled_dot_product_attention on a CPU"
     return _attention.plan_heads((query, key, value), query.shape[-1], softmax_scale, backend, sdpa, problems)

@@ -37,7 +37,7 @@ def frame_attention(
         softmax_scale: factor of the scores, default 1 / sqrt(D). The kernel supports scales above 0.
         backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.select_backend``). "eager" is the definition,
             ``reference.frame_attention``; where no kernel can run on a CPU, "auto" uses PyTorch's
-            scaled_dot_product_attention, once for the patches and once for the CLS.
+            scaled_dot_product_attention, once for the patches and once for the CLS, as "flash" uses flash-attn 2.
 
     Returns:
         (B, F * (1 + P), H, D) in the dtype of query.
@@ -56,8 +56,8 @@ def frame_attention(
         query, key, value = _attention.contiguous_channels(query, key, value)
         out: Tensor = _op(query, key, value, num_frames, scale)[0]
         return out
-    if path == "sdpa":
-        return _sdpa_frame_attention(query, key, value, num_frames, scale)
+    if path in _attention.THEIRS:
+        return _attend_twice(path, query, key, value, num_frames, scale)
     return reference.frame_attention(query, key, value, num_frames, softmax_scale=scale)
 
 
@@ -70,6 +70,8 @@ def plan(
         return select_backend(key, value, backend=backend)
     if num_frames is not None and _is_plain(query, num_frames):
         return plan_attention(query, key, value, softmax_scale=softmax_scale, backend=backend)
+    if backend == "flash":
+        return _attention.plan_flash(query, softmax_scale=softmax_scale)
     sdpa = "PyTorch's scaled_dot_product_attention on a CPU, once for patches and once for the CLS"
     return _attention.plan_heads((query, key, value), query.shape[-1], softmax_scale, backend, sdpa)
 
@@ -93,16 +95,17 @@ def _is_plain(query: Tensor, num_frames: int) -> bool:
     return num_frames == 1 or query.shape[0] == 0
 
 
-def _sdpa_frame_attention(query: Tensor, key: Tensor, value: Tensor, num_frames: int, scale: float) -> Tensor:
-    """Two calls of PyTorch's attention, without the (F * (1 + P)) ** 2 mask that one call would need."""
+def _attend_twice(path: str, query: Tensor, key: Tensor, value: Tensor, num_frames: int, scale: float) -> Tensor:
+    """Two calls of plain attention, without the (F * (1 + P)) ** 2 mask that one call would need."""
+    attend = _attention.THEIRS[path]
     batch, length, heads, head_dim = query.shape
     tokens = length // num_frames
-    cls = _attention.sdpa_attention(query[:, ::tokens], key, value, None, scale)
+    cls = attend(query[:, ::tokens], key, value, None, scale)
     if tokens == 1:
         return cls
     framed = (tensor.reshape(batch * num_frames, tokens, heads, head_dim) for tensor in (query, key, value))
     frame_query, frame_key, frame_value = framed
-    patches = _attention.sdpa_attention(frame_query[:, 1:], frame_key, frame_value, None, scale)
+    patches = attend(frame_query[:, 1:], frame_key, frame_value, None, scale)
     out = torch.cat((cls.unsqueeze(2), patches.unflatten(0, (batch, num_frames))), 2)
     return out.reshape(query.shape)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sclkern import reference
+from sclkern.libraries import flash
 from sclkern.ops import _attention, _checks
 from sclkern.ops._registration import choose, public_op
 from sclkern.ops.attention import run_kernel
@@ -53,7 +54,7 @@ def packed_attention(
         softmax_scale: as in ``attention``.
         seed: as in ``attention``; sequence b has the dropout mask of sample b of a padded batch.
         dropout_ids: (B,) int64, of the sequences, as in ``attention``.
-        backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.select_backend``).
+        backend: as in ``attention``.
 
     Returns:
         (Tq, H, D) in the dtype of query.
@@ -61,7 +62,7 @@ def packed_attention(
     Raises:
         TypeError: a tensor, the seed or a number has the wrong type.
         ValueError: wrong shape, device, range or lengths (their values are read on a CPU, on a GPU only under
-            ``SCLKERN_DEBUG=1``), or unknown backend.
+            ``SCLKERN_DEBUG=1``), unknown backend, or one requested by name that cannot run.
         RuntimeError: second derivatives of the kernel; ``backend="eager"`` has them.
     """
     packing = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
@@ -72,6 +73,8 @@ def packed_attention(
     scale = _attention.resolve_scale(query.shape[-1], softmax_scale)
     if path == "triton":
         return run_kernel(query, key, value, None, packing, seed, dropout_ids, dropout_p, scale)[0]
+    if path == "flash":
+        return flash.packed_attention(query, key, value, *packing, dropout_p, scale)
     if path == "grouped":
         return _attend_by_lengths(query, key, value, *packing[:2], dropout_p, scale, seed, dropout_ids)
     options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "dropout_ids": dropout_ids}
@@ -87,6 +90,10 @@ def plan(
     """The path of these arguments; see ``sclkern.ops.explain``."""
     if query is None:
         return select_backend(key, value, backend=backend)
+    if backend == "flash":
+        empty = 0 in (max_seqlen_q, max_seqlen_k) or (cu_seqlens_q is not None and cu_seqlens_q.shape[0] <= 1)
+        call = {"dropout_p": dropout_p, "softmax_scale": softmax_scale, "seed": seed, "dropout_ids": dropout_ids}
+        return _attention.plan_flash(query, empty, **call)
     problems: tuple[str, ...] = ()
     if torch.compiler.is_compiling():
         problems += ("a compiled graph does not know the lengths, so they cannot be grouped",)

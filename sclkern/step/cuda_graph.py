@@ -142,7 +142,8 @@ class CapturedStep:
         batch = {name: value for name, value in batch.items() if isinstance(value, (Tensor, int))}
         shapes = {k: (v.shape, v.dtype) if isinstance(v, Tensor) else v for k, v in batch.items()}
         # What was recorded with other settings of the model must not be replayed.
-        key = (network.training, model.step, model.objectives, network.execution.backend, *sorted(shapes.items()))
+        execution = network.execution.backend, network.execution.layer_norm
+        key = (network.training, model.step, model.objectives, *execution, *sorted(shapes.items()))
         if key not in self._recorded:
             self._recorded[key] = self._record(batch)
         recording = self._recorded[key]

@@ -47,6 +47,7 @@ class RunLog:
         write_atomically(self.path, lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in rows)))
         self._file = self.path.open("a", buffering=1)
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1)
+        self._described = ""
         self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
 
     def __enter__(self) -> Self:
@@ -57,6 +58,17 @@ class RunLog:
     ) -> None:
         self.close()
 
+    def describe(self, step: int, values: Mapping[str, str]) -> None:
+        """Print what a run runs on, and write it before the first row of this process: {"kind": "run", "step", ...}.
+
+        Args:
+            step: that the process starts from.
+            values: names of what runs, by what it does.
+        """
+        self.message(", ".join(f"{what.replace('_', ' ')} {name}" for what, name in values.items()))
+        # Not at once: a run that is stopped before its first step leaves no row.
+        self._described = json.dumps({"kind": "run", "step": step, **values}) + "\n"
+
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Write one row, {"kind", "step", ...values}; a value that is not finite is written as null.
 
@@ -66,6 +78,8 @@ class RunLog:
             values: losses, metrics and rates by name.
         """
         plain = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(self._described)
+        self._described = ""
         self._file.write(json.dumps({"kind": kind, "step": step, **plain}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)

@@ -22,6 +22,7 @@ from sclkern.profiling import phase
 from sclkern.random import mix_seed
 from sclkern.step import check_capture, check_objectives
 from sclkern.training.checkpoint import remedy, save_checkpoint
+from sclkern.training.choices import check_choices, describe_choices
 from sclkern.training.clock import StepClock
 from sclkern.training.config import PretrainConfig
 from sclkern.training.data import data_difference, open_data
@@ -63,6 +64,7 @@ class Pretraining:
         self.device = resolve_device(config.run.device)
         if config.run.cuda_graphs:
             check_capture(self.device, config.step)
+        check_choices(config, self.device)
         check_objectives(config.model, config.objectives)
         # Before anything is read: the run that still holds the folder may save another step.
         self._lock = lock_directory(self.directory)
@@ -78,7 +80,7 @@ class Pretraining:
         # A resumed run needs no other weights, nor the file they once came from.
         model = SCLModel(config.model, config.objectives) if saved else initial_model(config)
         model.step = config.step
-        self.model = model.set_backend(config.run.backend).to(self.device)
+        self.model = model.set_backend(config.run.backend).set_layer_norm(config.run.layer_norm).to(self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         undecodable = UndecodableImages(self.data.train_source.num_images)
         self.state = TrainingState(self.model, self.optimizer, undecodable)
@@ -122,6 +124,7 @@ class Pretraining:
                 self.stop.stage("the run is saved and stops", patience=None),
             ):
                 run_log.message(self.evaluation.describe() + (f"; from step {state.step}" if state.step else ""))
+                run_log.describe(state.step, describe_choices(self.config))
                 self._run_saved(batches, run_log, last)
             if self.stop.number is not None:
                 if state.saved_step < 0:
@@ -191,7 +194,8 @@ class Pretraining:
         run, state = self.config.run, self.state
         self.model.train()
         set_learning_rate(self.optimizer, schedule_factor(state.step, run.max_steps, self.config.optimizer))
-        self.optimizer.zero_grad(set_to_none=True)
+        # Without an argument: apex's takes none, and clears gradients as torch's does.
+        self.optimizer.zero_grad()
         values: dict[str, Tensor] = {}
         for micro in range(run.accumulation):
             with self.clock.waiting(), phase("data wait"), self.stop.interruptible():

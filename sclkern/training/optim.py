@@ -1,4 +1,4 @@
-"""The published parameter groups of AdamW and the learning-rate schedule (``set_schedule`` in scl_utils.py)."""
+"""AdamW by name, its published parameter groups, and the learning-rate schedule (``set_schedule`` in scl_utils.py)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sclkern.errors import UserError
+from sclkern.libraries import apex
 from sclkern.models import SCLNetwork
 from sclkern.training.config import OptimizerConfig
 from sclkern.weights.names import reference_names
@@ -64,9 +66,37 @@ def _part(published_name: str) -> str:
     return "fusion" if published_name.startswith(_FUSION) else "body"
 
 
-def build_optimizer(model: SCLNetwork, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW, which torch has for CPUs and GPUs, over the groups of ``parameter_groups``."""
-    return torch.optim.AdamW(parameter_groups(model, config), betas=config.betas, eps=config.eps, fused=True)
+def build_optimizer(model: SCLNetwork, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW over the groups of ``parameter_groups``, the one that ``config.name`` names.
+
+    Args:
+        model: on its device.
+        config: of the optimizer.
+
+    Returns:
+        torch's fused AdamW, which it has for CPUs and GPUs, or apex's FusedAdam.
+
+    Raises:
+        UserError: apex, or what it needs, is missing.
+    """
+    groups = parameter_groups(model, config)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
+    device = next(model.parameters()).device
+    check_optimizer(config, device)
+    return apex.build_adam(groups, device, betas=config.betas, eps=config.eps)
+
+
+def check_optimizer(config: OptimizerConfig, device: torch.device) -> None:
+    """Raise a ``UserError`` unless the optimizer can update parameters on a device."""
+    if config.name == "apex" and (problems := apex.adam_problems(device)):
+        raise UserError(f"optimizer.name: got 'apex', but {'; '.join(problems)}; or set it to adamw")
+
+
+def steps_taken(optimizer: torch.optim.Optimizer) -> int:
+    """Steps that an optimizer has counted: torch's with each parameter, apex's with each group."""
+    counts = [entry["step"] for entry in (*optimizer.state.values(), *optimizer.param_groups) if "step" in entry]
+    return max(map(int, counts), default=0)
 
 
 def schedule_factor(step: int, max_steps: int, config: OptimizerConfig) -> float:

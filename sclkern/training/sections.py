@@ -110,6 +110,7 @@ class OptimizerConfig:
         no_decay: parameters without weight decay: "norms_and_biases" also exempts the temperature; "published" decays
             the temperature and the LayerNorms of CLIP and the projections.
         max_grad_norm: limit that the global gradient norm is clipped to; null does not clip.
+        name: "adamw" is torch's fused AdamW; "apex" is FusedAdam of NVIDIA's apex (GPU only).
     """
 
     learning_rate: float = 2e-5
@@ -123,6 +124,7 @@ class OptimizerConfig:
     head_factor: float = 5.0
     no_decay: Literal["norms_and_biases", "published"] = "norms_and_biases"
     max_grad_norm: float | None = None
+    name: Literal["adamw", "apex"] = "adamw"
 
     def __post_init__(self) -> None:
         _check(self, lambda value: value > 0, "a positive number", "learning_rate", "eps", "max_grad_norm")
@@ -145,7 +147,10 @@ class RunConfig:
         seed: seed of initial weights, order and augmentation of the data, masks and dropout.
         precision: "float32", or "bfloat16" for autocast with float32 weights.
         device: "cpu", "cuda" or "cuda:N"; "auto" takes a GPU if there is one.
-        backend: "triton", "sdpa" or "eager" for every op; "auto" lets each op choose.
+        backend: "triton", "sdpa" or "eager" for every op; "auto" lets each op choose; "flash" is "auto" with the
+            attention of flash-attn 2 (GPU only, with precision "bfloat16").
+        layer_norm: "sclkern" fuses LayerNorm with what precedes it; "torch" and "apex" take the norm of that library,
+            after plain dropout and sum ("apex": GPU only).
         cuda_graphs: whether forward and backward are recorded once for each batch shape and replayed (GPU only).
         log_every: steps between logged steps.
         save_every: steps between checkpoints; 0 saves before validations and at the end only.
@@ -160,7 +165,8 @@ class RunConfig:
     seed: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
-    backend: Literal["auto", "triton", "sdpa", "eager"] = "auto"
+    backend: Literal["auto", "triton", "sdpa", "flash", "eager"] = "auto"
+    layer_norm: Literal["sclkern", "torch", "apex"] = "sclkern"
     cuda_graphs: bool = False
     log_every: int = 10
     save_every: int = 500

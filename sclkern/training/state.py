@@ -9,6 +9,7 @@ import torch
 from sclkern.data.undecodable import UndecodableImages, undecodable_limit
 from sclkern.errors import UserError
 from sclkern.model import SCLModel
+from sclkern.training.optim import steps_taken
 
 
 class TrainingState:
@@ -96,7 +97,7 @@ class TrainingState:
             values = [parameter, *(value for key, value in moments.items() if key != "step")]
             if any(value.shape != parameter.shape or not torch.isfinite(value).all() for value in values):
                 raise UserError(f"is damaged: {name} or its moments are not finite, or of another shape")
-        taken = max((int(moments["step"]) for moments in self.optimizer.state.values()), default=0)
+        taken = steps_taken(self.optimizer)
         if taken != self.step or self.best != self.best:
             raise UserError(
                 f"is damaged: it is of step {self.step} with a best score of {self.best}, and its optimiser has taken "

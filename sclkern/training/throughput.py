@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import torch
 
 from sclkern.models.config import SCLConfig
+from sclkern.models.execution import Absorb
 from sclkern.objectives.config import ObjectiveConfig
 from sclkern.step.config import StepConfig
 from sclkern.step.flops import Counter
@@ -70,7 +72,10 @@ class Throughput:
     def __init__(self, config: PretrainConfig, lengths: list[int], pad_to_max: bool, device: torch.device) -> None:
         padded = config.model.max_text_len if pad_to_max else max(lengths)
         mean = sum(lengths) / len(lengths)
-        self.flops = flops_a_pair(config.model, config.objectives, config.step, mean, padded)
+        # Attention of others has projections of its own, which are not folded into the shorter side.
+        absorb: Absorb = "never" if config.run.backend in ("sdpa", "flash") else config.step.absorb
+        step = dataclasses.replace(config.step, absorb=absorb)
+        self.flops = flops_a_pair(config.model, config.objectives, step, mean, padded)
         self.peak = peak_flops(device, config.run.precision)
 
     def at(self, pairs_per_second: float) -> dict[str, float]:

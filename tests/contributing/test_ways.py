@@ -150,7 +150,8 @@ settings = (
     "run.log_every=1 evaluation.rerank=0 evaluation.train_images=0 evaluation.attention_images=0 run.output_dir=run"
 )
 assert sclkern.cli.main(["pretrain", *settings.split()]) == 0
-row = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[0])
+rows = map(json.loads, Path("run/metrics.jsonl").read_text().splitlines())
+row = next(row for row in rows if row["kind"] == "train")
 print("caption_agreement" in row, "caption agreement" in Path("run/report.md").read_text())
 """,
     )

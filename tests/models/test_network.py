@@ -129,7 +129,7 @@ def test_encoders_give_their_probabilities_too(make_model, make_batch, frames):
 
 
 def test_an_unknown_backend_is_refused(make_model):
-    with pytest.raises(ValueError, match="backend: got 'bogus', expected one of auto, triton, sdpa, eager"):
+    with pytest.raises(ValueError, match="backend: got 'bogus', expected one of auto, triton, sdpa, flash, eager"):
         make_model().set_backend("bogus")
 
 
