@@ -68,9 +68,13 @@ setup(
         "tqdm",
         "nvtx",
     ],
+    # flash and liger: what run.backend=flash and the benchmarks call, in versions whose functions were read beside the
+    # calls. NVIDIA's apex is no package of the index: docs/pretraining.md says how to build it.
     # kernels: Hugging Face's, to prove that our folder of that name does not get in its way. open_clip_torch: ops are
     # swapped into its models.
     extras_require={
+        "flash": ["flash-attn>=2.8,<3"],
+        "liger": ["liger-kernel>=0.8"],
         "test": [
             "pytest",
             "pytest-benchmark",

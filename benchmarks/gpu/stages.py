@@ -48,7 +48,7 @@ def files_that_use_a_gpu(tests: Path = ROOT / "tests") -> list[str]:
 def stages() -> list[Stage]:
     """All stages in the order in which they run, most important first."""
     smoke, large = "tests/gpu/test_smoke.py", "tests/gpu/test_large_tensors.py"
-    names = ("step_on_a_gpu", "accuracy", "cuda_graphs", "repeatability", "profile", "compiled")
+    names = ("step_on_a_gpu", "accuracy", "cuda_graphs", "repeatability", "libraries", "profile", "compiled")
     whole = [f"tests/gpu/test_{name}.py" for name in names]
     # Interpreted and compiled-only kernels are tested without a GPU.
     kernels = [*files_that_use_a_gpu(), "-k", "not in_the_interpreter"]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sclkern import __version__, ops
+from sclkern.libraries import apex, flash
 from sclkern.tools.specs import SPECS
 
 PACKAGES = ("triton", "transformers", "timm", "torchvision", "numpy")
@@ -42,6 +43,7 @@ def examine() -> dict[str, Any]:
         "optional": {name: _present(place) for name, place in OPTIONAL.items()},
         "environment": {name: os.environ.get(name) for name in VARIABLES},
         "devices": [_device(index) for index in range(torch.cuda.device_count())] if device == "cuda" else [],
+        "chosen_by_name": _chosen_by_name(torch.device(device)),
         "triton_cache": _cache(),
         "ops": {op: {_name(dtype): _choice(op, dtype, device) for dtype in DTYPES} for op in ops.OPS},
     }
@@ -71,6 +73,10 @@ def format_report(findings: dict[str, Any]) -> str:
     lines.append(f"Triton's cache: {cache['path']} ({cache['file_system'] or 'unknown file system'})")
     if cache["network"]:
         lines.append("  on a network: set TRITON_CACHE_DIR to a local folder, or every process waits for it")
+    lines.append("chosen by name:")
+    width = max(map(len, findings["chosen_by_name"]))
+    for setting, problems in findings["chosen_by_name"].items():
+        lines.append(f"  {setting:<{width}}  {'can run' if not problems else 'cannot run: ' + '; '.join(problems)}")
     lines.append("ops on this machine:")
     width = max(map(len, findings["ops"]))
     for op, choices in findings["ops"].items():
@@ -116,6 +122,15 @@ def _device(index: int) -> dict[str, Any]:
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
         "memory_gib": round(properties.total_memory / 2**30, 1),
+    }
+
+
+def _chosen_by_name(device: torch.device) -> dict[str, tuple[str, ...]]:
+    """The settings of a run that take another library in place of ours, each with the reasons why it cannot run."""
+    return {
+        "run.backend=flash": flash.problems(device),
+        "run.layer_norm=apex": apex.layer_norm_problems(device),
+        "optimizer.name=apex": apex.adam_problems(device),
     }
 
 

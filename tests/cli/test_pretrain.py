@@ -30,7 +30,9 @@ def test_a_run_leaves_what_it_promises(finished):
 
 
 def test_metrics_hold_every_step_and_validation(finished):
-    metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    chosen, *metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    expected = {"backend": "auto", "layer_norm": "sclkern", "optimizer": "adamw"}
+    assert chosen == {"kind": "run", "step": 0, **expected}
     assert [(m["kind"], m["step"]) for m in metrics] == [
         ("train", 1), ("train", 2), ("train", 3), ("val", 3), ("train", 4), ("train", 5), ("train", 6), ("val", 6),
     ]  # fmt: skip

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import stand_ins
 from sclkern import ops
 from sclkern.cli import main
+from sclkern.libraries import apex
 from sclkern.ops.dispatch import TRITON_INSTALLED, interpreted
 from sclkern.tools import doctor
 
@@ -39,6 +41,18 @@ def test_the_text_has_a_line_for_each_op_with_its_reason(capsys):
     for op in ops.OPS:
         (line,) = [line for line in lines if line.startswith(f"  {op} ")]
         assert "float32, float16, bfloat16: eager: tensors on cpu, kernels need a GPU" in line
+
+
+def test_libraries_that_are_chosen_by_name(monkeypatch, capsys):
+    stand_ins.install(monkeypatch)
+    monkeypatch.delitem(sys.modules, "amp_C")
+    assert main(["doctor", "--json"]) == 0
+    chosen = json.loads(capsys.readouterr().out)["chosen_by_name"]
+    assert (chosen["run.backend=flash"], chosen["run.layer_norm=apex"]) == ([], [])
+    lines = doctor.format_report(doctor.examine()).splitlines()
+    assert "  run.layer_norm=apex  can run" in lines
+    (line,) = [line for line in lines if line.startswith("  optimizer.name=apex  cannot run: apex is installed, but ")]
+    assert "No module named 'amp_C'" in line and apex.REMEDY in line
 
 
 def test_devices_are_listed(monkeypatch):
