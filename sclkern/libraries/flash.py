@@ -38,7 +38,7 @@ def missing() -> str | None:
 
 
 def problems(
-    device: torch.device, dtype: torch.dtype | None = None, head_dim: int = 64, *, dropout_p: float = 0.0,
+    device: torch.device, dtype: torch.dtype | None = None, head_dim: int = 64, dropout_p: float = 0.0,
     softmax_scale: float | None = None, seed: int | Tensor | None = None, dropout_ids: Tensor | None = None,
     return_lse: bool = False,
 ) -> tuple[str, ...]:  # fmt: skip
@@ -77,6 +77,17 @@ def problems(
     if return_lse:
         found.append("return_lse, which flash-attn has for tests only: leave it out")
     return tuple(found)
+
+
+def require(device: torch.device, *call: Any) -> None:
+    """Raise a ``ValueError`` with every reason why flash-attn cannot compute attention here.
+
+    Args:
+        device: of the tensors.
+        *call: the other arguments of ``problems``.
+    """
+    if found := problems(device, *call):
+        raise ValueError(f"backend='flash': cannot run: {'; '.join(found)}")
 
 
 def attention(

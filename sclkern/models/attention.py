@@ -212,8 +212,7 @@ def attend(
 def _flash_or_auto(query: Tensor, dropout_p: float) -> str:
     """The backend in place of "flash": a run has it for its steps, and computes retrieval in float32 beside them."""
     dtype = autocast_like(query)[0].dtype
-    if problems := flash.problems(query.device, head_dim=query.shape[-1], dropout_p=dropout_p):
-        raise ValueError(f"backend='flash': cannot run: {'; '.join(problems)}")
+    flash.require(query.device, None, query.shape[-1], dropout_p)
     if dtype in flash.DTYPES:
         return "flash"
     if dtype not in _reported and not torch.compiler.is_compiling():

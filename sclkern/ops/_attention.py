@@ -117,25 +117,23 @@ def plan_heads(
     return Choice("eager", choice.reasons + sdpa_problems) if sdpa_problems else choice.via("sdpa", sdpa)
 
 
-def plan_flash(query: Tensor, empty: bool = False, **call: Any) -> Choice:
+def plan_flash(query: Tensor, empty: bool, *call: Any) -> Choice:
     """The path of an attention op with ``backend="flash"``.
 
     Args:
         query: (..., D).
         empty: whether there are no queries or no keys.
-        **call: what else ``flash.problems`` asks for.
+        *call: what else ``flash.require`` asks for.
 
     Returns:
-        The path "flash"; "eager" for an empty call, which has nothing to launch.
+        The path "flash"; "eager" for an empty call.
 
     Raises:
         ValueError: flash-attn cannot run.
     """
-    if problems := flash.problems(query.device, autocast_like(query)[0].dtype, query.shape[-1], **call):
-        raise ValueError(f"backend='flash': cannot run: {'; '.join(problems)}")
-    if empty:
-        return Choice("eager", ("no queries or no keys, for which flash-attn has no launch",))
-    return Choice("flash", ("requested by backend", f"flash-attn {flash.version()}"))
+    flash.require(query.device, autocast_like(query)[0].dtype, query.shape[-1], *call)
+    reasons = "no queries or no keys, for which flash-attn has no launch", f"flash-attn {flash.version()}, as requested"
+    return Choice("eager", reasons[:1]) if empty else Choice("flash", reasons[1:])
 
 
 def contiguous_channels(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -101,8 +101,7 @@ def plan(
         problems += ("PyTorch's attention cannot draw the dropout mask of a seed or of ids",)
     empty = 0 in query.shape[:2] or (key is not None and key.shape[1] == 0)
     if backend == "flash":
-        call = {"dropout_p": dropout_p, "softmax_scale": softmax_scale, "seed": seed, "dropout_ids": dropout_ids}
-        return _attention.plan_flash(query, empty, **call, return_lse=return_lse)
+        return _attention.plan_flash(query, empty, dropout_p, softmax_scale, seed, dropout_ids, return_lse)
     if empty:
         problems += ("no queries or no keys",)
     sdpa = "PyTorch's scaled_dot_product_attention on a CPU"

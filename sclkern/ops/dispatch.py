@@ -47,8 +47,7 @@ class Choice(NamedTuple):
     @property
     def backend(self) -> str:
         """ "triton" if the path runs our kernels, "flash" if it runs those of flash-attn, otherwise "eager"."""
-        kernels = self.path.partition("-")[0]
-        return kernels if kernels in ("triton", "flash") else "eager"
+        return self.path.partition("-")[0] if self.path.startswith(("triton", "flash")) else "eager"
 
     def via(self, path: str, reason: str) -> Choice:
         """The same choice, carried out by ``path`` for one more reason."""

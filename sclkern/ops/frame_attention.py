@@ -71,7 +71,7 @@ def plan(
     if num_frames is not None and _is_plain(query, num_frames):
         return plan_attention(query, key, value, softmax_scale=softmax_scale, backend=backend)
     if backend == "flash":
-        return _attention.plan_flash(query, softmax_scale=softmax_scale)
+        return _attention.plan_flash(query, False, 0.0, softmax_scale)
     sdpa = "PyTorch's scaled_dot_product_attention on a CPU, once for patches and once for the CLS"
     return _attention.plan_heads((query, key, value), query.shape[-1], softmax_scale, backend, sdpa)
 

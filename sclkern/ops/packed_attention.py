@@ -92,8 +92,7 @@ def plan(
         return select_backend(key, value, backend=backend)
     if backend == "flash":
         empty = 0 in (max_seqlen_q, max_seqlen_k) or (cu_seqlens_q is not None and cu_seqlens_q.shape[0] <= 1)
-        call = {"dropout_p": dropout_p, "softmax_scale": softmax_scale, "seed": seed, "dropout_ids": dropout_ids}
-        return _attention.plan_flash(query, empty, **call)
+        return _attention.plan_flash(query, empty, dropout_p, softmax_scale, seed, dropout_ids)
     problems: tuple[str, ...] = ()
     if torch.compiler.is_compiling():
         problems += ("a compiled graph does not know the lengths, so they cannot be grouped",)
