@@ -29,7 +29,9 @@ def checkpoint(directory, name="latest"):
 
 
 def metrics(directory, name="metrics.jsonl"):
-    return [json.loads(line) for line in (directory / name).read_text().splitlines()]
+    """Rows of steps and validations."""
+    rows = map(json.loads, (directory / name).read_text().splitlines())
+    return [row for row in rows if row["kind"] != "run"]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def test_a_run_without_its_latest_checkpoint_goes_on_from_the_best(pretraining, 
     assert_states_equal(
         load_checkpoint(checkpoint(stopped))["model"], load_checkpoint(checkpoint(tmp_path / "whole"))["model"]
     )
-    steps = [(row["kind"], row["step"]) for row in metrics(stopped) if row["kind"] != "run"]
+    steps = [(row["kind"], row["step"]) for row in metrics(stopped)]
     assert steps == [("train", 1), ("train", 2), ("val", 2), ("train", 3), ("train", 4), ("val", 4)]
 
 
