@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sclkern import ops
 from sclkern.ops.dispatch import TRITON_INSTALLED, interpreted
@@ -27,6 +28,19 @@ DIFFERENTIABLE = [name for name, spec in SPECS.items() if spec.differentiable]
 DRAWS = [name for name in SPECS if name not in DIFFERENTIABLE]
 # (op, shape) by name: every op at the shapes of the workload.
 SHAPES = {f"{name} {shape.name}": (name, shape) for name, spec in SPECS.items() for shape in spec.accuracy}
+
+
+class Calls(TorchDispatchMode):
+    """Collects the calls of our ops that take torch's dispatcher: (function, args, kwargs)."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "sclkern":
+            self.found.append((function, args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
 
 
 def thorough_except(kept: Collection[Any], cases: Iterable[Any]) -> list[Any]:

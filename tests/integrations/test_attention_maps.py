@@ -74,6 +74,20 @@ def test_maps_that_a_model_collects_by_hand(bridgetower, op_calls):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("way", ["selected", "fused"])
+def test_the_op_goes_on_after_a_call_for_maps(way, op_calls):
+    """transformers 5.0 leaves a forward on each module that it collected from."""
+    own = "sclkern" if way == "selected" else "eager"
+    model = transformers.BertModel._from_config(transformers.BertConfig(**BERT), attn_implementation=own).eval()
+    if way == "fused":
+        sclkern.fuse(model)
+    for _ in range(2):
+        assert all(value is not None for value in model(IDS, output_attentions=True).attentions) and not op_calls
+        assert model(IDS).attentions is None and len(op_calls) == 2
+        op_calls.clear()
+
+
+@torch.no_grad()
 def test_maps_that_the_configuration_asks_for(make):
     eager, inputs = make("bridgetower", attn_implementation="eager")
     expected = eager.eval()(**inputs, output_attentions=True).attentions

@@ -375,3 +375,20 @@ def test_revert_keeps_a_configuration_that_was_given_later():
     report.revert()
     assert model.config is later
     assert not any("sclkern" in str(type(getattr(module, "config", None)).__mro__) for module in model.modules())
+
+
+def test_a_vision_model_that_takes_no_mask_is_not_causal(op_calls):
+    """GIT's text is causal, and its masks stay there."""
+    vision = {**VISION, "hidden_size": 64}
+    config = transformers.GitConfig(vision_config=vision, **SMALL, max_position_embeddings=32)
+    torch.manual_seed(0)
+    model = transformers.GitModel._from_config(config, attn_implementation="eager").eval()
+    inputs = {"input_ids": IDS, "pixel_values": torch.randn(2, 3, 16, 16)}
+    expected = first(model(**inputs))
+    report = sclkern.fuse(model)
+    if all(left.module != "GitVisionAttention" for left in report.left):
+        torch.testing.assert_close(first(model(**inputs)), expected)
+        assert len(op_calls) == 2
+    else:
+        # transformers 5.0 adds up two masks in it.
+        assert {left.why for left in report.left} == {"its forward makes a mask of its own"}

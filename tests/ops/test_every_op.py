@@ -11,10 +11,9 @@ import sys
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from op_testing import DEVICE, DIFFERENTIABLE, KERNELS_RUN, run_in_interpreter, small_inputs
+from op_testing import DEVICE, DIFFERENTIABLE, KERNELS_RUN, Calls, run_in_interpreter, small_inputs
 from sclkern import ops
 from sclkern.ops import dispatch
 from sclkern.ops.dispatch import interpreted
@@ -123,19 +122,6 @@ def test_fifty_lengths_compile_once(name):
     assert_same(results(ours), results(theirs))
     if name in DIFFERENTIABLE:
         assert_same(gradients(ours, arguments), gradients(theirs, arguments))
-
-
-class Calls(TorchDispatchMode):
-    """Collects the calls of our ops."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "sclkern":
-            self.found.append((function, args, kwargs or {}))
-        return function(*args, **(kwargs or {}))
 
 
 @not_interpreted

@@ -146,8 +146,16 @@ def _value(module: Any, source: str) -> Any:
 
 def _mask_makers(modules: list[nn.Module]) -> set[str]:
     """What the nearest module that makes masks makes them with; CLIP's layers are not told."""
-    found = (set(_MASK_MAKERS.findall("\n".join(_methods(type(module))))) for module in modules)  # type: ignore[arg-type]
-    return next((makers for makers in found if makers), set())
+    for module in modules:
+        makers = set(_MASK_MAKERS.findall("\n".join(_methods(type(module)))))  # type: ignore[arg-type]
+        # A model of images that takes no mask gets none from the models around it, such as GIT's.
+        if makers or (_takes_images(module) and "attention_mask" not in inspect.signature(module.forward).parameters):
+            return makers
+    return set()
+
+
+def _takes_images(module: Any) -> bool:
+    return getattr(module, "main_input_name", None) == "pixel_values"
 
 
 def _only_makes_masks(cls: type) -> bool:

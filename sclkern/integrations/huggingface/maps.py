@@ -10,7 +10,7 @@ import importlib
 import inspect
 import sys
 from dataclasses import dataclass
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -142,8 +142,9 @@ def maps_of(module: nn.Module, options: dict[str, Any]) -> bool:
 def _collects(module: nn.Module) -> bool | None:
     """Whether transformers collects maps by hooks in this call; None where it collects nothing by them."""
     if _collector is None:
-        # transformers 5.0 and 5.1 put a function that collects its outputs in the place of a module's forward.
-        return True if "forward" in module.__dict__ else None
+        # transformers 5.0 and 5.1 put a function that collects its outputs in the place of a module's forward, and the
+        # method again after the call.
+        return True if isinstance(module.__dict__.get("forward"), FunctionType) else None
     collected = _collector.get()
     return None if collected is None else any("attentions" in key for key in collected)
 
