@@ -32,9 +32,19 @@ def version() -> str:
     return str(getattr(sys.modules["flash_attn"], "__version__", "of unknown version"))
 
 
+# torch.compile can trace neither an import nor a question to the driver.
+@torch.compiler.assume_constant_result
 def missing() -> str | None:
     """Why the library cannot be used on any device, with the remedy; None if it can."""
     return FUNCTION.problem() or VARLEN_FUNCTION.problem()
+
+
+@torch.compiler.assume_constant_result
+def _older(device: torch.device) -> str | None:
+    """The name of a GPU on which the library does not run."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= MIN_CAPABILITY:
+        return None
+    return torch.cuda.get_device_name(device)
 
 
 def problems(
@@ -60,8 +70,8 @@ def problems(
     found = [] if (absent := missing()) is None else [absent]
     if device.type not in DEVICE_TYPES:
         found.append(f"tensors on {device}, flash-attn needs a CUDA GPU")
-    elif device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-        found.append(f"{torch.cuda.get_device_name(device)} is older than Ampere, which flash-attn needs")
+    elif (old := _older(device)) is not None:
+        found.append(f"{old} is older than Ampere, which flash-attn needs")
     if dtype is not None and dtype not in DTYPES:
         name = str(dtype).removeprefix("torch.")
         found.append(f"{name} tensors, flash-attn computes float16 and bfloat16: cast them, or use autocast")

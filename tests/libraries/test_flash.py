@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import stand_ins
 from sclkern import ObjectiveConfig, ops
@@ -191,6 +192,39 @@ def test_a_library_that_is_missing_or_old_is_refused(monkeypatch, make_model, mo
     with pytest.raises(ValueError) as error:
         make_model().set_backend("flash")
     assert str(error.value).startswith(f"backend: got 'flash', but {message}")
+
+
+def plain(q, k, v, dropout_p=0.0, softmax_scale=None, deterministic=False):
+    """A function that torch.compile can look into; the library has custom ops."""
+    heads = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(*heads, dropout_p=dropout_p, scale=softmax_scale).transpose(1, 2)
+
+
+def first_sequence(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+    deterministic=False,
+):  # fmt: skip
+    return torch.cat([plain(q[None, :4], k[None, :4], v[None, :4], softmax_scale=softmax_scale)[0], q[4:]])
+
+
+def test_compiled_code_looks_for_it_too(installed, monkeypatch):
+    module = sys.modules["flash_attn"]
+    monkeypatch.setattr(module, "flash_attn_func", plain)
+    monkeypatch.setattr(module, "flash_attn_varlen_func", first_sequence)
+    query, key, value = heads(1, 4)
+    lengths = *(torch.tensor([0, 4], dtype=torch.int32) for _ in range(2)), 4, 4
+
+    def attend(query, key, value):
+        packed = (t.flatten(0, 1) for t in (query, key, value))
+        return ops.attention(query, key, value, backend="flash"), ops.packed_attention(
+            *packed, *lengths, backend="flash"
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)(query, key, value)
+    expected = ops.attention(query, key, value, backend="eager")
+    torch.testing.assert_close(compiled[0], expected)
+    torch.testing.assert_close(compiled[1][None], expected)
 
 
 # -- the network -------------------------------------------------------------------------------------------------------
