@@ -1,7 +1,7 @@
 # `make demo` pre-trains a small model on the embedded data; `make test` runs the tests; both install into .venv first.
 PYTHON ?= python3
 VENV ?= .venv
-BUDGET ?= 540
+BUDGET ?= 400
 MODELS ?=
 # Processes of pytest, one thread each.
 JOBS ?= 2

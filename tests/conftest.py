@@ -27,7 +27,8 @@ hypothesis.settings.load_profile("sclkern")
 
 # Files whose tests interpret or compile kernels, start other processes or train; `make quick` leaves them out.
 SLOW_FILES = (
-    "benchmarks/test_benchmarks.py", "benchmarks/test_gpu_runner.py", "benchmarks/test_pretraining.py",
+    "benchmarks/test_benchmarks.py", "benchmarks/test_dry_run.py", "benchmarks/test_gpu_runner.py",
+    "benchmarks/test_pretraining.py",
     "benchmarks/test_tuning.py", "cli/test_plan.py", "cli/test_pretrain.py", "contributing/test_ways.py",
     "data/test_loader.py", "data/test_workers.py", "integrations/fuse/test_use.py",
     "integrations/test_attention_maps.py", "ops/test_every_op.py", "step/test_plan.py", "step/test_step.py",

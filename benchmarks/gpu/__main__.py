@@ -1,6 +1,6 @@
 """On a GPU: the tests that need one, then the benchmarks by priority, within a budget of seconds.
 
-`make gpu BUDGET=540`, or `python -m benchmarks.gpu --budget 540 [--only GROUPS] [--resume]`, with the groups of
+`make gpu BUDGET=400`, or `python -m benchmarks.gpu --budget 400 [--only GROUPS] [--resume]`, with the groups of
 `benchmarks/gpu/stages.py`. Needs torch, transformers, timm, pytest and pytest-benchmark. pytest-xdist (several
 processes, a new one after a lost CUDA context), pytest-timeout and hypothesis are used where they are installed.
 
@@ -15,13 +15,14 @@ import argparse
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks.gpu.runner import Run, commit, execute
-from benchmarks.gpu.stages import ONLY_BY_NAME, stages
+from benchmarks.gpu.stages import ONLY_BY_NAME, ROOT, stages
 from sclkern.tools.bench import records
 
 
@@ -30,12 +31,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--budget", type=float, default=540, help="seconds for all stages (default 540)")
+    parser.add_argument("--budget", type=float, default=400, help="seconds for all stages (default 400)")
     parser.add_argument(
         "--only", help=f"groups, by commas: {', '.join(groups)} (default: all except {', '.join(ONLY_BY_NAME)})"
     )
     parser.add_argument("--resume", action="store_true", help="leave out stages already recorded for this commit")
-    parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT") or records.RESULTS), help="folder")
+    parser.add_argument("--output", type=Path, help="folder (default: OUT, otherwise benchmarks/results)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="run every stage, small, on a stub of a GPU; into a temporary folder"
+    )
     options = parser.parse_args(arguments)
     options.groups = options.only.split(",") if options.only else [g for g in groups if g not in ONLY_BY_NAME]
     if unknown := set(options.groups) - set(groups):
@@ -43,13 +47,28 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def default_output() -> str:
+    return os.environ.get("OUT") or str(records.RESULTS)
+
+
+def _stub() -> dict[str, str]:
+    """Make torch see a GPU here, and return the variables with which the stages see it, and take one case of each."""
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
+    import stub_gpu
+
+    stub_gpu.install()
+    return {**stub_gpu.environment(), "PYTEST_PLUGINS": "stub_gpu.sizes"}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    dry = _stub() if options.dry_run else None
     if not torch.cuda.is_available():
-        print("torch sees no CUDA device; `make test` runs what needs none")
+        print("torch sees no CUDA device; `make test` runs what needs none, and --dry-run everything on a stub")
         return 2
+    output = options.output or Path(tempfile.mkdtemp(prefix="sclkern-dry-run-") if dry else default_output())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running stage is ended and recorded
-    run = Run(options.output, commit(), options.budget)
+    run = Run(output, commit(), options.budget, dry)
     done = run.finished() if options.resume else set()
     return execute([s for s in stages() if s.group in options.groups and s.name not in done], run)
 

@@ -43,9 +43,11 @@ class Run:
         records: the records of stages, JSON lines.
         test_log: a JSON line for each test as it ends.
         log: what pytest printed.
+        dry: variables of a process that sees a stub of a GPU; None where there is one.
     """
 
-    def __init__(self, output: Path, commit: str, budget: float) -> None:
+    def __init__(self, output: Path, commit: str, budget: float, dry: dict[str, str] | None = None) -> None:
+        self.dry = dry
         self.output, self.commit, self.end = output.resolve(), commit, time.monotonic() + budget
         self.folder = self.output / device_name()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -69,8 +71,9 @@ class Run:
         if seconds < 5:
             return self.record(stage, {"finished": False, "problem": "no time left"})
         command = self.command(stage, seconds)
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, LOG: str(self.test_log.resolve()), "PYTHONPATH": path, **stage.environment}
+        given = os.environ if self.dry is None else self.dry
+        path = os.pathsep.join(filter(None, [given.get("PYTHONPATH"), str(ROOT)]))
+        environment = {**given, LOG: str(self.test_log.resolve()), "PYTHONPATH": path, **stage.environment}
         with self.log.open("a+b") as log:
             log.write(f"\n$ {' '.join(command)}\n".encode())
             log.flush()
@@ -101,19 +104,20 @@ class Run:
     def command(self, stage: Stage, seconds: float) -> list[str]:
         """The command line of a stage that has ``seconds``."""
         python = [*stage.prefix, sys.executable, "-m"]
+        dry = stage.dry if self.dry is not None else ()
         if stage.module:
             # A smaller budget than the stage's, so that it ends by itself.
             limits = ["--budget", f"{max(0.9 * seconds, seconds - 20):.0f}", "--results", str(self.output)]
-            return [*python, *stage.arguments, *limits]
+            return [*python, *stage.arguments, *limits, *dry]
         options = ["-p", "benchmarks.gpu.plugin", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-        if stage.workers and importlib.util.find_spec("xdist"):
+        if stage.workers and self.dry is None and importlib.util.find_spec("xdist"):
             options += ["-n", str(stage.workers), "--max-worker-restart", "30", "--dist", "worksteal"]
         if importlib.util.find_spec("pytest_timeout"):
             # A kernel that hangs ends its process; no exception would.
             options += ["--timeout", "240" if stage.workers else "600", "--timeout-method", "thread"]
         if "--benchmark-only" in stage.arguments:
             options += ["--results", str(self.output)]
-        return [*python, "pytest", "-q", "--tb=short", *options, *stage.arguments]
+        return [*python, "pytest", "-q", "--tb=short", *options, *stage.arguments, *dry]
 
     def wait(self, process: subprocess.Popen, seconds: float) -> int | None:
         """The status of the process, None if it had to be stopped."""
@@ -186,7 +190,8 @@ def execute(selected: Sequence[Stage], run: Run) -> int:
     for index, stage in enumerate(selected):
         left = run.end - time.monotonic()
         share = left * stage.weight / sum(other.weight for other in selected[index:])
-        rows.append(run.run(stage, min(share, stage.max_seconds, left)))
+        # A dry run says nothing about time.
+        rows.append(run.run(stage, left if run.dry else min(share, stage.max_seconds, left)))
         print(describe(rows[-1]), flush=True)
     totals = {outcome: sum(row.get(outcome, 0) for row in rows) for outcome in ("passed", "failed", "skipped")}
     bad = [

@@ -25,6 +25,7 @@ class Stage:
         prefix: command before Python's.
         environment: further environment variables.
         module: ``arguments`` are a Python module, which takes ``--budget`` and ``--results``.
+        dry: further arguments in a dry run.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Stage:
     prefix: Sequence[str] = ()
     environment: dict[str, str] = field(default_factory=dict)
     module: bool = False
+    dry: Sequence[str] = ()
 
 
 def files_that_use_a_gpu(tests: Path = ROOT / "tests") -> list[str]:
@@ -46,32 +48,44 @@ def files_that_use_a_gpu(tests: Path = ROOT / "tests") -> list[str]:
 
 
 def stages() -> list[Stage]:
-    """All stages in the order in which they run, most important first."""
+    """All stages in the order in which they run, most important first.
+
+    Weights are seconds of a budget of 400: the first four, which say whether the kernels are right and the step is
+    faster, have ended after 200.
+    """
     smoke, large = "tests/gpu/test_smoke.py", "tests/gpu/test_large_tensors.py"
+    accuracy, step, ops = "tests/gpu/test_accuracy.py", "benchmarks/cases/test_step.py", "benchmarks/cases/test_ops.py"
     names = ("step_on_a_gpu", "accuracy", "cuda_graphs", "repeatability", "libraries", "profile", "compiled")
     whole = [f"tests/gpu/test_{name}.py" for name in names]
     # Interpreted and compiled-only kernels are tested without a GPU.
     kernels = [*files_that_use_a_gpu(), "-k", "not in_the_interpreter"]
     # Otherwise torch.compile starts a process for every core in each worker.
     one_compiler = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
+    def benchmark(name: str, group: str, weight: float, *arguments: str, **options: float) -> Stage:
+        return Stage(name, group, ["--benchmark-only", *arguments], weight, **options)
+
     all_stages = [
-        Stage("smoke", "smoke", [smoke], 20, max_seconds=90, workers=4),
+        Stage("smoke", "smoke", [smoke], 40, max_seconds=90, workers=4),
+        Stage("tests/accuracy", "tests", [accuracy, "-k", "error and bfloat16"], 40, max_seconds=90, workers=6),
+        benchmark("step/64", "step", 60, step, "-k", "64-planned or (64-separate and not compiled)", max_seconds=120),
+        benchmark("ops/1", "ops", 60, "--priority", "1", ops),
         # A worker holds up to 10 GiB of GPU memory in float64.
-        Stage("tests/whole", "tests", whole, 6, workers=6, environment=one_compiler),
-        Stage("tests/kernels", "tests", kernels, 6, workers=8),
-        Stage("tests/large", "tests", [large], 3, workers=1),
-        Stage("step", "step", ["--benchmark-only", "benchmarks/cases/test_step.py"], 4),
-        Stage("models", "models", ["--benchmark-only", "benchmarks/cases/test_models.py"], 1, max_seconds=120),
+        Stage("tests/whole", "tests", whole, 50, workers=6, environment=one_compiler),
+        Stage("tests/kernels", "tests", kernels, 50, workers=8, dry=("-m", "gpu")),
+        Stage("tests/large", "tests", [large], 20, workers=1, dry=("--collect-only",)),
+        benchmark("step", "step", 30, step, "-k", "not 64-planned and not (64-separate and not compiled)"),
+        benchmark("models", "models", 20, "benchmarks/cases/test_models.py", max_seconds=120),
+        benchmark("ops/2", "ops", 20, "--priority", "2", ops),
+        benchmark("ops/3", "ops", 10, "--priority", "3", ops),
     ]
-    for priority, weight in ((1, 4), (2, 2), (3, 1)):
-        arguments = ["--benchmark-only", "--priority", str(priority), "benchmarks/cases/test_ops.py"]
-        all_stages.append(Stage(f"ops/{priority}", "ops", arguments, weight))
     for tool in ("memcheck", "initcheck"):
         prefix = ["compute-sanitizer", "--tool", tool, "--print-limit", "20", "--error-exitcode", "1"]
         # Each tensor is an allocation of its own, so that a write past the end is detected.
         separate = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         all_stages.append(Stage(f"sanitizer/{tool}", "sanitizer", [smoke], 1, prefix=prefix, environment=separate))
-    all_stages.append(Stage("tune", "tune", ["benchmarks.tuning"], 1, module=True))
+    all_stages.append(Stage("tune", "tune", ["benchmarks.tuning"], 1, module=True, dry=("--op", "mask_text")))
     training = ["benchmarks.training.pretraining", "--ways", "fused,eager,graphs", "--profile"]
-    all_stages.append(Stage("training", "training", training, 6, module=True))
+    few = ("--steps", "4", "--exact-steps", "2", "--batch-size", "4")
+    all_stages.append(Stage("training", "training", training, 6, module=True, dry=few))
     return all_stages

@@ -118,7 +118,10 @@ def _apex_layer_norm(inputs: dict, dropout_p: float, seed: Tensor | None) -> Ten
 
 def _quack_layer_norm(inputs: dict, dropout_p: float, seed: Tensor | None) -> Tensor:
     function = load("quack", "quack.rmsnorm", "layernorm_fwd", "x", "weight", "bias", "eps")
-    return function(_residual_sum(inputs, dropout_p), inputs["weight"], inputs["bias"], eps=1e-5)
+    total = _residual_sum(inputs, dropout_p)
+    # It takes rows, and parameters in float32 alone.
+    weight, bias = (inputs[name].float() for name in ("weight", "bias"))
+    return function(total.flatten(0, -2), weight, bias, eps=1e-5).view_as(total)
 
 
 def _baseline(package: str, run: Callable, **options) -> Implementation:

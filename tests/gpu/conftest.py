@@ -11,6 +11,8 @@ def poisoned_memory():
     # Requests of up to 1 MiB are served from other blocks than larger ones; a freed block is split for what fits in it.
     # The smallest first: they fill what is left around tensors that live on, which would be handed out before the rest.
     counts = {2**7: 4096, 2**10: 1024, 2**13: 256, 2**17: 128, 2**28: 4}
+    free = torch.cuda.mem_get_info()[0]
+    counts = {size: count for size, count in counts.items() if 4 * size * count < free}
     held = [torch.full((size,), torch.nan, device="cuda") for size, count in counts.items() for _ in range(count)]
     del held
 

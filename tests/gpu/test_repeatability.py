@@ -11,6 +11,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
+REPETITIONS = 1000
 KERNEL = {"cross_attention": {"absorb": "keys"}}
 
 
@@ -36,7 +37,7 @@ def test_a_thousand_backward_passes_give_the_same_bits(name, dtype):
     dropout = {"dropout_p": 0.1, "seed": torch.tensor([SEED], device=DEVICE)} if SPECS[name].dropout else {}
     # Long enough for several programs to meet in whatever is summed over rows.
     arguments = cast(name, small_inputs(name, 517), dtype, ("temperature",)) | dropout
-    assert count_of_differing(name, arguments, 1000, **KERNEL.get(name, {})) == 0
+    assert count_of_differing(name, arguments, REPETITIONS, **KERNEL.get(name, {})) == 0
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -44,7 +45,7 @@ def test_a_hundred_backward_passes_at_whole_shapes_give_the_same_bits(name):
     torch.manual_seed(0)
     op, shape = SHAPES[name]
     arguments = cast(op, inputs_at(op, shape), torch.bfloat16, shape.float32)
-    assert count_of_differing(op, arguments, 100, **shape.kernel_options) == 0
+    assert count_of_differing(op, arguments, REPETITIONS // 10, **shape.kernel_options) == 0
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
