@@ -6,8 +6,8 @@
 The ops take the path of their kernels on CPU tensors of a few elements, under a driver of Triton whose launch returns
 at once (``harness/idle_driver.py``); Triton's binder is part of the time, the compiler is not. A ratio is that of the
 medians of many rounds, in each of which every op and ``layer_norm(x + r)`` take turns, in the processor's time of the
-thread, so that the speed of the machine and its other users fall out. Seeds that are drawn, casts, and products that an
-op leaves to torch are part of its time.
+thread, so that the speed of the machine and its other users fall out. A seed taken from those that a step draws, casts,
+and products that an op leaves to torch are part of its time.
 
 An op is timed only after its kernels were as right as ``harness/verification.py`` asks, in Triton's interpreter and a
 process of its own, on the tensors that are timed.
@@ -39,6 +39,7 @@ from benchmarks.harness.implementations import implementations
 from benchmarks.harness.op_cases import Case
 from sclkern import ops
 from sclkern.errors import UserError
+from sclkern.random import one_seed_draw
 from sclkern.tools.bench import records
 from sclkern.tools.specs import SPECS, Size
 
@@ -74,7 +75,7 @@ def pair(forward: Call, leaves: Sequence[Tensor]) -> dict[str, Call]:
 
 
 def calls_of(op: str) -> dict[str, Call]:
-    """The passes of an op on a few elements, with dropout where it has it, its seed drawn as in training.
+    """The passes of an op on a few elements, with dropout where it has it, and no seed given.
 
     Args:
         op: name of the op.
@@ -137,7 +138,7 @@ def host_times(names: Sequence[str], rounds: int) -> list[dict[str, Any]]:
         For each op: "op", seconds of its "forward" and of "both" passes, the ratios "forward_ratio" and "both_ratio" to
         the same passes of the baseline, and the baseline's seconds. Draws have no "both".
     """
-    with kernels_on_a_cpu():
+    with kernels_on_a_cpu(), one_seed_draw():
         functions = {(op, pass_): call for op in names for pass_, call in calls_of(op).items()}
         functions |= {(BASELINE, pass_): call for pass_, call in baseline().items()}
         seconds = measure(functions, rounds)  # type: ignore[arg-type]

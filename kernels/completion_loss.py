@@ -7,6 +7,7 @@ so that reruns are equal to the bit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -239,7 +240,11 @@ def completion_loss_forward(
         **common,
     )
 
-    def merge(sums: Tensor, direction: int, last: bool = True) -> None:
+    # Each of them once: a view takes as long as a launch.
+    lse_of, spread_of = lse.unbind(), mean_spread.unbind() if spread else ()
+    norms = rnorm.unbind()
+
+    def merge(sums: Sequence[Tensor], splits: int, direction: int, last: bool = True) -> None:
         count = groups * rows
         launch(
             completion_loss_merge_kernel,
@@ -250,14 +255,14 @@ def completion_loss_forward(
             spread_ptr=sums[2] if spread else None,
             positive_ptr=positive,
             previous_ptr=losses if direction else None,
-            lse_ptr=lse[direction] if last else None,
-            mean_spread_ptr=mean_spread[direction] if spread else None,
+            lse_ptr=lse_of[direction] if last else None,
+            mean_spread_ptr=spread_of[direction] if spread else None,
             losses_ptr=losses,
             count=count,
             length=length,
             offset=offset,
             rows=rows,
-            splits=sums.shape[1],
+            splits=splits,
         )
 
     # Where the window is everything, the tiles of one direction are those of the other.
@@ -269,11 +274,13 @@ def completion_loss_forward(
     split_blocks = ceil_div(column_blocks, most_splits)
     splits = ceil_div(column_blocks, split_blocks)
     kinds = 3 if spread else 2
-    partial = torch.empty((kinds, splits, groups * rows), **kwargs)
-    columns: Any = torch.empty((kinds, 1 + strip, groups * length), **kwargs) if shared else None
+    partial = torch.empty((kinds, splits, groups * rows), **kwargs).unbind()
+    columns: Sequence[Any] = (None,) * kinds
     if shared:
-        columns[0, 0] = EXCLUDED.value
-        columns[1:, 0] = 0.0
+        sums = torch.empty((kinds, 1 + strip, groups * length), **kwargs)
+        columns = sums.unbind()
+        columns[0][0].fill_(EXCLUDED.value)
+        sums[1:, 0].zero_()
     for direction in range(1 if shared else directions):
         x, y = (recovered, complete) if direction == 0 else (complete, recovered)
         for first in range(0, blocks, strip):
@@ -284,14 +291,14 @@ def completion_loss_forward(
                 statistics,
                 x_ptr=x,
                 y_ptr=y,
-                x_rnorm_ptr=rnorm[direction],
-                y_rnorm_ptr=rnorm[1 - direction],
+                x_rnorm_ptr=norms[direction],
+                y_rnorm_ptr=norms[1 - direction],
                 maximum_ptr=partial[0],
                 total_ptr=partial[1],
                 spread_ptr=partial[2] if spread else None,
-                column_maximum_ptr=columns[0] if shared else None,
-                column_total_ptr=columns[1] if shared else None,
-                column_spread_ptr=columns[2] if shared and spread else None,
+                column_maximum_ptr=columns[0],
+                column_total_ptr=columns[1],
+                column_spread_ptr=columns[2] if spread else None,
                 groups=groups,
                 length=length,
                 offset=offset,
@@ -302,9 +309,9 @@ def completion_loss_forward(
                 **common,
             )
             if first + here == blocks:
-                merge(partial, direction)
+                merge(partial, splits, direction)
             if shared:
-                merge(columns[:, : 1 + here], 1, last=first + here == blocks)
+                merge(columns, 1 + here, 1, last=first + here == blocks)
     return losses, positive, lse, mean_spread, rnorm
 
 

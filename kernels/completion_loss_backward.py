@@ -240,14 +240,18 @@ def completion_loss_gradient(
     # Weights of 0 do not silence NaN in a row that takes no part.
     features = y if valid is None else y.masked_fill(~valid[..., None], 0.0)
     for group in range(0, groups, together):
-        here = slice(group, min(group + together, groups))
-        count = here.stop - group
+        count = min(together, groups - group)
+
+        def here(tensor: Tensor, first: int = group, count: int = count) -> Tensor:
+            # A view takes as long as a launch.
+            return tensor if count == groups else tensor[first : first + count]
+
         per_row = {
             "x_ptr": x, "y_ptr": y, "valid_ptr": None if valid is None else valid.view(torch.uint8),
             "x_rnorm_ptr": x_rnorm, "y_rnorm_ptr": y_rnorm, "x_weight_ptr": x_weight, "y_weight_ptr": y_weight,
             "scale_ptr": scale,
         }  # fmt: skip
-        common: dict[str, Any] = {name: None if tensor is None else tensor[here] for name, tensor in per_row.items()}
+        common: dict[str, Any] = {n: None if tensor is None else here(tensor) for n, tensor in per_row.items()}
         common |= {"temperature_ptr": temperature, "length": length, "WIDTH": width}
         for start in range(0, rows, strip):
             height = min(strip, rows - start)
@@ -256,8 +260,8 @@ def completion_loss_gradient(
                 completion_loss_weights_kernel,
                 (blocks * count, ceil_div(length, weighing["BLOCK_Y"])),
                 weighing,
-                x_lse_ptr=None if x_lse is None else x_lse[here],
-                y_lse_ptr=None if y_lse is None else y_lse[here],
+                x_lse_ptr=None if x_lse is None else here(x_lse),
+                y_lse_ptr=None if y_lse is None else here(y_lse),
                 weights_ptr=weights,
                 offset=offset + start,
                 rows=height,
@@ -270,8 +274,8 @@ def completion_loss_gradient(
                 completion_loss_finish_kernel,
                 (ceil_div(count * height, finish["BLOCK_ROWS"]),),
                 finish,
-                push_ptr=_product(weights[:count, :height, :length], features[here]),
-                grad_x_ptr=grad_x[here],
+                push_ptr=_product(weights[:count, :height, :length], here(features)),
+                grad_x_ptr=here(grad_x),
                 count=count * height,
                 offset=offset + start,
                 rows=height,

@@ -129,27 +129,29 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device | str) -> Tensor
     return torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
 
 
-# Seeds of one draw: more than a step of the base model takes.
-DRAWN_SEEDS = 256
+# Seeds of one draw, more than a step of the base model takes; and how many views are made of it at once.
+DRAWN_SEEDS, VIEWS = 256, 32
 
 
 class _Draw:
-    """Seeds on each device, and how many of them are taken."""
+    """By device, the seeds that are taken next, the last of them first, and the others that were drawn with them."""
 
-    def __init__(self, seeds: dict[torch.device, list[Tensor]], taken: dict[torch.device, int]) -> None:
-        self.seeds, self.taken = seeds, taken
+    def __init__(self, ready: dict[torch.device | str, list[Tensor]], rest: dict[torch.device | str, Tensor]) -> None:
+        self.ready, self.rest = ready, rest
 
     def copy(self) -> _Draw:
-        return _Draw({device: list(seeds) for device, seeds in self.seeds.items()}, dict(self.taken))
+        return _Draw({device: list(seeds) for device, seeds in self.ready.items()}, dict(self.rest))
 
-    def take(self, device: torch.device) -> Tensor:
-        seeds, place = self.seeds.setdefault(device, []), self.taken.get(device, 0)
-        if place == len(seeds):
-            drawn = torch.randint(2**63 - 1, (DRAWN_SEEDS, 2), dtype=torch.int64, device=device)
+    def take(self, device: torch.device | str) -> Tensor:
+        return (self.ready.get(device) or self._more(device)).pop()
+
+    def _more(self, device: torch.device | str) -> list[Tensor]:
+        rest = self.rest.get(device)
+        if rest is None or not len(rest):
             # Two numbers apart, because a kernel takes addresses that are multiples of 16 without another look.
-            seeds.extend(drawn[:, :1].unbind())
-        self.taken[device] = place + 1
-        return seeds[place]
+            rest = torch.randint(2**63 - 1, (DRAWN_SEEDS, 2), dtype=torch.int64, device=device)[:, :1]
+        self.ready[device], self.rest[device] = list(rest[:VIEWS].unbind())[::-1], rest[VIEWS:]
+        return self.ready[device]
 
 
 class _Taking(AbstractContextManager[None]):
@@ -185,7 +187,7 @@ def _current() -> _Draw | None:
 
 def _taken_seed(device: torch.device | str) -> Tensor | None:
     draw = _current()
-    return None if draw is None else draw.take(torch.device(device))
+    return None if draw is None else draw.take(device)
 
 
 def one_seed_draw() -> AbstractContextManager[None]:

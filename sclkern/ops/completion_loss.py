@@ -207,11 +207,12 @@ def _backward(
     # Backward may be called under autocast, which would round the product of float32 features.
     with torch.autocast(recovered.device.type, enabled=False):
         weight = launchers.completion_loss_anchors(grad_losses.contiguous(), valid, positive, lse)
-        weights, anchors = ((t[0], t[1] if len(t) == 2 else None) for t in (weight, lse))
+        # A view takes as long as a launch.
+        pairs = [(*t.unbind(), None)[:2] for t in (weight, lse)] + [rnorm.unbind()]
         for i, needed in enumerate((needs_recovered, needs_complete)):
             if needed:
                 x, y = (recovered, complete) if i == 0 else (complete, recovered)
-                statistics = [t[j] for t in (weights, anchors, rnorm) for j in (i, 1 - i)]
+                statistics = [pair[j] for pair in pairs for j in (i, 1 - i)]
                 launch = launchers.completion_loss_gradient
                 gradients[i] = launch(x, y, temperature, valid, *statistics, eps, offset, rows)
     return gradients[0], gradients[1], _temperature_gradient(weight, temperature, spread)

@@ -64,7 +64,8 @@ def interpreted() -> bool:
 
 def resolve_backend(backend: str) -> str:
     """``backend``, or the value of ``SCLKERN_BACKEND`` where it is "auto" and the variable is set."""
-    return os.environ.get("SCLKERN_BACKEND", backend) if backend == "auto" else backend
+    # Asked by every call; get() would raise and catch an error where the variable is not set.
+    return os.environ["SCLKERN_BACKEND"] if backend == "auto" and "SCLKERN_BACKEND" in os.environ else backend
 
 
 def may_read(tensor: Tensor) -> bool:
