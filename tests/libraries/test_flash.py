@@ -178,7 +178,7 @@ def old(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (None, "flash-attn is not installed: install flash-attn 2.8 or later (the extra flash), or choose another"),
+        (None, "flash-attn is not installed: install flash-attn 2.8 or later (the extra flash)"),
         ({}, "flash-attn is installed, but flash_attn.flash_attn_func does not load (AttributeError: "),
         ({"flash_attn_func": old}, "flash-attn is too old, its flash_attn_func has no argument deterministic: install"),
     ],
