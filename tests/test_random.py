@@ -37,9 +37,9 @@ def philox_of_integers(counter, key, rounds=10):
     return c0, c1, c2, c3
 
 
-def words_of_integers(seed, counter, stream, rounds=10):
+def words_of_integers(seed, counter, stream, rounds=10, last=0):
     low_high = counter % 2**32, counter % 2**64 >> 32
-    return philox_of_integers((*low_high, stream, 0), (seed % 2**32, seed % 2**64 >> 32), rounds)
+    return philox_of_integers((*low_high, stream, last % 2**32), (seed % 2**32, seed % 2**64 >> 32), rounds)
 
 
 def words(seed, counter, stream=0, **options):
@@ -58,6 +58,14 @@ def test_philox_reproduces_the_published_vector_of_zeros():
 @given(seed=INT64, counter=INT64, stream=st.integers(0, 2**32 - 1), rounds=st.sampled_from([7, 10]))
 def test_philox_equals_integer_arithmetic(seed, counter, stream, rounds):
     assert words(seed, counter, stream, rounds=rounds) == words_of_integers(seed, counter, stream, rounds)
+
+
+@given(seed=INT64, counter=INT64, last=INT64)
+def test_the_last_word_of_the_counter(seed, counter, last):
+    expected = words_of_integers(seed, counter, 3, last=last)
+    assert words(seed, counter, 3, last=torch.tensor(last)) == expected
+    of_rows = philox(seed, torch.full((1, 2), counter), 3, last=torch.tensor([[last]]))
+    assert torch.stack(of_rows, -1).tolist() == [[list(expected)] * 2]
 
 
 TRITON_PROGRAM = """

@@ -41,13 +41,16 @@ class DropoutAddLayerNorm(nn.LayerNorm):
             raise ValueError("normalized_shape: expected one dimension, with weight and bias")
         self.dropout, self.backend = dropout, backend
 
-    def forward(self, x: Tensor, residual: Tensor, x_bias: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, residual: Tensor, x_bias: Tensor | None = None, *, dropout_ids: Tensor | None = None
+    ) -> Tensor:
         """Normalize ``residual + dropout(x + x_bias)``.
 
         Args:
             x: (..., D), the output of the branch.
             residual: like x.
             x_bias: (D,), the bias of the projection that computed x.
+            dropout_ids: (...) int64, which key the dropout mask in place of the rows' indices.
 
         Returns:
             (..., D).
@@ -60,6 +63,7 @@ class DropoutAddLayerNorm(nn.LayerNorm):
             x_bias=x_bias,
             dropout_p=self.dropout if self.training else 0.0,
             eps=self.eps,
+            dropout_ids=dropout_ids,
             backend=self.backend,
         )
         return cast(Tensor, out)

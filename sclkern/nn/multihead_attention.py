@@ -60,6 +60,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        dropout_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of ``query`` to ``key`` and ``value``, between their projections and the output projection.
 
@@ -73,20 +75,27 @@ class MultiheadAttention(nn.MultiheadAttention):
             attn_mask: as in torch, computed by torch.
             average_attn_weights: as in torch, for the attention maps.
             is_causal: as in torch, computed by torch.
+            dropout_ids: (B,) int64, which key the dropout masks in place of the samples' indices; not where torch
+                computes.
 
         Returns:
             Output like query, and None or, with ``need_weights``, torch's attention maps.
 
         Raises:
             TypeError: the padding mask is neither bool nor floating.
-            ValueError: wrong shape, or ``backend="triton"`` where no kernel can run. Torch's forward raises its own.
+            ValueError: wrong shape, ``backend="triton"`` where no kernel can run, or ``dropout_ids`` where torch
+                computes. Torch's forward raises its own.
         """
-        if self._needs_torch(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal) is not None:
+        why = self._needs_torch(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
+        if why is not None:
+            if dropout_ids is not None:
+                raise ValueError(f"dropout_ids: torch computes this, because {why}, and its dropout takes no ids")
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         self._check(query, key, value, key_padding_mask)
         op, tensors, options = self._op_call(query, key, value, key_padding_mask)
+        options["dropout_ids"] = dropout_ids
         if op == "cross_attention":
             # torch's result is contiguous in its own layout.
             return self._from_batch_first(ops.cross_attention(*tensors, **options), query).contiguous(), None

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from op_testing import DEVICE
 from sclkern import nn
 
 
@@ -27,6 +28,16 @@ def test_drops_only_in_training():
     plain = Plain(8)
     torch.testing.assert_close(norm(x, residual), plain(torch.zeros_like(x), residual))
     torch.testing.assert_close(norm.eval()(x, residual), plain(x, residual))
+
+
+def test_ids_key_the_dropout(backend, dtype):
+    norm = nn.DropoutAddLayerNorm(8, dropout=0.5, backend=backend, device=DEVICE, dtype=dtype)
+    x, residual = torch.randn(2, 6, 4, 8, device=DEVICE, dtype=dtype)
+    ids = torch.arange(2**40, 2**40 + 24, device=DEVICE).view(6, 4)
+    torch.manual_seed(1)
+    whole = norm(x, residual, dropout_ids=ids)
+    torch.manual_seed(1)
+    torch.testing.assert_close(norm(x[3:], residual[3:], dropout_ids=ids[3:]), whole[3:])
 
 
 def test_copies_names_and_errors():

@@ -188,6 +188,24 @@ def test_dropout_repeats_with_torchs_seed(backend, dtype):
     assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
 
 
+@pytest.mark.parametrize("form", ["self", "cross", "separate"])
+def test_ids_key_the_dropout(form, backend, dtype):
+    module = nn.MultiheadAttention(64, 2, dropout=0.5, batch_first=True, backend=backend, device=DEVICE, dtype=dtype)
+    query, context, value = torch.randn(3, 4, 5, 64, device=DEVICE, dtype=dtype)
+    key, value = {"self": (query, query), "cross": (context, context), "separate": (context, value)}[form]
+    inputs, ids = {"query": query, "key": key, "value": value}, torch.tensor([5, 2**40, 1, 0], device=DEVICE)
+
+    def attend(rows):
+        torch.manual_seed(1)
+        some = {id(tensor): tensor[rows] for tensor in inputs.values()}
+        chosen = {name: some[id(tensor)] for name, tensor in inputs.items()}
+        return module(**chosen, need_weights=False, dropout_ids=ids[rows])[0]
+
+    torch.testing.assert_close(attend(slice(2, 4)), attend(slice(0, 4))[2:])
+    with pytest.raises(ValueError, match="dropout_ids: torch computes this, because need_weights"):
+        module(**inputs, dropout_ids=ids)
+
+
 @pytest.mark.parametrize("form", ["self", "cross"])
 def test_autocast_with_float32_parameters(form, run_module):
     ours, theirs = pair(batch_first=True)
