@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import triton
 
@@ -23,8 +23,11 @@ from sclkern.tools.static.compilation import (
     Resources,
     compile_entry,
     entry_name,
+    is_hot,
     resources,
     shared_memory_problem,
+    spill_problem,
+    stack_of,
 )
 from sclkern.tools.static.workers import Failed, portable, restored, submit
 
@@ -65,7 +68,7 @@ class Row:
         used: its resources on sm_90; None if it is not launched there or does not compile.
         dots: the operand types of its ``tl.dot``, on sm_90.
         wrapping: offsets in 32 bits that can wrap, on sm_90.
-        errors: by target, the whole error if it does not compile, or why it cannot be launched.
+        errors: by target, the whole error if it does not compile, why it cannot be launched, or what it spills.
         targets: launched on these, sm_90 among them for those of the budget.
     """
 
@@ -77,12 +80,15 @@ class Row:
     targets: list[str] = field(default_factory=lambda: ["sm_90"])
 
 
-def compilations(targets: Iterable[str] = compilation.REQUIRED_TARGETS, every: bool = False) -> list[Compilation]:
+def compilations(
+    targets: Iterable[str] = compilation.REQUIRED_TARGETS, apart: Literal["none", "hot", "all"] = "hot"
+) -> list[Compilation]:
     """Every kernel in each configuration that a launcher selects on one of the targets.
 
     Args:
         targets: names of ``compilation.TARGETS``.
-        every: compile for each target, also where another target's code stands for it (``compilation.STAND_INS``).
+        apart: the kernels that are compiled for each target, also where another stands for it
+            (``compilation.STAND_INS``): none, those that must not spill anywhere, or all.
 
     Returns:
         Those of sm_90 first, in the order of ``compilation.kernels``.
@@ -100,7 +106,8 @@ def compilations(targets: Iterable[str] = compilation.REQUIRED_TARGETS, every: b
         limits: dict[str, list[str]] = {}
         for target in launched[name]:
             stand_in = compilation.STAND_INS.get(target, target)
-            limits.setdefault(target if every or stand_in not in launched[name] else stand_in, []).append(target)
+            alone = apart == "all" or (apart == "hot" and is_hot(entry)) or stand_in not in launched[name]
+            limits.setdefault(target if alone else stand_in, []).append(target)
         planned.append(Compilation(name, entry, tuple(limits), {t: tuple(of) for t, of in limits.items()}))
     return planned
 
@@ -118,18 +125,22 @@ def measure(planned: Iterable[Compilation]) -> list[Row]:
             if isinstance(result, Failed):
                 row.errors[target] = f"does not compile: {result.error}"
                 continue
-            shared, inspected = result
-            problems = {name: shared_memory_problem(shared, name) for name in one.limits[target]}
-            row.errors |= {name: problem for name, problem in problems.items() if problem}
+            shared, stack, inspected = result
+            for name in one.limits[target]:
+                # That of sm_90 is among the rules of its machine code.
+                spills = None if target == "sm_90" else spill_problem(stack, is_hot(one.entry), name)
+                if problems := [problem for problem in (shared_memory_problem(shared, name), spills) if problem]:
+                    row.errors[name] = "; ".join(problems)
             if inspected:
                 row.used, row.dots, row.wrapping = inspected
         rows.append(row)
     return rows
 
 
-def _compile(entry: dict[str, Any], target: str) -> tuple[int, tuple[Resources, list[str], list[str]] | None]:
+def _compile(entry: dict[str, Any], target: str) -> tuple[int, int, tuple[Resources, list[str], list[str]] | None]:
+    """Bytes of shared memory of a block and of stack of a thread, and on sm_90 ``inspect``."""
     compiled = compile_entry(restored(entry), target)
-    return compiled.metadata.shared, inspect(compiled) if target == "sm_90" else None
+    return compiled.metadata.shared, stack_of(compiled), inspect(compiled) if target == "sm_90" else None
 
 
 def inspect(compiled: Any) -> tuple[Resources, list[str], list[str]]:

@@ -33,9 +33,16 @@ TARGETS = {
 TABLE_OF = {"gfx950": "gfx942"}
 # What every kernel must compile for; the others on request.
 REQUIRED_TARGETS = ARCHITECTURES
-# Triton makes the same code for these as for the target beside them (the tensor-core instructions of sm_80) and takes
-# as much shared memory. A kernel that both launch in one configuration is compiled once, unless all are requested.
+# These have the tensor-core instructions of the target beside them, and Triton takes as much shared memory. Registers
+# differ, so that only a cold kernel that both launch in one configuration is compiled once.
 STAND_INS = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80"}
+# Kernels of a few microseconds, which may spill on architectures other than sm_90, up to bytes of stack of a thread.
+COLD_KERNELS = (
+    "completion_loss_anchor_kernel", "completion_loss_finish_kernel", "completion_loss_merge_kernel",
+    "completion_loss_norm_kernel", "invert_keep_kernel", "linear_cross_entropy_reduce_kernel", "mask_text_kernel",
+    "position_gradient_kernel", "select_patches_kernel", "select_tokens_kernel",
+)  # fmt: skip
+MOST_COLD_STACK = 256
 MODULES = tuple(dict.fromkeys(module for spec in SPECS.values() for module in spec.kernels))
 
 
@@ -87,6 +94,12 @@ def entry_name(entry: dict[str, Any]) -> str:
     return f"{entry['kernel'].fn.__name__}[{features},{constants}warps={entry['num_warps']}{stages}]"
 
 
+def is_hot(entry: dict[str, Any]) -> bool:
+    """Whether an entry must not spill anywhere: 16-bit features, and none of ``COLD_KERNELS``."""
+    used = [kind for name, kind in entry["signature"].items() if name in entry["kernel"].arg_names]
+    return entry["kernel"].fn.__name__ not in COLD_KERNELS and ("*bf16" in used or "*fp16" in used)
+
+
 def compile_entry(entry: dict[str, Any], target: str) -> Any:
     """Compile one entry for a name of ``TARGETS``; pointers are taken as 16-byte aligned, as torch's are."""
     function, constants = entry["kernel"], dict(entry["constants"])
@@ -118,17 +131,37 @@ def shared_memory_problem(shared: int, target: str) -> str | None:
     return f"shared memory: {shared} bytes, expected at most {most} on {target}"
 
 
-def resources(compiled: Any) -> Resources:
-    """Read what the machine code of an NVIDIA target uses, with the ``cuobjdump`` in Triton's package."""
+def spill_problem(stack: int, hot: bool, target: str) -> str | None:
+    """What is wrong where a thread has a stack of this many bytes, which is where registers are spilled to."""
+    most = 0 if hot else MOST_COLD_STACK
+    return f"spills: stack {stack} bytes, expected at most {most} on {target}" if stack > most else None
+
+
+def stack_of(compiled: Any) -> int:
+    """Bytes of stack of a thread, on an NVIDIA target; much faster than ``resources``."""
+    return _registers_and_stack(_dumped(compiled, "-res-usage"))["STACK"] if "cubin" in compiled.asm else 0
+
+
+def _dumped(compiled: Any, *options: str) -> str:
+    """What the ``cuobjdump`` in Triton's package says of machine code."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     descriptor, name = tempfile.mkstemp(suffix=".cubin")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(compiled.asm["cubin"])
-        text = subprocess.run([tool, "-res-usage", "-sass", name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, *options, name], capture_output=True, text=True, check=True).stdout
     finally:
         os.unlink(name)
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", text)}
+
+
+def _registers_and_stack(text: str) -> dict[str, int]:
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", text)}
+
+
+def resources(compiled: Any) -> Resources:
+    """Read what the machine code of an NVIDIA target uses."""
+    text = _dumped(compiled, "-res-usage", "-sass")
+    used = _registers_and_stack(text)
     operations = [operation.split(".") for operation in _INSTRUCTION.findall(text)]
     counts = Counter(parts[0] for parts in operations)
     blocks = resident_blocks(compiled.metadata.num_warps, used["REG"], compiled.metadata.shared)
