@@ -33,7 +33,8 @@ SHARED_MEMORY = {
 }
 ARCHITECTURES = tuple(SHARED_MEMORY)
 
-# The kernels of an op's pass. ``packed_attention`` has those of ``attention``.
+# The kernels of an op's pass. ``packed_attention`` has those of ``attention``, and ``cross_attention_queries`` is the
+# form of ``cross_attention`` for few queries.
 KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
     ("attention", "forward"): ("attention_forward_kernel",),
     ("attention", "backward"): ("attention_backward_query_kernel", "attention_backward_key_kernel"),
@@ -41,6 +42,8 @@ KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
     ("frame_attention", "backward"): ("frame_attention_backward_query_kernel", "frame_attention_backward_key_kernel"),
     ("cross_attention", "forward"): ("cross_attention_forward_kernel",),
     ("cross_attention", "backward"): ("cross_attention_backward_kernel",),
+    ("cross_attention_queries", "forward"): ("cross_attention_softmax_forward_kernel",),
+    ("cross_attention_queries", "backward"): ("cross_attention_softmax_backward_kernel",),
     ("completion_loss", "forward"): (
         "completion_loss_norm_kernel",
         "completion_loss_statistics_kernel",

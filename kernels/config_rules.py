@@ -63,6 +63,11 @@ def by_itemsize(two: Fields, four: Fields) -> Rule:
     return lambda itemsize, **shapes: two if itemsize == 2 else four
 
 
+def by_keys(most: int, few: Rule, many: Rule) -> Rule:
+    """``few`` for up to ``most`` keys, ``many`` for more."""
+    return lambda itemsize, **shapes: (few if shapes["keys"] <= most else many)(itemsize, **shapes)
+
+
 def whole_rows(block: str, *, least_columns: int = 16, columns_per_warp: int = 256, **fields: int) -> Rule:
     """A program holds rows of a power of two of columns, named ``block``, on 4 warps and more."""
 

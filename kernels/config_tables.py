@@ -19,6 +19,7 @@ from sclkern.kernels.config_rules import (
     Rule,
     by_head_dim,
     by_itemsize,
+    by_keys,
     covers_columns,
     fixed,
     rows_of_warps,
@@ -62,6 +63,7 @@ _BY_KEY = AttentionBackward(
 _ATTENTION = ("BLOCK_QUERIES", "BLOCK_KEYS", "TRANSPOSED")
 _BACKWARD = (*_ATTENTION, "SINGLE_TILE")
 _SIDES = ("BLOCK_ROWS", "BLOCK_KEYS")
+_FRAMES = {(2, 64): (64, 64, 4), (2, 128): (64, 32, 4), (4, 64): (32, 32, 8), (4, 128): (16, 32, 8)}
 _CROSS = ("ROWS", "COLUMNS", "CHANNELS")
 _DOTS = ("BLOCK_X", "BLOCK_Y", "BLOCK_K")
 _GELU = fixed(BLOCK_ROWS=8, BLOCK_COLUMNS=256, BUILTIN_ERF=0, num_warps=4)
@@ -95,13 +97,13 @@ SM_90: Table = {
         single_tile_holds_all("key"),
     ),
     "frame_attention_forward_kernel": Entry(
-        by_head_dim({(2, 64): (64, 64, 4), (2, 128): (64, 32, 4), (4, 64): (32, 32, 8), (4, 128): (16, 32, 8)}),
+        by_head_dim(_FRAMES),
         "predicted: 64 rows fill wgmma, so that F CLS rows are padded to them; 128 would leave a quarter of the tiles "
         "empty at 196 patches",
         _SIDES,
     ),
     "frame_attention_backward_query_kernel": Entry(
-        by_head_dim({(2, 64): (64, 64, 4), (2, 128): (64, 32, 4), (4, 64): (32, 32, 8), (4, 128): (16, 32, 8)}),
+        by_head_dim(_FRAMES),
         "predicted: as the forward, within 240 registers",
         _SIDES,
     ),
@@ -126,6 +128,18 @@ SM_90: Table = {
         "predicted: as the forward; three score tiles at once, beside gradients that the forward does not have",
         (*_CROSS, "HELD"),
         ("HELD",),
+    ),
+    "cross_attention_softmax_forward_kernel": Entry(
+        rows_of_warps(most_rows=8),
+        "predicted: as many rows of keys as give a thread 8 elements, one Philox call without exchange",
+        ("BLOCK_ROWS", "BLOCK_COLUMNS"),
+        problem=covers_columns("BLOCK_COLUMNS"),
+    ),
+    "cross_attention_softmax_backward_kernel": Entry(
+        rows_of_warps(most_rows=8),
+        "predicted: as the forward",
+        ("BLOCK_ROWS", "BLOCK_COLUMNS"),
+        problem=covers_columns("BLOCK_COLUMNS"),
     ),
     "completion_loss_norm_kernel": Entry(
         fixed(BLOCK_ROWS=8, BLOCK_WIDTH=128, num_warps=4),
@@ -233,38 +247,58 @@ def _with(table: Table, reason: str, **rules: Rule) -> Table:
     return table | {name: replace(table[name], rule=rule, reason=reason) for name, rule in names.items()}
 
 
-# Everything in ``SM_90`` fits 163 KB; two kernels would spill without wgmma, whose operands stay in shared memory.
-_SMALLER_BACKWARD = {**_BY_QUERY.largest, (2, 128): (32, 32)}
+# Everything in ``SM_90`` fits 163 KB; without wgmma, whose operands stay in shared memory, some kernels would spill.
+_SMALLER_QUERY = {**_BY_QUERY.largest, (2, 128): (32, 32)}
+_SMALLER_KEY = {**_BY_KEY.largest, (2, 64): (32, 32), (2, 128): (32, 32)}
+_CROSS_FLOAT32 = {"ROWS": 16, "COLUMNS": 64, "CHANNELS": 16, "num_warps": 8}
+_CROSS_HALF = {"ROWS": 32, "COLUMNS": 64, "CHANNELS": 32, "num_warps": 8}
 SM_80: Table = _with(
     _with(
         SM_90,
-        "predicted: half of the rows, because without wgmma 64 rows spill up to 1 KB, 32 rows 0.2 KB on sm_80",
-        cross_attention_forward=by_itemsize(
-            {"ROWS": 32, "COLUMNS": 64, "CHANNELS": 32, "num_warps": 8},
-            {"ROWS": 16, "COLUMNS": 64, "CHANNELS": 16, "num_warps": 8},
-        ),
-        cross_attention_backward=by_itemsize(
-            {"ROWS": 32, "COLUMNS": 64, "CHANNELS": 32, "HELD": 3, "num_warps": 8},
-            {"ROWS": 16, "COLUMNS": 64, "CHANNELS": 16, "HELD": 3, "num_warps": 8},
+        "predicted: half of the rows, because without wgmma 64 rows spill up to 1 KB; two stages forward and two score "
+        "tiles at once of more than 16 keys backward, because otherwise 32 rows spill 0.2 KB on sm_80",
+        cross_attention_forward=by_itemsize({**_CROSS_HALF, "num_stages": 2}, _CROSS_FLOAT32),
+        cross_attention_backward=by_keys(
+            16,
+            by_itemsize({**_CROSS_HALF, "HELD": 3}, {**_CROSS_FLOAT32, "HELD": 3}),
+            by_itemsize({**_CROSS_HALF, "HELD": 2}, {**_CROSS_FLOAT32, "HELD": 3}),
         ),
     ),
-    "predicted: tiles of 32 for head_dim 128, because without wgmma 64 rows spill",
-    attention_backward_query=replace(_BY_QUERY, largest=_SMALLER_BACKWARD),
-    attention_backward_key=replace(_BY_KEY, largest=_SMALLER_BACKWARD),
+    "predicted: smaller tiles for head_dim 128, and by key for 64, because without wgmma 64 rows spill",
+    attention_backward_query=replace(_BY_QUERY, largest=_SMALLER_QUERY),
+    attention_backward_key=replace(
+        _BY_KEY,
+        largest=_SMALLER_KEY,
+        single_tile_scores={**_BY_KEY.single_tile_scores, (2, 64): 512},
+        num_stages=2,
+    ),
 )
 # 99 KB of shared memory a block: what sm_80 launches takes at most 76 KB.
 SM_86: Table = SM_80
 SM_89: Table = SM_86
 SM_100: Table = _with(
-    SM_90,
-    "predicted: 8 warps, because the products of sm_100 leave their sums in tensor memory, and 4 warps spill",
-    completion_loss_weights=by_itemsize(
-        {"BLOCK_X": 128, "BLOCK_Y": 64, "BLOCK_K": 64, "num_warps": 8, "WORKSPACE": 2**26},
-        {"BLOCK_X": 64, "BLOCK_Y": 64, "BLOCK_K": 16, "num_warps": 8, "WORKSPACE": 2**26},
+    _with(
+        SM_90,
+        "predicted: 8 warps, because the products of sm_100 leave their sums in tensor memory, and 4 warps spill",
+        completion_loss_weights=by_itemsize(
+            {"BLOCK_X": 128, "BLOCK_Y": 64, "BLOCK_K": 64, "num_warps": 8, "WORKSPACE": 2**26},
+            {"BLOCK_X": 64, "BLOCK_Y": 64, "BLOCK_K": 16, "num_warps": 8, "WORKSPACE": 2**26},
+        ),
+        frame_attention_backward_query=by_head_dim({**_FRAMES, (2, 64): (64, 64, 8)}),
+    ),
+    "predicted: two score tiles at once, because three of 32 keys spill",
+    cross_attention_backward=by_keys(
+        16,
+        SM_90["cross_attention_backward_kernel"].rule,
+        by_itemsize({**_CROSS_HALF, "ROWS": 64, "HELD": 2}, {**_CROSS_FLOAT32, "HELD": 3}),
     ),
 )
 # 99 KB, and the tensor-core instructions of sm_80.
-SM_120: Table = SM_86
+SM_120: Table = _with(
+    SM_86,
+    "predicted: 32 keys, because 64 spill with Triton 3.6",
+    frame_attention_forward=by_head_dim({**_FRAMES, (2, 64): (64, 32, 4)}),
+)
 # 64 KB of LDS, of which what sm_90 launches takes at most 32 KB.
 GFX942: Table = SM_90
 

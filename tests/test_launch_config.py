@@ -37,6 +37,7 @@ SHAPES_OF = {
     "attention": SHAPES,
     "frame_attention": {"head_dim": 64},
     "cross_attention": {"heads": 12, "keys": 13},
+    "cross_attention_queries": {"columns": 325},
     "dropout_add_layer_norm": {"columns": 768},
     "embed_patches": {"columns": 768},
     "select_patches": {"columns": 768},
@@ -104,6 +105,7 @@ def test_the_architecture_is_that_of_the_device(monkeypatch):
         {(8, 0): "sm_80", (8, 9): "sm_89", (10, 3): "sm_100", (12, 1): "sm_120", (7, 5): "sm_86"}.items()
     ):
         monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
         assert current_arch(torch.device("cuda", 40 + index)) == arch
 

@@ -119,7 +119,7 @@ def _bench(commands: Commands) -> None:
     static.add_argument(
         "--all-targets",
         action="store_true",
-        help="compile for each target, also where the code of sm_80 stands for that of sm_86, sm_89 and sm_120",
+        help="compile cold kernels too for each target, also where sm_80 stands for sm_86, sm_89 and sm_120",
     )
     static.add_argument("--budget", metavar="FILE", help="default: benchmarks/static_budget.json of the source tree")
 

@@ -113,9 +113,10 @@ class Attention(nn.Module):
             x,
             dropout_p=self._dropout_p,
             softmax_scale=HEAD_DIM**-0.5,
-            absorb=self.execution.absorb,
             backend=self.execution.backend,
         )
+        if planned.form == "queries" and planned.choice.path.startswith("triton"):
+            return self.execution.absorb == "all" or self._dropout_p == 0
         return planned.form != "never"
 
     def _absorbed(self, x: Tensor, layout: Packed, context: Tensor, context_layout: Packed) -> Tensor:
@@ -139,7 +140,6 @@ class Attention(nn.Module):
             num_heads=x.shape[-1] // HEAD_DIM,
             key_padding_mask=key_padding_mask,
             dropout_p=self._dropout_p,
-            absorb=self.execution.absorb,
             backend=self.execution.op_backend,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Absorb = Literal["auto", "never"]
+Absorb = Literal["auto", "all", "never"]
 MODEL_BACKENDS = ("auto", "triton", "sdpa", "flash", "eager")
 LAYER_NORMS = ("sclkern", "torch", "apex")
 
@@ -19,7 +19,8 @@ class Execution:
     Attributes:
         backend: one of ``MODEL_BACKENDS``; see ``SCLNetwork.set_backend``.
         absorb: whether cross-attention on packed tokens may fold projections into its shorter side, where that saves
-            multiply-adds: "auto" or "never".
+            multiply-adds: "auto", "all" or "never". "auto" leaves few queries to the packed call of all groups where
+            kernels run with dropout, because absorbing into them takes many more launches.
         checkpoint_blocks: keep only the input of each block for the backward pass, which runs the block again.
         layer_norm: one of ``LAYER_NORMS``; see ``SCLNetwork.set_layer_norm``.
     """

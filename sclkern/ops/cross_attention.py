@@ -15,14 +15,13 @@ from sclkern.ops.attention import attention
 from sclkern.ops.attention import plan as plan_attention
 from sclkern.ops.dispatch import Choice, autocast_all, autocast_like, resolve_backend, select_backend
 from sclkern.random import seed_tensor
-from sclkern.reference.cross_attention import absorb_into_keys
+from sclkern.reference.cross_attention import absorb_into_keys, absorbed_into_queries, cheapest_form, relative_costs
 
 FORMS = ("auto", "never", "keys", "queries")
-# A form is used if it needs at most this share of the definition's multiply-adds: its smaller products save less time
-# than multiply-adds. On one core of a CPU a share of 0.27 takes 0.35 of the time, 0.5 takes 0.7, 0.8 takes 0.9.
-MAX_COST_RATIO = 0.8
 # Of the kernel: keys that one tile holds, and padded columns of heads times keys that a program holds.
 MIN_KEYS, MAX_KEYS, MAX_COLUMNS = 16, 32, 384
+# Keys of a row of scores, which a program of the form "queries" holds whole.
+MAX_ROW = 4096
 
 
 class CrossAttentionPlan(NamedTuple):
@@ -63,9 +62,9 @@ def cross_attention(
     projected. With few queries the same holds for the key and value projections of the context. "auto" counts the
     multiply-adds of each form (``relative_costs``) and takes the cheapest where that is at most 0.8 of the definition.
 
-    Few keys have one kernel forward and one backward, up to 16 keys of 24 heads or 32 keys of 12; the definition has
-    the kernel of ``attention`` between its projections. Few queries have no kernel and use PyTorch's matrix products on
-    every device. On a GPU their dropout mask costs many small launches, so "auto" does not use them with dropout.
+    Few keys have one kernel forward and one backward, up to 16 keys of 24 heads or 32 keys of 12; few queries, of up to
+    4,096 keys, a kernel each for softmax and dropout between PyTorch's matrix products. The definition has the kernel
+    of ``attention`` between its projections.
 
     Args:
         x: (B, Lq, W) float16, bfloat16 or float32 (any floating dtype on the eager path), any strides. Under autocast
@@ -110,48 +109,24 @@ def cross_attention(
         options |= {"num_heads": num_heads, "key_padding_mask": key_padding_mask, "absorb": form}
         return reference.cross_attention(*cast, **options)
     width = x.shape[-1]
-    if path == "triton-absorbed-keys":
-        scale = _attention.resolve_scale(width // num_heads, softmax_scale)
-        absorbed = absorb_into_keys(*cast[1:5], num_heads=num_heads, scale=scale, mask=key_padding_mask)
-        mask = None if key_padding_mask is None else key_padding_mask.contiguous()
-        arguments = [t.contiguous() for t in (x, *absorbed, out_bias)]
-        seed, ids = (options["seed"], dropout_ids) if dropout_p > 0 else (None, None)
-        ids = None if ids is None else ids.contiguous()
-        out: Tensor = _op(*arguments, mask, seed, ids, float(dropout_p))
-        return out
-    if key_padding_mask is not None:
+    if key_padding_mask is not None and path != "triton-absorbed-keys":
         # The projections would carry NaN of the padding into the gradients of their weights.
         context = context.masked_fill(~key_padding_mask[:, :, None], 0.0)
+    if path.startswith("triton-absorbed"):
+        scale = _attention.resolve_scale(width // num_heads, softmax_scale)
+        keyed = (options["seed"], dropout_ids) if dropout_p > 0 else (None, None)
+        rest = *[None if t is None else t.contiguous() for t in (key_padding_mask, *keyed)], float(dropout_p)
+        if path == "triton-absorbed-queries":
+            softmax = lambda scores: _softmax(scores.contiguous(), *rest)  # noqa: E731
+            return absorbed_into_queries(x, context, *cast[2:], num_heads=num_heads, scale=scale, softmax=softmax)
+        absorbed = absorb_into_keys(*cast[1:5], num_heads=num_heads, scale=scale, mask=key_padding_mask)
+        out: Tensor = _op(*[t.contiguous() for t in (x, *absorbed, out_bias)], *rest)
+        return out
     query = F.linear(x, in_weight[:width], in_bias[:width])
     key, value = F.linear(context, in_weight[width:], in_bias[width:]).chunk(2, -1)
     query, key, value = (tensor.unflatten(-1, (num_heads, -1)) for tensor in (query, key, value))
     heads: Any = attention(query, key, value, key_padding_mask=key_padding_mask, **options, backend=backend)
     return F.linear(heads.flatten(-2), out_weight, out_bias)
-
-
-def relative_costs(num_queries: int, num_keys: int, width: int, num_heads: int, computed_keys: int) -> dict[str, float]:
-    """Multiply-adds of the forms, as shares of those of the definition.
-
-    The definition projects queries and outputs, keys and values, and its core multiplies D channels a score, twice.
-    A form projects its short side four times, and its core multiplies all W channels a score and head, twice.
-
-    Args:
-        num_queries: Lq.
-        num_keys: Lk.
-        width: W.
-        num_heads: H.
-        computed_keys: keys that the form "keys" computes, with those a kernel pads with.
-
-    Returns:
-        The share of each form, by its name.
-    """
-    definition = max(1, 2 * (num_queries + num_keys) * width + 2 * num_queries * num_keys)
-    scores = 2 * num_heads * num_queries
-    return {
-        "never": 1.0,
-        "keys": (4 * num_keys * width + scores * computed_keys) / definition,
-        "queries": (4 * num_queries * width + scores * num_keys) / definition,
-    }
 
 
 def plan(
@@ -197,12 +172,12 @@ def plan_form(
     problems = {
         "never": _attention.kernel_problems(width // num_heads, softmax_scale),
         "keys": absorbing_problems(num_keys, num_heads),
-        "queries": ("what is absorbed into queries has no kernel",),
+        "queries": (f"absorbed into queries of more than {MAX_ROW} keys there is no kernel",) * (num_keys > MAX_ROW),
     }
     choices = _candidates(problems, tensors, dropout_p, absorb, backend)
     on_kernel = "keys" in choices and choices["keys"].path == "triton"
     costs = relative_costs(num_queries, num_keys, width, num_heads, _padded(num_keys) if on_kernel else num_keys)
-    form = _cheapest(choices, costs)
+    form = cheapest_form(choices, costs)
     path, reasons = choices[form]
     if form != "never":
         path = f"triton-absorbed-{form}" if path == "triton" else f"absorbed-{form}"
@@ -227,14 +202,6 @@ def _candidates(
         # Without a kernel the dropout mask costs many small launches.
         choices = {form: choice for form, choice in choices.items() if choice.path == "triton"}
     return choices
-
-
-def _cheapest(choices: dict[str, Choice], costs: dict[str, float]) -> str:
-    # Not min(): torch.compile cannot trace its key.
-    form, *others = choices
-    for other in others:
-        form = other if costs[other] < costs[form] else form
-    return "never" if "never" in choices and costs[form] > MAX_COST_RATIO else form
 
 
 def _reason(form: str, length: int, absorb: str, costs: dict[str, float], choices: dict[str, Choice]) -> str:
@@ -334,3 +301,28 @@ def _fake_backward(**tensors: Any) -> tuple[Tensor, ...]:
 
 GRADIENTS = "x score_weight score_bias value_weight out_bias"
 _op = register("cross_attention", _forward, _fake, _backward, _fake_backward, gradients=GRADIENTS)
+
+
+def _softmax_forward(
+    scores: Tensor, mask: Tensor | None, seed: Tensor | None, dropout_ids: Tensor | None, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    launch = kernels.cross_attention_queries.cross_attention_softmax_forward
+    return launch(scores, mask, seed, dropout_p, dropout_ids)
+
+
+def _softmax_backward(
+    grad_out: Tensor, grad_total: Tensor, scores: Tensor, mask: Tensor | None, seed: Tensor | None,
+    dropout_ids: Tensor | None, dropout_p: float,
+) -> list[Tensor]:  # fmt: skip
+    launch = kernels.cross_attention_queries.cross_attention_softmax_backward
+    return [launch(grad_out.contiguous(), grad_total.contiguous(), scores, mask, seed, dropout_p, dropout_ids)]
+
+
+def _fake_softmax(scores: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+    return _fake(scores), scores.new_empty(scores.shape[:3])
+
+
+_softmax = register(
+    "cross_attention_softmax", _softmax_forward, _fake_softmax, _softmax_backward,
+    lambda scores, **_: [_fake(scores)], outputs="out total", gradients="scores",
+)  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sclkern.reference.attention import attention, attention_dropout
+
+# A form is used if it needs at most this share of the definition's multiply-adds: its smaller products save less time
+# than multiply-adds. On one core of a CPU a share of 0.27 takes 0.35 of the time, 0.5 takes 0.7, 0.8 takes 0.9.
+MAX_COST_RATIO = 0.8
 
 
 def cross_attention(
@@ -67,23 +72,61 @@ def cross_attention(
         return absorbed_attention(x, *absorbed, out_bias, key_padding_mask, **options)
     if key_padding_mask is not None:
         context = context.masked_fill(~key_padding_mask[:, :, None], 0.0)
-    query = F.linear(x, in_weight[:width], in_bias[:width]).unflatten(-1, (num_heads, -1))
     if absorb == "queries":
-        key_weight, value_weight = in_weight[width:].view(2, num_heads, -1, width)
-        queries = _by_head(query * scale, key_weight)
-        # (B, H, Lq, Lk). A bias of the keys would shift every score of a query alike.
-        scores = queries.transpose(1, 2).flatten(1, 2) @ context.transpose(1, 2)
-        scores = scores.view(len(x), num_heads, x.shape[1], context.shape[1])
-        mask = None if key_padding_mask is None else key_padding_mask[:, None, None]
-        p_dropped = attention_dropout(masked_softmax(scores, mask), dropout_p, seed, dropout_ids)
-        mixed = (p_dropped.flatten(1, 2) @ context).view(queries.transpose(1, 2).shape).transpose(1, 2)
-        # After dropout a row of probabilities does not sum to 1, which scales the bias of the values.
-        bias = p_dropped.sum(-1).transpose(1, 2)[..., None] * in_bias[2 * width :].view(num_heads, -1)
-        out = _by_head(mixed, value_weight.transpose(1, 2)) + bias
-    else:
-        key, value = F.linear(context, in_weight[width:], in_bias[width:]).chunk(2, -1)
-        key, value = (tensor.unflatten(-1, (num_heads, -1)) for tensor in (key, value))
-        out = attention(query, key, value, key_padding_mask=key_padding_mask, softmax_scale=scale, **options)
+
+        def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+            mask = None if key_padding_mask is None else key_padding_mask[:, None, None]
+            p_dropped = attention_dropout(masked_softmax(scores, mask), dropout_p, seed, dropout_ids)
+            return p_dropped, p_dropped.sum(-1)
+
+        tensors = x, context, in_weight, in_bias, out_weight, out_bias
+        return absorbed_into_queries(*tensors, num_heads=num_heads, scale=scale, softmax=softmax)
+    query = F.linear(x, in_weight[:width], in_bias[:width]).unflatten(-1, (num_heads, -1))
+    key, value = F.linear(context, in_weight[width:], in_bias[width:]).chunk(2, -1)
+    key, value = (tensor.unflatten(-1, (num_heads, -1)) for tensor in (key, value))
+    out = attention(query, key, value, key_padding_mask=key_padding_mask, softmax_scale=scale, **options)
+    return F.linear(out.flatten(-2), out_weight, out_bias)
+
+
+def absorbed_into_queries(
+    x: Tensor,
+    context: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    *,
+    num_heads: int,
+    scale: float,
+    softmax: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """The form "queries" of ``cross_attention``: the context is never projected.
+
+    Args:
+        x: (B, Lq, W).
+        context: (B, Lk, W), zeros where nothing is to be attended to.
+        in_weight: (3 W, W).
+        in_bias: (3 W,).
+        out_weight: (W, W).
+        out_bias: (W,).
+        num_heads: H.
+        scale: of the scores.
+        softmax: of scores (B, H, Lq, Lk) what dropout leaves of their masked softmax, and the sums of its rows.
+
+    Returns:
+        (B, Lq, W).
+    """
+    width = x.shape[-1]
+    query = F.linear(x, in_weight[:width], in_bias[:width]).unflatten(-1, (num_heads, -1))
+    key_weight, value_weight = in_weight[width:].view(2, num_heads, -1, width)
+    queries = _by_head(query * scale, key_weight)
+    # (B, H, Lq, Lk). A bias of the keys would shift every score of a query alike.
+    scores = queries.transpose(1, 2).flatten(1, 2) @ context.transpose(1, 2)
+    p_dropped, total = softmax(scores.view(len(x), num_heads, x.shape[1], context.shape[1]))
+    mixed = (p_dropped.flatten(1, 2) @ context).view(queries.transpose(1, 2).shape).transpose(1, 2)
+    # After dropout a row of probabilities does not sum to 1, which scales the bias of the values.
+    bias = total.transpose(1, 2)[..., None] * in_bias[2 * width :].view(num_heads, -1)
+    out = _by_head(mixed, value_weight.transpose(1, 2)) + bias
     return F.linear(out.flatten(-2), out_weight, out_bias)
 
 
@@ -180,3 +223,45 @@ def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
         return scores.softmax(-1)
     # A finite fill: a row without a valid key then has finite gradients, and is zeroed afterwards.
     return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~mask, 0.0)
+
+
+def relative_costs(num_queries: int, num_keys: int, width: int, num_heads: int, computed_keys: int) -> dict[str, float]:
+    """Multiply-adds of the forms, as shares of those of the definition.
+
+    The definition projects queries and outputs, keys and values, and its core multiplies D channels a score, twice.
+    A form projects its short side four times, and its core multiplies all W channels a score and head, twice.
+
+    Args:
+        num_queries: Lq.
+        num_keys: Lk.
+        width: W.
+        num_heads: H.
+        computed_keys: keys that the form "keys" computes, with those a kernel pads with.
+
+    Returns:
+        The share of each form, by its name.
+    """
+    definition = max(1, 2 * (num_queries + num_keys) * width + 2 * num_queries * num_keys)
+    scores = 2 * num_heads * num_queries
+    return {
+        "never": 1.0,
+        "keys": (4 * num_keys * width + scores * computed_keys) / definition,
+        "queries": (4 * num_queries * width + scores * num_keys) / definition,
+    }
+
+
+def cheapest_form(forms: Collection[str], costs: dict[str, float]) -> str:
+    """The form of the least cost, or "never" where it is among them and nothing else is worth it.
+
+    Args:
+        forms: names of those that can be used.
+        costs: of ``relative_costs``.
+
+    Returns:
+        The name.
+    """
+    # Not min(): torch.compile cannot trace its key.
+    form, *others = forms
+    for other in others:
+        form = other if costs[other] < costs[form] else form
+    return "never" if "never" in forms and costs[form] > MAX_COST_RATIO else form

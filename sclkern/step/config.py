@@ -20,8 +20,8 @@ class StepConfig:
         pack: run all variants of a modality, and all views, in one batch without padding; otherwise one padded call for
             each.
         prune_last_layer: compute in the last fusion layer only the tokens that some loss reads.
-        absorb: fold projections of cross-attention into the shorter side where that is less arithmetic: "auto" or
-            "never".
+        absorb: fold projections of cross-attention into the shorter side where that is less arithmetic: "auto", "all"
+            (on a GPU in training also where that is the queries, in many more launches) or "never".
         checkpoint_blocks: keep only the input of each block and recompute the rest in the backward: about a third more
             arithmetic for a fraction of the memory.
     """
@@ -29,12 +29,12 @@ class StepConfig:
     share_encodings: Literal["all", "images", "none"] = "images"
     pack: bool = True
     prune_last_layer: bool = True
-    absorb: Literal["auto", "never"] = "auto"
+    absorb: Literal["auto", "all", "never"] = "auto"
     checkpoint_blocks: bool = False
 
     def __post_init__(self) -> None:
-        if self.absorb not in ("auto", "never"):
-            raise UserError(f"absorb: got {self.absorb!r}, expected 'auto' or 'never'")
+        if self.absorb not in ("auto", "all", "never"):
+            raise UserError(f"absorb: got {self.absorb!r}, expected 'auto', 'all' or 'never'")
         if self.share_encodings not in ("all", "images", "none"):
             raise UserError(f"share_encodings: got {self.share_encodings!r}, expected 'all', 'images' or 'none'")
 

@@ -12,7 +12,7 @@ from typing import Any
 from sclkern.errors import UserError
 from sclkern.models.config import SCLConfig
 from sclkern.objectives.config import ObjectiveConfig
-from sclkern.ops.cross_attention import MAX_COST_RATIO, relative_costs
+from sclkern.reference.cross_attention import MAX_COST_RATIO, relative_costs
 from sclkern.step.config import StepConfig
 from sclkern.step.masks import token_capacity
 from sclkern.step.memory import kept_bytes

@@ -16,7 +16,8 @@ import torch
 from sclkern import reference
 from sclkern.ops._registration import RUNNERS
 from sclkern.ops.dispatch import interpreted
-from sclkern.reference.cross_attention import absorbed_attention
+from sclkern.reference.attention import attention_dropout
+from sclkern.reference.cross_attention import absorbed_attention, masked_softmax
 from sclkern.tools.specs import SPECS
 
 _LIBRARY = torch.library.Library("sclkern", "IMPL")
@@ -87,11 +88,18 @@ def _cross_attention(x, score_weight, score_bias, value_weight, out_bias, mask, 
     return absorbed_attention(*tensors, dropout_p=dropout_p, seed=seed, dropout_ids=dropout_ids)
 
 
+def _cross_attention_softmax(scores, mask, seed, dropout_ids, dropout_p):
+    p = masked_softmax(scores, None if mask is None else mask[:, None, None])
+    p_dropped = attention_dropout(p, dropout_p, seed, dropout_ids)
+    return p_dropped, p_dropped.sum(-1)
+
+
 # By op, from its inputs (by the names of its schema) to its first outputs; the others are statistics. An op that is not
 # here gives its inputs to its definition by name.
 DEFINITIONS: dict[str, Callable[..., Any]] = {
     "attention": _attention,
     "cross_attention": _cross_attention,
+    "cross_attention_softmax": _cross_attention_softmax,
     "dropout_add_layer_norm": _dropout_add_layer_norm,
     "embed_patches": _embed_patches,
     "mask_text": _mask_text,
@@ -113,12 +121,12 @@ def install() -> None:
     """Register the kernels once, where Triton does not interpret its own."""
     if interpreted():
         return
-    for name, spec in SPECS.items():
+    for name in dict.fromkeys([*SPECS, *DEFINITIONS]):
         op = hasattr(torch.ops.sclkern, name) and getattr(torch.ops.sclkern, name).default
         if not op or torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CPU"):
             # packed_attention has the op of attention; other ops run on a CPU by themselves.
             continue
-        definition = DEFINITIONS.get(name, spec.definition)
+        definition = DEFINITIONS.get(name) or SPECS[name].definition
         _install(name, _forward(op, definition, STATISTICS.get(name)))
         if hasattr(torch.ops.sclkern, f"{name}_backward"):
             backward = getattr(torch.ops.sclkern, f"{name}_backward").default

@@ -26,18 +26,17 @@ def test_attention_equals_torchs_multi_head_attention(torch_attention, backend, 
 @pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("queries", "keys"), [(325, 13), (13, 325)])
-def test_one_packed_call_where_the_op_would_absorb_nothing(queries, keys, training, kernels, monkeypatch):
-    """Few queries absorb by matrix products alone: with dropout on a GPU not at all."""
+def test_one_packed_call_where_absorbing_takes_many_launches(queries, keys, training, kernels, monkeypatch):
     if kernels:
         monkeypatch.setenv("TRITON_INTERPRET", "1")  # nothing is launched
     module = Attention(768, dropout=0.1).train(training)
     query_layout, key_layout = (
         Packed(torch.tensor([0, length], dtype=torch.int32), length) for length in (queries, keys)
     )
-    expected = keys < queries or not (training and kernels)
-    assert module._absorbs(torch.empty(1, 768), query_layout, key_layout) == expected
-    module.execution.absorb = "never"
-    assert not module._absorbs(torch.empty(1, 768), query_layout, key_layout)
+    few = keys < queries or not (training and kernels)
+    for absorb, expected in {"auto": few, "all": True, "never": False}.items():
+        module.execution.absorb = absorb
+        assert module._absorbs(torch.empty(1, 768), query_layout, key_layout) == expected
 
 
 def test_a_context_needs_its_layout():

@@ -38,8 +38,8 @@ def run(tensors, grad, dtype=None, **options):
     return [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
 
-def compare_with_eager(tensors, grad, **options):
-    ours = run(tensors, grad, absorb="keys", backend="triton", **options)
+def compare_with_eager(tensors, grad, absorb="keys", **options):
+    ours = run(tensors, grad, absorb=absorb, backend="triton", **options)
     eager = run(tensors, grad, absorb="never", backend="eager", **options)
     truth = run(tensors, grad, torch.float64, absorb="never", backend="eager", **options)
     for name, a, b, t in zip(("out", *NAMES), ours, eager, truth, strict=True):
@@ -60,10 +60,21 @@ def compare_with_eager(tensors, grad, **options):
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", thorough_except(SHAPES[:1], SHAPES), ids=str)
-def test_error_is_at_most_that_of_eager(shape, dtype):
+@pytest.mark.parametrize("absorb", ["keys", "queries"])
+def test_error_is_at_most_that_of_eager(absorb, shape, dtype):
     *sizes, heads = shape
     tensors, mask, grad = inputs(*sizes, dtype)
-    compare_with_eager(tensors, grad, num_heads=heads, key_padding_mask=mask, dropout_p=0.2, seed=2**40 + 5)
+    options = {"num_heads": heads, "key_padding_mask": mask, "dropout_p": 0.2, "seed": 2**40 + 5}
+    compare_with_eager(tensors, grad, absorb, **options)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", thorough_except([(2, 5, 325, 6)], [(2, 5, 325, 6), (1, 18, 1025, 8)]), ids=str)
+def test_error_of_few_queries_is_at_most_that_of_eager(sizes, dtype):
+    tensors, mask, grad = inputs(*sizes, dtype)
+    options = {"num_heads": 2, "key_padding_mask": mask, "dropout_p": 0.2, "seed": 2**40 + 5}
+    compare_with_eager(tensors, grad, "queries", **options)
 
 
 @needs_kernels
@@ -78,8 +89,6 @@ def test_without_a_mask_and_any_seed(seed):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("sizes", [(2, 5, 3), (2, 0, 3), (2, 4, 0), (0, 4, 3), (1, 3, 17)], ids=str)
 def test_every_form_equals_the_definition(sizes, dropout_p, absorb, backend):
-    if backend == "triton" and absorb == "queries":
-        pytest.skip("has no kernel")
     exact = backend == "eager"
     tensors, mask, grad = inputs(*sizes, 24, torch.float64 if exact else torch.float32)
     # A sample without a valid key.
@@ -96,8 +105,8 @@ def test_every_form_equals_the_definition(sizes, dropout_p, absorb, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("absorb", ["never", "keys", "queries"])
 def test_a_sample_without_keys_and_what_padding_holds(absorb, backend):
-    if backend == "triton" and absorb != "keys":
-        pytest.skip("PyTorch's products, or the kernel of attention")
+    if backend == "triton" and absorb == "never":
+        pytest.skip("the kernel of attention")
     tensors, mask, grad = inputs(3, 5, 13, 24)
     mask[1] = False
     options = {"num_heads": 3, "key_padding_mask": mask, "dropout_p": 0.1, "seed": 3, "absorb": absorb}
@@ -193,6 +202,17 @@ def test_registration():
         torch.library.opcheck(backward, (saved[0], *saved, *rest, needs_out_bias), test_utils=utils)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_registration_of_the_softmax_between_products(dropout_p):
+    scores, mask = torch.randn(2, 3, 5, 7, device=DEVICE, requires_grad=True), torch.rand(2, 7, device=DEVICE) < 0.7
+    seed = torch.tensor([5], device=DEVICE) if dropout_p else None
+    ids = torch.tensor([9, 2**40], device=DEVICE) if dropout_p else None
+    rest = (mask, seed, ids, dropout_p)
+    torch.library.opcheck(torch.ops.sclkern.cross_attention_softmax, (scores, *rest))
+    grads = torch.randn(2, 3, 5, 7, device=DEVICE), torch.randn(2, 3, 5, device=DEVICE)
+    torch.library.opcheck(torch.ops.sclkern.cross_attention_softmax_backward, (*grads, scores.detach(), *rest))
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_the_op_has_the_gradients_of_its_core(full):
     leaves, (mask, seed, ids, dropout_p) = core(0.25 * full, full)
@@ -250,7 +270,8 @@ def test_any_sizes(data):
     dropout_p = data.draw(st.sampled_from([0.0, 0.5]), "dropout_p")
     mask = data.draw(st.sampled_from([None, mask]), "mask")
     options = {"num_heads": heads, "key_padding_mask": mask, "dropout_p": dropout_p, "seed": 7}
-    ours = run(tensors, grad, absorb="keys", backend="triton", **options)
+    absorb = data.draw(st.sampled_from(["keys", "queries"]), "absorb")
+    ours = run(tensors, grad, absorb=absorb, backend="triton", **options)
     truth = run(tensors, grad, torch.float64, absorb="never", backend="eager", **options)
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     for a, b in zip(ours, truth, strict=True):

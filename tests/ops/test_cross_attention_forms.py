@@ -43,11 +43,13 @@ def test_the_form_with_the_fewest_products_is_taken():
 
 @needs_kernels
 def test_triton_by_name_takes_forms_that_have_a_kernel():
-    assert [chosen(13, 325, backend=b)[0] for b in ("auto", "triton")] == ["queries", "never"]
-    assert chosen(13, 325, dropout_p=0.1)[0] == "never"
+    assert [chosen(13, 325, backend=b)[:2] for b in ("auto", "triton")] == [chosen(13, 325, dropout_p=0.1)[:2]] * 2
+    assert chosen(13, 325)[0] == "queries" and chosen(13, 325)[1].path == "triton-absorbed-queries"
+    assert [chosen(13, 5000, backend=b)[0] for b in ("auto", "triton")] == ["queries", "never"]
+    assert chosen(13, 5000, dropout_p=0.1)[0] == "never"
     assert chosen(325, 13, dropout_p=0.1)[:2] == chosen(325, 13, backend="triton")[:2]
-    with pytest.raises(ValueError, match="queries has no kernel"):
-        chosen(13, 325, absorb="queries", backend="triton")
+    with pytest.raises(ValueError, match="queries of more than 4096 keys there is no kernel"):
+        chosen(13, 5000, absorb="queries", backend="triton")
     with pytest.raises(ValueError, match="more than 32 keys there is no kernel"):
         chosen(325, 40, absorb="keys", backend="triton")
     # Heads of 8 channels are not for attention's kernel.

@@ -154,7 +154,7 @@ CALLS = [
     Call("frame_attention", frames(softmax_scale=0.0), "sdpa", "sdpa", "softmax_scale 0.0", "softmax_scale 0.0"),
     Call("frame_attention", frames(backend="eager"), "eager", "eager"),
     Call("cross_attention", cross(), "absorbed-keys", "triton-absorbed-keys", "absorbed into the 3 keys"),
-    Call("cross_attention", cross(queries=3, keys=40), "absorbed-queries", "absorbed-queries"),
+    Call("cross_attention", cross(queries=3, keys=40), "absorbed-queries", "triton-absorbed-queries"),
     Call("cross_attention", cross(absorb="never"), "sdpa", "triton", "nothing absorbed, as requested"),
     Call("cross_attention", cross(absorb="never", **SEED), "eager", "triton"),
     Call("cross_attention", cross(queries=20, keys=20), "sdpa", "triton", "nothing absorbed"),

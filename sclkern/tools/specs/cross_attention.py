@@ -73,7 +73,7 @@ def _shape(keys: int) -> AccuracyShape:
 SPEC = OpSpec(
     name="cross_attention",
     definition=reference.cross_attention,
-    kernels=("cross_attention",),
+    kernels=("cross_attention", "cross_attention_queries"),
     inputs=_inputs,
     small_inputs=_small_inputs,
     cost=_cost,

@@ -88,7 +88,7 @@ def compilations(
     Args:
         targets: names of ``compilation.TARGETS``.
         apart: the kernels that are compiled for each target, also where another stands for it
-            (``compilation.STAND_INS``): none, those that must not spill anywhere, or all.
+            (``compilation.STAND_INS``): none, those that must not spill anywhere (``HOT_STAND_INS``), or all.
 
     Returns:
         Those of sm_90 first, in the order of ``compilation.kernels``.
@@ -105,8 +105,10 @@ def compilations(
     for name, entry in entries.items():
         limits: dict[str, list[str]] = {}
         for target in launched[name]:
-            stand_in = compilation.STAND_INS.get(target, target)
-            alone = apart == "all" or (apart == "hot" and is_hot(entry)) or stand_in not in launched[name]
+            hot = apart == "hot" and is_hot(entry)
+            stand_ins = compilation.HOT_STAND_INS if hot else compilation.STAND_INS
+            stand_in = stand_ins.get(target, target)
+            alone = apart == "all" or stand_in not in launched[name]
             limits.setdefault(target if alone else stand_in, []).append(target)
         planned.append(Compilation(name, entry, tuple(limits), {t: tuple(of) for t, of in limits.items()}))
     return planned

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -41,7 +42,8 @@ from sclkern.tools.static.budget import (
 )
 from sclkern.tools.static.compilation import compile_entry, entry_name, resident_blocks
 
-COMPILATIONS = {planned.name: planned for planned in compilations()}
+# `sclkern bench static --check` also compiles each hot kernel for each target.
+COMPILATIONS = {planned.name: planned for planned in compilations(apart="none")}
 ENTRIES = {entry_name(entry): entry for entry in static.kernels()}
 
 
@@ -129,9 +131,13 @@ def test_each_target_is_checked_in_the_configuration_that_it_selects():
     for target in static.REQUIRED_TARGETS:
         chosen = {entry_name(entry) for entry in static.kernels(target)}
         assert chosen == {name for name, one in COMPILATIONS.items() if any(target in of for of in one.limits.values())}
-    every = compilations(every=True)
+    every, hot = compilations(apart="all"), compilations()
     assert all(set(one.targets) == {name for of in one.limits.values() for name in of} for one in every)
-    assert sum(len(one.targets) for one in every) > sum(len(one.targets) for one in COMPILATIONS.values())
+    numbers = [sum(len(one.targets) for one in planned) for planned in (every, hot, COMPILATIONS.values())]
+    assert numbers[0] > numbers[1] > numbers[2]
+    for one in hot:
+        if static.is_hot(one.entry):
+            assert set(one.targets) >= {name for of in one.limits.values() for name in of} - {"sm_86"}, one.name
 
 
 def test_too_much_shared_memory_is_reported_for_its_target():
@@ -139,6 +145,18 @@ def test_too_much_shared_memory_is_reported_for_its_target():
     (row,) = measure([Compilation("wide", wide, ("sm_80",), {"sm_80": ("sm_80", "sm_86")})])
     assert row.targets == ["sm_80", "sm_86"] and list(row.errors) == ["sm_86"]
     assert row.errors["sm_86"].startswith("shared memory: ") and row.errors["sm_86"].endswith("at most 101376 on sm_86")
+
+
+def test_a_hot_kernel_that_spills_is_reported_for_its_target(monkeypatch):
+    large = Compilation("large", probe(too_much_at_once, block=8192, warps=1), ("sm_80",), {"sm_80": ("sm_80",)})
+    (row,) = measure([large])
+    assert re.fullmatch(r"spills: stack [1-9]\d* bytes, expected at most 0 on sm_80", row.errors["sm_80"])
+    monkeypatch.setattr(static, "COLD_KERNELS", ("too_much_at_once",))
+    stack = int(re.search(r"\d+", row.errors["sm_80"])[0])
+    monkeypatch.setattr(static, "MOST_COLD_STACK", stack)
+    assert measure([large])[0].errors == {}
+    monkeypatch.setattr(static, "MOST_COLD_STACK", stack - 4)
+    assert list(measure([large])[0].errors) == ["sm_80"]
 
 
 @pytest.mark.parametrize(
