@@ -119,6 +119,11 @@ def _padded(columns: int) -> int:
     return (columns + 63) // 64 * 64
 
 
+def _rows(tensor: Tensor, first: int, count: int) -> Tensor:
+    # A view takes as long as a launch.
+    return tensor if count == tensor.shape[0] else tensor[first : first + count]
+
+
 def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -133,12 +138,13 @@ def _forward(
         if bias is not None:
             # Padded, so that its loads are wide as those of the logits.
             bias = hidden.new_empty(_padded(vocabulary)).narrow(0, 0, vocabulary).copy_(bias)
+        by_row = hidden, labels, losses, *saved.unbind(), hits
         for start in range(0, count, step):
-            rows = slice(start, min(start + step, count))
-            piece = logits[: rows.stop - start]
-            torch.mm(hidden[rows], weight.T, out=piece[:, :vocabulary])
-            results = losses[rows], saved[0, rows], saved[1, rows], hits[rows]
-            launchers.statistics(piece, bias, labels[rows], ignore_index, *results, vocabulary)
+            rows = min(step, count - start)
+            piece = _rows(logits, 0, rows)
+            inputs, targets, *results = (_rows(tensor, start, rows) for tensor in by_row)
+            torch.mm(inputs, weight.T, out=piece.narrow(1, 0, vocabulary))
+            launchers.statistics(piece, bias, targets, ignore_index, *results, vocabulary)
         loss, divisor, hit_count = launchers.reduce(losses, hits, labels, ignore_index, reduction == "mean")
     loss = losses if reduction == "none" else loss
     return loss, hit_count, divisor, saved, logits if count <= step else logits.new_empty((0, 0))
@@ -166,20 +172,21 @@ def _backward(
         # Zero times what an ignored row holds may be NaN.
         inputs = hidden.masked_fill((labels == ignore_index)[:, None], 0.0) if needs_weight else hidden
         for first in range(0, vocabulary, columns):
-            part = slice(first, min(first + columns, vocabulary))
-            width = part.stop - first
+            width = min(columns, vocabulary - first)
+            part_weight, of_width = _rows(weight, first, width), grad_logits.narrow(1, 0, width)
             if not saved_logits:
-                torch.mm(hidden, weight[part].T, out=logits[:, :width])
-            count_of_mean, part_bias = divisor if reduction == "mean" else None, None if bias is None else bias[part]
-            results = grad_logits, grad_bias[part] if needs_bias else None
-            rows = labels, *saved, ignore_index
+                torch.mm(hidden, part_weight.T, out=logits[:, :width])
+            count_of_mean = divisor if reduction == "mean" else None
+            part_bias = None if bias is None else _rows(bias, first, width)
+            results = grad_logits, _rows(grad_bias, first, width) if needs_bias else None
+            rows = labels, *saved.unbind(), ignore_index
             launchers.gradient(grad_loss, count_of_mean, logits, part_bias, *rows, first, *results, width)
             if needs_weight:
-                torch.mm(grad_logits[:, :width].T, inputs, out=grad_weight[part])
+                torch.mm(of_width.T, inputs, out=_rows(grad_weight, first, width))
             if needs_hidden and saved_logits:
-                torch.mm(grad_logits[:, :width], weight, out=grad_hidden)
+                torch.mm(of_width, weight, out=grad_hidden)
             elif needs_hidden:
-                total += grad_logits[:, :width] @ weight[part]
+                total += of_width @ part_weight
     grad_hidden = grad_hidden if saved_logits else total.to(hidden.dtype)
     return [grad_hidden, grad_weight] + ([] if bias is None else [grad_bias])
 
