@@ -223,6 +223,8 @@ def select_kernels(
 
 def current_arch(device: torch.device) -> str:
     """The architecture of a device; "sm_90" of a CPU (the interpreter), meta tensors, and a GPU that is not there."""
+    if _assumed:
+        return _assumed[-1]
     if device.type != "cuda":
         return "sm_90"
     return _arch_of_gpu(torch.cuda.current_device() if device.index is None else device.index)
@@ -241,6 +243,7 @@ def _arch_of_gpu(index: int) -> str:
     return exact if exact in TABLES else generations.get(major, "sm_86")
 
 
+_assumed: list[str] = []
 _overrides: dict[str, Mapping[str, int]] = {}
 _cached: list[Callable[[], None]] = []
 _Settled = TypeVar("_Settled", bound=Callable[..., Any])
@@ -291,6 +294,27 @@ def override(kernels: Sequence[str], **fields: int) -> Iterator[None]:
         yield
     finally:
         _override(before)
+
+
+@contextmanager
+def assume(arch: str) -> Iterator[None]:
+    """Inside, launchers select for this architecture, whatever GPU there is: how another machine's are compiled.
+
+    Args:
+        arch: one of ``ARCHITECTURES``.
+
+    Raises:
+        ValueError: there is no table for it.
+    """
+    if arch not in TABLES:
+        raise ValueError(f"arch: got {arch!r}, expected one of {', '.join(TABLES)}")
+    _assumed.append(arch)
+    _override(dict(_overrides))
+    try:
+        yield
+    finally:
+        _assumed.pop()
+        _override(dict(_overrides))
 
 
 def _override(values: Mapping[str, Mapping[str, int]]) -> None:

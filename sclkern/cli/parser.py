@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sclkern", description="Vision-language pre-training with SCL.")
     parser.add_argument("--version", action="version", version=f"sclkern {__version__}")
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
-    for add in (_pretrain, _plan, _configs, _convert, _parity, _bench, _profile, _doctor):
+    for add in (_pretrain, _plan, _configs, _convert, _parity, _bench, _profile, _warmup, _doctor):
         add(commands)
     return parser
 
@@ -166,6 +166,21 @@ def _profile(commands: Commands) -> None:
     tool.add_argument("--nsys", action="store_true", help="record with nsys instead, on a GPU")
     tool.add_argument("--ncu", action="store_true", help="record one step's kernels of --phase with ncu, on a GPU")
     tool.add_argument("--mark-only", action="store_true", help="mark the steps for a profiler that is attached")
+
+
+def _warmup(commands: Commands) -> None:
+    command = _add(
+        commands,
+        "warmup",
+        help="compile the kernels of a training step ahead of it",
+        description="Compile every kernel that a step of the configuration launches, on every core, into Triton's "
+        "cache, where the first step finds them. With --target it needs no GPU: the cache may then be copied.",
+    )
+    _config(command, default="pretrain_base")
+    command.add_argument(
+        "--target", choices=("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"), help="default: this machine's GPU"
+    )
+    _json(command)
 
 
 def _doctor(commands: Commands) -> None:

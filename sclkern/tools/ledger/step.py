@@ -36,6 +36,48 @@ def _autocast(dtype: torch.dtype | None) -> Iterator[None]:
         torch.set_autocast_dtype("cuda", before[1])
 
 
+def trace(
+    mode: Any,
+    config: SCLConfig,
+    objectives: ObjectiveConfig,
+    step: StepConfig,
+    *,
+    rows: int,
+    num_frames: int = 1,
+    caption_tokens: int = 13,
+    padded_tokens: int = 18,
+    precision: torch.dtype | None = torch.bfloat16,
+) -> None:
+    """Take a step, forward and backward, on fake CUDA tensors.
+
+    Args:
+        mode: dispatch mode that sees the operators; its attribute ``section`` is set to "forward", then "backward".
+        config: as of ``measure``.
+        objectives: as of ``measure``.
+        step: as of ``measure``.
+        rows: as of ``measure``.
+        num_frames: as of ``measure``.
+        caption_tokens: as of ``measure``.
+        padded_tokens: as of ``measure``.
+        precision: as of ``measure``.
+    """
+    with FakeTensorMode(), torch.device("cuda"):
+        network = SCLNetwork(config).train()
+        network.execution.absorb = step.absorb
+        network.execution.checkpoint_blocks = step.checkpoint_blocks
+        frames = () if num_frames == 1 else (num_frames,)
+        image = torch.empty(rows, *frames, 3, config.image_size, config.image_size)
+        ids = torch.empty(rows, padded_tokens, dtype=torch.int64)
+        mask = torch.empty_like(ids, dtype=torch.bool)
+        batch = {"image": image, "false_image": image, "text_ids": ids, "text_mask": mask}
+        with mode:
+            mode.section = "forward"
+            with _autocast(precision):
+                losses = take_step(network, objectives, step, {**batch, "text_tokens": rows * caption_tokens}, 0)
+            mode.section = "backward"
+            backward(losses.total)
+
+
 def measure(
     config: SCLConfig,
     objectives: ObjectiveConfig,
@@ -69,21 +111,8 @@ def measure(
     if interpreted() or not TRITON_INSTALLED:
         raise UserError("ledger: counts what Triton launches; install triton, and unset TRITON_INTERPRET")
     ledger = Ledger()
-    with FakeTensorMode(), torch.device("cuda"):
-        network = SCLNetwork(config).train()
-        network.execution.absorb = step.absorb
-        network.execution.checkpoint_blocks = step.checkpoint_blocks
-        frames = () if num_frames == 1 else (num_frames,)
-        image = torch.empty(rows, *frames, 3, config.image_size, config.image_size)
-        ids = torch.empty(rows, padded_tokens, dtype=torch.int64)
-        mask = torch.empty_like(ids, dtype=torch.bool)
-        batch = {"image": image, "false_image": image, "text_ids": ids, "text_mask": mask}
-        with ledger:
-            ledger.section = "forward"
-            with _autocast(precision):
-                losses = take_step(network, objectives, step, {**batch, "text_tokens": rows * caption_tokens}, 0)
-            ledger.section = "backward"
-            backward(losses.total)
+    sizes = {"rows": rows, "num_frames": num_frames, "caption_tokens": caption_tokens, "padded_tokens": padded_tokens}
+    trace(ledger, config, objectives, step, **sizes, precision=precision)
     ledger.section = "step"
     for name in ("forward", "backward"):
         for key, line in ledger.lines[name].items():
