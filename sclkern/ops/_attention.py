@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -117,7 +116,7 @@ def plan_heads(
     return Choice("eager", choice.reasons + sdpa_problems) if sdpa_problems else choice.via("sdpa", sdpa)
 
 
-def plan_flash(query: Tensor, empty: bool, *call: Any) -> Choice:
+def plan_flash(query: Tensor, empty: bool, *call: object) -> Choice:
     """The path of an attention op with ``backend="flash"``.
 
     Args:
@@ -132,8 +131,7 @@ def plan_flash(query: Tensor, empty: bool, *call: Any) -> Choice:
         ValueError: flash-attn cannot run.
     """
     flash.require(query.device, autocast_like(query)[0].dtype, query.shape[-1], *call)
-    reasons = "no queries or no keys, for which flash-attn has no launch", f"flash-attn {flash.version()}, as requested"
-    return Choice("eager", reasons[:1]) if empty else Choice("flash", reasons[1:])
+    return Choice("eager", ("no queries or no keys",)) if empty else Choice("flash", (f"flash-attn {flash.version()}",))
 
 
 def contiguous_channels(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -96,14 +96,12 @@ def plan(
     """The path of these arguments; see ``sclkern.ops.explain``."""
     if query is None:
         return select_backend(key, value, backend=backend)
-    problems: tuple[str, ...] = ()
-    if dropout_p > 0 and not (seed is None and dropout_ids is None):
-        problems += ("PyTorch's attention cannot draw the dropout mask of a seed or of ids",)
     empty = 0 in query.shape[:2] or (key is not None and key.shape[1] == 0)
     if backend == "flash":
         return _attention.plan_flash(query, empty, dropout_p, softmax_scale, seed, dropout_ids, return_lse)
-    if empty:
-        problems += ("no queries or no keys",)
+    problems: tuple[str, ...] = ("no queries or no keys",) if empty else ()
+    if dropout_p > 0 and not (seed is None and dropout_ids is None):
+        problems += ("PyTorch's attention cannot draw the dropout mask of a seed or of ids",)
     sdpa = "PyTorch's scaled_dot_product_attention on a CPU"
     return _attention.plan_heads((query, key, value), query.shape[-1], softmax_scale, backend, sdpa, problems)
 

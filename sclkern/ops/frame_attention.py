@@ -97,15 +97,14 @@ def _is_plain(query: Tensor, num_frames: int) -> bool:
 
 def _attend_twice(path: str, query: Tensor, key: Tensor, value: Tensor, num_frames: int, scale: float) -> Tensor:
     """Two calls of plain attention, without the (F * (1 + P)) ** 2 mask that one call would need."""
-    attend = _attention.THEIRS[path]
     batch, length, heads, head_dim = query.shape
     tokens = length // num_frames
-    cls = attend(query[:, ::tokens], key, value, None, scale)
+    cls = _attention.THEIRS[path](query[:, ::tokens], key, value, None, scale)
     if tokens == 1:
         return cls
     framed = (tensor.reshape(batch * num_frames, tokens, heads, head_dim) for tensor in (query, key, value))
     frame_query, frame_key, frame_value = framed
-    patches = attend(frame_query[:, 1:], frame_key, frame_value, None, scale)
+    patches = _attention.THEIRS[path](frame_query[:, 1:], frame_key, frame_value, None, scale)
     out = torch.cat((cls.unsqueeze(2), patches.unflatten(0, (batch, num_frames))), 2)
     return out.reshape(query.shape)
 

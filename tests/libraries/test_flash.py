@@ -104,9 +104,7 @@ def test_the_backward_is_deterministic_where_torch_is_told_to_be(installed):
 def test_explain_says_so(installed):
     query, key, value = heads(2, 4)
     choice = ops.explain("attention", query, key, value, backend="flash")
-    assert (choice.path, choice.backend) == ("flash", "flash") and choice.reasons == (
-        "flash-attn 2.8.3.post2, as requested",
-    )
+    assert (choice.path, choice.backend) == ("flash", "flash") and choice.reasons == ("flash-attn 2.8.3.post2",)
 
 
 @pytest.mark.parametrize(("batch", "queries", "keys"), [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
@@ -114,7 +112,7 @@ def test_an_empty_call_is_the_definitions(installed, batch, queries, keys):
     query, _, _ = heads(batch, queries)
     _, key, value = heads(batch, keys)
     choice = ops.explain("attention", query, key, value, backend="flash")
-    assert choice.path == "eager" and "no queries or no keys, for which flash-attn has no launch" in choice.reasons
+    assert choice.path == "eager" and choice.reasons == ("no queries or no keys",)
     out = ops.attention(query, key, value, backend="flash")
     assert out.shape == query.shape and not out.any() and stand_ins.calls == []
     lengths = (torch.zeros(batch + 1, dtype=torch.int32) for _ in range(2))
