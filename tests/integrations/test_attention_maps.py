@@ -88,6 +88,26 @@ def test_the_op_goes_on_after_a_call_for_maps(way, op_calls):
 
 
 @torch.no_grad()
+def test_maps_that_the_users_own_module_collects():
+    class Layers(torch.nn.Module):
+        def __init__(self, implementation):
+            super().__init__()
+            torch.manual_seed(0)
+            bert = transformers.BertModel._from_config(
+                transformers.BertConfig(**BERT), attn_implementation=implementation
+            )
+            self.layers = torch.nn.ModuleList(layer.attention.self for layer in bert.encoder.layer)
+
+        def forward(self, hidden, output_attentions=False):
+            return [layer(hidden)[1] for layer in self.layers]
+
+    eager, ours = Layers("eager").eval(), Layers("sclkern").eval()
+    hidden = torch.randn(2, 5, 64)
+    assert_maps([ours(hidden, output_attentions=True)], [eager(hidden)])
+    assert ours(hidden) == [None, None]
+
+
+@torch.no_grad()
 def test_maps_that_the_configuration_asks_for(make):
     eager, inputs = make("bridgetower", attn_implementation="eager")
     expected = eager.eval()(**inputs, output_attentions=True).attentions

@@ -109,12 +109,15 @@ def wants_maps(module: nn.Module, arguments: dict[str, Any]) -> bool:
     wanted = _collects(module)
     if torch.compiler.is_compiling():
         return bool(wanted)
-    if wanted is None and "output_attentions" not in arguments:
-        wanted = _asked_by_callers()
-    seen = module.__dict__.get("_sclkern_wants_maps", False)
-    if wanted is not None and wanted != seen and request is None:
+    seen: bool = module.__dict__.get("_sclkern_wants_maps", False)
+    if wanted is None and torch._C._current_graph_task_id() != -1:
+        # In a backward, gradient checkpointing repeats the call.
+        return seen
+    if wanted is None:
+        wanted = "output_attentions" not in arguments and _asked_by_callers()
+    if wanted != seen and request is None:
         module.__dict__["_sclkern_wants_maps"] = wanted
-    return bool(seen if wanted is None else wanted)
+    return wanted
 
 
 def maps_of(module: nn.Module, options: dict[str, Any]) -> bool:
@@ -149,28 +152,26 @@ def _collects(module: nn.Module) -> bool | None:
     return None if collected is None else any("attentions" in key for key in collected)
 
 
-def _asked_by_callers() -> bool | None:
-    """Whether a module was called with ``output_attentions=True`` around this call; None outside of any model."""
-    asked, frame = None, sys._getframe(2)
+def _asked_by_callers() -> bool:
+    """Whether a module was called with ``output_attentions=True`` around this call."""
+    frame = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "forward" or code.co_name.startswith("get_"):
-            module = frame.f_locals.get("self")
-            is_model = isinstance(module, _model_class or ())
-            if isinstance(module, nn.Module) and _asked(frame, module if is_model else None):
+        if code.co_argcount and (code.co_name == "forward" or code.co_name.startswith("get_")):
+            module = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(module, nn.Module) and _asked(frame, module):
                 return True
-            asked = False if is_model else asked
         frame = frame.f_back  # type: ignore[assignment]
-    return asked
+    return False
 
 
-def _asked(frame: FrameType, model: Any) -> bool:
+def _asked(frame: FrameType, module: Any) -> bool:
     """Whether a call of a method asks for maps; of a model, also its configuration."""
     names, code = frame.f_locals, frame.f_code
     wanted = names.get("output_attentions")
     if wanted is None and code.co_flags & inspect.CO_VARKEYWORDS:
         place = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
         wanted = (names.get(code.co_varnames[place]) or {}).get("output_attentions")
-    if wanted is None and model is not None:
-        wanted = getattr(model.config, "output_attentions", False)
+    if wanted is None and isinstance(module, _model_class or ()):
+        wanted = getattr(module.config, "output_attentions", False)
     return wanted is True
