@@ -21,7 +21,7 @@ OPTIONAL = (
 # libraries that may be missing, packages that the doctor looks for, what a compiling process is sent.
 LOADERS = (
     "sclkern", "sclkern.cli", "sclkern.data.source", "sclkern.libraries._lookup", "sclkern.tools.doctor",
-    "sclkern.tools.static.workers",
+    "sclkern.tools.static.workers", "sclkern.tools.warmup",
 )  # fmt: skip
 
 
