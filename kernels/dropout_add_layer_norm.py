@@ -10,6 +10,9 @@ keeping the sum would, the forward writes nothing more, and the sum is never rou
 With ``total_ptr`` the sum is written: a pre-norm block goes on with it and keeps it anyway, so the backward reads it in
 place of x and residual. The norm is that of the sum as it is stored, rounded where that is half precision, so that the
 backward differentiates what the forward computed.
+
+With ``copy_ptr`` the norm is written in the dtype of x as well: what the next products read of a stream that goes on in
+float32. The backward adds the gradients of both as it reads them.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ def dropout_add_layer_norm_forward_kernel(
     ids_ptr,  # (R,) int64, which key the dropout mask in place of the row, or None
     out_ptr,  # (R, D)
     total_ptr,  # (R, D), or None where the sum is not returned
+    copy_ptr,  # (R, D), or None where the norm is written once
     mean_ptr,  # (R,) float32
     rstd_ptr,  # (R,) float32
     rows,
@@ -65,6 +69,8 @@ def dropout_add_layer_norm_forward_kernel(
         total = stored.to(tl.float32)
     out, mean, rstd = layer_norm(total, inside, weight_ptr, bias_ptr, column, columns, eps)
     tl.store(out_ptr + row * columns + column, out.to(out_ptr.dtype.element_ty), mask=inside)
+    if copy_ptr is not None:
+        tl.store(copy_ptr + row * columns + column, out.to(copy_ptr.dtype.element_ty), mask=inside)
     tl.store(mean_ptr + row, mean, mask=row < rows)
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
 
@@ -73,6 +79,7 @@ def dropout_add_layer_norm_forward_kernel(
 def dropout_add_layer_norm_backward_kernel(
     grad_out_ptr,  # (R, D)
     grad_total_ptr,  # (R, D), or None where nothing else reads the sum
+    grad_copy_ptr,  # (R, D), or None
     x_ptr,  # (R, D), or None with total_ptr
     residual_ptr,  # (R, D), or None with total_ptr
     total_ptr,  # (R, D), or None where the forward did not write it
@@ -115,6 +122,8 @@ def dropout_add_layer_norm_backward_kernel(
         mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
         grad_out = tl.load(grad_out_ptr + element, mask=inside, other=0.0).to(tl.float32)
+        if grad_copy_ptr is not None:
+            grad_out += tl.load(grad_copy_ptr + element, mask=inside, other=0.0).to(tl.float32)
         grad_total, normal = layer_norm_gradient(grad_out, total, weight, mean, rstd, inside, columns)
         if grad_total_ptr is not None:
             grad_total += tl.load(grad_total_ptr + element, mask=inside, other=0.0).to(tl.float32)
@@ -168,6 +177,7 @@ def dropout_add_layer_norm_forward(
     eps: float,
     return_sum: bool = False,
     dropout_ids: Tensor | None = None,
+    return_copy: bool = False,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Launch the forward kernel.
@@ -183,24 +193,28 @@ def dropout_add_layer_norm_forward(
         eps: added to the variance.
         return_sum: whether the sum is written.
         dropout_ids: (R,) int64 contiguous, which key the mask in place of the row, or None.
+        return_copy: whether the norm is written in the dtype of x too; not with ``return_sum``.
         config: launch configuration, None for the selected one.
 
     Returns:
         The norm (R, D), in the dtype of x with ``return_sum``, otherwise in the wider dtype of x and residual; the sum
-        (R, D) in the wider dtype, or None; mean and 1 / deviation of the rows (R,) float32.
+        (R, D) in the wider dtype, the copy (R, D) in that of x, or None; mean and 1 / deviation of the rows (R,)
+        float32.
     """
     wider = x.dtype if x.dtype == residual.dtype else torch.promote_types(x.dtype, residual.dtype)
     out = _empty_like(x, dtype=x.dtype if return_sum else wider)
     total = _empty_like(x, dtype=wider) if return_sum else None
     mean, rstd = (x.new_empty(x.shape[:1], dtype=torch.float32) for _ in range(2))
     launch = _prepare(False, config, x.dtype, x.device, x.shape, dropout_p, eps)
-    launch(x, residual, weight, bias, x_bias, seed, dropout_ids, out, total, mean, rstd)
-    return out, total, mean, rstd
+    copy = _empty_like(x) if return_copy else None
+    launch(x, residual, weight, bias, x_bias, seed, dropout_ids, out, total, copy, mean, rstd)
+    return out, copy if return_copy else total, mean, rstd
 
 
 def dropout_add_layer_norm_backward(
     grad_out: Tensor,
     grad_total: Tensor | None,
+    grad_copy: Tensor | None,
     x: Tensor | None,
     residual: Tensor | None,
     total: Tensor | None,
@@ -220,6 +234,7 @@ def dropout_add_layer_norm_backward(
     Args:
         grad_out: (R, D) contiguous, gradient of the norm.
         grad_total: (R, D) contiguous, gradient of the sum, or None.
+        grad_copy: (R, D) contiguous, gradient of the copy, or None.
         x: as in the forward, or None with ``total``.
         residual: as in the forward, or None with ``total``.
         total: the sum that the forward wrote, or None.
@@ -245,17 +260,23 @@ def dropout_add_layer_norm_backward(
     launch = _prepare(True, config, grad_out.dtype, grad_out.device, grad_out.shape, dropout_p)
     sums = launch.grid[0], 2 if x_bias is None else 3, grad_out.shape[1]
     partial = grad_out.new_empty(sums, dtype=torch.float32)
-    inputs = grad_out, grad_total, x, residual, total, weight, x_bias, seed, dropout_ids, mean, rstd
+    inputs = grad_out, grad_total, grad_copy, x, residual, total, weight, x_bias, seed, dropout_ids, mean, rstd
     launch(*inputs, grad_x, grad_residual, partial)
     return grad_x, grad_residual, partial.sum(0)
 
 
-def _entries(arch: str, columns: int, stream: str | None, absent: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Both kernels for bfloat16 rows, with the sum beside a residual ``stream`` of that type, or without the sum."""
-    absent += ("total_ptr", "grad_total_ptr") if stream is None else ()
-    recomputed = () if stream is None else ("x_ptr", "residual_ptr")
-    branch = ("x_ptr", "out_ptr", "grad_out_ptr", "grad_x_ptr")
+def _entries(
+    arch: str, columns: int, stream: str | None, absent: tuple[str, ...], copy: bool = False
+) -> list[dict[str, Any]]:
+    """Both kernels for bfloat16 rows, with the sum beside a residual ``stream`` of that type, or without the sum; or
+    for a ``stream`` whose norm is written in both types."""
+    summed = stream is not None and not copy
+    absent += () if summed else ("total_ptr", "grad_total_ptr")
+    absent += () if copy else ("copy_ptr", "grad_copy_ptr")
+    recomputed = ("x_ptr", "residual_ptr") if summed else ()
+    branch = ("x_ptr", "out_ptr", "grad_out_ptr", "grad_x_ptr", "copy_ptr", "grad_copy_ptr")
     streams = ("residual_ptr", "total_ptr", "grad_total_ptr", "grad_residual_ptr")
+    streams += ("out_ptr", "grad_out_ptr") if copy else ()
     singles = ("weight_ptr", "bias_ptr", "x_bias_ptr", "mean_ptr", "rstd_ptr", "partial_ptr")
     signature = dict.fromkeys(branch, "*bf16") | dict.fromkeys(streams, f"*{stream or 'bf16'}")
     signature |= dict.fromkeys(singles, "*fp32") | {"seed_ptr": "*i64", "scale": "fp32", "eps": "fp32"}
@@ -267,7 +288,8 @@ def _entries(arch: str, columns: int, stream: str | None, absent: tuple[str, ...
         (config,) = select("dropout_add_layer_norm", pass_, torch.bfloat16, arch, columns=columns)
         constants = {"STREAM": STREAM_FEATURES} | {name: None for name in names if name in kernel.arg_names}
         entry = static_entry(kernel, config, signature, divisible=["columns"], **constants)
-        entries.append(entry | {"features": "bf16" if stream is None else f"bf16+{stream} sum"})
+        features = "bf16" if stream is None else f"bf16+{stream} {'copy' if copy else 'sum'}"
+        entries.append(entry | {"features": features})
     return entries
 
 
@@ -275,7 +297,7 @@ def ahead_of_time(arch: str) -> list[dict[str, Any]]:
     """What the static checks compile for an architecture.
 
     Without the sum: the width of the model with everything and with nothing, and the widest row. With the sum: the
-    vision encoder under autocast; all in bfloat16; and everything.
+    vision encoder under autocast; all in bfloat16; and everything. With the copy: the other encoders under autocast.
     """
     return [
         *_entries(arch, 768, None, ()),
@@ -284,4 +306,5 @@ def ahead_of_time(arch: str) -> list[dict[str, Any]]:
         *_entries(arch, 768, "fp32", ("x_bias_ptr", "seed_ptr")),
         *_entries(arch, 768, "bf16", ("x_bias_ptr", "seed_ptr", "grad_x_ptr")),
         *_entries(arch, 768, "fp32", ()),
+        *_entries(arch, 768, "fp32", (), copy=True),
     ]

@@ -83,9 +83,11 @@ class Attention(nn.Module):
         ):
             return self._absorbed(x, layout, context, context_layout)
         else:
-            weight, bias = self.in_proj.weight, self.in_proj.bias
-            query = F.linear(x, weight[:width], bias[:width])
-            key, value = F.linear(context, weight[width:], bias[width:]).chunk(2, -1)
+            # One split, whose gradient is one tensor: two slices would each fill another of the whole.
+            query_weight, context_weight = self.in_proj.weight.split((width, 2 * width))
+            query_bias, context_bias = self.in_proj.bias.split((width, 2 * width))
+            query = F.linear(x, query_weight, query_bias)
+            key, value = F.linear(context, context_weight, context_bias).chunk(2, -1)
         query, key, value = (t.unflatten(-1, (-1, HEAD_DIM)) for t in (query, key, value))
         dropout_p = self._dropout_p
         if probabilities is None:

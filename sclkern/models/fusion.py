@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from sclkern.models.config import SCLConfig
 from sclkern.models.execution import Execution
-from sclkern.models.layers import PostNormBlock, run_block
-from sclkern.models.layouts import Layout, Rows
+from sclkern.models.layers import PostNormBlock, Stream, run_block
+from sclkern.models.layouts import Layout, Rows, Section
 from sclkern.profiling import phase
 
 LAYER_NORM_EPS = 1e-12
@@ -30,24 +30,6 @@ class LayerAttention(NamedTuple):
     text_to_image: Tensor
     image: Tensor
     image_to_text: Tensor
-
-
-class Section(NamedTuple):
-    """Neighbouring sequences of a batch.
-
-    Attributes:
-        start: their first index in the first dimension of the tokens.
-        stop: the index after their last.
-        layout: of these tokens alone.
-    """
-
-    start: int
-    stop: int
-    layout: Layout
-
-    def take(self, x: Tensor) -> Tensor:
-        """The tokens of the section."""
-        return x[self.start : self.stop]
 
 
 class OutputSelection(NamedTuple):
@@ -112,28 +94,36 @@ class FusionEncoder(nn.Module):
         Returns:
             Both fused streams: like text and image, or the rows of ``outputs``.
         """
+        text_stream, image_stream = Stream.of(text), Stream.of(image)
         run = partial(run_block, checkpoint=self.execution.checkpoint_blocks)
         layers = list(zip(self.text_layers, self.image_layers, strict=True))
         for number, (text_layer, image_layer) in enumerate(layers if outputs is None else layers[:-1]):
             maps: list[Tensor] | None = None if attentions is None else []
             with phase(f"fusion layer {number}"):
-                text, image = (
-                    run(text_layer, text, text_layout, image, image_layout, probabilities=maps),
-                    run(image_layer, image, image_layout, text, text_layout, probabilities=maps),
+                text_stream, image_stream = (
+                    run(text_layer, text_stream, text_layout, image_stream.read, image_layout, probabilities=maps),
+                    run(image_layer, image_stream, image_layout, text_stream.read, text_layout, probabilities=maps),
                 )
             if attentions is not None and maps is not None:
                 attentions.append(LayerAttention(*maps))
         if outputs is None:
-            return text, image
-        context, section = outputs.text_context, outputs.image_section
-        text_out, image_out = outputs.text.take(text), outputs.image.take(section.take(image))
+            return text_stream.tokens, image_stream.tokens
+        context, section = outputs.text_context.take(image_stream.read), image_stream.take(outputs.image_section)
         if not layers:
-            return text_out, image_out
+            return outputs.text.take(text), outputs.image.take(section.tokens)
+        text_layer, image_layer = layers[-1]
+        section_layout = outputs.image_section.layout
         # A stream without outputs is not computed at all.
         with phase(f"fusion layer {len(layers) - 1}"):
-            text_layer, image_layer = layers[-1]
             if outputs.text.length:
-                text_out = run(text_layer, text, text_layout, context.take(image), context.layout, rows=outputs.text)
+                context_layout = outputs.text_context.layout
+                text_out = run(text_layer, text_stream, text_layout, context, context_layout, rows=outputs.text)
+            else:
+                text_out = text_stream.take(outputs.text)
             if outputs.image.length:
-                image_out = run(image_layer, section.take(image), section.layout, text, text_layout, rows=outputs.image)
-        return text_out, image_out
+                image_out = run(
+                    image_layer, section, section_layout, text_stream.read, text_layout, rows=outputs.image
+                )  # fmt: skip
+            else:
+                image_out = section.take(outputs.image)
+        return text_out.tokens, image_out.tokens

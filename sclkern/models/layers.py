@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from sclkern import ops
 from sclkern.models.attention import Attention
+from sclkern.models.casting import weights_cast_once
 from sclkern.models.execution import Execution
-from sclkern.models.layouts import Layout, Rows
+from sclkern.models.layouts import Layout, Rows, Section
 from sclkern.models.norms import LayerNorm
 from sclkern.nn.linear_gelu import linear_gelu
+from sclkern.ops.dispatch import autocast
 from sclkern.random import seeds_again
 
 ACTIVATIONS: dict[str, Literal["none", "quick"]] = {"quick_gelu": "quick", "gelu": "none"}
@@ -69,6 +71,28 @@ def run_block(block: nn.Module, *inputs: Any, checkpoint: bool, **options: Any) 
     return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, **options)
 
 
+class Stream(NamedTuple):
+    """Tokens of a post-norm stream, which autocast leaves in float32.
+
+    Attributes:
+        tokens: what the next branch is added to.
+        read: the same in the dtype in which matrix products read them.
+    """
+
+    tokens: Tensor
+    read: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tensor) -> Stream:
+        """Tokens that no block has made."""
+        return cls(tokens, autocast(tokens))
+
+    def take(self, part: Rows | Section) -> Stream:
+        """Some of the tokens."""
+        tokens = part.take(self.tokens)
+        return Stream(tokens, tokens if self.read is self.tokens else part.take(self.read))
+
+
 class ResidualNorm(LayerNorm):
     """LayerNorm of a residual stream and the update of its last branch: ``norm(stream + dropout(update))``.
 
@@ -97,7 +121,7 @@ class ResidualNorm(LayerNorm):
         """
         if update is None:
             return super().forward(stream)
-        return self._add(stream, update, return_sum=False)
+        return self._add(stream, update)
 
     def with_sum(self, stream: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
         """As ``forward``; also returns the sum, which is the stream after this branch."""
@@ -105,10 +129,16 @@ class ResidualNorm(LayerNorm):
             return super().forward(stream), stream
         return self._add(stream, update, return_sum=True)
 
-    def _add(self, stream: Tensor, update: Tensor, *, return_sum: bool) -> Any:
+    def with_copy(self, stream: Tensor, update: Tensor) -> Stream:
+        """As ``forward``; also returns the norm in the dtype of the update, which is that of matrix products."""
+        if self.execution.layer_norm != "sclkern":
+            return Stream.of(self._add(stream, update, return_sum=False))
+        return Stream(*self._add(stream, update, return_copy=True))
+
+    def _add(self, stream: Tensor, update: Tensor, **returned: Any) -> Any:
         if self.execution.layer_norm != "sclkern":
             total = stream + F.dropout(update, self.dropout, self.training)
-            return (super().forward(total), total) if return_sum else super().forward(total)
+            return (super().forward(total), total) if returned["return_sum"] else super().forward(total)
         return ops.dropout_add_layer_norm(
             update,
             stream,
@@ -116,7 +146,7 @@ class ResidualNorm(LayerNorm):
             self.bias,
             dropout_p=self.dropout if self.training else 0.0,
             eps=self.eps,
-            return_sum=return_sum,
+            **returned,
             backend=self.execution.op_backend,
         )
 
@@ -145,6 +175,7 @@ class PreNormBlock(nn.Module):
         self.mlp_norm = ResidualNorm(width, execution=execution)
         self.mlp = FeedForward(width, mlp_ratio, activation, execution)
 
+    @weights_cast_once
     def forward(
         self, stream: Tensor, update: Tensor | None, layout: Layout, probabilities: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -197,16 +228,17 @@ class PostNormBlock(nn.Module):
         self.mlp = FeedForward(width, mlp_ratio, execution=execution)
         self.mlp_norm = ResidualNorm(width, eps, dropout, execution)
 
+    @weights_cast_once
     def forward(
         self,
-        x: Tensor,
+        x: Stream,
         layout: Layout,
         context: Tensor | None = None,
         context_layout: Layout | None = None,
         *,
         rows: Rows | None = None,
         probabilities: list[Tensor] | None = None,
-    ) -> Tensor:
+    ) -> Stream:
         """Run the block.
 
         Args:
@@ -221,13 +253,13 @@ class PostNormBlock(nn.Module):
             Like x, or the outputs of ``rows``.
         """
         if rows is None:
-            update = self.attention(x, layout, probabilities=probabilities)
+            update = self.attention(x.read, layout, probabilities=probabilities)
         else:
-            queries = rows.take(x)
-            update = self.attention(queries, rows.layout, x, layout, probabilities=probabilities)
+            queries = x.take(rows)
+            update = self.attention(queries.read, rows.layout, x.read, layout, probabilities=probabilities)
             x, layout = queries, rows.layout
-        x = self.attention_norm(x, update)
+        x = self.attention_norm.with_copy(x.tokens, update)
         if context is not None:
-            update = self.cross_attention(x, layout, context, context_layout, probabilities=probabilities)
-            x = self.cross_attention_norm(x, update)
-        return self.mlp_norm(x, self.mlp(x))
+            update = self.cross_attention(x.read, layout, context, context_layout, probabilities=probabilities)
+            x = self.cross_attention_norm.with_copy(x.tokens, update)
+        return self.mlp_norm.with_copy(x.tokens, self.mlp(x.read))

@@ -81,6 +81,24 @@ class Rows(NamedTuple):
         return x.gather(1, self.token_index[..., None].expand(-1, -1, x.shape[-1]))
 
 
+class Section(NamedTuple):
+    """Neighbouring sequences of a batch.
+
+    Attributes:
+        start: their first index in the first dimension of the tokens.
+        stop: the index after their last.
+        layout: of these tokens alone.
+    """
+
+    start: int
+    stop: int
+    layout: Layout
+
+    def take(self, x: Tensor) -> Tensor:
+        """The tokens of the section."""
+        return x[self.start : self.stop]
+
+
 def unpack_groups(x: Tensor, layout: Packed, other: Packed) -> list[tuple[Tensor, Tensor | None]]:
     """Packed tokens as padded batches, one for each group.
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sclkern.models.config import SCLConfig
 from sclkern.models.execution import Execution
-from sclkern.models.layers import PostNormBlock, run_block
+from sclkern.models.layers import PostNormBlock, Stream, run_block
 from sclkern.models.layouts import Layout, Padded
 from sclkern.models.norms import LayerNorm
 
@@ -73,6 +73,7 @@ class TextEncoder(nn.Module):
         x = self.word(ids) + self.position(positions) + self.token_type.weight[0]
         x = self.dropout(self.norm(x))
         checkpoint = self.execution.checkpoint_blocks
+        stream = Stream.of(x)
         for block in self.blocks:
-            x = run_block(block, x, layout, checkpoint=checkpoint, probabilities=probabilities)
-        return x
+            stream = run_block(block, stream, layout, checkpoint=checkpoint, probabilities=probabilities)
+        return stream.tokens

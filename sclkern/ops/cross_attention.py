@@ -122,8 +122,10 @@ def cross_attention(
         absorbed = absorb_into_keys(*cast[1:5], num_heads=num_heads, scale=scale, mask=key_padding_mask)
         out: Tensor = _op(*[t.contiguous() for t in (x, *absorbed, out_bias)], *rest)
         return out
-    query = F.linear(x, in_weight[:width], in_bias[:width])
-    key, value = F.linear(context, in_weight[width:], in_bias[width:]).chunk(2, -1)
+    query_weight, context_weight = in_weight.split((width, 2 * width))
+    query_bias, context_bias = in_bias.split((width, 2 * width))
+    query = F.linear(x, query_weight, query_bias)
+    key, value = F.linear(context, context_weight, context_bias).chunk(2, -1)
     query, key, value = (tensor.unflatten(-1, (num_heads, -1)) for tensor in (query, key, value))
     heads: Any = attention(query, key, value, key_padding_mask=key_padding_mask, **options, backend=backend)
     return F.linear(heads.flatten(-2), out_weight, out_bias)

@@ -31,6 +31,7 @@ def dropout_add_layer_norm(
     seed: int | Tensor | None = None,
     dropout_ids: Tensor | None = None,
     return_sum: bool = False,
+    return_copy: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm over the last dimension of ``residual + dropout(x + x_bias)``: the end of a post-norm layer and, with
@@ -57,31 +58,39 @@ def dropout_add_layer_norm(
             so that the row keeps it in another batch and at another place. Every id has a mask of its own, equal ids
             have equal ones; the indices of the rows, as if all leading dimensions were one, are the default.
         return_sum: return the sum too, which the backward then reads in place of x and residual.
+        return_copy: return the norm a second time, in the dtype of x: what products read of a stream that is wider. Not
+            with ``return_sum``, whose norm has that dtype.
         backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.select_backend``).
 
     Returns:
         (..., D) in the wider dtype of x and residual. With ``return_sum`` a pair of (..., D): the norm in the dtype
         of x, and the sum in the wider dtype. Under autocast x is what a product wrote and the norm what the next one
         reads: rounded once from float32, as autocast itself would round it before that product. What is normalised is
-        the sum as it is returned, which in half precision has been rounded.
+        the sum as it is returned, which in half precision has been rounded. With ``return_copy`` a pair of (..., D):
+        the norm in the wider dtype, and in that of x, which is the same tensor where the two are one dtype.
 
     Raises:
-        TypeError: a tensor is not floating, or ``dropout_p``, ``eps``, ``seed`` or ``return_sum`` has the wrong type.
-        ValueError: wrong shape, device, ``dropout_p``, ``eps``, ``seed`` or backend, or "triton" requested by name
-            where it cannot run. RuntimeError: second derivatives of the kernel; ``backend="eager"`` has them.
+        TypeError: a tensor is not floating, or ``dropout_p``, ``eps``, ``seed``, ``return_sum`` or ``return_copy`` has
+            the wrong type. ValueError: sum and copy at once, wrong shape, device, ``dropout_p``, ``eps``, ``seed`` or
+            backend, or "triton" requested by name where it cannot run. RuntimeError: second derivatives of the kernel;
+            ``backend="eager"`` has them.
     """
-    tensors, numbers = (x, residual, weight, bias), (dropout_p, eps, seed, dropout_ids, return_sum)
+    tensors, numbers = (x, residual, weight, bias), (dropout_p, eps, seed, dropout_ids, return_sum, return_copy)
     if choose("dropout_add_layer_norm", check, plan, *tensors, x_bias, *numbers, backend) == "eager":
         options: dict[str, Any] = {"x_bias": x_bias, "dropout_p": dropout_p, "eps": eps, "seed": seed}
-        options |= {"dropout_ids": dropout_ids, "return_sum": return_sum}
+        options |= {"dropout_ids": dropout_ids, "return_sum": return_sum, "return_copy": return_copy}
         return reference.dropout_add_layer_norm(*tensors, **options)
     parameters = weight.contiguous(), bias.contiguous(), None if x_bias is None else x_bias.contiguous()
     seed = seed_tensor(seed, x.device) if dropout_p > 0 else None
     ids = None if seed is None or dropout_ids is None else dropout_ids.flatten().contiguous()
-    out, total, *_ = _op(_rows(x), _rows(residual), *parameters, seed, ids, float(dropout_p), float(eps), return_sum)
+    pair, narrow = return_sum or return_copy, x.dtype != torch.promote_types(x.dtype, residual.dtype)
+    returned = return_sum, return_copy and narrow
+    out, second, *_ = _op(_rows(x), _rows(residual), *parameters, seed, ids, float(dropout_p), float(eps), *returned)
+    if return_copy and not narrow:
+        second = out
     if x.ndim != 2:
-        out, total = out.reshape(x.shape), total.reshape(x.shape) if return_sum else total
-    return (out, total) if return_sum else out
+        out, second = out.reshape(x.shape), second.reshape(x.shape) if pair else second
+    return (out, second) if pair else out
 
 
 def plan(
@@ -97,7 +106,7 @@ def plan(
 
 def check(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None, dropout_p: float, eps: float,
-    seed: int | Tensor | None, dropout_ids: Tensor | None, return_sum: bool,
+    seed: int | Tensor | None, dropout_ids: Tensor | None, return_sum: bool, return_copy: bool,
 ) -> None:  # fmt: skip
     """Raise for arguments that no path takes."""
     _checks.floating(x=x, residual=residual, weight=weight, bias=bias, **_checks.given(x_bias=x_bias))
@@ -110,6 +119,9 @@ def check(
     _checks.seed(seed, x.device)
     _checks.dropout_ids("(...)", x.shape[:-1], "x", x, dropout_ids)
     _checks.boolean("return_sum", return_sum)
+    _checks.boolean("return_copy", return_copy)
+    if return_sum and return_copy:
+        raise ValueError("return_copy: got True beside return_sum, expected one of them")
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -119,26 +131,31 @@ def _rows(x: Tensor) -> Tensor:
 
 def _forward(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None, seed: Tensor | None,
-    dropout_ids: Tensor | None, dropout_p: float, eps: float, return_sum: bool,
+    dropout_ids: Tensor | None, dropout_p: float, eps: float, return_sum: bool, return_copy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     launch = kernels.dropout_add_layer_norm.dropout_add_layer_norm_forward
-    numbers = dropout_p, eps, return_sum
-    out, total, mean, rstd = launch(x, residual, weight, bias, x_bias, seed, *numbers, dropout_ids)
-    return out, _empty_if_none(total, x), mean, rstd
+    numbers = dropout_p, eps, return_sum, dropout_ids, return_copy
+    out, second, mean, rstd = launch(x, residual, weight, bias, x_bias, seed, *numbers)
+    return out, _empty_if_none(second, x), mean, rstd
 
 
 def _backward(
-    grad_out: Tensor | None, grad_total: Tensor | None, x: Tensor | None, residual: Tensor | None,
+    grad_out: Tensor | None, grad_second: Tensor | None, x: Tensor | None, residual: Tensor | None,
     total: Tensor | None, weight: Tensor, x_bias: Tensor | None, seed: Tensor | None, dropout_ids: Tensor | None,
     mean: Tensor, rstd: Tensor, dropout_p: float, x_dtype: torch.dtype, residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    copied = total is None and grad_second is not None and grad_second.shape[0] == mean.shape[0]
+    grad_copy = grad_second if copied else None
+    if grad_out is None and grad_copy is not None:
+        grad_out, grad_copy = grad_copy, None
     if grad_out is None:
         # Only where nothing reads the norm, for which a kernel of its own would not pay.
         assert total is not None
         grad_out = torch.zeros_like(total, dtype=x_dtype)
-    # The sum that is not returned is empty, and so is its gradient.
-    grad_total = None if grad_total is None or total is None else grad_total.contiguous()
-    tensors = grad_out.contiguous(), grad_total, x, residual, total, weight, x_bias, seed, mean, rstd
+    # What is not returned is empty, and so is its gradient.
+    grad_total = None if grad_second is None or total is None else grad_second.contiguous()
+    grad_copy = None if grad_copy is None else grad_copy.contiguous()
+    tensors = grad_out.contiguous(), grad_total, grad_copy, x, residual, total, weight, x_bias, seed, mean, rstd
     launch = kernels.dropout_add_layer_norm.dropout_add_layer_norm_backward
     grad_x, grad_residual, sums = launch(*tensors, dropout_p, x_dtype, residual_dtype, dropout_ids)
     return _empty_if_none(grad_x, grad_residual), grad_residual, sums
@@ -149,12 +166,14 @@ def _empty_if_none(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty((0, like.shape[1])) if tensor is None else tensor
 
 
-def _fake(x: Tensor, residual: Tensor, return_sum: bool, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(
+    x: Tensor, residual: Tensor, return_sum: bool, return_copy: bool, **_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wider = torch.promote_types(x.dtype, residual.dtype)
     out = x.new_empty(x.shape, dtype=x.dtype if return_sum else wider)
-    total = x.new_empty(x.shape, dtype=wider) if return_sum else None
+    second = x.new_empty(x.shape, dtype=wider if return_sum else x.dtype) if return_sum or return_copy else None
     statistic = x.new_empty((x.shape[0],), dtype=torch.float32)
-    return out, _empty_if_none(total, x), statistic, torch.empty_like(statistic)
+    return out, _empty_if_none(second, x), statistic, torch.empty_like(statistic)
 
 
 def _fake_backward(
@@ -171,10 +190,11 @@ def _fake_backward(
 
 def _saved(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None, seed: Tensor | None,
-    dropout_ids: Tensor | None, dropout_p: float, eps: float, return_sum: bool, out: Tensor, total: Tensor, *_: Tensor,
+    dropout_ids: Tensor | None, dropout_p: float, eps: float, return_sum: bool, return_copy: bool, out: Tensor,
+    second: Tensor, *_: Tensor,
 ) -> tuple[Any, ...]:  # fmt: skip
     """The sum in place of x and residual, where the forward wrote it."""
-    return (*((None, None, total) if return_sum else (x, residual, None)), x.dtype, residual.dtype)
+    return (*((None, None, second) if return_sum else (x, residual, None)), x.dtype, residual.dtype)
 
 
 def _finish(results: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -185,6 +205,6 @@ def _finish(results: Sequence[Tensor]) -> Sequence[Tensor]:
 
 _op = register(
     "dropout_add_layer_norm", _forward, _fake, _backward, _fake_backward,
-    outputs="out total mean rstd", gradients="x residual weight bias x_bias",
+    outputs="out second mean rstd", gradients="x residual weight bias x_bias",
     derived="x residual total x_dtype residual_dtype", derive=_saved, finish=_finish,
 )  # fmt: skip

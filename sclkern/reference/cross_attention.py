@@ -165,13 +165,16 @@ def absorb_into_keys(
     batch, keys, width = context.shape
     if mask is not None:
         context = context.masked_fill(~mask[:, :, None], 0.0)
-    key, value = F.linear(context, in_weight[width:], in_bias[width:]).chunk(2, -1)
+    # One split, whose gradient is one tensor: two slices would each fill another of the whole.
+    query_weight, context_weight = in_weight.split((width, 2 * width))
+    query_bias, context_bias = in_bias.split((width, 2 * width))
+    key, value = F.linear(context, context_weight, context_bias).chunk(2, -1)
     key, value = (t.unflatten(-1, (num_heads, -1)).flatten(0, 1).transpose(0, 1) for t in (key * scale, value))
     # Of each head: (H, D, W), (H, D, 1) and (H, D, W).
-    query_weight = in_weight[:width].view(num_heads, -1, width)
-    query_bias = in_bias[:width].view(num_heads, -1, 1)
+    query_weight = query_weight.view(num_heads, -1, width)
+    query_bias = query_bias.view(num_heads, -1, 1)
     head_out = out_weight.view(width, num_heads, -1).permute(1, 2, 0)
-    products = (torch.bmm(key, query_weight), torch.bmm(key, query_bias)[..., 0], torch.bmm(value, head_out))
+    products = (torch.bmm(key, query_weight), torch.bmm(key, query_bias).squeeze(-1), torch.bmm(value, head_out))
     score_weight, score_bias, value_weight = (t.unflatten(1, (batch, keys)) for t in products)
     return score_weight, score_bias, value_weight
 

@@ -57,6 +57,7 @@ def dropout_add_layer_norm(
     seed: int | Tensor | None = None,
     dropout_ids: Tensor | None = None,
     return_sum: bool = False,
+    return_copy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm of residual + dropout(x + x_bias) over the last dimension.
 
@@ -73,10 +74,11 @@ def dropout_add_layer_norm(
             drawn.
         dropout_ids: (...) int64, of the rows in that mask; None are their indices.
         return_sum: return the sum as well.
+        return_copy: return the norm in the dtype of x as well.
 
     Returns:
         (..., D) in the wider dtype of x and residual. With ``return_sum`` that in the dtype of x, and the sum
-        (..., D) in the wider dtype.
+        (..., D) in the wider dtype. With ``return_copy`` the norm in the wider dtype, and in that of x.
     """
     dtype = x.dtype
     if x_bias is not None:
@@ -91,4 +93,7 @@ def dropout_add_layer_norm(
     total = residual + x
     out = F.layer_norm(total, x.shape[-1:], weight.to(total.dtype), bias.to(total.dtype), eps)
     # Autocast widens a layer norm; the op's dtype is that of its tensors.
-    return (out.to(dtype), total) if return_sum else out.to(total.dtype)
+    if return_sum:
+        return out.to(dtype), total
+    out = out.to(total.dtype)
+    return (out, out.to(dtype)) if return_copy else out

@@ -25,7 +25,7 @@ _LIBRARY = torch.library.Library("sclkern", "IMPL")
 
 def _dropout_add_layer_norm(
     weight, bias, x_bias, seed, dropout_ids, dropout_p, x=None, residual=None, total=None, eps=1e-5, return_sum=False,
-    **_,
+    return_copy=False, **_,
 ):  # fmt: skip
     options = {
         "dropout_ids": dropout_ids,
@@ -33,8 +33,10 @@ def _dropout_add_layer_norm(
         "dropout_p": dropout_p if seed is not None else 0.0,
         "seed": seed,
         "eps": eps,
+        "return_sum": return_sum,
+        "return_copy": return_copy,
     }
-    return reference.dropout_add_layer_norm(x, residual, weight, bias, return_sum=return_sum, **options)
+    return reference.dropout_add_layer_norm(x, residual, weight, bias, **options)
 
 
 def _note_eps(arguments, statistics):

@@ -237,7 +237,7 @@ def test_registration(dropout_p, x_bias):
     tensors, grad = inputs((6, 20), x_bias=x_bias)
     seed = torch.tensor([3], device=DEVICE) if dropout_p else None
     x, residual, weight, bias, bias_of_x = (tensors.get(name) for name in NAMES)
-    arguments = (x, residual, weight, bias, bias_of_x, seed, None, dropout_p, 1e-5, False)
+    arguments = (x, residual, weight, bias, bias_of_x, seed, None, dropout_p, 1e-5, False, False)
     torch.library.opcheck(torch.ops.sclkern.dropout_add_layer_norm, arguments)
     _, _, mean, rstd = torch.ops.sclkern.dropout_add_layer_norm(*arguments)
     tensors = grad, None, x, residual, None, weight, bias_of_x, seed, None, mean, rstd
@@ -253,7 +253,7 @@ def test_compiles_whole(dropout_p, dynamic):
 
     def call(x, residual, weight, bias, x_bias):
         op = torch.ops.sclkern.dropout_add_layer_norm
-        return op(x * 2, residual, weight, bias, x_bias, seed, None, dropout_p, 1e-5, False)[0] + 1
+        return op(x * 2, residual, weight, bias, x_bias, seed, None, dropout_p, 1e-5, False, False)[0] + 1
 
     def truth(x, **others):
         return reference.dropout_add_layer_norm(x * 2, **others, dropout_p=dropout_p, seed=seed) + 1

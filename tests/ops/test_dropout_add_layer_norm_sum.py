@@ -209,7 +209,7 @@ def test_registration(dropout_p, x_bias, read, half):
         tensors["x"] = tensors["x"].detach().half().requires_grad_()
     seed = torch.tensor([3], device=DEVICE) if dropout_p else None
     ids = torch.arange(2**40, 2**40 + 6, device=DEVICE) if half and dropout_p else None
-    arguments = (*(tensors.get(name) for name in NAMES), seed, ids, dropout_p, 1e-5, True)
+    arguments = (*(tensors.get(name) for name in NAMES), seed, ids, dropout_p, 1e-5, True, False)
     torch.library.opcheck(torch.ops.sclkern.dropout_add_layer_norm, arguments)
     out, total, mean, rstd = (t.detach() for t in torch.ops.sclkern.dropout_add_layer_norm(*arguments))
     gradients = grads["out"].to(out.dtype), grads["sum"] if read else None
@@ -227,7 +227,7 @@ def test_compiles_whole(dropout_p, dynamic, readers):
 
     def call(x, residual, weight, bias, x_bias, **_):
         op = torch.ops.sclkern.dropout_add_layer_norm
-        out, total, *_ = op(x * 2, residual, weight, bias, x_bias, seed, None, dropout_p, 1e-5, True)
+        out, total, *_ = op(x * 2, residual, weight, bias, x_bias, seed, None, dropout_p, 1e-5, True, False)
         return out + 1, total * 2
 
     def truth(x, **others):

@@ -38,7 +38,16 @@ _KINDS = {
     "scatter scatter_add index_copy_ index_put_ index_add_ select_backward slice_backward sort topk searchsorted",
 }
 _KIND = {name: kind for kind, names in _KINDS.items() for name in names.split()}
-_COPIES = ("clone", "copy_", "_to_copy", "repeat", "constant_pad_nd", "expand_copy", "as_strided_copy")
+_COPIES = (
+    "clone",
+    "copy_",
+    "_to_copy",
+    "_foreach_copy_",
+    "repeat",
+    "constant_pad_nd",
+    "expand_copy",
+    "as_strided_copy",
+)
 # Operators that are two launches on a GPU: they fill or copy what they then write into, or have two results.
 _TWICE = ("select_backward", "slice_backward", "index_copy", "index_put", "index_add", "scatter", "masked_fill",
           "embedding_dense_backward", "native_layer_norm_backward", "constant_pad_nd")  # fmt: skip
@@ -123,6 +132,9 @@ class Ledger(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         if "cuda" not in {tensor.device.type for tensor in (*given, *results)}:
             return
+        if name == "_foreach_copy_":
+            # Of lists, into the first from the second; it returns nothing.
+            results, given = given[: len(given) // 2], given[len(given) // 2 :]
         if "empty" in name or not any(tensor.numel() for tensor in results):
             return
         if not func._schema.is_mutable:

@@ -43,7 +43,7 @@ def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None) -> Backward:
     launchers = kernels("dropout_add_layer_norm")
     forward = launchers.dropout_add_layer_norm_forward
     out, total, *statistics = forward(x, residual, weight, bias, x_bias, seed, dropout_p, 1e-12)
-    tensors = out, None, x, residual, total, weight, x_bias, seed, *statistics
+    tensors = out, None, None, x, residual, total, weight, x_bias, seed, *statistics
     return lambda: launchers.dropout_add_layer_norm_backward(*tensors, dropout_p, x.dtype, residual.dtype)
 
 

@@ -1,0 +1,78 @@
+"""Casts of weights under autocast: those of a block in one launch, and their gradients in another.
+
+Autocast casts every weight and bias in a launch of its own, forward and backward, and again for each slice of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+# The kernel of bias and GELU reads the bias as it is.
+NOT_CAST = ("fc1.bias",)
+_Forward = TypeVar("_Forward", bound=Callable[..., Any])
+
+
+class _CastTogether(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtype = weights[0].dtype
+        return _cast(weights, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = iter(_cast([grad for grad in grads if grad is not None], ctx.dtype))
+        return None, *(None if grad is None else next(found) for grad in grads)
+
+
+def _cast(tensors: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    cast = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    if cast:
+        torch._foreach_copy_(cast, list(tensors))
+    return tuple(cast)
+
+
+def weights_cast_once(forward: _Forward) -> _Forward:
+    """Decorate the ``forward`` of a block, so that under autocast its linear layers have cast weights while it runs.
+
+    The numbers are those of autocast. Weights that are no plain parameters, or not in float32, are left to it; so are
+    all while a compiler traces.
+    """
+
+    def run(self: nn.Module, *inputs: Any, **options: Any) -> Any:
+        device = (inputs[0] if isinstance(inputs[0], Tensor) else inputs[0][0]).device.type
+        if torch.compiler.is_compiling() or device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+            return forward(self, *inputs, **options)
+        dtype = torch.get_autocast_dtype(device)
+        swapped: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+        for path, layer in self.named_modules():
+            if type(layer) is nn.Linear:
+                for name, weight in layer._parameters.items():
+                    if _castable(weight, dtype) and not f"{path}.{name}".endswith(NOT_CAST):
+                        swapped.append((layer._parameters, name, weight))
+        try:
+            # A frozen weight must not seem to need a gradient.
+            for trained in (True, False):
+                group = [one for one in swapped if one[2].requires_grad == trained]
+                if group:
+                    cast = _CastTogether.apply(dtype, *(weight for *_, weight in group))
+                    for (parameters, name, _), tensor in zip(group, cast, strict=True):
+                        parameters[name] = tensor
+            return forward(self, *inputs, **options)
+        finally:
+            for parameters, name, weight in swapped:
+                parameters[name] = weight
+
+    run.__doc__ = forward.__doc__
+    return run  # type: ignore[return-value]
+
+
+def _castable(weight: Any, dtype: torch.dtype) -> bool:
+    # Of a subclass such as DTensor only itself knows how it is cast.
+    plain = isinstance(weight, nn.Parameter) and not is_traceable_wrapper_subclass(weight)
+    return plain and weight.dtype == torch.float32 != dtype
