@@ -16,7 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sclkern.kernels.attention import (
-    DYNAMIC_ARGS,
+    DYNAMIC_ARGS as FORWARD_ARGS,
+)
+from sclkern.kernels.attention import (
     LOG2_E,
     Bounds,
     Packing,
@@ -36,6 +38,8 @@ from sclkern.kernels.config import Configs, Features, LaunchConfig, resolve, sel
 from sclkern.kernels.config_rules import ceil_div
 from sclkern.kernels.dropout import dropout_keep_mask, sequence_head
 from sclkern.kernels.launch import Prepared
+
+DYNAMIC_ARGS = [*FORWARD_ARGS, "grad_query_heads", "grad_key_heads"]
 
 
 @triton.jit
@@ -87,6 +91,8 @@ def attention_backward_query_kernel(
     grad_key_ptr,  # as key, contiguous
     grad_value_ptr,  # as key, contiguous
     heads,
+    grad_query_heads,  # heads of the tensor in which grad_query lies
+    grad_key_heads,  # heads of that in which grad_key and grad_value lie
     queries,  # Lq, of packed sequences the largest
     keys,
     query_rows,  # T of the queries
@@ -119,12 +125,12 @@ def attention_backward_query_kernel(
     # fmt: off
     if cu_seqlens_q_ptr is not None:  # noqa: SIM102, None has no operator
         if tl.program_id(0) + heads * tiles >= tl.num_programs(0):
-            zero_tail(grad_query_ptr, cu_seqlens_q_ptr, batch, query_rows, tile, tiles, head, heads,
+            zero_tail(grad_query_ptr, cu_seqlens_q_ptr, batch, query_rows, tile, tiles, head, grad_query_heads,
                       HEAD_DIM, BLOCK_QUERIES)
             if SINGLE_TILE:
-                zero_tail(grad_key_ptr, cu_seqlens_k_ptr, batch, key_rows, tile, tiles, head, heads,
+                zero_tail(grad_key_ptr, cu_seqlens_k_ptr, batch, key_rows, tile, tiles, head, grad_key_heads,
                           HEAD_DIM, BLOCK_KEYS)
-                zero_tail(grad_value_ptr, cu_seqlens_k_ptr, batch, key_rows, tile, tiles, head, heads,
+                zero_tail(grad_value_ptr, cu_seqlens_k_ptr, batch, key_rows, tile, tiles, head, grad_key_heads,
                           HEAD_DIM, BLOCK_KEYS)
             return
     first_query, queries = sequence_bounds(cu_seqlens_q_ptr, batch, queries)
@@ -173,17 +179,17 @@ def attention_backward_query_kernel(
                 p_dropped, grad_scores = tl.trans(p_dropped), tl.trans(grad_scores)
             grad_value = tl.dot(p_dropped, grad_out, input_precision="ieee") * keep_scale
             grad_key = tl.dot(grad_scores, query, input_precision="ieee") * scale
-            store_rows(grad_value_ptr, grad_value, first_key, column, keys, head, heads, HEAD_DIM)
-            store_rows(grad_key_ptr, grad_key, first_key, column, keys, head, heads, HEAD_DIM)
+            store_rows(grad_value_ptr, grad_value, first_key, column, keys, head, grad_key_heads, HEAD_DIM)
+            store_rows(grad_key_ptr, grad_key, first_key, column, keys, head, grad_key_heads, HEAD_DIM)
     grad_query = tl.trans(grad_query) if TRANSPOSED else grad_query
-    store_rows(grad_query_ptr, grad_query * scale, first_query, row, queries, head, heads, HEAD_DIM)
+    store_rows(grad_query_ptr, grad_query * scale, first_query, row, queries, head, grad_query_heads, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=DYNAMIC_ARGS)
 def attention_backward_key_kernel(
     grad_out_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seed_ptr, ids_ptr,
-    out_ptr, lse_ptr, delta_ptr, grad_query_ptr, grad_key_ptr, grad_value_ptr, heads, queries, keys, query_rows,
-    key_rows,
+    out_ptr, lse_ptr, delta_ptr, grad_query_ptr, grad_key_ptr, grad_value_ptr, heads, grad_query_heads,
+    grad_key_heads, queries, keys, query_rows, key_rows,
     grad_out_batch_stride, grad_out_row_stride, grad_out_head_stride,
     query_batch_stride, query_row_stride, query_head_stride,
     key_batch_stride, key_row_stride, key_head_stride,
@@ -199,10 +205,12 @@ def attention_backward_key_kernel(
     # fmt: off
     if cu_seqlens_k_ptr is not None:  # noqa: SIM102, None has no operator
         if tl.program_id(0) + heads * tiles >= tl.num_programs(0):
-            zero_tail(grad_key_ptr, cu_seqlens_k_ptr, batch, key_rows, tile, tiles, head, heads, HEAD_DIM, BLOCK_KEYS)
-            zero_tail(grad_value_ptr, cu_seqlens_k_ptr, batch, key_rows, tile, tiles, head, heads, HEAD_DIM, BLOCK_KEYS)
+            zero_tail(grad_key_ptr, cu_seqlens_k_ptr, batch, key_rows, tile, tiles, head, grad_key_heads,
+                      HEAD_DIM, BLOCK_KEYS)
+            zero_tail(grad_value_ptr, cu_seqlens_k_ptr, batch, key_rows, tile, tiles, head, grad_key_heads,
+                      HEAD_DIM, BLOCK_KEYS)
             if SINGLE_TILE:
-                zero_tail(grad_query_ptr, cu_seqlens_q_ptr, batch, query_rows, tile, tiles, head, heads,
+                zero_tail(grad_query_ptr, cu_seqlens_q_ptr, batch, query_rows, tile, tiles, head, grad_query_heads,
                           HEAD_DIM, BLOCK_QUERIES)
             return
     first_query, queries = sequence_bounds(cu_seqlens_q_ptr, batch, queries)
@@ -254,11 +262,11 @@ def attention_backward_key_kernel(
             if SINGLE_TILE:
                 grad_query = tl.trans(tl.dot(tl.trans(key), grad_scores, input_precision="ieee"))
         if SINGLE_TILE:
-            store_rows(grad_query_ptr, grad_query * scale, first_query, row, queries, head, heads, HEAD_DIM)
+            store_rows(grad_query_ptr, grad_query * scale, first_query, row, queries, head, grad_query_heads, HEAD_DIM)
     grad_key = grad_key if TRANSPOSED else tl.trans(grad_key)
     grad_value = grad_value if TRANSPOSED else tl.trans(grad_value)
-    store_rows(grad_key_ptr, grad_key * scale, first_key, column, keys, head, heads, HEAD_DIM)
-    store_rows(grad_value_ptr, grad_value * keep_scale, first_key, column, keys, head, heads, HEAD_DIM)
+    store_rows(grad_key_ptr, grad_key * scale, first_key, column, keys, head, grad_key_heads, HEAD_DIM)
+    store_rows(grad_value_ptr, grad_value * keep_scale, first_key, column, keys, head, grad_key_heads, HEAD_DIM)
 
 
 @dataclass(frozen=True)
@@ -309,13 +317,14 @@ def backward_launches(configs: tuple[LaunchConfig, ...], queries: int, keys: int
 @settled
 def _prepare(
     config: Configs, dtype: torch.dtype, device: torch.device, query: torch.Size, key: torch.Size, packed: Bounds,
-    dropout_p: float, softmax_scale: float, *strides: tuple[int, ...],
+    dropout_p: float, softmax_scale: float, shared: int, *strides: tuple[int, ...],
 ) -> tuple[Prepared, ...]:  # fmt: skip
     batch, queries, keys = sizes(query, key, packed)
     names = ("attention_backward_query_kernel", "attention_backward_key_kernel")
     configs = resolve(config, names, Features(dtype, device), queries=queries, keys=keys, head_dim=query[-1])
     named = list(zip(("grad_out", "query", "key", "value"), strides, strict=True))
     numbers = arguments(query, key, packed, dropout_p, softmax_scale, named)
+    numbers |= {"grad_query_heads": query[-2] * (3 if shared == 3 else 1), "grad_key_heads": key[-2] * max(shared, 1)}
     return tuple(
         Prepared(one.kernel, (batch * query[-2] * one.tiles,), one.config, **numbers)
         for one in backward_launches(configs, queries, keys)
@@ -335,23 +344,29 @@ def attention_backward(
     softmax_scale: float,
     packing: Packing | None = None,
     dropout_ids: Tensor | None = None,
+    shared: int = 0,
     config: Configs = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, contiguous; shapes as ``attention_forward`` takes and returns them."""
-    contiguous = torch.contiguous_format
-    grad_query, grad_key, grad_value = (torch.empty_like(t, memory_format=contiguous) for t in (query, key, value))
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key and value, contiguous; shapes as ``attention_forward`` takes and returns them. With
+    ``shared`` 3 they are one tensor (..., 3, H, D); with 2 those of key and value are one (..., 2, H, D)."""
+    inputs = (query, key, value)
+    gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs[: 3 - shared]]
+    apart = list(gradients)
+    if shared:
+        gradients.append(key.new_empty((*key.shape[:-2], shared, *key.shape[-2:])))
+        apart += gradients[-1].unbind(-3)
     launches = _prepare(
         config if config is None or isinstance(config, LaunchConfig) else tuple(config),
         query.dtype, query.device, query.shape, key.shape, bounds(packing), dropout_p, softmax_scale,
-        grad_out.stride(), query.stride(), key.stride(), value.stride(),
+        shared, grad_out.stride(), query.stride(), key.stride(), value.stride(),
     )  # fmt: skip
     # A kernel that runs alone does not follow this pointer.
     delta = lse if len(launches) == 1 else torch.empty_like(lse)
     cu_seqlens_q, cu_seqlens_k = packing[:2] if packing else (None, None)
     masks = mask, cu_seqlens_q, cu_seqlens_k, seed, dropout_ids
     for launch in launches:
-        launch(grad_out, query, key, value, *masks, out, lse, delta, grad_query, grad_key, grad_value)
-    return grad_query, grad_key, grad_value
+        launch(grad_out, query, key, value, *masks, out, lse, delta, *apart)
+    return tuple(gradients)
 
 
 # (queries, keys, head_dim, dtype, packed) of what the static checks compile.

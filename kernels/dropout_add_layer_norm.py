@@ -275,8 +275,8 @@ def _entries(
     absent += () if copy else ("copy_ptr", "grad_copy_ptr")
     recomputed = ("x_ptr", "residual_ptr") if summed else ()
     branch = ("x_ptr", "out_ptr", "grad_out_ptr", "grad_x_ptr", "copy_ptr", "grad_copy_ptr")
-    streams = ("residual_ptr", "total_ptr", "grad_total_ptr", "grad_residual_ptr")
-    streams += ("out_ptr", "grad_out_ptr") if copy else ()
+    both = ("out_ptr", "grad_out_ptr") if copy else ()
+    streams = ("residual_ptr", "total_ptr", "grad_total_ptr", "grad_residual_ptr", *both)
     singles = ("weight_ptr", "bias_ptr", "x_bias_ptr", "mean_ptr", "rstd_ptr", "partial_ptr")
     signature = dict.fromkeys(branch, "*bf16") | dict.fromkeys(streams, f"*{stream or 'bf16'}")
     signature |= dict.fromkeys(singles, "*fp32") | {"seed_ptr": "*i64", "scale": "fp32", "eps": "fp32"}

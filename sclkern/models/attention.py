@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from sclkern.libraries import flash
 from sclkern.models.config import HEAD_DIM
 from sclkern.models.execution import Execution
 from sclkern.models.layouts import Layout, Packed, Padded, repack, unpack_groups
+from sclkern.ops.attention import neighbours
 from sclkern.ops.cross_attention import plan_form
 from sclkern.ops.dispatch import autocast_all, autocast_like
 
@@ -71,7 +72,7 @@ class Attention(nn.Module):
         """
         width = x.shape[-1]
         if context is None:
-            query, key, value = self.in_proj(x).chunk(3, -1)
+            query, key, value = split(self.in_proj(x), 3)
             context_layout = layout
         elif context_layout is None:
             raise ValueError("context_layout: got None for a context, expected its Padded or Packed")
@@ -87,8 +88,8 @@ class Attention(nn.Module):
             query_weight, context_weight = self.in_proj.weight.split((width, 2 * width))
             query_bias, context_bias = self.in_proj.bias.split((width, 2 * width))
             query = F.linear(x, query_weight, query_bias)
-            key, value = F.linear(context, context_weight, context_bias).chunk(2, -1)
-        query, key, value = (t.unflatten(-1, (-1, HEAD_DIM)) for t in (query, key, value))
+            query = query.unflatten(-1, (-1, HEAD_DIM))
+            key, value = split(F.linear(context, context_weight, context_bias), 2)
         dropout_p = self._dropout_p
         if probabilities is None:
             backend = self.execution.backend
@@ -144,6 +145,42 @@ class Attention(nn.Module):
             dropout_p=self._dropout_p,
             backend=self.execution.op_backend,
         )
+
+
+class _Split(torch.autograd.Function):
+    """``x.unflatten(-1, (parts, -1, HEAD_DIM)).unbind(-3)``, whose backward copies nothing where the gradients lie as
+    the parts do: so attention writes them."""
+
+    @staticmethod
+    def forward(x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        return x.unflatten(-1, (parts, -1, HEAD_DIM)).unbind(-3)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, ...]) -> None:
+        ctx.parts = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        if not torch.is_grad_enabled() and neighbours(*grads):
+            first, size = grads[0], grads[0].shape[-2] * HEAD_DIM * ctx.parts
+            return first.as_strided((*first.shape[:-2], size), (*first.stride()[:-2], 1)), None
+        return torch.stack(grads, -3).flatten(-3), None
+
+
+def split(x: Tensor, parts: int) -> tuple[Tensor, ...]:
+    """Split projected tokens into the heads of query, key and value.
+
+    Args:
+        x: (..., parts * H * D), what one product projected.
+        parts: 3, or 2 for key and value.
+
+    Returns:
+        (..., H, D) views for each part.
+    """
+    if torch.compiler.is_compiling():
+        return x.unflatten(-1, (parts, -1, HEAD_DIM)).unbind(-3)
+    found: tuple[Tensor, ...] = _Split.apply(x, parts)
+    return found
 
 
 def attend(

@@ -53,7 +53,7 @@ def weights_cast_once(forward: _Forward) -> _Forward:
         for path, layer in self.named_modules():
             if type(layer) is nn.Linear:
                 for name, weight in layer._parameters.items():
-                    if _castable(weight, dtype) and not f"{path}.{name}".endswith(NOT_CAST):
+                    if weight is not None and _castable(weight, dtype) and not f"{path}.{name}".endswith(NOT_CAST):
                         swapped.append((layer._parameters, name, weight))
         try:
             # A frozen weight must not seem to need a gradient.

@@ -121,7 +121,7 @@ class ResidualNorm(LayerNorm):
         """
         if update is None:
             return super().forward(stream)
-        return self._add(stream, update)
+        return self._add(stream, update, return_sum=False)
 
     def with_sum(self, stream: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
         """As ``forward``; also returns the sum, which is the stream after this branch."""

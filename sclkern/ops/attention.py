@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sclkern import reference
+from sclkern.kernels.attention_gradients import fake_gradients, neighbours, padded_gradients, separate_gradients
 from sclkern.ops import _attention, _checks
 from sclkern.ops._registration import choose, kernels, public_op, register
 from sclkern.ops.dispatch import Choice, autocast_all, select_backend
@@ -148,7 +149,11 @@ def run_kernel(
     tensors = _attention.contiguous_channels(query, key, value)
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = packing or (None, None, 0, 0)
     lengths = cu_seqlens_q, cu_seqlens_k, seed, ids, max_seqlen_q, max_seqlen_k
-    result: tuple[Tensor, Tensor] = _op(*tensors, mask, *lengths, float(dropout_p), scale)
+    shared = 0
+    # A compiler may keep the parts of a tensor as tensors of their own.
+    if key.stride(-3) > key.shape[-2] * key.shape[-1] and not torch.compiler.is_compiling():
+        shared = 3 if neighbours(*tensors) else 2 if neighbours(*tensors[1:]) else 0
+    result: tuple[Tensor, Tensor] = _op(*tensors, mask, *lengths, float(dropout_p), scale, shared)
     return result
 
 
@@ -159,7 +164,7 @@ def _packing(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_q: in
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None, seed: Tensor | None, dropout_ids: Tensor | None, max_seqlen_q: int,
-    max_seqlen_k: int, dropout_p: float, softmax_scale: float,
+    max_seqlen_k: int, dropout_p: float, softmax_scale: float, shared: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = dropout_p, softmax_scale, packing, dropout_ids
@@ -169,11 +174,13 @@ def _forward(
 def _backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None, seed: Tensor | None, dropout_ids: Tensor | None, out: Tensor, lse: Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, softmax_scale: float,
+    max_seqlen_q: int, max_seqlen_k: int, dropout_p: float, softmax_scale: float, shared: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """With ``shared`` the gradients of so many are parts of one result, as the tensors are of one tensor."""
     tensors = *_attention.contiguous_channels(grad_out), query, key, value, mask, seed, out, lse
     packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return kernels.attention_backward.attention_backward(*tensors, dropout_p, softmax_scale, packing, dropout_ids)
+    options = dropout_p, softmax_scale, packing, dropout_ids, shared
+    return padded_gradients(*kernels.attention_backward.attention_backward(*tensors, *options))
 
 
 def _fake(query: Tensor, **_: object) -> tuple[Tensor, Tensor]:
@@ -183,6 +190,6 @@ def _fake(query: Tensor, **_: object) -> tuple[Tensor, Tensor]:
 
 
 _op = register(
-    "attention", _forward, _fake, _backward, _attention.fake_gradients, outputs="out lse",
-    gradients="query key value",
+    "attention", _forward, _fake, _backward, fake_gradients, outputs="out lse",
+    gradients="query key value", finish=separate_gradients,
 )  # fmt: skip

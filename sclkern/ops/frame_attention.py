@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sclkern import reference
+from sclkern.kernels.attention_gradients import fake_gradients
 from sclkern.ops import _attention, _checks
 from sclkern.ops._registration import choose, kernels, public_op, register
 from sclkern.ops.attention import attention
@@ -128,6 +129,6 @@ def _fake(query: Tensor, **_: object) -> tuple[Tensor, Tensor]:
 
 
 _op = register(
-    "frame_attention", _forward, _fake, _backward, _attention.fake_gradients, outputs="out lse",
+    "frame_attention", _forward, _fake, _backward, fake_gradients, outputs="out lse",
     gradients="query key value",
 )  # fmt: skip

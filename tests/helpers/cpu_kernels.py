@@ -50,7 +50,8 @@ def _inputs_of_the_sum(arguments):
     arguments = arguments | {"bias": torch.zeros_like(arguments["weight"]), "return_sum": total is not None}
     arguments |= {"eps": rstd.flatten()[0].item()} if rstd.numel() else {}
     if total is None:
-        return arguments
+        grad = arguments["grad_second"]
+        return arguments | {"return_copy": grad is not None and grad.shape[0] == rstd.shape[0]}
     values = arguments | {"x": torch.zeros_like(total), "residual": torch.zeros_like(total)}
     shift = _dropout_add_layer_norm(**values)[1]
     dtypes = arguments["x_dtype"], arguments["residual_dtype"]
@@ -76,7 +77,7 @@ def _mask_text(completion, **arguments):
 
 def _attention(
     query, key, value, mask, cu_seqlens_q, cu_seqlens_k, seed, dropout_ids, max_seqlen_q, max_seqlen_k, dropout_p,
-    softmax_scale,
+    softmax_scale, shared,
 ):  # fmt: skip
     options = {"seed": seed, "dropout_ids": dropout_ids, "dropout_p": dropout_p, "softmax_scale": softmax_scale}
     if cu_seqlens_q is None:
@@ -112,9 +113,19 @@ DEFINITIONS: dict[str, Callable[..., Any]] = {
 STATISTICS: dict[str, Callable[[dict, list], None]] = {"dropout_add_layer_norm": _note_eps}
 # Where the backward does not get the inputs of the forward: arguments that lead to the same gradients.
 INPUTS: dict[str, Callable[[dict], dict]] = {"dropout_add_layer_norm": _inputs_of_the_sum}
+
+
+def _attention_results(gradients, arguments):
+    """The last ``shared`` gradients in one tensor."""
+    shared = arguments["shared"]
+    joint = [torch.stack(gradients[3 - shared :], -3)] if shared else []
+    return [*gradients[: 3 - shared], *joint, *(gradients[0].new_zeros((0,)) for _ in range(max(0, shared - 1)))]
+
+
 # Where the backward does not return the gradients of the inputs one by one.
-RESULTS: dict[str, Callable[[list], list]] = {
-    "dropout_add_layer_norm": lambda gradients: [*gradients[:2], torch.stack([g.float() for g in gradients[2:]])]
+RESULTS: dict[str, Callable[[list, dict], list]] = {
+    "attention": _attention_results,
+    "dropout_add_layer_norm": lambda gradients, _: [*gradients[:2], torch.stack([g.float() for g in gradients[2:]])],
 }
 
 
@@ -134,7 +145,9 @@ def install() -> None:
             backward = getattr(torch.ops.sclkern, f"{name}_backward").default
             _install(
                 f"{name}_backward",
-                _backward(op, backward, definition, INPUTS.get(name, dict), RESULTS.get(name, list)),
+                _backward(
+                    op, backward, definition, INPUTS.get(name, dict), RESULTS.get(name, lambda gradients, _: gradients)
+                ),
             )
 
 
@@ -165,7 +178,7 @@ def _backward(op, backward, definition, prepare, collect):
         thread = threading.Thread(target=lambda: gradients.extend(differentiate(arguments)))
         thread.start()
         thread.join()
-        results = list(map(_like, collect(gradients), _allocate(backward, inputs)))
+        results = list(map(_like, collect(gradients, arguments), _allocate(backward, inputs)))
         return results if "[]" in str(backward._schema.returns[0].type) else tuple(results)
 
     def differentiate(arguments):

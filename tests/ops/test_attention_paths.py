@@ -28,7 +28,7 @@ def test_the_registered_op_has_the_gradients_of_the_definition(full):
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
     ids = torch.tensor([2**40, 3], device=DEVICE) if full else None
     extra = (mask, None, None, torch.tensor([5], device=DEVICE), ids) if full else (None,) * 5
-    out, lse = torch.ops.sclkern.attention(*leaves, *extra, 0, 0, 0.25 * full, 0.2)
+    out, lse = torch.ops.sclkern.attention(*leaves, *extra, 0, 0, 0.25 * full, 0.2, 0)
     assert lse.shape == (2, 10) and not lse.requires_grad  # (H, B * Lq)
     options = {"key_padding_mask": mask, "dropout_p": 0.25, "seed": 5, "dropout_ids": ids} if full else {}
     expected = attention(*leaves, softmax_scale=0.2, backend="eager", **options)
@@ -86,7 +86,7 @@ def test_eager_has_double_backward_and_the_kernel_says_so():
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
     torch.autograd.gradgradcheck(lambda *a: attention(*a, dropout_p=0.3, seed=1, backend="eager"), leaves)
     leaves = [t.requires_grad_() for t in inputs(2, 3)[:3]]
-    out, _ = torch.ops.sclkern.attention(*leaves, *[None] * 5, 0, 0, 0.0, 0.2)
+    out, _ = torch.ops.sclkern.attention(*leaves, *[None] * 5, 0, 0, 0.0, 0.2, 0)
     (first,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
     with pytest.raises(RuntimeError, match='backend="eager"'):
         torch.autograd.grad(first.sum(), leaves[0])

@@ -187,13 +187,16 @@ def test_a_cpu_computes_equal_lengths_together():
     assert calls["aten::scaled_dot_product_attention"] == 3
 
 
-def test_registration():
+@pytest.mark.parametrize("shared", [0, 2, 3])
+def test_registration(shared):
     query, key, value, grad, lengths = inputs([5, 0, 3], [7, 2, 0])
+    if shared == 3:
+        key, value, lengths = query.clone(), query.clone(), [lengths[0], lengths[0], lengths[2], lengths[2]]
     tensors = (query, key, value, None, *lengths[:2], torch.tensor([5], device=DEVICE), torch.arange(3, device=DEVICE))
-    numbers = (*lengths[2:], 0.25, 0.2)
+    numbers = (*lengths[2:], 0.25, 0.2, shared)
     out, lse = torch.ops.sclkern.attention(*tensors, *numbers)
     assert lse.shape == (1, 8 + TAIL)
-    if KERNELS_RUN:
+    if KERNELS_RUN and shared < 3:
         assert (lse[:, -TAIL:] == -math.inf).all() and (lse[:, 5:8] == -math.inf).all() and lse[:, :5].isfinite().all()
     torch.library.opcheck(torch.ops.sclkern.attention_backward, (grad, *tensors, out, lse, *numbers))
     leaves = [tensor.detach().requires_grad_() for tensor in tensors[:3]]
