@@ -234,9 +234,10 @@ def current_arch(device: torch.device) -> str:
 def _arch_of_gpu(index: int) -> str:
     if torch.version.hip:
         return "gfx942"
-    if not torch.cuda.is_available():
+    try:
+        major, minor = torch.cuda.get_device_capability(index)
+    except (AssertionError, RuntimeError):
         return "sm_90"
-    major, minor = torch.cuda.get_device_capability(index)
     # A GPU without a table takes that of its generation, an unknown generation the one that needs the least memory.
     generations = {8: "sm_86", 9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_120"}
     exact = f"sm_{major}{minor}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Self
 
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 
 from sclkern.libraries import apex, flash
 from sclkern.models.captions import check_captions, check_mask, first_token
+from sclkern.models.casting import weights_cast
 from sclkern.models.config import SCLConfig
 from sclkern.models.execution import LAYER_NORMS, MODEL_BACKENDS, Execution
 from sclkern.models.fusion import FusionEncoder, LayerAttention
 from sclkern.models.heads import MLP, MLMHead, Pooler
+from sclkern.models.layers import PostNormBlock, PreNormBlock
 from sclkern.models.layouts import Padded
 from sclkern.models.text import TextEncoder
 from sclkern.models.vision import VisionEncoder, VisionFeatures
@@ -146,6 +149,14 @@ class SCLNetwork(nn.Module):
             raise ValueError(f"layer_norm: got 'apex', but {missing}")
         self.execution.layer_norm = layer_norm
         return self
+
+    def weights_cast(self) -> AbstractContextManager[None]:
+        """Under autocast, cast the weights of all linear layers outside of blocks in one launch, while this is entered.
+        Blocks cast their own."""
+        blocks = [name for name, module in self.named_modules() if isinstance(module, PreNormBlock | PostNormBlock)]
+        inside = tuple(f"{name}." for name in blocks)
+        layers = [(name, module) for name, module in self.named_modules() if not name.startswith(inside)]
+        return weights_cast(layers, self.modality.weight.device.type)
 
     # -- encoders ----------------------------------------------------------------------------------------------------
 

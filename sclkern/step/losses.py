@@ -124,7 +124,7 @@ def _prepared(network: SCLNetwork, objectives: ObjectiveConfig, batch: Mapping[s
 def _run(
     network: SCLNetwork, objectives: ObjectiveConfig, step: StepConfig, batch: Mapping[str, Any], masks: StepMasks
 ) -> SCLLosses:
-    with one_seed_draw():
+    with one_seed_draw(), network.weights_cast():
         return _compute(network, objectives, step, batch, masks)
 
 
