@@ -13,7 +13,7 @@ from sclkern import ops, reference
 from sclkern.libraries import flash
 from sclkern.models.config import HEAD_DIM
 from sclkern.models.execution import Execution
-from sclkern.models.layouts import Layout, Packed, Padded, repack, unpack_groups
+from sclkern.models.layouts import Layout, Packed, Padded, merge_groups, repack, unpack_groups
 from sclkern.ops.attention import neighbours
 from sclkern.ops.cross_attention import plan_form
 from sclkern.ops.dispatch import autocast_all, autocast_like
@@ -124,6 +124,7 @@ class Attention(nn.Module):
 
     def _absorbed(self, x: Tensor, layout: Packed, context: Tensor, context_layout: Packed) -> Tensor:
         """The whole sub-layer, a call for each group."""
+        layout, context_layout = merge_groups(layout, context_layout)
         queries = unpack_groups(x, layout, context_layout)
         contexts = unpack_groups(context, context_layout, layout)
         outputs = [
@@ -275,6 +276,7 @@ def _flash_packed(
 
 def _framed(query: Tensor, key: Tensor, value: Tensor, layout: Packed, backend: str) -> Tensor:
     """``ops.frame_attention`` of packed sequences, a call for each group."""
+    layout, _ = merge_groups(layout, layout)
     sizes = [sequences * length for sequences, length in layout.groups]
     outputs = []
     for group, q, k, v in zip(layout.groups, query.split(sizes), key.split(sizes), value.split(sizes), strict=True):

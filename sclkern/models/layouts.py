@@ -99,6 +99,28 @@ class Section(NamedTuple):
         return x[self.start : self.stop]
 
 
+def merge_groups(layout: Packed, other: Packed) -> tuple[Packed, Packed]:
+    """Neighbouring groups as one, where neither side of an attention changes its length: fewer calls do the same.
+
+    Args:
+        layout: of the queries.
+        other: of the keys.
+
+    Returns:
+        Both, with fewer groups or the same. A layout without groups stays without.
+    """
+    sides = [side.groups for side in (layout, other) if side.groups]
+    merged: list[list[tuple[int, int]]] = []
+    for group in zip(*sides, strict=True):
+        if merged and all(before[1] == now[1] for before, now in zip(merged[-1], group, strict=True)):
+            merged[-1] = [(before[0] + now[0], now[1]) for before, now in zip(merged[-1], group, strict=True)]
+        else:
+            merged.append(list(group))
+    columns = iter([tuple(column) for column in zip(*merged, strict=True)])
+    first, second = (side._replace(groups=next(columns)) if side.groups else side for side in (layout, other))
+    return first, second
+
+
 def unpack_groups(x: Tensor, layout: Packed, other: Packed) -> list[tuple[Tensor, Tensor | None]]:
     """Packed tokens as padded batches, one for each group.
 

@@ -67,8 +67,13 @@ def packed_layout(groups: tuple[tuple[int, int], ...], num_frames: int, device: 
     """
     starts, start = [], 0
     for sequences, length in groups:
-        starts.append(torch.arange(sequences, dtype=torch.int32, device=device) * length + start)
-        start += sequences * length
+        options: dict[str, Any] = {"dtype": torch.int32, "device": device}
+        stop = start + sequences * length
+        # Of empty sequences no range has the step.
+        starts.append(
+            torch.arange(start, stop, length, **options) if length else torch.full((sequences,), start, **options)
+        )
+        start = stop
     starts.append(torch.full((1,), start, dtype=torch.int32, device=device))
     return Packed(torch.cat(starts), max(length for _, length in groups), groups, num_frames)
 

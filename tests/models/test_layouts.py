@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from sclkern.models.attention import Attention, attend
-from sclkern.models.layouts import Packed, Padded, Rows, repack, unpack_groups
+from sclkern.models.layouts import Packed, Padded, Rows, merge_groups, repack, unpack_groups
 
 LENGTHS = (3, 1, 4, 2)
 
@@ -53,6 +53,20 @@ def test_unknown_lengths_need_the_padded_batch():
     layout = Packed(cu_seqlens(LENGTHS), 4)
     with pytest.raises(ValueError, match="layout: has no groups, expected mask and padded_index"):
         unpack_groups(torch.randn(10, 8), layout, layout)
+
+
+def test_neighbouring_groups_are_merged_where_neither_side_changes_its_length(ragged):
+    images = Packed(cu_seqlens([3] * 10), 3, ((2, 3), (2, 3), (2, 5), (4, 3)))
+    texts = ragged[-1]
+    for sides in ((images, texts), (texts, images), (images, images)):
+        for side in merge_groups(*sides):
+            assert side.groups == (((4, 3), (2, 5), (4, 3)) if side.cu_seqlens is images.cu_seqlens else ())
+    rows = Packed(images.cu_seqlens, 3, ((2, 1), (2, 1), (2, 1), (4, 0)))
+    first, second = merge_groups(images, rows)
+    assert (first.groups, second.groups) == (((4, 3), (2, 5), (4, 3)), ((4, 1), (2, 1), (4, 0)))
+    first, second = merge_groups(rows, rows)
+    assert first.groups == second.groups == ((6, 1), (4, 0))
+    assert merge_groups(texts, texts) == (texts, texts)
 
 
 def test_rows_are_taken_from_padded_and_from_packed_tokens():
