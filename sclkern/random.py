@@ -54,7 +54,8 @@ def philox(
     )
     key = torch.stack((seed.reshape(()), seed.reshape(()) >> 32)).view(halves) & _WORD
     even = torch.stack((torch.full_like(counter, stream), counter & _WORD))
-    odd = torch.stack(((counter >> 32) & _WORD, torch.zeros_like(counter)))
+    last = torch.zeros_like(counter) if last is None else (last & _WORD).expand_as(counter)
+    odd = torch.stack(((counter >> 32) & _WORD, last))
     for _ in range(rounds):
         # The product of two 32-bit words fills 64 bits: int64 wraps, and its bits are still those of the uint64 one.
         product = even * multiplier
