@@ -12,11 +12,13 @@ JSON for each test, both written as they end, and `...-gpu.log` with all that py
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
+import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -70,7 +72,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running stage is ended and recorded
     run = Run(output, commit(), options.budget, dry)
     done = run.finished() if options.resume else set()
-    return execute([s for s in stages() if s.group in options.groups and s.name not in done], run)
+    with contextlib.nullcontext() if dry else compiling_ahead(run):
+        return execute([s for s in stages() if s.group in options.groups and s.name not in done], run)
+
+
+@contextlib.contextmanager
+def compiling_ahead(run: Run) -> Iterator[None]:
+    """Compile beside the stages; a kernel that two processes compile is compiled twice, and harms nothing."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with run.log.open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.gpu.compile_ahead"],
+            cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, stdout=log, stderr=subprocess.STDOUT, process_group=0,
+        )  # fmt: skip
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,7 +31,10 @@ from sclkern.ops.dispatch import TRITON_INSTALLED, interpreted
 from sclkern.step import StepConfig
 from sclkern.tools.ledger.step import trace
 from sclkern.tools.static import workers
-from sclkern.training.config import PretrainConfig
+
+if TYPE_CHECKING:
+    # It needs more packages than compiling does.
+    from sclkern.training.config import PretrainConfig
 
 # Backend, architecture and warp size, as Triton names them.
 Target: TypeAlias = tuple[str, int | str, int]
@@ -103,11 +106,19 @@ class _Launches(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         with self, kernels.launch.recorded() as launches:
             out = LAUNCHERS[func._schema.name.split("::")[1]](*args, **(kwargs or {}))
-        self.kernels |= {_kernel(launch): None for launch in launches}
+        self.kernels |= {kernel_of(launch): None for launch in launches}
         return out
 
 
-def _kernel(launch: Any) -> Kernel:
+def kernel_of(launch: Any) -> Kernel:
+    """A launch as another process compiles it.
+
+    Args:
+        launch: of ``sclkern.kernels.launch.recorded``.
+
+    Returns:
+        The kernel, equal for launches that share their binary.
+    """
     constants = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
     options = set(launch.arguments) - {parameter.name for parameter in launch.kernel.params}
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import runner
 from benchmarks.gpu.stages import stages
 from stub_gpu import environment
 
@@ -102,6 +105,38 @@ assert torch.cuda.is_current_stream_capturing()
 
 def test_the_stub_keeps_a_failed_capture_open_as_cuda_does():
     python("-c", HALF_OPEN)
+
+
+AHEAD = """
+from benchmarks.gpu import compile_ahead
+from sclkern.tools.specs import SPECS
+kernels = compile_ahead.kernels()
+names = {kernel.name for kernel in kernels}
+print(len(kernels), sorted(names))
+from sclkern.kernels.config import KERNELS
+missing = {name for of_pass in KERNELS.values() for name in of_pass} - names
+print("missing", sorted(missing))
+assert len(names) > 20 and len(missing) < 8, missing
+"""
+
+
+def test_what_is_compiled_ahead_covers_the_kernels():
+    python("-c", AHEAD)
+
+
+def test_compilation_beside_the_stages_ends_with_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    package = tmp_path / "benchmarks" / "gpu"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").touch()
+    (package / "compile_ahead.py").write_text("import time; print('begun', flush=True); time.sleep(300)")
+    run = runner.Run(tmp_path / "out", "abc1234", 60)
+    with command.compiling_ahead(run):
+        end = time.monotonic() + 60
+        while "begun" not in run.log.read_text() and time.monotonic() < end:
+            time.sleep(0.05)
+    assert run.log.read_text() == "begun\n"
 
 
 def test_a_profile_has_the_times_of_the_device(tmp_path):

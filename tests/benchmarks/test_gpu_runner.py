@@ -252,3 +252,16 @@ def test_without_hypothesis_its_tests_alone_are_skipped(tmp_path):
         ("skipped", "hypothesis is not installed"),
         ("passed", None),
     ]
+
+
+def test_the_most_important_records_come_in_the_first_half():
+    by_default = [stage for stage in stages() if stage.group not in command.ONLY_BY_NAME]
+    assert [stage.name for stage in by_default[:4]] == ["smoke", "tests/accuracy", "step/64", "ops/1"]
+    assert sum(stage.weight for stage in by_default) == command.parse([]).budget == 400
+    assert sum(stage.weight for stage in by_default[:4]) == 200
+    # Each case of the step runs in one stage.
+    steps = {stage.name: stage.arguments[-1] for stage in by_default if stage.group == "step"}
+    assert steps == {
+        "step/64": "64-planned or (64-separate and not compiled)",
+        "step": "not 64-planned and not (64-separate and not compiled)",
+    }

@@ -82,7 +82,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 with FakeTensorMode(), torch.device("cuda"), launch.recorded() as launches:
     x, bias = torch.randn(96, 64, dtype=torch.bfloat16), torch.randn(64, dtype=torch.bfloat16)
     bias_gelu.bias_gelu_forward(x, bias, bias_gelu.EXACT)
-kernels = [warmup._kernel(one) for one in launches]
+kernels = [warmup.kernel_of(one) for one in launches]
 if __name__ == "__main__":
     outcome = warmup.compile_ahead(kernels, warmup.TARGETS["sm_90"])
     assert (outcome.kernels, outcome.compiled, outcome.failed) == (1, 1, ()), outcome
