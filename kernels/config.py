@@ -189,7 +189,7 @@ def select(op: str, pass_: str, dtype: torch.dtype, arch: str, **shapes: int) ->
         arch: one of ``ARCHITECTURES``.
         **shapes: what the rules of these kernels read: ``queries``, ``keys`` and ``head_dim`` of attention,
             ``head_dim`` of frame attention, ``heads`` and ``keys`` of cross-attention, ``columns`` of kernels that hold
-            whole rows.
+            whole rows, and ``rows``, optional, of those that add rows up.
 
     Returns:
         The configurations, in the order in which the kernels run.

@@ -90,6 +90,20 @@ def rows_of_warps(*, most_rows: int, columns_per_warp: int = 256, **fields: int)
     return rule
 
 
+def rows_for_programs(choices: tuple[int, ...], *, programs: int, most_rows: int) -> Rule:
+    """As ``rows_of_warps``, with rows that a program adds up: the most of ``choices``, in descending order, that leave
+    at least ``programs``; where none does, or the rows are not known, the fewest and the most."""
+
+    whole = rows_of_warps(most_rows=most_rows)
+
+    def rule(itemsize: int, *, columns: int, rows: int | None = None, **shapes: int) -> Fields:
+        fields = dict(whole(itemsize, columns=columns))
+        fitting = [choice for choice in choices if rows is None or rows >= programs * choice] or [choices[-1]]
+        return {**fields, "ROWS_PER_PROGRAM": max(fitting[0], fields["BLOCK_ROWS"])}
+
+    return rule
+
+
 def covers_columns(block: str) -> Problem:
     """``block`` has to hold a whole row."""
 

@@ -22,6 +22,7 @@ from sclkern.kernels.config_rules import (
     by_keys,
     covers_columns,
     fixed,
+    rows_for_programs,
     rows_of_warps,
     single_tile_holds_all,
     whole_programs,
@@ -198,9 +199,9 @@ SM_90: Table = {
         problem=covers_columns("BLOCK_COLUMNS"),
     ),
     "dropout_add_layer_norm_backward_kernel": Entry(
-        rows_of_warps(most_rows=32, ROWS_PER_PROGRAM=32),
-        "predicted: three float32 partial sums for 32 rows add 0.75 bytes to the 10 that each element moves; more rows "
-        "would leave a batch of captions with too few programs",
+        rows_for_programs((32, 16, 8), programs=4 * 132, most_rows=32),
+        "predicted: three float32 partial sums for 32 rows add 0.75 bytes to the 10 that each element moves; of a "
+        "batch of captions 32 rows would leave a program for every fifth multiprocessor, and 8 rows add 3 bytes",
         ("BLOCK_ROWS", "BLOCK_COLUMNS", "ROWS_PER_PROGRAM"),
         problem=whole_programs,
     ),

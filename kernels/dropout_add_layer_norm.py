@@ -159,7 +159,8 @@ def _prepare(
 ) -> Prepared:  # fmt: skip
     kernel = dropout_add_layer_norm_backward_kernel if backward else dropout_add_layer_norm_forward_kernel
     rows, columns = shape
-    (chosen,) = resolve(config, (kernel.fn.__name__,), Features(dtype, device), columns=columns)
+    shapes = {"columns": columns, "rows": rows} if backward else {"columns": columns}
+    (chosen,) = resolve(config, (kernel.fn.__name__,), Features(dtype, device), **shapes)
     programs = ceil_div(rows, chosen["ROWS_PER_PROGRAM" if backward else "BLOCK_ROWS"]) if columns else 0
     numbers: dict[str, float] = {} if eps is None else {"eps": eps}
     numbers |= {"threshold": feature_dropout_threshold(dropout_p), "scale": feature_dropout_scale(dropout_p)}

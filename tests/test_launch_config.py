@@ -73,6 +73,17 @@ def test_what_the_tables_say_of_attention_at_325():
     assert (by_key["BLOCK_QUERIES"], by_key["BLOCK_KEYS"], by_key.num_warps) == (32, 64, 4)
 
 
+@pytest.mark.parametrize(
+    ("rows", "summed"), [(None, 32), (64 * 325, 32), (16896, 32), (16895, 16), (16 * 325, 8), (832, 8), (0, 8)]
+)
+def test_few_rows_are_spread_over_more_programs(rows, summed):
+    shapes = {} if rows is None else {"rows": rows}
+    (config,) = select("dropout_add_layer_norm", "backward", torch.bfloat16, "sm_90", columns=768, **shapes)
+    assert config["ROWS_PER_PROGRAM"] == summed
+    (short,) = select("dropout_add_layer_norm", "backward", torch.bfloat16, "sm_90", columns=16, **shapes)
+    assert short["ROWS_PER_PROGRAM"] % short["BLOCK_ROWS"] == 0
+
+
 def test_a_module_can_bring_its_own_entries(monkeypatch):
     monkeypatch.setattr(config_module, "KERNELS", dict(KERNELS))
     monkeypatch.setattr(config_module, "TABLES", {arch: dict(table) for arch, table in TABLES.items()})
