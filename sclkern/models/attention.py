@@ -152,13 +152,11 @@ class _Split(torch.autograd.Function):
     """``x.unflatten(-1, (parts, -1, HEAD_DIM)).unbind(-3)``, whose backward copies nothing where the gradients lie as
     the parts do: so attention writes them."""
 
+    # With the context, because torch takes the signature of a forward without one in every call.
     @staticmethod
-    def forward(x: Tensor, parts: int) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        ctx.parts = parts
         return x.unflatten(-1, (parts, -1, HEAD_DIM)).unbind(-3)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, ...]) -> None:
-        ctx.parts = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -178,7 +176,7 @@ def split(x: Tensor, parts: int) -> tuple[Tensor, ...]:
     Returns:
         (..., H, D) views for each part.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return x.unflatten(-1, (parts, -1, HEAD_DIM)).unbind(-3)
     found: tuple[Tensor, ...] = _Split.apply(x, parts)
     return found

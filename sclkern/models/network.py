@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Self
 
@@ -153,10 +154,15 @@ class SCLNetwork(nn.Module):
     def weights_cast(self) -> AbstractContextManager[None]:
         """Under autocast, cast the weights of all linear layers outside of blocks in one launch, while this is entered.
         Blocks cast their own."""
-        blocks = [name for name, module in self.named_modules() if isinstance(module, PreNormBlock | PostNormBlock)]
-        inside = tuple(f"{name}." for name in blocks)
-        layers = [(name, module) for name, module in self.named_modules() if not name.startswith(inside)]
-        return weights_cast(layers, self.modality.weight.device.type)
+        return weights_cast(self._outside_of_blocks(), self.modality.weight.device.type)
+
+    def _outside_of_blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        # The modules of a block follow it.
+        inside = "."
+        for name, module in self.named_modules():
+            if not name.startswith(inside):
+                yield name, module
+                inside = f"{name}." if isinstance(module, PreNormBlock | PostNormBlock) else inside
 
     # -- encoders ----------------------------------------------------------------------------------------------------
 

@@ -66,6 +66,15 @@ def test_a_part_that_nothing_reads_has_a_gradient_of_zeros():
     assert torch.equal(found.view(4, 3, -1)[:, 1], torch.ones(4, 2 * WIDTH, device=DEVICE)) and found.sum() == 4 * 128
 
 
+def test_functional_transforms():
+    x = torch.randn(2, 4, 3 * WIDTH, device=DEVICE)
+    grad = torch.func.vmap(torch.func.grad(lambda x: split(x, 3)[1].sum()))(x)
+    assert (
+        torch.equal(grad.view(2, 4, 3, WIDTH)[:, :, 1], torch.ones(2, 4, WIDTH, device=DEVICE))
+        and grad.sum() == 8 * WIDTH
+    )
+
+
 def test_neighbours():
     whole = torch.empty(5, 3, 2, 8)
     query, key, value = whole.unbind(1)
