@@ -78,7 +78,7 @@ def whole_rows(block: str, *, least_columns: int = 16, columns_per_warp: int = 2
     return rule
 
 
-def rows_of_warps(*, most_rows: int, columns_per_warp: int = 256, **fields: int) -> Rule:
+def rows_of_warps(*, most_rows: int, columns_per_warp: int = 256, **fields: int) -> Callable[..., Fields]:
     """As ``whole_rows``, several short rows a program: as many as its warps have columns for."""
 
     def rule(itemsize: int, *, columns: int, **shapes: int) -> Fields:
@@ -97,7 +97,7 @@ def rows_for_programs(choices: tuple[int, ...], *, programs: int, most_rows: int
     whole = rows_of_warps(most_rows=most_rows)
 
     def rule(itemsize: int, *, columns: int, rows: int | None = None, **shapes: int) -> Fields:
-        fields = dict(whole(itemsize, columns=columns))
+        fields = whole(itemsize, columns=columns)
         fitting = [choice for choice in choices if rows is None or rows >= programs * choice] or [choices[-1]]
         return {**fields, "ROWS_PER_PROGRAM": max(fitting[0], fields["BLOCK_ROWS"])}
 
