@@ -2,6 +2,7 @@
 
     python -m benchmarks.host_time                      every op, forward and both passes, with records
     python -m benchmarks.host_time --op attention --profile
+    python -m benchmarks.host_time --step --rounds 10   the planned step, in float32 and under autocast to bfloat16
 
 The ops take the path of their kernels on CPU tensors of a few elements, under a driver of Triton whose launch returns
 at once (``harness/idle_driver.py``); Triton's binder is part of the time, the compiler is not. A ratio is that of the
@@ -10,7 +11,8 @@ thread, so that the speed of the machine and its other users fall out. A seed ta
 and products that an op leaves to torch are part of its time.
 
 An op is timed only after its kernels were as right as ``harness/verification.py`` asks, in Triton's interpreter and a
-process of its own, on the tensors that are timed.
+process of its own, on the tensors that are timed. A step is made of these ops and has tests of its own; in its time are
+the matrix products of a CPU, at small widths.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from torch import Tensor
 
 from benchmarks.harness import verification
 from benchmarks.harness.idle_driver import kernels_on_a_cpu
+from benchmarks.harness.idle_step import PRECISIONS, step_calls
 from benchmarks.harness.implementations import implementations
 from benchmarks.harness.op_cases import Case
 from sclkern import ops
@@ -98,7 +101,7 @@ def baseline() -> dict[str, Call]:
     return pair(lambda: F.layer_norm(x + residual, weight.shape, weight, bias), leaves)
 
 
-def measure(functions: dict[str, Call], rounds: int) -> dict[str, float]:
+def measure(functions: dict[tuple[str, str], Call], rounds: int) -> dict[tuple[str, str], float]:
     """Median seconds of a call of each function, which take turns.
 
     Args:
@@ -108,7 +111,7 @@ def measure(functions: dict[str, Call], rounds: int) -> dict[str, float]:
     Returns:
         Seconds by name.
     """
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[tuple[str, str], list[float]] = {name: [] for name in functions}
     for function in functions.values():
         for _ in range(CALLS):
             function()
@@ -139,14 +142,24 @@ def host_times(names: Sequence[str], rounds: int) -> list[dict[str, Any]]:
         the same passes of the baseline, and the baseline's seconds. Draws have no "both".
     """
     with kernels_on_a_cpu(), one_seed_draw():
-        functions = {(op, pass_): call for op in names for pass_, call in calls_of(op).items()}
-        functions |= {(BASELINE, pass_): call for pass_, call in baseline().items()}
-        seconds = measure(functions, rounds)  # type: ignore[arg-type]
+        return _rows({op: calls_of(op) for op in names}, rounds)
+
+
+def step_times(rounds: int) -> list[dict[str, Any]]:
+    """As ``host_times``, of the planned step in each precision."""
+    calls = {f"step/{precision}": step_calls(precision) for precision in PRECISIONS}
+    with kernels_on_a_cpu():
+        return _rows(calls, rounds)
+
+
+def _rows(calls: dict[str, dict[str, Call]], rounds: int) -> list[dict[str, Any]]:
+    functions = {(name, pass_): call for name, passes in calls.items() for pass_, call in passes.items()}
+    functions |= {(BASELINE, pass_): call for pass_, call in baseline().items()}
+    seconds = measure(functions, rounds)
     rows = []
-    for op in names:
-        passes = [pass_ for name, pass_ in functions if name == op]
-        row: dict[str, Any] = {"op": op} | {pass_: seconds[op, pass_] for pass_ in passes}
-        row |= {f"{pass_}_ratio": seconds[op, pass_] / seconds[BASELINE, pass_] for pass_ in passes}
+    for name, passes in calls.items():
+        row: dict[str, Any] = {"op": name} | {pass_: seconds[name, pass_] for pass_ in passes}
+        row |= {f"{pass_}_ratio": seconds[name, pass_] / seconds[BASELINE, pass_] for pass_ in passes}
         rows.append(row | {f"baseline_{pass_}": seconds[BASELINE, pass_] for pass_ in passes})
     return rows
 
@@ -215,6 +228,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", help="only these, by commas")
+    parser.add_argument("--step", action="store_true", help="the planned step in place of ops")
     parser.add_argument("--rounds", type=int, default=1000, help=f"rounds of {CALLS} calls each (default 1000)")
     parser.add_argument("--profile", action="store_true", help="show where the time goes; no records")
     parser.add_argument("--verify", action="store_true", help="only check the ops, under TRITON_INTERPRET=1")
@@ -231,8 +245,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 profile(op, options.rounds)
         else:
             torch.set_num_threads(1)
-            verify_in_the_interpreter(names)
-            rows = host_times(names, options.rounds)
+            if options.step:
+                rows = step_times(options.rounds)
+            else:
+                verify_in_the_interpreter(names)
+                rows = host_times(names, options.rounds)
             print(table(rows))
             for row in rows:
                 records.append(f"host_time/{row.pop('op')}", results=options.results, rounds=options.rounds, **row)

@@ -14,6 +14,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import host_time
 from benchmarks.harness.idle_driver import kernels_on_a_cpu
+from benchmarks.harness.idle_step import step_calls
 from sclkern import ops
 from sclkern.kernels.config import override
 from sclkern.ops.dispatch import interpreted
@@ -33,6 +34,20 @@ def test_the_program_measures_and_records(tmp_path, capsys):
     assert [row["case"] for row in rows] == ["host_time/bias_gelu", "host_time/select_tokens"]
     assert rows[0]["both_ratio"] == pytest.approx(rows[0]["both"] / rows[0]["baseline_both"])
     assert "both" not in rows[1] and rows[1]["forward"] > 0
+
+
+def test_a_step_is_measured_too(tmp_path):
+    assert host_time.main(["--step", "--rounds", "1", "--results", str(tmp_path)]) == 0
+    rows = [json.loads(line) for file in tmp_path.rglob("*.jsonl") for line in file.read_text().splitlines()]
+    assert [row["case"] for row in rows] == ["host_time/step/float32", "host_time/step/bfloat16"]
+    assert all(row["both_ratio"] == pytest.approx(row["both"] / row["baseline_both"]) for row in rows)
+
+
+def test_the_kernels_of_a_step_are_launched():
+    launches, call = [], step_calls("float32")["both"]
+    with kernels_on_a_cpu(lambda *arguments: launches.append(arguments)):
+        call()
+    assert len(launches) > 300
 
 
 def test_an_op_that_is_not_right_is_not_timed(monkeypatch, capsys):
