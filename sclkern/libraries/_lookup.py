@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+_Question = TypeVar("_Question", bound=Callable[..., Any])
+
+
+def constant(question: _Question) -> _Question:
+    """Decorate a function that torch.compile is to call once and to take as a constant, as
+    ``torch.compiler.assume_constant_result`` does, without what that imports: a second, and Triton."""
+    question._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return question
 
 
 class Found:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sclkern.libraries._lookup import Found
+from sclkern.libraries._lookup import Found, constant
 
 # What it computes on and in; tests of stand-ins add others.
 DEVICE_TYPES = {"cuda"}
@@ -33,13 +33,13 @@ def version() -> str:
 
 
 # torch.compile can trace neither an import nor a question to the driver.
-@torch.compiler.assume_constant_result
+@constant
 def missing() -> str | None:
     """Why the library cannot be used on any device, with the remedy; None if it can."""
     return FUNCTION.problem() or VARLEN_FUNCTION.problem()
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _older(device: torch.device) -> str | None:
     """The name of a GPU on which the library does not run."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) >= MIN_CAPABILITY:

@@ -71,6 +71,7 @@ WRONG = {
     "ratio": PROBABILITY,
     "reduction": NAME,
     "replace": MASK,
+    "return_copy": BOOLEAN,
     "return_hits": BOOLEAN,
     "return_lse": BOOLEAN,
     "return_sum": BOOLEAN,

@@ -234,8 +234,10 @@ def path_taken(call, monkeypatch):
         run = InterpretedFunction.run
 
         def launched(self, *args, **kwargs):
-            absorbed = self.fn.__name__.startswith("cross_attention")
-            seen.append("triton-absorbed-keys" if absorbed else "triton")
+            name = self.fn.__name__
+            few_queries, absorbed = "softmax" in name, name.startswith("cross_attention")
+            path = "triton-absorbed-queries" if few_queries else "triton-absorbed-keys"
+            seen.append(path if absorbed else "triton")
             return run(self, *args, **kwargs)
 
         monkeypatch.setattr(InterpretedFunction, "run", launched)
