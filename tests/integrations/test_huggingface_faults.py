@@ -9,7 +9,7 @@ from torch import nn
 
 import sclkern
 from sclkern import UserError, ops
-from sclkern.integrations.huggingface import masks
+from sclkern.integrations.huggingface import maps, masks
 from sclkern.integrations.huggingface.masks import key_padding
 from sclkern.integrations.huggingface.warn import _warn_once
 
@@ -180,12 +180,14 @@ def test_masks_of_one_row(way, compiled, op_calls):
         sclkern.fuse(model, only="attention")
     run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
     given = masks_of_one_row()
+    # transformers 5.0 and 5.1 have no collector that tells, and a compiler hides who asks for maps.
+    hidden = compiled and way == "name" and maps._collector is None
     with torch.no_grad():
         for name in ("soft", "2-D") if compiled else given:
             op_calls.clear()
             actual = first(run(IDS, attention_mask=given[name]))
             torch.testing.assert_close(actual, first(eager(IDS, attention_mask=given[name])))
-            assert len(op_calls) == (0 if "soft" in name else 2), name
+            assert len(op_calls) == (0 if hidden or "soft" in name else 2), name
 
 
 def test_what_is_known_of_a_mask_goes_with_its_values():
