@@ -16,7 +16,9 @@ from torch import Tensor
 
 # Streams: one for each purpose, so that no two draws of a step share numbers.
 STREAM_PATCHES, STREAM_TOKENS, STREAM_MLM, STREAM_COMPLETION, STREAM_ITM = range(5)
-STREAM_ATTENTION, STREAM_FEATURES = 6, 16
+STREAM_ATTENTION, STREAM_MATCHES, STREAM_FALSE_PLACES, STREAM_FEATURES = 6, 7, 8, 16
+# Before the step in the seed of a step; the seeds of a model, of validation and of its loader have other numbers.
+_STEP = 1
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIER_A, _MULTIPLIER_B = 0xD2511F53, 0xCD9E8D57
@@ -124,6 +126,22 @@ def mix_seed(*parts: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
         state ^= state >> 31
     return state >> 1
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of everything that an optimiser step draws: masks, dropout, which images are false.
+
+    It is the same in every micro-batch and on every rank; what sets their rows apart is each row's place in the global
+    batch.
+
+    Args:
+        seed: of the run.
+        step: number of the step, from 0.
+
+    Returns:
+        Int on [0, 2**63).
+    """
+    return mix_seed(seed, _STEP, step)
 
 
 def seed_tensor(seed: int | Tensor | None, device: torch.device | str) -> Tensor:

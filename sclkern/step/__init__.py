@@ -3,7 +3,7 @@
 from sclkern.step.config import StepConfig
 from sclkern.step.cuda_graph import CapturedStep, check_capture
 from sclkern.step.losses import SCLLosses, check_objectives, check_step, run_step, take_step
-from sclkern.step.masks import StepMasks, draw_masks
+from sclkern.step.masks import StepMasks, draw_masks, false_places, match_labels
 from sclkern.step.plan import Plan, make_plan
 
 __all__ = [
@@ -16,7 +16,9 @@ __all__ = [
     "check_objectives",
     "check_step",
     "draw_masks",
+    "false_places",
     "make_plan",
+    "match_labels",
     "run_step",
     "take_step",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 from sclkern.models.config import SCLConfig
 from sclkern.objectives.config import ObjectiveConfig
 from sclkern.ops.masking import mask_text, select_patches, select_tokens
-from sclkern.random import STREAM_ITM, below, random_words, smallest
+from sclkern.random import STREAM_FALSE_PLACES, STREAM_ITM, STREAM_MATCHES, below, philox, random_words, smallest
 from sclkern.reference import MaskedText
 from sclkern.step.batch import with_tokens_first
 
@@ -89,6 +89,46 @@ def token_capacity(config: SCLConfig, objectives: ObjectiveConfig, text_length: 
         "completion": min(text_length, int(max(text_length - 2, 0) * objectives.text_mask_ratio) + 1),
         "replaced": int(config.num_patches * objectives.patch_token_ratio),
     }
+
+
+def match_labels(seed: int | Tensor, place: Tensor) -> Tensor:
+    """Draw which rows of a global batch keep their own image in the view of ITM.
+
+    Of the places 2 i and 2 i + 1 exactly one has a false image. A label depends on (seed, place) alone, so that any
+    part of the global batch draws its own.
+
+    Args:
+        seed: of the step (``sclkern.random.step_seed``): int, or int64 tensor of one element on the device of place.
+        place: (B,) int64, places in the global batch.
+
+    Returns:
+        (B,) int64, 1 = the row's own image, 0 = a false one.
+    """
+    words = philox(seed, place >> 1, STREAM_MATCHES)[0]
+    return ((words ^ place) & 1) ^ 1
+
+
+def false_places(seed: int | Tensor, place: Tensor, global_batch: int) -> Tensor:
+    """Draw the place whose image is the false image of each place: any other of the global batch, uniformly.
+
+    Args:
+        seed: as in ``match_labels``.
+        place: (N,) int64, places in the global batch; of the rows whose label is 0.
+        global_batch: rows of the global batch, at least 2.
+
+    Returns:
+        (N,) int64, each in [0, global_batch) and not the place itself; a function of (seed, place, global_batch).
+
+    Raises:
+        ValueError: ``global_batch`` is below 2.
+    """
+    if global_batch < 2:
+        raise ValueError(
+            f"global_batch: got {global_batch}, expected at least 2 (a false image is another row's); raise the batch "
+            "size, or use itm_negatives='dataset'"
+        )
+    words = philox(seed, place, STREAM_FALSE_PLACES)[0]
+    return (place + 1 + below(words, global_batch - 1)) % global_batch
 
 
 def needed_masks(objectives: ObjectiveConfig) -> set[str]:
