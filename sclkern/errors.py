@@ -14,6 +14,19 @@ class WorkerError(RuntimeError):
     """A data worker process died. The message is one line, and ``sclkern`` on the command line exits with 3."""
 
 
+class RankError(RuntimeError):
+    """Another process of the run failed. ``sclkern`` on the command line exits with that process's status.
+
+    Args:
+        message: what failed, in one line; empty where another process prints it.
+        status: exit status.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal stopped what was running; ``sclkern`` on the command line exits with 128 + its number.
 

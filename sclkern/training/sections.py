@@ -144,6 +144,11 @@ class RunConfig:
         stop_at: step after which the run saves and stops, with the schedule unchanged; null runs to max_steps.
         batch_size: pairs that one process takes in one forward pass.
         accumulation: forward passes accumulated for one optimiser step.
+        contrastive_batch: pairs that ITC, MVSC and MLSC contrast with each other: null takes those of one forward pass
+            of all processes; processes x batch_size x accumulation takes the whole batch of a step, in two passes.
+        parallel: how the processes of torchrun share the work: "ddp" keeps the whole model in each, "fsdp" keeps a part
+            of weights, gradients and optimiser in each.
+        preflight_seconds: how long a process waits at the start for all others.
         seed: seed of initial weights, order and augmentation of the data, masks and dropout.
         precision: "float32", or "bfloat16" for autocast with float32 weights.
         device: "cpu", "cuda" or "cuda:N"; "auto" takes a GPU if there is one.
@@ -162,6 +167,9 @@ class RunConfig:
     stop_at: int | None = None
     batch_size: int = 64
     accumulation: int = 1
+    contrastive_batch: int | None = None
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    preflight_seconds: int = 300
     seed: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
@@ -173,8 +181,9 @@ class RunConfig:
     val_every: int = 0
 
     def __post_init__(self) -> None:
-        counts = ("max_steps", "stop_at", "batch_size", "accumulation", "log_every")
+        counts = ("max_steps", "stop_at", "batch_size", "accumulation", "log_every", "preflight_seconds")
         _check(self, lambda value: value >= 1, "1 or more", *counts)
+        _check(self, lambda value: value >= 2, "2 or more", "contrastive_batch")
         _check(self, lambda value: value >= 0, "0 or more", "seed", "save_every", "val_every")
         _check(self, _written_out, _PATH, "output_dir")
 
