@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from sclkern.data.order import data_seed
 from sclkern.data.source import PairSource
 from sclkern.data.text import one_line
 from sclkern.data.tokenizer import CaptionTokenizer
@@ -20,12 +20,26 @@ from sclkern.errors import UserError
 _MAX_UNDECODABLE_IN_A_ROW = 100
 
 
+class SampleIndex(NamedTuple):
+    """Index of a ``PairDataset``.
+
+    Attributes:
+        epoch: of the pass over the data, which changes the augmentation.
+        pair: of the source.
+        false_image: whether a negative image is wanted, too.
+    """
+
+    epoch: int
+    pair: int
+    false_image: bool = False
+
+
 class PairDataset(Dataset[dict[str, Any]]):
     """Decoded and transformed samples; each depends on (``seed``, epoch, pair) alone.
 
-    Indices are tuples (epoch, pair). A sample is a dict with ``image`` (3, S, S) float32, ``caption`` (str),
-    ``pair`` (int), ``undecodable`` (dict of image names and reasons, see below) and, with ``false_image``, the key
-    ``false_image`` (3, S, S) float32: another image of the source, never the same one.
+    Indices are ``SampleIndex``. A sample is a dict with ``image`` (3, S, S) float32, ``caption`` (str), ``pair`` (int),
+    ``undecodable`` (dict of image names and reasons, see below) and, where the index asks for it, ``false_image``
+    (3, S, S) float32: another image of the source, never the same one.
 
     An image that cannot be read or decoded, or is smaller than a patch, is skipped: the next pair of another image
     takes its place, and the name of the skipped image goes into ``undecodable``, with the reason.
@@ -37,10 +51,9 @@ class PairDataset(Dataset[dict[str, Any]]):
         max_text_len: Longest row of token ids, special tokens included.
         min_size: Least height and width of an image in pixels: the side of a patch.
         seed: Seed of all random draws, not negative.
-        false_image: Whether a sample also has a negative image for image-text matching.
 
     Raises:
-        UserError: ``false_image`` is set and the source has one image; at access, none of many images can be decoded.
+        UserError: at access, none of many images can be decoded.
     """
 
     def __init__(
@@ -52,20 +65,16 @@ class PairDataset(Dataset[dict[str, Any]]):
         max_text_len: int,
         min_size: int,
         seed: int,
-        false_image: bool = False,
     ) -> None:
-        if false_image and source.num_images < 2:
-            raise UserError("the data have 1 image, expected 2 or more for negative images; use more data")
         self.source = source
         self.tokenizer = tokenizer
         self.transform = transform
         self.max_text_len = max_text_len
         self.min_size = min_size
         self.seed = seed
-        self.false_image = false_image
 
-    def __getitem__(self, index: tuple[int, int]) -> dict[str, Any]:
-        epoch, pair = index
+    def __getitem__(self, index: SampleIndex) -> dict[str, Any]:
+        epoch, pair, false_image = index
         source = self.source
         undecodable: dict[int, str] = {}
         with torch.random.fork_rng(devices=[]):
@@ -75,7 +84,7 @@ class PairDataset(Dataset[dict[str, Any]]):
             step, decoded = self._first_decodable(following, undecodable)
             pair = (pair + step) % source.num_pairs
             sample = {"image": self.transform(decoded), "caption": source.caption(pair), "pair": pair}
-            if self.false_image:
+            if false_image:
                 image = int(source.pair_image[pair])
                 count = source.num_images - 1
                 drawn = int(torch.randint(count, ()))
@@ -84,13 +93,6 @@ class PairDataset(Dataset[dict[str, Any]]):
                 sample["false_image"] = self.transform(decoded)
         sample["undecodable"] = {source.image_name(image): reason for image, reason in undecodable.items()}
         return sample
-
-    def __getitems__(self, indices: list[tuple[int, int]]) -> list[dict[str, Any]] | UserError:
-        """The samples of a batch. A ``UserError`` is returned, as DataLoader would bury its one line in a traceback."""
-        try:
-            return [self[index] for index in indices]
-        except UserError as error:
-            return error
 
     def _first_decodable(self, images: Iterable[int], undecodable: dict[int, str]) -> tuple[int, Image.Image]:
         """Position and content of the first of these images that can be decoded; adds the others to ``undecodable``."""
@@ -109,8 +111,3 @@ class PairDataset(Dataset[dict[str, Any]]):
             f"{one_line(self.source.image_name(image), 200)} ({reason}), expected JPEG, PNG or another format of "
             "Pillow; write the data again"
         )
-
-
-def data_seed(*parts: int) -> int:
-    """A 64-bit seed that depends on all of these non-negative integers."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])

@@ -1,50 +1,62 @@
-"""Batches of (image, caption) pairs that depend on seed, epoch and position alone."""
+"""Batches of (image, caption) pairs that depend on seed, step and place in the global batch alone."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from itertools import chain, count
-from typing import Any
+from itertools import count
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
 
+from sclkern.data.batches import Batch, BatchRequest, PairBatches
 from sclkern.data.buckets import Buckets
-from sclkern.data.dataset import PairDataset, data_seed
+from sclkern.data.dataset import PairDataset, SampleIndex
+from sclkern.data.order import PairOrder
 from sclkern.data.workers import ignore_signals, iterate
 from sclkern.errors import UserError
+from sclkern.random import step_seed
+from sclkern.step.masks import false_places, match_labels
 
-Batch = dict[str, Any]
+Negatives = Literal["in_batch", "dataset"]
 
 
 class PairLoader:
-    """Batches of a ``PairDataset``, the same for any number of workers and after a resumption.
+    """Batches of one rank from a ``PairDataset``, the same for any number of workers and after a resumption.
 
     A batch is a dict with ``image`` (B, 3, S, S) float32, ``text_ids`` (B, L) int64, ``text_mask`` (B, L)
-    bool, ``text_tokens`` (int: the tokens of all captions, rounded up with ``buckets``), ``pair`` (B,) int64,
-    ``undecodable`` (dict of image names and reasons) and, if the dataset gives it, ``false_image`` (B, 3, S, S)
-    float32. The tensors are in host memory, pinned where there is a GPU.
+    bool, ``text_tokens`` (int: the tokens of all captions, rounded up with ``buckets``), ``pair`` (B,) int64 and
+    ``undecodable`` (dict of image names and reasons). The tensors are in host memory, pinned where there is a GPU.
 
-    An epoch's order depends on (``seed``, epoch) alone and is dealt out to the ranks one pair at a time.
-    With ``drop_last`` every rank has the same number of whole batches; without it the ranks share all
-    pairs, and may differ by one pair, hence by one batch.
+    The global batch of a step has G = ``world_size * batch_size * accumulation`` pairs, the same ones for all factors
+    of G (see ``PairOrder``): row j of micro-batch m of a rank stands at place ``(m * world_size + rank) * batch_size +
+    j``. Batches of ``steps`` have ``place`` (B,) int64, too, and for image-text matching
+
+    - ``match_labels`` (B,) int64: 1 where the row keeps its own image, 0 where it gets a negative one;
+    - with ``negatives`` "dataset", ``false_image`` (N, 3, S, S) float32: another image of the source for each label 0,
+      in the order of the rows;
+    - with "in_batch", ``false_place`` (N,) int64: for each label 0, the place in the global batch whose image it gets.
+      Where one of them is not in this batch, also ``false_image`` (N, 3, S, S): the images at these places, augmented
+      as they are there.
 
     Args:
         dataset: The samples.
         batch_size: B, pairs per batch and rank.
         shuffle: Whether each epoch has a new random order; else the order of the source.
-        seed: Seed of the order, not negative.
+        seed: Seed of the order, the labels and the negatives, not negative.
         num_workers: Processes that decode; 0 decodes in this one.
         rank: Index of this process.
         world_size: Number of processes.
-        drop_last: Whether to leave out the pairs that do not fill a batch on every rank.
+        accumulation: Batches per rank and step.
+        negatives: Where image-text matching takes negative images from; None where it takes none, or chooses them
+            within the batch.
         pad_to_max: Whether L is the dataset's ``max_text_len``; else L is the longest row of the batch.
         buckets: Sizes that L and ``text_tokens`` are rounded up to.
 
     Raises:
-        UserError: With ``drop_last``, the data do not fill one batch on every rank.
-        ValueError: ``batch_size`` or ``world_size`` is not positive, or ``rank`` is not below ``world_size``.
+        UserError: The data do not fill a batch, or have one image and ``negatives`` is "dataset".
+        ValueError: ``batch_size`` or ``accumulation`` is not positive, or ``rank`` is not below ``world_size``.
     """
 
     def __init__(
@@ -57,20 +69,23 @@ class PairLoader:
         num_workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        drop_last: bool = True,
+        accumulation: int = 1,
+        negatives: Negatives | None = None,
         pad_to_max: bool = False,
         buckets: Buckets | None = None,
     ) -> None:
-        if batch_size < 1 or not 0 <= rank < world_size:
+        if batch_size < 1 or accumulation < 1 or not 0 <= rank < world_size:
             raise ValueError(
-                f"batch_size {batch_size}, rank {rank}, world_size {world_size}: "
-                "expected batch_size >= 1 and 0 <= rank < world_size"
+                f"batch_size {batch_size}, accumulation {accumulation}, rank {rank}, world_size {world_size}: expected "
+                "batch_size >= 1, accumulation >= 1 and 0 <= rank < world_size"
             )
-        if drop_last and (needed := batch_size * world_size) > dataset.source.num_pairs:
+        if batch_size > dataset.source.num_pairs:
             raise UserError(
-                f"a batch of {batch_size} pairs on {world_size} rank(s) needs {needed} pairs, "
-                f"the data have {dataset.source.num_pairs}; make the batch smaller or use more data"
+                f"a batch of {batch_size} pairs is larger than the data, which have {dataset.source.num_pairs}; make "
+                "the batch smaller or use more data"
             )
+        if negatives == "dataset" and dataset.source.num_images < 2:
+            raise UserError("the data have 1 image, expected 2 or more for negative images; use more data")
         self.dataset = dataset
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -78,71 +93,96 @@ class PairLoader:
         self.num_workers = num_workers
         self.rank = rank
         self.world_size = world_size
-        self.drop_last = drop_last
+        self.accumulation = accumulation
+        self.negatives = negatives
         self.pad_to_max = pad_to_max
         self.buckets = buckets
+        self.order = self._order_of(self.global_batch)
 
-    def __len__(self) -> int:
-        """Batches per epoch of this rank."""
-        pairs = self.dataset.source.num_pairs
-        if self.drop_last:
-            return pairs // (self.batch_size * self.world_size)
-        return -(-len(range(self.rank, pairs, self.world_size)) // self.batch_size)
+    @property
+    def global_batch(self) -> int:
+        """G, pairs of a step over all ranks and micro-batches."""
+        return self.world_size * self.batch_size * self.accumulation
 
-    def epoch(self, epoch: int, start: int = 0) -> Generator[Batch]:
-        """Iterate over an epoch without a change to torch's global generators.
+    def steps(self, start: int = 0, *, keyed: bool = True) -> Generator[Batch]:
+        """Iterate without end over the batches of this rank, ``accumulation`` for each step.
+
+        Neither this nor ``epoch`` changes torch's global generators. Workers go on from one epoch to the next, so a run
+        that reads a small table many times does not wait for new processes and their first batches each time.
+
+        Args:
+            start: First step; what comes before it is not decoded.
+            keyed: Whether batches have ``place`` and labels; else they are as those of ``epoch``.
+
+        Returns:
+            The batches.
+
+        Raises:
+            UserError: while iterating, the dataset's errors.
+            WorkerError: while iterating, a worker has died.
+        """
+        return self._load(
+            self._request_of_step(step, micro, keyed) for step in count(start) for micro in range(self.accumulation)
+        )
+
+    def batches_of_epoch(self) -> range:
+        """The whole batches of an epoch that are dealt to this rank, by their number among those of all ranks."""
+        return range(self.rank, self.dataset.source.num_pairs // self.batch_size, self.world_size)
+
+    def epoch(self, epoch: int = 0) -> Generator[Batch]:
+        """Iterate over this rank's batches of an epoch, which do not depend on who else has one.
+
+        They have no ``place`` and no labels, and with ``negatives`` "dataset" a ``false_image`` for every row.
 
         Args:
             epoch: Number of the epoch.
-            start: First batch to give; the batches before it are not decoded.
 
         Returns:
-            The batches.
+            The batches of ``batches_of_epoch``.
 
         Raises:
-            UserError: ``start`` is past the end of the epoch; while iterating, the dataset's errors.
+            UserError: while iterating, the dataset's errors.
             WorkerError: while iterating, a worker has died.
         """
-        self._check_start(epoch, start)
-        return self._load(self._indices(epoch, start))
+        order = self._order_of(self.batch_size)
+        first, places = epoch * int(order.steps_per_epoch), torch.arange(self.batch_size)
+        return self._load(
+            BatchRequest([SampleIndex(*at, self.negatives == "dataset") for at in order.at(first + batch, places)])
+            for batch in self.batches_of_epoch()
+        )
 
-    def endless(self, epoch: int, start: int = 0) -> Generator[Batch]:
-        """Iterate over an epoch and all that follow, without end.
+    def _order_of(self, global_batch: int) -> PairOrder:
+        return PairOrder(self.dataset.source.num_pairs, global_batch, seed=self.seed, shuffle=self.shuffle)
 
-        Workers continue from one epoch to the next, so a run that reads a small table many times does not wait for new
-        processes and their first batches each time.
-
-        Args:
-            epoch: Number of the first epoch.
-            start: First batch of the first epoch to give.
-
-        Returns:
-            The batches.
-
-        Raises:
-            UserError: As ``epoch``.
-        """
-        self._check_start(epoch, start)
-        following = (self._indices(later) for later in count(epoch + 1))
-        return self._load(chain(self._indices(epoch, start), chain.from_iterable(following)))
-
-    def _check_start(self, epoch: int, start: int) -> None:
-        if not 0 <= start <= len(self):
-            raise UserError(
-                f"epoch {epoch} has {len(self)} batches, it cannot start at batch {start}; "
-                "resume with the data, batch size and number of ranks of the first run"
+    def _request_of_step(self, step: int, micro: int, keyed: bool) -> BatchRequest:
+        first = (micro * self.world_size + self.rank) * self.batch_size
+        place = torch.arange(first, first + self.batch_size)
+        rows = [SampleIndex(*at) for at in self.order.at(step, place)]
+        if not keyed:
+            return BatchRequest([index._replace(false_image=self.negatives == "dataset") for index in rows])
+        if self.negatives is None:
+            return BatchRequest(rows, {"place": place.tolist()})
+        seed = step_seed(self.seed, step)
+        labels = match_labels(seed, place)
+        keys = {"place": place.tolist(), "match_labels": labels.tolist()}
+        if self.negatives == "dataset":
+            wanted = (labels == 0).tolist()
+            return BatchRequest(
+                [index._replace(false_image=row) for index, row in zip(rows, wanted, strict=True)], keys
             )
+        false = false_places(seed, place[labels == 0], self.global_batch)
+        keys["false_place"] = false.tolist()
+        if bool(((false >= place[0]) & (false <= place[-1])).all()):
+            return BatchRequest(rows, keys)
+        indices = [SampleIndex(*at) for at in self.order.at(step, false)]
+        return BatchRequest(rows, keys, list(zip(keys["false_place"], indices, strict=True)))
 
-    def _indices(self, epoch: int, start: int = 0) -> Iterator[list[tuple[int, int]]]:
-        order = self._order(epoch)
-        for first in range(start * self.batch_size, len(order), self.batch_size):
-            yield [(epoch, pair) for pair in order[first : first + self.batch_size].tolist()]
-
-    def _load(self, indices: Iterator[list[tuple[int, int]]]) -> Generator[Batch]:
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=indices,
-            collate_fn=self._collate,
+    def _load(self, requests: Iterator[BatchRequest]) -> Generator[Batch]:
+        loader: DataLoader[Any] = DataLoader(
+            PairBatches(self.dataset, pad_to_max=self.pad_to_max, buckets=self.buckets),
+            sampler=requests,
+            batch_size=None,
+            collate_fn=_as_it_is,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),
@@ -154,38 +194,6 @@ class PairLoader:
                     raise batch
                 yield batch
 
-    def _order(self, epoch: int) -> torch.Tensor:
-        pairs = self.dataset.source.num_pairs
-        if self.shuffle:
-            order = torch.randperm(pairs, generator=torch.Generator().manual_seed(data_seed(self.seed, epoch)))
-        else:
-            order = torch.arange(pairs)
-        if self.drop_last:
-            order = order[: len(self) * self.batch_size * self.world_size]
-        return order[self.rank :: self.world_size]
 
-    def _collate(self, samples: list[dict[str, Any]] | UserError) -> Batch | UserError:
-        if isinstance(samples, UserError):
-            return samples
-        length = self.dataset.max_text_len
-        captions = [sample["caption"] for sample in samples]
-        try:
-            ids, mask = self.dataset.tokenizer(captions, length, pad_to=length if self.pad_to_max else None)
-        except UserError as error:
-            return error
-        tokens = int(mask.sum())
-        if self.buckets is not None:
-            width, tokens = self.buckets.fit(ids.shape[1], tokens)
-            ids = torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=self.dataset.tokenizer.pad_id)
-            mask = torch.nn.functional.pad(mask, (0, width - mask.shape[1]))
-        batch: Batch = {
-            "image": torch.stack([sample["image"] for sample in samples]),
-            "text_ids": ids,
-            "text_mask": mask,
-            "text_tokens": tokens,
-            "pair": torch.tensor([sample["pair"] for sample in samples]),
-            "undecodable": {name: why for sample in samples for name, why in sample["undecodable"].items()},
-        }
-        if self.dataset.false_image:
-            batch["false_image"] = torch.stack([sample["false_image"] for sample in samples])
-        return batch
+def _as_it_is(batch: Any) -> Any:
+    return batch

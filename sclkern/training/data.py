@@ -16,7 +16,7 @@ from sclkern.data import PairSource, open_pairs
 from sclkern.data.buckets import Buckets
 from sclkern.data.dataset import PairDataset
 from sclkern.data.digest import digest
-from sclkern.data.loader import PairLoader
+from sclkern.data.loader import Negatives, PairLoader
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import build_transform
 from sclkern.errors import UserError
@@ -34,8 +34,8 @@ class TrainingData:
         val_source: held-out pairs.
         tokenizer: tokenizer whose vocabulary and special ids are the model's.
         val_transform: image transform of validation and retrieval.
-        train_loader: shuffled batches of ``train_source``.
-        val_loader: batches of ``val_source`` in its order.
+        train_loader: this rank's shuffled batches of ``train_source``.
+        val_loader: this rank's batches of ``val_source``, in its order.
         caption_lengths: tokens of about a thousand training captions.
         identity: what a resumed run must find again: numbers of pairs and digests.
     """
@@ -50,12 +50,14 @@ class TrainingData:
     identity: dict[str, Any]
 
 
-def open_data(config: PretrainConfig, device: torch.device) -> TrainingData:
+def open_data(config: PretrainConfig, device: torch.device, *, rank: int = 0, world_size: int = 1) -> TrainingData:
     """Open everything that ``config.data`` names.
 
     Args:
         config: configuration of the run.
         device: device that trains; on a GPU batches are padded to few sizes.
+        rank: index of this process.
+        world_size: number of processes that train.
 
     Returns:
         The data.
@@ -66,12 +68,13 @@ def open_data(config: PretrainConfig, device: torch.device) -> TrainingData:
     data = config.data
     train_source = open_pairs(data.root, data.train_tables, data.train_split, format=data.format)
     val_source = open_pairs(data.root, data.val_tables, data.val_split, format=data.format)
+    _check_batch(config, world_size, train_source, val_source)
     tokenizer = CaptionTokenizer.from_pretrained(data.tokenizer)
     check_tokenizer(config, tokenizer)
+    lengths = _caption_lengths(train_source, tokenizer, config.model.max_text_len)
     transform, val_transform = (
         build_transform(name, config.model.image_size) for name in (data.transform, data.val_transform)
     )
-    lengths = _caption_lengths(train_source, tokenizer, config.model.max_text_len)
     train_buckets = val_buckets = None
     train_batch, val_batch = config.run.batch_size, min(config.run.batch_size, val_source.num_pairs)
     if device.type == "cuda":
@@ -79,25 +82,78 @@ def open_data(config: PretrainConfig, device: torch.device) -> TrainingData:
         val_lengths = _caption_lengths(val_source, tokenizer, config.model.max_text_len)
         train_buckets = Buckets.from_lengths(lengths, train_batch, config.model.max_text_len)
         val_buckets = Buckets.from_lengths(val_lengths, val_batch, config.model.max_text_len)
-    if config.objectives.in_batch_negatives:
-        if train_batch < 2:
-            raise UserError(
-                f"run.batch_size: got {train_batch}, expected 2 or more, because a negative image is another row's; or "
-                "use objectives.itm_negatives=dataset"
-            )
-        if val_batch < 2:
-            raise UserError(
-                "data.val_tables: got 1 pair, expected 2 or more, because a negative image is another row's; hold out "
-                "more pairs"
-            )
-    train_loader = _loader(config, train_source, tokenizer, transform, train_batch, train_buckets, shuffle=True)
-    val_loader = _loader(config, val_source, tokenizer, val_transform, val_batch, val_buckets, shuffle=False)
-    identity = {
-        "training data": _identity_of(train_source),
-        "held-out data": _identity_of(val_source),
-        "tokenizer": _tokenizer_digest(tokenizer, train_source, config.model.max_text_len),
-    }
-    return TrainingData(train_source, val_source, tokenizer, val_transform, train_loader, val_loader, lengths, identity)
+
+    def loader(source: PairSource, transform: Transform, **options: Any) -> PairLoader:
+        return PairLoader(
+            PairDataset(
+                source,
+                tokenizer,
+                transform,
+                max_text_len=config.model.max_text_len,
+                min_size=config.model.patch_size,
+                seed=config.run.seed,
+            ),
+            seed=config.run.seed,
+            num_workers=data.num_workers,
+            rank=rank,
+            world_size=world_size,
+            negatives=_negatives(config),
+            # The published masks are drawn over the padded caption.
+            pad_to_max=config.objectives.mlm_mask == "published",
+            **options,
+        )
+
+    return TrainingData(
+        train_source=train_source,
+        val_source=val_source,
+        tokenizer=tokenizer,
+        val_transform=val_transform,
+        train_loader=loader(
+            train_source,
+            transform,
+            batch_size=train_batch,
+            accumulation=config.run.accumulation,
+            buckets=train_buckets,
+            shuffle=True,
+        ),
+        val_loader=loader(val_source, val_transform, batch_size=val_batch, buckets=val_buckets, shuffle=False),
+        caption_lengths=lengths,
+        identity={
+            "training data": _identity_of(train_source),
+            "held-out data": _identity_of(val_source),
+            "tokenizer": _tokenizer_digest(tokenizer, train_source, config.model.max_text_len),
+        },
+    )
+
+
+def _negatives(config: PretrainConfig) -> Negatives | None:
+    objectives = config.objectives
+    if objectives.dataset_negatives:
+        return "dataset"
+    return "in_batch" if objectives.in_batch_negatives and not objectives.hard_negatives else None
+
+
+def _check_batch(config: PretrainConfig, world_size: int, train: PairSource, val: PairSource) -> None:
+    """Raise a ``UserError`` if a contrast would see a pair twice, or a negative image is no other row's."""
+    run, rows = config.run, config.run.batch_size * world_size
+    if rows > train.num_pairs:
+        got = f"{run.batch_size} on {world_size} processes, {rows} pairs together" if world_size > 1 else run.batch_size
+        raise UserError(
+            f"run.batch_size: got {got}, expected at most the {train.num_pairs} pairs of the training data, because no "
+            "contrast may see a pair twice; make it smaller and raise run.accumulation, or use more data"
+        )
+    if not config.objectives.in_batch_negatives:
+        return
+    if run.batch_size < 2:
+        raise UserError(
+            "run.batch_size: got 1, expected 2 or more, because a negative image is another row's; or use "
+            "objectives.itm_negatives=dataset"
+        )
+    if val.num_pairs < 2:
+        raise UserError(
+            "data.val_tables: got 1 pair, expected 2 or more, because a negative image is another row's; hold out "
+            "more pairs"
+        )
 
 
 def data_difference(saved: dict[str, Any], current: dict[str, Any]) -> str | None:
@@ -151,37 +207,6 @@ def check_tokenizer(config: PretrainConfig, tokenizer: CaptionTokenizer) -> None
                 f"model.{name}: got {expected}, the tokenizer {config.data.tokenizer!r} has {value}; "
                 f"set model.{name}={value} or use the model's tokenizer"
             )
-
-
-def _loader(
-    config: PretrainConfig,
-    source: PairSource,
-    tokenizer: CaptionTokenizer,
-    transform: Transform,
-    batch_size: int,
-    buckets: Buckets | None,
-    *,
-    shuffle: bool,
-) -> PairLoader:
-    dataset = PairDataset(
-        source,
-        tokenizer,
-        transform,
-        max_text_len=config.model.max_text_len,
-        min_size=config.model.patch_size,
-        seed=config.run.seed,
-        false_image=config.objectives.dataset_negatives,
-    )
-    return PairLoader(
-        dataset,
-        batch_size=batch_size,
-        shuffle=shuffle,
-        seed=config.run.seed,
-        num_workers=config.data.num_workers,
-        # The published masks are drawn over the padded caption.
-        pad_to_max=config.objectives.mlm_mask == "published",
-        buckets=buckets,
-    )
 
 
 def _caption_lengths(source: PairSource, tokenizer: CaptionTokenizer, max_text_len: int) -> list[int]:

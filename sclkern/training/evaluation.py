@@ -68,15 +68,16 @@ class RunEvaluation:
             UserError: undecodable images above 1 %.
         """
         sums: dict[str, float] = {}
-        with closing(self.data.val_loader.epoch(0)) as batches:
-            for index in range(len(self.data.val_loader)):
+        loader = self.data.val_loader
+        with closing(loader.epoch()) as batches:
+            for index in loader.batches_of_epoch():
                 with self.stop.interruptible():
                     batch = next(batches)
                 self.undecodable["held-out"].add(batch.pop("undecodable"))
                 losses = self.passes.forward(batch, mix_seed(self.config.run.seed, _VALIDATION, index))
                 for name, value in {**losses.named(), **losses.metrics}.items():
                     sums[name] = sums.get(name, 0.0) + value.item()
-        return {name: value / len(self.data.val_loader) for name, value in sums.items()}
+        return {name: value / len(loader.batches_of_epoch()) for name, value in sums.items()}
 
     def retrieval(self, name: str = "held-out", *, max_images: int | None = None) -> RetrievalResult:
         """Zero-shot retrieval from the images of a set.
@@ -135,6 +136,6 @@ class RunEvaluation:
             f"{data.train_source.num_images} images with {data.train_source.num_pairs} captions to train on, "
             f"{data.val_source.num_images} held out; "
             f"batch {run.batch_size} x {run.accumulation}, {run.batch_size - 1} negatives for each contrast; "
-            f"{run.max_steps} steps = {run.max_steps * run.accumulation / len(data.train_loader):.1f} epochs on "
+            f"{run.max_steps} steps = {run.max_steps / data.train_loader.order.steps_per_epoch:.1f} epochs on "
             f"{self.passes.device}, {run.precision}"
         )

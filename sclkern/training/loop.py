@@ -177,9 +177,8 @@ class Pretraining:
         return f"the checkpoint of step {saved} is kept" if saved >= 0 else "no step was saved"
 
     def batches(self) -> Generator[dict[str, Any]]:
-        """Micro-batches from the position that belongs to the current step, epoch after epoch."""
-        loader = self.data.train_loader
-        return loader.endless(*divmod(self.state.step * self.config.run.accumulation, len(loader)))
+        """Micro-batches from the current step on, epoch after epoch."""
+        return self.data.train_loader.steps(self.state.step, keyed=False)
 
     def train_step(self, batches: Generator[dict[str, Any]], run_log: RunLog) -> None:
         """Take one optimiser step.

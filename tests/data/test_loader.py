@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from sclkern.data import open_pairs
-from sclkern.data.dataset import PairDataset
-from sclkern.data.loader import Batch, PairLoader
+from sclkern.data.batches import Batch
+from sclkern.data.dataset import PairDataset, SampleIndex
+from sclkern.data.loader import Negatives, PairLoader
 from sclkern.data.sources.arrow import write_pairs
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import build_transform, denormalize
@@ -73,16 +72,16 @@ def assert_equal(first: list[Batch], second: list[Batch]) -> None:
 
 
 def demo_dataset(**options: Any) -> PairDataset:
-    defaults = {"max_text_len": 50, "min_size": 16, "seed": 0, "false_image": True}
+    defaults = {"max_text_len": 50, "min_size": 16, "seed": 0}
     source = open_pairs("demo", ["pairs"], "val")
     return PairDataset(source, TOKENIZER, build_transform("clip_randaug", 32), **{**defaults, **options})
 
 
 def test_batch_layout(make: Make) -> None:
-    dataset = make(false_image=True)
-    loader = PairLoader(dataset, batch_size=8, shuffle=True, seed=0)
+    dataset = make()
+    loader = PairLoader(dataset, batch_size=8, shuffle=True, seed=0, negatives="dataset")
     batches = list(loader.epoch(0))
-    assert len(batches) == len(loader) == 7
+    assert len(batches) == len(loader.batches_of_epoch()) == 7
     for batch in batches:
         assert batch.keys() == {"image", "text_ids", "text_mask", "text_tokens", "pair", "undecodable", "false_image"}
         assert batch["image"].shape == batch["false_image"].shape == (8, 3, 8, 8)
@@ -100,48 +99,43 @@ def test_fixed_length(make: Make) -> None:
     assert {batch["text_ids"].shape for batch in loader.epoch(0)} == {(8, 20)}
 
 
-def test_number_of_workers_does_not_matter() -> None:
-    options: dict[str, Any] = {"batch_size": 32, "shuffle": True, "seed": 5}
-    here = list(PairLoader(demo_dataset(), **options).epoch(1))
-    workers = list(PairLoader(demo_dataset(), **options, num_workers=2).epoch(1))
-    assert_equal(here, workers)
+NEGATIVES = pytest.mark.parametrize("negatives", [None, "dataset", "in_batch"])
+
+
+@NEGATIVES
+def test_number_of_workers_does_not_matter(negatives: Negatives | None) -> None:
+    options: dict[str, Any] = {"batch_size": 16, "shuffle": True, "seed": 5, "negatives": negatives}
+    options |= {"rank": 1, "world_size": 2, "accumulation": 2}
+    here = PairLoader(demo_dataset(), **options)
+    workers = PairLoader(demo_dataset(), **options, num_workers=2)
+    assert_equal(list(here.epoch(1)), list(workers.epoch(1)))
+    assert_equal(list(islice(here.steps(2), 5)), list(islice(workers.steps(2), 5)))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resumption_gives_the_same_batches(num_workers: int) -> None:
-    loader = PairLoader(demo_dataset(), batch_size=32, shuffle=True, seed=5, num_workers=num_workers)
-    whole = list(loader.epoch(2))
+    options: dict[str, Any] = {"batch_size": 16, "shuffle": True, "seed": 5, "accumulation": 2, "negatives": "dataset"}
+    loader = PairLoader(demo_dataset(), **options, num_workers=num_workers)
+    whole = list(islice(loader.steps(), 12))  # past the end of an epoch, which is that of step 3
     torch.manual_seed(99)
-    assert_equal(whole[3:], list(loader.epoch(2, start=3)))
-    assert list(loader.epoch(2, start=len(loader))) == []
+    assert_equal(whole[4:], list(islice(loader.steps(2), 8)))
 
 
 def test_resumption_does_not_decode_what_was_seen(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = make()
-    accessed: list[tuple[int, int]] = []
+    accessed: list[SampleIndex] = []
     original = PairDataset.__getitem__
     monkeypatch.setattr(PairDataset, "__getitem__", lambda self, index: accessed.append(index) or original(self, index))
-    loader = PairLoader(dataset, batch_size=20, shuffle=False, seed=0)
-    next(loader.epoch(4, start=2))
-    assert accessed == [(4, pair) for pair in range(40, 60)]
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_without_end_one_epoch_follows_the_other(num_workers: int) -> None:
-    loader = PairLoader(demo_dataset(), batch_size=32, shuffle=True, seed=5, num_workers=num_workers)
-    start = len(loader) - 1
-    expected = [*loader.epoch(2, start), *loader.epoch(3), next(loader.epoch(4))]
-    assert_equal(expected, list(islice(loader.endless(2, start), len(expected))))
-    with pytest.raises(UserError, match="it cannot start at batch 99"):
-        loader.endless(2, 99)
+    next(PairLoader(dataset, batch_size=20, shuffle=False, seed=0).steps(14))
+    assert accessed == [SampleIndex(4, pair) for pair in range(40, 60)]
 
 
 def test_workers_go_on_from_one_epoch_to_the_next(make: Make) -> None:
     others = {process.pid for process in multiprocessing.active_children()}  # such as compilers of other tests
     loader = PairLoader(make(), batch_size=20, shuffle=True, seed=0, num_workers=1)
-    batches = loader.endless(0)
+    batches = loader.steps()
     workers = set()
-    for _ in range(3 * len(loader)):
+    for _ in range(3 * len(loader.batches_of_epoch())):
         next(batches)
         workers.update(process.pid for process in multiprocessing.active_children())
     assert len(workers - others) == 1
@@ -149,14 +143,14 @@ def test_workers_go_on_from_one_epoch_to_the_next(make: Make) -> None:
 
 def test_samples_depend_on_seed_epoch_and_pair_alone() -> None:
     dataset = demo_dataset()
-    first = dataset[(3, 11)]
+    index = SampleIndex(3, 11, false_image=True)
+    first = dataset[index]
     torch.manual_seed(1)
-    for index in ((3, 11), (4, 11), (3, 12)):
-        same = torch.equal(first["image"], dataset[index]["image"])
-        assert same == (index == (3, 11))
-    assert not torch.equal(first["image"], demo_dataset(seed=1)[(3, 11)]["image"])
-    assert torch.equal(first["image"], demo_dataset(false_image=False)[(3, 11)]["image"])
-    copy = pickle.loads(pickle.dumps(dataset))[(3, 11)]
+    for other in ((3, 11), (4, 11), (3, 12)):
+        same = torch.equal(first["image"], dataset[SampleIndex(*other)]["image"])
+        assert same == (other == (3, 11))
+    assert not torch.equal(first["image"], demo_dataset(seed=1)[index]["image"])
+    copy = pickle.loads(pickle.dumps(dataset))[index]
     assert torch.equal(first["image"], copy["image"]) and torch.equal(first["false_image"], copy["false_image"])
 
 
@@ -183,54 +177,28 @@ def test_order_changes_with_seed_and_epoch(make: Make) -> None:
     assert order(0, 0, shuffle=False) == order(1, 5, shuffle=False) == list(range(60))
 
 
-def test_ranks_share_out_the_epoch(make: Make) -> None:
-    dataset = make(images=10)
-
-    @settings(max_examples=25, deadline=None)
-    @given(st.integers(1, 6), st.integers(1, 5), st.booleans(), st.booleans())
-    def check(batch_size: int, world_size: int, shuffle: bool, drop_last: bool) -> None:
-        if drop_last and batch_size * world_size > 20:
-            return
-        ranks = []
-        for rank in range(world_size):
-            loader = PairLoader(
-                dataset,
-                batch_size=batch_size,
-                shuffle=shuffle,
-                seed=1,
-                rank=rank,
-                world_size=world_size,
-                drop_last=drop_last,
-            )
-            ranks.append([batch["pair"].tolist() for batch in loader.epoch(0)])
-            assert len(loader) == len(ranks[-1])
-        seen = sorted(pair for batches in ranks for batch in batches for pair in batch)
-        assert len(seen) == len(set(seen))
-        if drop_last:
-            assert len({len(batches) for batches in ranks}) == 1
-            assert all(len(batch) == batch_size for batches in ranks for batch in batches)
-            assert len(seen) == 20 // (batch_size * world_size) * batch_size * world_size
-        else:
-            assert seen == list(range(20))
-
-    check()
-
-
-def test_global_batches_do_not_depend_on_the_number_of_ranks(make: Make) -> None:
-    dataset = make()
-    one = PairLoader(dataset, batch_size=8, shuffle=True, seed=1)
-    two = [PairLoader(dataset, batch_size=4, shuffle=True, seed=1, rank=r, world_size=2) for r in range(2)]
-    for whole, left, right in zip(one.epoch(0), two[0].epoch(0), two[1].epoch(0), strict=True):
-        assert set(whole["pair"].tolist()) == {*left["pair"].tolist(), *right["pair"].tolist()}
+def test_whole_batches_of_an_epoch_are_dealt_to_ranks(make: Make) -> None:
+    dataset = make(images=11)
+    for world_size in (1, 2, 3, 5):
+        loaders = [
+            PairLoader(dataset, batch_size=5, shuffle=False, seed=1, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+        dealt: dict[int, list[int]] = {}
+        for loader in loaders:
+            batches = [batch["pair"].tolist() for batch in loader.epoch()]
+            dealt |= dict(zip(loader.batches_of_epoch(), batches, strict=True))
+        # The last two pairs fill no batch.
+        assert dealt == {batch: [*range(5 * batch, 5 * batch + 5)] for batch in range(4)}
 
 
 @pytest.mark.parametrize("images", [2, 5])
 def test_the_negative_is_another_image(make: Make, images: int) -> None:
-    dataset = make(images=images, false_image=True)
+    dataset = make(images=images)
     drawn = set()
     for epoch in range(40):
         for pair in range(2 * images):
-            sample = dataset[(epoch, pair)]
+            sample = dataset[SampleIndex(epoch, pair, false_image=True)]
             (false,) = number_of(sample["false_image"][None])
             assert false != pair // 2
             drawn.add((pair // 2, false))
@@ -239,16 +207,16 @@ def test_the_negative_is_another_image(make: Make, images: int) -> None:
 
 def test_one_image_has_no_negative(make: Make) -> None:
     with pytest.raises(UserError, match="the data have 1 image"):
-        make(images=1, false_image=True)
+        PairLoader(make(images=1), batch_size=2, shuffle=True, seed=0, negatives="dataset")
 
 
 def test_undecodable_images_are_skipped_and_named(make: Make) -> None:
     dataset = make(replaced={4: b"", 5: colour(5)[:40], 29: b"<html>"})
     for pair in (8, 9, 10, 11):
-        sample = dataset[(0, pair)]
+        sample = dataset[SampleIndex(0, pair)]
         assert sample["pair"] == 12 and sample["caption"] == "number 6" and number_of(sample["image"][None]) == [6]
         assert list(sample["undecodable"]) == ["t.arrow row 4", "t.arrow row 5"][pair // 10 :]
-    wrapped = dataset[(0, 59)]
+    wrapped = dataset[SampleIndex(0, 59)]
     assert wrapped["pair"] == 0 and wrapped["undecodable"] == {"t.arrow row 29": "it is an HTML page"}
 
     for num_workers in (0, 2):
@@ -270,15 +238,16 @@ def test_images_that_a_source_cannot_read_are_skipped(make: Make, error: Excepti
         return read(index)
 
     dataset.source.image = image  # type: ignore[method-assign]
-    sample = dataset[(0, 2)]
+    sample = dataset[SampleIndex(0, 2)]
     assert sample["pair"] == 4 and sample["undecodable"] == {"t.arrow row 1": str(error)}
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2000), (2000, 1), (20, 7)])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_images_smaller_than_a_patch_are_skipped(make: Make, size: tuple[int, int], num_workers: int) -> None:
-    dataset = make(replaced={9: colour(9, size)}, transform="clip", false_image=True)
-    batches = list(PairLoader(dataset, batch_size=10, shuffle=False, seed=0, num_workers=num_workers).epoch(0))
+    dataset = make(replaced={9: colour(9, size)}, transform="clip")
+    options: dict[str, Any] = {"shuffle": False, "seed": 0, "num_workers": num_workers, "negatives": "dataset"}
+    batches = list(PairLoader(dataset, batch_size=10, **options).epoch(0))
     reason = f"the image is {size[0]} x {size[1]} pixels, smaller than a patch (8)"
     assert batches[1]["undecodable"] == {"t.arrow row 9": reason}
     assert batches[1]["pair"].tolist() == [*range(10, 18), 20, 20]
@@ -286,10 +255,10 @@ def test_images_smaller_than_a_patch_are_skipped(make: Make, size: tuple[int, in
 
 
 def test_undecodable_false_image(make: Make) -> None:
-    dataset = make(images=3, replaced={1: b""}, false_image=True)
+    dataset = make(images=3, replaced={1: b""})
     names = set()
     for epoch in range(20):
-        sample = dataset[(epoch, 0)]
+        sample = dataset[SampleIndex(epoch, 0, false_image=True)]
         assert number_of(sample["image"][None]) == [0] and number_of(sample["false_image"][None]) == [2]
         names.update(sample["undecodable"])
     assert names == {"t.arrow row 1"}
@@ -316,21 +285,13 @@ def test_nothing_can_be_decoded(make: Make, images: int, counted: int) -> None:
 
 
 def test_batch_larger_than_the_data(make: Make) -> None:
-    dataset = make()
-    with pytest.raises(UserError, match=r"a batch of 31 pairs on 2 rank\(s\) needs 62 pairs, the data have 60"):
-        PairLoader(dataset, batch_size=31, shuffle=True, seed=0, world_size=2)
-    loader = PairLoader(dataset, batch_size=100, shuffle=True, seed=0, drop_last=False)
-    assert [len(batch["pair"]) for batch in loader.epoch(0)] == [60]
+    with pytest.raises(UserError, match="a batch of 61 pairs is larger than the data, which have 60; make the batch"):
+        PairLoader(make(), batch_size=61, shuffle=True, seed=0)
 
 
-@pytest.mark.parametrize("start", [-1, 8])
-def test_start_past_the_end(make: Make, start: int) -> None:
-    loader = PairLoader(make(), batch_size=8, shuffle=True, seed=0)
-    with pytest.raises(UserError, match=f"epoch 0 has 7 batches, it cannot start at batch {start}"):
-        loader.epoch(0, start=start)
-
-
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"rank": 1}, {"rank": -1}, {"world_size": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"batch_size": 0}, {"rank": 1}, {"rank": -1}, {"world_size": 0}, {"accumulation": 0}]
+)
 def test_wrong_arguments(make: Make, wrong: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="expected batch_size >= 1 and 0 <= rank < world_size"):
+    with pytest.raises(ValueError, match=r"expected batch_size >= 1, accumulation >= 1 and 0 <= rank < world_size"):
         PairLoader(make(), **{"batch_size": 8, "shuffle": True, "seed": 0, **wrong})
