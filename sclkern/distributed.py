@@ -72,7 +72,9 @@ def stack(tensor: Tensor, group: Group = None) -> Tensor:
     """Stack the tensor of every rank, (...) to (world, ...), without gradient."""
     out = tensor.new_empty((world_size(group), *tensor.shape))
     if out.numel():
-        dist.all_gather_into_tensor(out.view(-1), tensor.detach().flatten(), group=group)
+        # The name since torch 2.14, which warns of the old one.
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        all_gather(out.view(-1), tensor.detach().flatten(), group=group)
     return out
 
 

@@ -55,25 +55,26 @@ class FailureWatch(threading.Thread):
     Args:
         store: of the processes.
         rank: of this one.
-
-    Attributes:
-        ended: to be set when the main thread ends by itself.
     """
-
-    ended: threading.Event
 
     def __init__(self, store: dist.Store, rank: int) -> None:
         super().__init__(name="failure watch", daemon=True)
         # A connection of its own, because a call that waits holds it.
         self.store, self.rank = store.clone(), rank
-        self.ended = threading.Event()
+        self._ended = threading.Event()
+
+    def stop(self) -> None:
+        """The main thread ends by itself."""
+        self._ended.set()
+        # The interpreter aborts if it ends while a thread is within a call of the store.
+        self.join(timeout=10)
 
     def run(self) -> None:
         """Look once a second."""
-        while not self.ended.wait(1.0):
+        while not self._ended.wait(1.0):
             failure = first_failure(self.store)
             if failure is not None and failure.rank != self.rank:
-                if not self.ended.wait(GRACE):
+                if not self._ended.wait(GRACE):
                     # A call in C++ that does not return leaves no other way.
                     os.write(2, f"ends, because {failure}\n".encode())
                     os._exit(failure.status)

@@ -77,7 +77,7 @@ class World:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._watch is not None:
-            self._watch.ended.set()
+            self._watch.stop()
         if self.store is None:
             return
         if error is not None:
