@@ -24,10 +24,14 @@ DRAWS = tl.constexpr(16)
 
 
 @triton.jit
-def draw(seed_ptr, row, column, STREAM: tl.constexpr):
-    """Three words on [0, 2**32) for each column (int32) of a row."""
+def draw(seed_ptr, ids_ptr, row, column, STREAM: tl.constexpr):
+    """Three words on [0, 2**32) for each column (int32) of a row; with ids of the rows, by those."""
     zero = column * 0
-    key, action, token, _ = tl.philox(tl.load(seed_ptr), column, zero + row, zero + STREAM, zero)
+    low, high = zero + row, zero
+    if ids_ptr is not None:
+        row_id = tl.load(ids_ptr + row)
+        low, high = zero + row_id.to(tl.int32), zero + (row_id >> 32).to(tl.int32)
+    key, action, token, _ = tl.philox(tl.load(seed_ptr), column, low, zero + STREAM, high)
     return key.to(tl.int64), action.to(tl.int64), token.to(tl.int64)
 
 
@@ -55,6 +59,7 @@ def smallest(words, eligible, count):
 @triton.jit(do_not_specialize=["patches", "count"])
 def select_patches_kernel(
     seed_ptr,  # (1,) int64
+    row_ids_ptr,  # (B,) int64, or None
     out_ptr,  # (B, count) int64
     patches,
     count,
@@ -63,7 +68,7 @@ def select_patches_kernel(
 ):
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
-    words, _, _ = draw(seed_ptr, row, column, STREAM)
+    words, _, _ = draw(seed_ptr, row_ids_ptr, row, column, STREAM)
     chosen = smallest(words, column < patches, count)
     rank = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(out_ptr + row.to(tl.int64) * count + rank, column.to(tl.int64), mask=chosen)
@@ -72,6 +77,7 @@ def select_patches_kernel(
 @triton.jit(do_not_specialize=["patches", "count"])
 def select_tokens_kernel(
     seed_ptr,  # (1,) int64
+    row_ids_ptr,  # (B,) int64, or None
     out_ptr,  # (B, P) bool
     patches,
     count,
@@ -80,7 +86,7 @@ def select_tokens_kernel(
 ):
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
-    words, _, _ = draw(seed_ptr, row, column, STREAM)
+    words, _, _ = draw(seed_ptr, row_ids_ptr, row, column, STREAM)
     chosen = smallest(words, column < patches, count)
     tl.store(out_ptr + row.to(tl.int64) * patches + column, chosen, mask=column < patches)
 
@@ -91,6 +97,7 @@ def mask_text_kernel(
     ids_ptr,  # (B, L) int64
     lengths_ptr,  # (B,) int64
     seed_ptr,  # (1,) int64
+    row_ids_ptr,  # (B,) int64, or None
     out_ptr,  # (B, L) int64
     selected_ptr,  # (B, L) bool
     width,
@@ -110,7 +117,7 @@ def mask_text_kernel(
     token_count = tl.maximum(tl.load(lengths_ptr + row) - 2, 0)
     is_token = inside & (column >= 1) & (column <= token_count)
     ids = tl.load(ids_ptr + row.to(tl.int64) * ids_row_stride + column, mask=inside, other=0)
-    key, action, token = draw(seed_ptr, row, column, STREAM)
+    key, action, token = draw(seed_ptr, row_ids_ptr, row, column, STREAM)
     expected = token_count.to(tl.float64) * ratio
     if COMPLETION:
         count = expected.to(tl.int64) + 1
@@ -118,7 +125,7 @@ def mask_text_kernel(
             hits = tl.zeros((BLOCK,), tl.int32)
             for start in range(0, width, DRAWS):
                 index = start + tl.arange(0, DRAWS)
-                drawn, _, _ = draw(seed_ptr, row, index, STREAM)
+                drawn, _, _ = draw(seed_ptr, row_ids_ptr, row, index, STREAM)
                 drawn = tl.minimum(((drawn * token_count) >> 32) + 1, width - 1)
                 drawn = tl.where((index < count) & (index < width), drawn, -1)
                 hits += tl.sum((column[:, None] == drawn[None, :]).to(tl.int32), 1)
@@ -139,7 +146,14 @@ def mask_text_kernel(
     tl.store(selected_ptr + offset, selected, mask=inside)
 
 
-def select_patches(seed: Tensor, patches: int, count: int, batch: int, config: LaunchConfig | None = None) -> Tensor:
+def select_patches(
+    seed: Tensor,
+    patches: int,
+    count: int,
+    batch: int,
+    row_ids: Tensor | None = None,
+    config: LaunchConfig | None = None,
+) -> Tensor:
     """(B, count) int64, ascending; ``seed`` (1,) int64; ``count`` up to ``patches``, which is up to ``MAX_PATCHES``."""
     out = torch.empty((batch, count), dtype=torch.int64, device=seed.device)
     if out.numel():
@@ -149,6 +163,7 @@ def select_patches(seed: Tensor, patches: int, count: int, batch: int, config: L
             (batch,),
             chosen,
             seed_ptr=seed,
+            row_ids_ptr=row_ids,
             out_ptr=out,
             patches=patches,
             count=count,
@@ -157,7 +172,14 @@ def select_patches(seed: Tensor, patches: int, count: int, batch: int, config: L
     return out
 
 
-def select_tokens(seed: Tensor, patches: int, count: int, batch: int, config: LaunchConfig | None = None) -> Tensor:
+def select_tokens(
+    seed: Tensor,
+    patches: int,
+    count: int,
+    batch: int,
+    row_ids: Tensor | None = None,
+    config: LaunchConfig | None = None,
+) -> Tensor:
     """(B, P) bool with ``count`` True in each row; ``seed`` (1,) int64; at most ``MAX_PATCHES`` patches."""
     out = torch.empty((batch, patches), dtype=torch.bool, device=seed.device)
     if out.numel():
@@ -167,6 +189,7 @@ def select_tokens(seed: Tensor, patches: int, count: int, batch: int, config: La
             (batch,),
             chosen,
             seed_ptr=seed,
+            row_ids_ptr=row_ids,
             out_ptr=out,
             patches=patches,
             count=count,
@@ -184,6 +207,7 @@ def mask_text(
     mask_id: int,
     vocab_size: int,
     published: bool,
+    row_ids: Tensor | None = None,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel.
@@ -197,6 +221,7 @@ def mask_text(
         mask_id: id of the mask token.
         vocab_size: random replacements are below it.
         published: as the published code draws.
+        row_ids: (B,) int64, contiguous, in place of the indices of the rows; None are the indices.
         config: launch configuration, None for the selected one.
 
     Returns:
@@ -216,6 +241,7 @@ def mask_text(
             ids_ptr=ids,
             lengths_ptr=lengths,
             seed_ptr=seed,
+            row_ids_ptr=row_ids,
             out_ptr=out,
             selected_ptr=selected,
             width=width,
@@ -240,7 +266,9 @@ def ahead_of_time(arch: str) -> list[dict[str, Any]]:
         ("select_tokens", select_tokens_kernel, "*i1", STREAM_TOKENS, 324),
     ):
         (config,) = select(op, "forward", torch.int64, arch, columns=columns)
-        entries.append(static_entry(kernel, config, {"seed_ptr": "*i64", "out_ptr": out}, STREAM=stream))
+        entries.append(
+            static_entry(kernel, config, {"seed_ptr": "*i64", "out_ptr": out}, STREAM=stream, row_ids_ptr=None)
+        )
     signature = dict.fromkeys(("ids_ptr", "lengths_ptr", "seed_ptr", "out_ptr"), "*i64")
     signature |= {"selected_ptr": "*i1", "ratio": "fp64"}
     for completion, published, columns in (
@@ -252,6 +280,6 @@ def ahead_of_time(arch: str) -> list[dict[str, Any]]:
     ):
         (config,) = select("mask_text", "forward", torch.int64, arch, columns=columns)
         stream = STREAM_COMPLETION if completion else STREAM_MLM
-        constants = {"COMPLETION": completion, "PUBLISHED": published, "STREAM": stream}
+        constants = {"COMPLETION": completion, "PUBLISHED": published, "STREAM": stream, "row_ids_ptr": None}
         entries.append(static_entry(mask_text_kernel, config, signature, **constants))
     return entries

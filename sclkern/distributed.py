@@ -39,7 +39,7 @@ class _Gather(torch.autograd.Function):
         return rows * ctx.scale, None, None
 
 
-def gather(features: Tensor, group: Group = None, mode: Literal["exact", "published"] = "exact") -> Tensor:
+def gather(features: Tensor, group: Group = None, mode: Literal["exact", "published"] | None = "exact") -> Tensor:
     """Concatenate the rows of all ranks, rank by rank.
 
     Args:
@@ -47,15 +47,15 @@ def gather(features: Tensor, group: Group = None, mode: Literal["exact", "publis
         group: process group; None is the default group.
         mode: the gradient. "exact" multiplies this rank's slice by the world size, so that DDP's mean over ranks is the
             gradient of one big batch; "published" leaves the slice as it is, 1/world of that (AllGather_multi in the
-            published dist_utils.py).
+            published dist_utils.py). None gathers nothing.
 
     Returns:
-        (world * B, ...); ``features`` itself without an initialised process group.
+        (world * B, ...); ``features`` itself without an initialised process group, or with ``mode=None``.
 
     Raises:
         ValueError: on every rank, if their shapes or dtypes differ (see ``compare``).
     """
-    if world_size(group) == 1:
+    if mode is None or world_size(group) == 1:
         return features
     compare("features", features, group)
     if not features.is_floating_point():
@@ -76,6 +76,22 @@ def stack(tensor: Tensor, group: Group = None) -> Tensor:
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         all_gather(out.view(-1), tensor.detach().flatten(), group=group)
     return out
+
+
+def total(tensor: Tensor, group: Group = None) -> Tensor:
+    """Add up the tensor of every rank, without gradient.
+
+    Args:
+        tensor: of the same shape and dtype on every rank.
+        group: process group; None is the default group.
+
+    Returns:
+        The sum, the same on every rank; a new tensor.
+    """
+    summed = tensor.detach().clone()
+    if world_size(group) > 1:
+        dist.all_reduce(summed, group=group)
+    return summed
 
 
 def compare(name: str, tensor: Tensor, group: Group = None, options: dict[str, bool] | None = None) -> None:

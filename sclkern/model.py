@@ -13,7 +13,7 @@ from sclkern import weights
 from sclkern.models.config import SCLConfig
 from sclkern.models.network import SCLNetwork
 from sclkern.objectives import ObjectiveConfig, contrast_temperature
-from sclkern.step import SCLLosses, StepConfig, take_step
+from sclkern.step import Contrast, SCLLosses, StepConfig, take_features, take_step
 
 
 class SCLModel(SCLNetwork):
@@ -123,15 +123,32 @@ class SCLModel(SCLNetwork):
         """Temperature of the image-text contrast, clamped unless the objectives say "published"."""
         return contrast_temperature(self.temperature, self.objectives)
 
-    def forward(self, batch: Mapping[str, Any], *, seed: int | Tensor | None = None) -> SCLLosses:
+    def forward(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        seed: int | Tensor | None = None,
+        counts: Mapping[str, Tensor] | None = None,
+        contrast: Contrast | None = None,
+    ) -> SCLLosses:
         """Compute one training step's losses; every mask is drawn on the batch's device.
+
+        With ``place``, masks and dropout of a row depend on ``seed`` and its place alone, so that a global batch may be
+        cut into micro-batches and ranks in any way; see ``docs/step.md``.
 
         Args:
             batch: ``image`` (B, 3, S, S) or (B, F, 3, S, S) float; ``text_ids`` (B, L) int64; ``text_mask`` (B, L)
                 bool or 0/1, True or 1 = a token, with padding anywhere; ``false_image``, like ``image``, when
                 ``itm_negatives`` is "dataset"; optionally ``text_tokens``, an int at least the number of tokens in
-                ``text_mask``: the texts are packed into that many tokens (without it into all B * L).
+                ``text_mask``: the texts are packed into that many tokens (without it into all B * L). Of a part of a
+                global batch also ``place`` (B,) int64, of each row in it; with that ``match_labels`` (B,) int64, 1 for
+                the row's own image in ITM and 0 for a false one, ``false_image`` with one row for each label 0, and
+                ``false_place``, int64 for each label 0, whose image is taken where there is no ``false_image``.
             seed: int or int64 tensor, the key of every mask; None draws one from torch's generator.
+            counts: of ``sclkern.step.target_counts``: MLM and MLTC divide by the targets of the global batch; None
+                divides by those of this batch.
+            contrast: of ``sclkern.step.contrast_batch``: contrastive losses see the whole global batch; None sees this
+                batch over all ranks.
 
         Returns:
             The losses, with their graph.
@@ -144,4 +161,24 @@ class SCLModel(SCLNetwork):
         """
         if seed is None:
             seed = int(torch.randint(2**62, ()))
-        return take_step(self, self.objectives, self.step, batch, seed)
+        return take_step(self, self.objectives, self.step, batch, seed, counts=counts, contrast=contrast)
+
+    def contrast_features(
+        self, batch: Mapping[str, Any], *, seed: int | Tensor, names: tuple[str, ...]
+    ) -> dict[str, Mapping[str, Tensor]]:
+        """Compute what some objectives contrast: the first pass of a contrastive batch.
+
+        Args:
+            batch: as in ``forward``, with ``place``.
+            seed: as in ``forward``.
+            names: of the objectives; see ``sclkern.step.contrasted_objectives``.
+
+        Returns:
+            Features by objective and name.
+
+        Raises:
+            UserError: as ``forward``.
+            TypeError: as ``forward``.
+            ValueError: as ``forward``; or the batch has no places.
+        """
+        return take_features(self, self.objectives, self.step, batch, seed, names)

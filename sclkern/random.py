@@ -70,7 +70,12 @@ def philox(
 
 
 def random_words(
-    shape: tuple[int, int], *, seed: int | Tensor, stream: int, device: torch.device | str
+    shape: tuple[int, int],
+    *,
+    seed: int | Tensor,
+    stream: int,
+    device: torch.device | str,
+    row_ids: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Philox words for a (rows, columns) grid whose counter is ``row << 32 | column``.
 
@@ -81,13 +86,16 @@ def random_words(
         seed: as in ``philox``.
         stream: as in ``philox``.
         device: of the words.
+        row_ids: (rows,) int64 on ``device``, in place of the indices of the rows, so that a row keeps its numbers in
+            another batch; None are the indices.
 
     Returns:
         Four (rows, columns) int64 tensors, uniform on [0, 2**32).
     """
-    rows = torch.arange(shape[0], device=device, dtype=torch.int64)
+    rows = torch.arange(shape[0], device=device, dtype=torch.int64) if row_ids is None else row_ids
     columns = torch.arange(shape[1], device=device, dtype=torch.int64)
-    return philox(seed, (rows[:, None] << 32) | columns, stream)
+    last = None if row_ids is None else row_ids[:, None] >> 32
+    return philox(seed, (rows[:, None] << 32) | columns, stream, last=last)
 
 
 def uniform(words: Tensor) -> Tensor:
@@ -153,6 +161,22 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device | str) -> Tensor
         return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device) if taken is None else taken
     # Filled on the device, because a copy waits.
     return torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+
+
+def module_seeds(seed: int | Tensor, count: int, device: torch.device | str) -> tuple[Tensor, ...]:
+    """Seeds of modules by their number, each a function of (seed, number) alone.
+
+    Args:
+        seed: of the step: int, or int64 tensor of one element on ``device``.
+        count: how many.
+        device: of the seeds.
+
+    Returns:
+        (1,) int64 each, views of one tensor.
+    """
+    # An odd factor gives each number a key of its own. Two numbers apart, for the reason given in ``_Draw``.
+    offsets = torch.arange(2, 2 * count + 2, device=device).view(count, 2) * (0xBF58476D1CE4E5B9 - 2**64)
+    return (offsets + seed_tensor(seed, device))[:, :1].unbind()
 
 
 # Seeds of one draw, more than a step of the base model takes; and how many views are made of it at once.

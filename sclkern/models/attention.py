@@ -17,6 +17,7 @@ from sclkern.models.layouts import Layout, Packed, Padded, merge_groups, repack,
 from sclkern.ops.attention import neighbours
 from sclkern.ops.cross_attention import plan_form
 from sclkern.ops.dispatch import autocast_all, autocast_like
+from sclkern.reference.attention import attention_dropout
 
 log = logging.getLogger("sclkern.models")
 _reported: set[torch.dtype] = set()
@@ -39,11 +40,16 @@ class Attention(nn.Module):
         self.in_proj = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
         self.dropout = dropout
+        self.dropout_number = 0
         self.execution = execution or Execution()
 
     @property
     def _dropout_p(self) -> float:
         return self.dropout if self.training else 0.0
+
+    def _keyed(self, layout: Layout) -> dict[str, Tensor]:
+        """What dropout draws by, where the layout of the queries says so."""
+        return {} if layout.keys is None else layout.keys.of(self.dropout_number, self._dropout_p)
 
     def forward(
         self,
@@ -90,12 +96,11 @@ class Attention(nn.Module):
             query = F.linear(x, query_weight, query_bias)
             query = query.unflatten(-1, (-1, HEAD_DIM))
             key, value = split(F.linear(context, context_weight, context_bias), 2)
-        dropout_p = self._dropout_p
+        dropout: dict[str, Any] = {"dropout_p": self._dropout_p, **self._keyed(layout)}
         if probabilities is None:
-            backend = self.execution.backend
-            out = attend(query, key, value, layout, context_layout, dropout_p=dropout_p, backend=backend)
+            out = attend(query, key, value, layout, context_layout, **dropout, backend=self.execution.backend)
         elif isinstance(context_layout, Padded):
-            out = attend_and_record(query, key, value, context_layout, probabilities, dropout_p=dropout_p)
+            out = attend_and_record(query, key, value, context_layout, probabilities, **dropout)
         else:
             raise ValueError("probabilities: attention of packed tokens cannot record them, expected padded tokens")
         return self.out_proj(out.flatten(-2))
@@ -127,13 +132,17 @@ class Attention(nn.Module):
         layout, context_layout = merge_groups(layout, context_layout)
         queries = unpack_groups(x, layout, context_layout)
         contexts = unpack_groups(context, context_layout, layout)
+        keyed = [self._keyed(layout)] * len(queries)
+        if keyed[0]:
+            ids = keyed[0]["dropout_ids"].split([len(tokens) for tokens, _ in queries])
+            keyed = [{**options, "dropout_ids": part} for options, part in zip(keyed, ids, strict=True)]
         outputs = [
-            self._cross_attention(tokens, keys, mask) if tokens.shape[1] else tokens
-            for (tokens, _), (keys, mask) in zip(queries, contexts, strict=True)
+            self._cross_attention(tokens, keys, mask, **options) if tokens.shape[1] else tokens
+            for (tokens, _), (keys, mask), options in zip(queries, contexts, keyed, strict=True)
         ]
         return repack(outputs, layout)
 
-    def _cross_attention(self, x: Tensor, context: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    def _cross_attention(self, x: Tensor, context: Tensor, key_padding_mask: Tensor | None, **keyed: Any) -> Tensor:
         return ops.cross_attention(
             x,
             context,
@@ -144,6 +153,7 @@ class Attention(nn.Module):
             num_heads=x.shape[-1] // HEAD_DIM,
             key_padding_mask=key_padding_mask,
             dropout_p=self._dropout_p,
+            **keyed,
             backend=self.execution.op_backend,
         )
 
@@ -191,6 +201,8 @@ def attend(
     *,
     dropout_p: float,
     backend: str,
+    seed: Tensor | None = None,
+    dropout_ids: Tensor | None = None,
 ) -> Tensor:
     """Attention of the tokens of one layout to those of another, both padded or both packed.
 
@@ -202,7 +214,10 @@ def attend(
         key_layout: of key and value; the same object as ``query_layout`` for self-attention.
         dropout_p: dropout probability.
         backend: one of ``execution.MODEL_BACKENDS``; "sdpa" is torch's own attention, for padded tokens; "flash" is
-            flash-attn, and "auto" for tensors of a dtype that it does not compute.
+            flash-attn, and "auto" for tensors of a dtype that it does not compute. With a seed "sdpa" is "eager", and
+            "flash" draws a mask of its own.
+        seed: (1,) int64, of the dropout mask; None draws one from torch's generator.
+        dropout_ids: (S,) int64, of the sequences; see ``ops.attention``.
 
     Returns:
         Like query.
@@ -214,7 +229,11 @@ def attend(
     if backend == "flash":
         backend = _flash_or_auto(query, dropout_p)
     framed = key_layout.num_frames > 1 and query_layout is key_layout
+    if backend == "sdpa" and seed is not None:
+        # torch's own attention draws no mask that depends on ids.
+        backend = "eager"
     op_backend = "eager" if backend == "sdpa" else backend
+    keyed: dict[str, Any] = {} if backend == "flash" else {"seed": seed, "dropout_ids": dropout_ids}
     if isinstance(query_layout, Packed) and isinstance(key_layout, Packed):
         if framed:
             return _framed(query, key, value, key_layout, op_backend)
@@ -230,6 +249,7 @@ def attend(
             query_layout.max_seqlen,
             key_layout.max_seqlen,
             dropout_p=dropout_p,
+            **keyed,
             backend=op_backend,
         )
     if not isinstance(key_layout, Padded):
@@ -244,7 +264,8 @@ def attend(
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
         attn_mask = None if mask is None else mask[:, None, None, :]
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p).transpose(1, 2)
-    return cast(Tensor, ops.attention(query, key, value, key_padding_mask=mask, dropout_p=dropout_p, backend=backend))
+    options: dict[str, Any] = {"key_padding_mask": mask, "dropout_p": dropout_p, **keyed}
+    return cast(Tensor, ops.attention(query, key, value, **options, backend=backend))
 
 
 def _flash_or_auto(query: Tensor, dropout_p: float) -> str:
@@ -286,7 +307,15 @@ def _framed(query: Tensor, key: Tensor, value: Tensor, layout: Packed, backend: 
 
 
 def attend_and_record(
-    query: Tensor, key: Tensor, value: Tensor, key_layout: Padded, probabilities: list[Tensor], *, dropout_p: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_layout: Padded,
+    probabilities: list[Tensor],
+    *,
+    dropout_p: float,
+    seed: Tensor | None = None,
+    dropout_ids: Tensor | None = None,
 ) -> Tensor:
     """Attention by the eager definition, which records its probabilities.
 
@@ -297,6 +326,8 @@ def attend_and_record(
         key_layout: of key and value.
         probabilities: receives the (B, H, Lq, Lk) probabilities before dropout, with their graph.
         dropout_p: dropout probability.
+        seed: as in ``attend``.
+        dropout_ids: as in ``attend``.
 
     Returns:
         Like query.
@@ -307,4 +338,5 @@ def attend_and_record(
         mask = reference.frame_attention_mask(key_layout.num_frames, frame_length, key.device)
     p = reference.attention_probabilities(query, key, mask=mask)
     probabilities.append(p)
-    return torch.einsum("bhqk,bkhd->bqhd", F.dropout(p, dropout_p), value)
+    p_dropped = attention_dropout(p, dropout_p, seed, dropout_ids)
+    return torch.einsum("bhqk,bkhd->bqhd", p_dropped, value)

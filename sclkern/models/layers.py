@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from sclkern import ops
 from sclkern.models.attention import Attention
 from sclkern.models.casting import weights_cast_once
 from sclkern.models.execution import Execution
-from sclkern.models.layouts import Layout, Rows, Section
+from sclkern.models.layouts import DropoutKeys, Layout, Rows, Section
 from sclkern.models.norms import LayerNorm
 from sclkern.nn.linear_gelu import linear_gelu
 from sclkern.ops.dispatch import autocast
@@ -93,6 +93,29 @@ class Stream(NamedTuple):
         return Stream(tokens, tokens if self.read is self.tokens else part.take(self.read))
 
 
+def dropped_sum(
+    x: Tensor, residual: Tensor, dropout_p: float, backend: str, *, seed: Tensor, dropout_ids: Tensor
+) -> Tensor:
+    """``residual + dropout(x)`` by the keys of dropout, where no norm of ours follows.
+
+    Args:
+        x: (..., W).
+        residual: like x.
+        dropout_p: dropout probability.
+        backend: of the op.
+        seed: (1,) int64.
+        dropout_ids: (...) int64, of the rows.
+
+    Returns:
+        Like x.
+    """
+    # The op writes a norm beside the sum, which nothing reads; it draws the mask in the same launch.
+    unit = x.new_ones(x.shape[-1])
+    options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "dropout_ids": dropout_ids, "return_sum": True}
+    _, total = ops.dropout_add_layer_norm(x, residual, unit, unit, **options, backend=backend)
+    return cast(Tensor, total)
+
+
 class ResidualNorm(LayerNorm):
     """LayerNorm of a residual stream and the update of its last branch: ``norm(stream + dropout(update))``.
 
@@ -108,6 +131,7 @@ class ResidualNorm(LayerNorm):
     def __init__(self, width: int, eps: float = 1e-5, dropout: float = 0.0, execution: Execution | None = None) -> None:
         super().__init__(width, eps, execution)
         self.dropout = dropout
+        self.dropout_number = 0
 
     def forward(self, stream: Tensor, update: Tensor | None = None) -> Tensor:
         """Normalise the sum.
@@ -129,23 +153,40 @@ class ResidualNorm(LayerNorm):
             return super().forward(stream), stream
         return self._add(stream, update, return_sum=True)
 
-    def with_copy(self, stream: Tensor, update: Tensor) -> Stream:
-        """As ``forward``; also returns the norm in the dtype of the update, which is that of matrix products."""
-        if self.execution.layer_norm != "sclkern":
-            return Stream.of(self._add(stream, update, return_sum=False))
-        return Stream(*self._add(stream, update, return_copy=True))
+    def with_copy(self, stream: Tensor, update: Tensor, keys: DropoutKeys | None = None) -> Stream:
+        """As ``forward``; also returns the norm in the dtype of the update, which is that of matrix products.
 
-    def _add(self, stream: Tensor, update: Tensor, **returned: Any) -> Any:
+        Args:
+            stream: (..., W).
+            update: like stream.
+            keys: of dropout, with an id for each row; None draws by the index of the row.
+
+        Returns:
+            Both.
+        """
         if self.execution.layer_norm != "sclkern":
-            total = stream + F.dropout(update, self.dropout, self.training)
+            return Stream.of(self._add(stream, update, keys, return_sum=False))
+        return Stream(*self._add(stream, update, keys, return_copy=True))
+
+    def _add(self, stream: Tensor, update: Tensor, keys: DropoutKeys | None = None, **returned: Any) -> Any:
+        dropout_p = self.dropout if self.training else 0.0
+        keyed: dict[str, Any] = {}
+        if keys is not None and dropout_p > 0:
+            keyed = {"seed": keys.seeds[self.dropout_number], "dropout_ids": keys.tokens}
+        if self.execution.layer_norm != "sclkern":
+            if keyed:
+                total = dropped_sum(update, stream, dropout_p, self.execution.op_backend, **keyed)
+            else:
+                total = stream + F.dropout(update, dropout_p)
             return (super().forward(total), total) if returned["return_sum"] else super().forward(total)
         return ops.dropout_add_layer_norm(
             update,
             stream,
             self.weight,
             self.bias,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout_p,
             eps=self.eps,
+            **keyed,
             **returned,
             backend=self.execution.op_backend,
         )
@@ -258,8 +299,8 @@ class PostNormBlock(nn.Module):
             queries = x.take(rows)
             update = self.attention(queries.read, rows.layout, x.read, layout, probabilities=probabilities)
             x, layout = queries, rows.layout
-        x = self.attention_norm.with_copy(x.tokens, update)
+        x = self.attention_norm.with_copy(x.tokens, update, layout.keys)
         if context is not None:
             update = self.cross_attention(x.read, layout, context, context_layout, probabilities=probabilities)
-            x = self.cross_attention_norm.with_copy(x.tokens, update)
-        return self.mlp_norm.with_copy(x.tokens, self.mlp(x.read))
+            x = self.cross_attention_norm.with_copy(x.tokens, update, layout.keys)
+        return self.mlp_norm.with_copy(x.tokens, self.mlp(x.read), layout.keys)

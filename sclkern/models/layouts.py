@@ -12,6 +12,33 @@ import torch
 from torch import Tensor
 
 
+class DropoutKeys(NamedTuple):
+    """What dropout masks depend on, in place of where the tokens lie: the same tokens of another batch, packed or
+    padded, checkpointed or not, have the same masks.
+
+    Attributes:
+        sequences: (S,) int64, an id for each sequence.
+        tokens: int64 of the shape of the tokens, (B, L) or (T,), an id for each token.
+        seeds: (1,) int64, of every module that has dropout, by its ``dropout_number``.
+    """
+
+    sequences: Tensor
+    tokens: Tensor
+    seeds: tuple[Tensor, ...]
+
+    def of(self, number: int, dropout_p: float) -> dict[str, Tensor]:
+        """Arguments of an attention op: the seed of a module, and the ids of the sequences.
+
+        Args:
+            number: ``dropout_number`` of the module.
+            dropout_p: dropout probability; at 0 nothing is drawn.
+
+        Returns:
+            ``seed`` and ``dropout_ids``, or nothing.
+        """
+        return {"seed": self.seeds[number], "dropout_ids": self.sequences} if dropout_p > 0 else {}
+
+
 class Padded(NamedTuple):
     """Tokens (B, L, ...): a batch of sequences of one length, short ones padded.
 
@@ -19,10 +46,12 @@ class Padded(NamedTuple):
         mask: (B, L) bool, True = a token; None if every position holds one.
         num_frames: if above 1, a sequence consists of that many frames of equal length, each with its CLS first, and
             its self-attention is ``ops.frame_attention``.
+        keys: of dropout; None draws by where the tokens lie.
     """
 
     mask: Tensor | None = None
     num_frames: int = 1
+    keys: DropoutKeys | None = None
 
 
 class Packed(NamedTuple):
@@ -39,6 +68,7 @@ class Packed(NamedTuple):
         num_frames: as in ``Padded``, of every sequence.
         mask: (S, L) bool, the tokens of the padded batch.
         padded_index: (T,) int64, the position of each token in the flattened padded batch, all different.
+        keys: as in ``Padded``.
     """
 
     cu_seqlens: Tensor
@@ -47,6 +77,7 @@ class Packed(NamedTuple):
     num_frames: int = 1
     mask: Tensor | None = None
     padded_index: Tensor | None = None
+    keys: DropoutKeys | None = None
 
     def fills(self, num_tokens: int) -> bool:
         """Whether the host knows that no token lies after the last sequence."""

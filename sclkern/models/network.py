@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from sclkern.libraries import apex, flash
+from sclkern.models.attention import Attention
 from sclkern.models.captions import check_captions, check_mask, first_token
 from sclkern.models.casting import weights_cast
 from sclkern.models.config import SCLConfig
 from sclkern.models.execution import LAYER_NORMS, MODEL_BACKENDS, Execution
 from sclkern.models.fusion import FusionEncoder, LayerAttention
 from sclkern.models.heads import MLP, MLMHead, Pooler
-from sclkern.models.layers import PostNormBlock, PreNormBlock
+from sclkern.models.layers import PostNormBlock, PreNormBlock, ResidualNorm
 from sclkern.models.layouts import Padded
 from sclkern.models.text import TextEncoder
 from sclkern.models.vision import VisionEncoder, VisionFeatures
@@ -89,6 +90,16 @@ class SCLNetwork(nn.Module):
         if "rank" in config.heads:
             self.rank_head = nn.Linear(2 * width, 1)
         self._initialise()
+        # Each draws its dropout masks by a seed of its own; the image encoder has no dropout.
+        with_dropout = [
+            module
+            for encoder in (self.text, self.fusion)
+            for module in encoder.modules()
+            if isinstance(module, TextEncoder | Attention | ResidualNorm)
+        ]
+        for number, module in enumerate(with_dropout):
+            module.dropout_number = number
+        self.dropout_modules = len(with_dropout)
 
     def _initialise(self) -> None:
         """BERT's normal distribution, and Xavier in the vision encoder (published code: both ``init_weights``)."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sclkern.models.config import SCLConfig
 from sclkern.models.execution import Execution
-from sclkern.models.layers import PostNormBlock, Stream, run_block
+from sclkern.models.layers import PostNormBlock, Stream, dropped_sum, run_block
 from sclkern.models.layouts import Layout, Padded
 from sclkern.models.norms import LayerNorm
 
@@ -32,6 +32,7 @@ class TextEncoder(nn.Module):
         self.token_type = nn.Embedding(config.text_types, config.width)
         self.norm = LayerNorm(config.width, LAYER_NORM_EPS, shared)
         self.dropout = nn.Dropout(config.dropout)
+        self.dropout_number = 0
         self.blocks = nn.ModuleList(
             PostNormBlock(config.width, config.mlp_ratio, config.dropout, LAYER_NORM_EPS, execution=shared)
             for _ in range(config.text_layers)
@@ -71,7 +72,12 @@ class TextEncoder(nn.Module):
             (B, L, D) or (T, D).
         """
         x = self.word(ids) + self.position(positions) + self.token_type.weight[0]
-        x = self.dropout(self.norm(x))
+        x = self.norm(x)
+        if layout.keys is None or not self.training or self.dropout.p == 0:
+            x = self.dropout(x)
+        else:
+            keyed = {"seed": layout.keys.seeds[self.dropout_number], "dropout_ids": layout.keys.tokens}
+            x = dropped_sum(x, torch.zeros_like(x), self.dropout.p, self.execution.op_backend, **keyed)
         checkpoint = self.execution.checkpoint_blocks
         stream = Stream.of(x)
         for block in self.blocks:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Directions = Literal["both", "recovered_to_complete", "published"]
-Gather = Literal["exact", "published"]
+Gather = Literal["exact", "published"] | None
 Negatives = Literal["all", "published"]
 Empty = Literal["zero", "published"]
 
@@ -36,6 +36,19 @@ def op_directions(directions: Directions) -> Literal["both", "recovered_to_compl
         The argument.
     """
     return "recovered_to_complete" if directions == "recovered_to_complete" else "both"
+
+
+def completed_tokens(length: int, ratio: float) -> int:
+    """The most tokens of a caption that are completed.
+
+    Args:
+        length: of the caption.
+        ratio: of ``ObjectiveConfig.text_mask_ratio``.
+
+    Returns:
+        Their number.
+    """
+    return min(length, int(max(length - 2, 0) * ratio) + 1)
 
 
 def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

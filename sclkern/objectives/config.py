@@ -29,7 +29,8 @@ class ObjectiveConfig:
             matter.
         negatives: which features MVSC, MLSC and MLTC contrast against. "all": those of every rank, in both modalities;
             "published": MLSC and the image part of MLTC use those of their own rank only.
-        gather: gradient through the all-gather: "exact" = that of one big batch; "published" = 1/world of it.
+        gather: gradient through the all-gather: "exact" = that of one big batch; "published" = 1/world of it. None
+            gathers nothing: losses are those of the process, as validation has them.
         directions: of the completion InfoNCE: "both" summed (also "published"), or "recovered_to_complete".
         text_mask: completion mask: exactly k "distinct" positions; "published" draws them with replacement.
         mlm_mask: "at_least_one" target in every caption; "published" as the published collator does, perhaps none.
@@ -50,7 +51,7 @@ class ObjectiveConfig:
 
     recipe: str | tuple[str, ...] = "scl"
     negatives: Literal["all", "published"] = "all"
-    gather: Literal["exact", "published"] = "exact"
+    gather: Literal["exact", "published", None] = "exact"
     directions: Literal["both", "recovered_to_complete", "published"] = "both"
     text_mask: Literal["distinct", "published"] = "distinct"
     mlm_mask: Literal["at_least_one", "published"] = "at_least_one"
@@ -71,7 +72,9 @@ class ObjectiveConfig:
         object.__setattr__(self, "recipe", _checked_recipe(self.recipe))
         for name, kind in get_type_hints(type(self)).items():
             if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
-                raise UserError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(get_args(kind))}")
+                raise UserError(
+                    f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(map(str, get_args(kind)))}"
+                )
         for name in ("image_mask_ratio", "patch_token_ratio", "text_mask_ratio", "mlm_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}: got {getattr(self, name)}, expected 0 <= ratio < 1")

@@ -71,6 +71,8 @@ class LossInputs:
         image_positions: of the tokens of each kind in an image that has all patches.
         text_tokens: (B, K, D) fused tokens by view and kind; empty before fusion.
         image_tokens: likewise, of the image stream.
+        counts: 0-d by kind of token ("mlm", "completion"): what a sum over its tokens is divided by, see
+            ``sclkern.step.target_counts``; None divides by those of the batch.
     """
 
     network: SCLNetwork
@@ -84,6 +86,7 @@ class LossInputs:
     image_positions: TokenPositions
     text_tokens: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     image_tokens: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    counts: Mapping[str, Tensor] | None = None
 
     def text(self, view: View, tokens: TextTokens = "cls") -> Tensor:
         """Fused text tokens of a view.

@@ -75,11 +75,20 @@ def text_to_image_similarity(inputs: LossInputs) -> Tensor:
     return text @ image.T / contrast_temperature(inputs.network.temperature, inputs.options)
 
 
-def _loss(inputs: LossInputs) -> LossOutput:
+def _features(inputs: LossInputs) -> dict[str, Tensor]:
     text, image = inputs.projections
     temperature = contrast_temperature(inputs.network.temperature, inputs.options)
-    loss = image_text_contrast(image, text, temperature, gather=inputs.options.gather, backend=inputs.network.backend)
+    return {"image": image, "text": text, "temperature": temperature}
+
+
+def _contrast(features: Mapping[str, Tensor], options: ObjectiveConfig, backend: str) -> LossOutput:
+    temperature = features["temperature"]
+    loss = image_text_contrast(features["image"], features["text"], temperature, gather=options.gather, backend=backend)
     return LossOutput(loss, {"itc_temperature": temperature.detach()})
+
+
+def _loss(inputs: LossInputs) -> LossOutput:
+    return _contrast(_features(inputs), inputs.options, inputs.network.backend)
 
 
 def _flops(config: SCLConfig, tokens: Mapping[str, int]) -> float:
@@ -94,5 +103,7 @@ ITC = Objective(
     unimodal_texts=("complete",),
     weight="itc_weight",
     heads=("itc",),
+    features=_features,
+    contrast=_contrast,
     flops=_flops,
 )

@@ -16,7 +16,14 @@ from sclkern.objectives.objective import LossOutput, Objective
 
 
 def masked_language_modeling(
-    hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, *, empty: Empty = "zero", backend: str = "auto"
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    *,
+    empty: Empty = "zero",
+    count: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Compute L = -mean over targets of log softmax(hidden W^T + b)[label] (published objectives.py, compute_mlm).
 
@@ -26,12 +33,23 @@ def masked_language_modeling(
         bias: (V,) of the decoder.
         labels: (...) int64, -100 where there is nothing to predict.
         empty: loss without any target: 0 with zero gradient, or NaN ("published").
+        count: 0-d, what the sum over targets is divided by; None divides by their number.
         backend: of the op.
 
     Returns:
         The loss, and for how many targets the right token has the highest logit (int64, no gradient).
     """
-    loss, hits = ops.linear_cross_entropy(hidden, weight, bias, labels, return_hits=True, backend=backend)
+    loss, hits = ops.linear_cross_entropy(
+        hidden,
+        weight,
+        bias,
+        labels,
+        reduction="mean" if count is None else "sum",
+        return_hits=True,
+        backend=backend,
+    )
+    if count is not None:
+        loss = loss / count.clamp_min(1e-9).to(loss.dtype)
     return (loss if empty == "zero" else torch.where(labels.ne(-100).any(), loss, torch.nan)), hits
 
 
@@ -45,6 +63,7 @@ def _loss(inputs: LossInputs) -> LossOutput:
         head.decoder.bias,
         labels,
         empty=inputs.options.empty_selections,
+        count=None if inputs.counts is None else inputs.counts["mlm"],
         backend=inputs.network.backend,
     )
     return LossOutput(loss, {"mlm_accuracy": hits / valid.sum().clamp_min(1)})

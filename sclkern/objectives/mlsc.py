@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sclkern import ops
 from sclkern.objectives._common import Directions, Gather, Negatives, op_directions
+from sclkern.objectives.config import ObjectiveConfig
 from sclkern.objectives.inputs import LossInputs
 from sclkern.objectives.objective import LossOutput, Objective
 from sclkern.objectives.views import MASKED_IMAGE, MASKED_TEXT, ViewOutputs
@@ -50,18 +53,25 @@ def masked_language_semantic_completion(
     )
 
 
-def _loss(inputs: LossInputs) -> LossOutput:
-    options = inputs.options
+def _features(inputs: LossInputs) -> dict[str, Tensor]:
+    return {"recovered": inputs.text(MASKED_TEXT)[:, 0], "complete": inputs.text(MASKED_IMAGE)[:, 0].detach()}
+
+
+def _contrast(features: Mapping[str, Tensor], options: ObjectiveConfig, backend: str) -> LossOutput:
     loss = masked_language_semantic_completion(
-        inputs.text(MASKED_TEXT)[:, 0],
-        inputs.text(MASKED_IMAGE)[:, 0],
+        features["recovered"],
+        features["complete"],
         temperature=options.temperature,
         directions=options.directions,
         gather=options.gather,
         negatives=options.negatives,
-        backend=inputs.network.backend,
+        backend=backend,
     )
     return LossOutput(loss)
+
+
+def _loss(inputs: LossInputs) -> LossOutput:
+    return _contrast(_features(inputs), inputs.options, inputs.network.backend)
 
 
 MLSC = Objective(
@@ -69,4 +79,6 @@ MLSC = Objective(
     title="MLSC, masked language completion",
     loss=_loss,
     outputs=(ViewOutputs(MASKED_IMAGE, text=("cls",)), ViewOutputs(MASKED_TEXT, text=("cls",))),
+    features=_features,
+    contrast=_contrast,
 )

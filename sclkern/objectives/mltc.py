@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sclkern import ops
 from sclkern.distributed import gather as gather_rows
-from sclkern.objectives._common import Directions, Empty, Gather, Negatives, op_directions
+from sclkern.distributed import world_size
+from sclkern.objectives._common import Directions, Empty, Gather, Negatives, completed_tokens, op_directions
 from sclkern.objectives.config import ObjectiveConfig
 from sclkern.objectives.inputs import LossInputs
 from sclkern.objectives.objective import LossOutput, Objective
@@ -26,6 +30,7 @@ def masked_local_token_completion(
     gather: Gather = "exact",
     negatives: Negatives = "all",
     empty: Empty = "zero",
+    count: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Contrast, in one modality, the fused tokens at masked positions with the same tokens of the view where this
@@ -41,6 +46,7 @@ def masked_local_token_completion(
         gather: gradient through the all-gather, see ``ops.completion_loss``.
         negatives: "published" contrasts within the rank, as the published image part does.
         empty: loss without any valid token: 0 with zero gradient, or NaN ("published").
+        count: 0-d, valid tokens of a rank that the loss is divided by; None divides by those that are contrasted.
         backend: of the op.
 
     Returns:
@@ -53,56 +59,67 @@ def masked_local_token_completion(
         complete.detach().flatten(0, 1),
         temperature=temperature,
         directions=op_directions(directions),
+        reduction="mean" if count is None else "sum",
         valid=valid,
         group=group,
         gather=op_gather,
         backend=backend,
     )
+    if count is not None:
+        ranks = 1 if op_gather is None else world_size(group)
+        loss = loss / (count * ranks).clamp_min(1e-9).to(loss.dtype)
     if empty == "zero":
         return loss
     anywhere = valid if op_gather is None else gather_rows(valid, group)
     return torch.where(anywhere.any(), loss, torch.nan)
 
 
-def _part(
-    recovered: Tensor, complete: Tensor, valid: Tensor, negatives: Negatives, options: ObjectiveConfig, backend: str
-) -> Tensor:
-    loss = masked_local_token_completion(
-        recovered,
-        complete,
-        valid,
-        temperature=options.temperature,
-        directions=options.directions,
-        gather=options.gather,
-        negatives=negatives,
-        empty=options.empty_selections,
-        backend=backend,
-    )
-    if options.empty_selections == "published":
-        # The published code leaves a NaN out of the total.
-        return torch.where(torch.isnan(loss), torch.zeros_like(loss), loss)
-    return loss
+def _features(inputs: LossInputs) -> dict[str, Tensor]:
+    features = {
+        "image_recovered": inputs.image(TOKEN_MASKED, "replaced"),
+        "image_complete": inputs.image(MASKED_TEXT, "replaced").detach(),
+        "image_valid": inputs.image_positions.valid["replaced"],
+        "text_recovered": inputs.text(MASKED_TEXT, "completion"),
+        "text_complete": inputs.text(MASKED_IMAGE, "completion").detach(),
+        "text_valid": inputs.text_positions.valid["completion"],
+    }
+    if "place" in inputs.batch:
+        # Parts of a global batch are padded to different lengths, and give each caption the same room all the same.
+        config, ratio = inputs.network.config, inputs.options.text_mask_ratio
+        room = completed_tokens(config.max_text_len, ratio) - features["text_valid"].shape[1]
+        for name in ("text_recovered", "text_complete"):
+            features[name] = F.pad(features[name], (0, 0, 0, room))
+        features["text_valid"] = F.pad(features["text_valid"], (0, room))
+    return features
+
+
+def _contrast(
+    features: Mapping[str, Tensor], options: ObjectiveConfig, backend: str, count: Tensor | None = None
+) -> LossOutput:
+    losses = {}
+    for modality, negatives in (("image", options.negatives), ("text", "all")):
+        loss = masked_local_token_completion(
+            *(features[f"{modality}_{part}"] for part in ("recovered", "complete", "valid")),
+            temperature=options.temperature,
+            directions=options.directions,
+            gather=options.gather,
+            negatives=negatives,
+            empty=options.empty_selections,
+            # Every image has the same number of replaced patches.
+            count=count if modality == "text" else None,
+            backend=backend,
+        )
+        if options.empty_selections == "published":
+            # The published code leaves a NaN out of the total.
+            loss = torch.where(torch.isnan(loss), torch.zeros_like(loss), loss)
+        losses[modality] = loss
+    metrics = {f"mltc_{modality}": loss.detach() for modality, loss in losses.items()}
+    return LossOutput(losses["image"] + losses["text"], metrics)
 
 
 def _loss(inputs: LossInputs) -> LossOutput:
-    options, backend = inputs.options, inputs.network.backend
-    image = _part(
-        inputs.image(TOKEN_MASKED, "replaced"),
-        inputs.image(MASKED_TEXT, "replaced"),
-        inputs.image_positions.valid["replaced"],
-        options.negatives,
-        options,
-        backend,
-    )
-    text = _part(
-        inputs.text(MASKED_TEXT, "completion"),
-        inputs.text(MASKED_IMAGE, "completion"),
-        inputs.text_positions.valid["completion"],
-        "all",
-        options,
-        backend,
-    )
-    return LossOutput(image + text, {"mltc_image": image.detach(), "mltc_text": text.detach()})
+    count = None if inputs.counts is None else inputs.counts["completion"]
+    return _contrast(_features(inputs), inputs.options, inputs.network.backend, count)
 
 
 MLTC = Objective(
@@ -115,4 +132,7 @@ MLTC = Objective(
         ViewOutputs(MASKED_IMAGE, text=("completion",)),
     ),
     weight="mltc_weight",
+    features=_features,
+    contrast=_contrast,
+    contrast_tokens=("completion", "replaced"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch.distributed import ProcessGroup
 from sclkern import ops
 from sclkern.distributed import gather as gather_rows
 from sclkern.objectives._common import Directions, Gather, at_least_float32, mean_cross_entropy, op_directions
+from sclkern.objectives.config import ObjectiveConfig
 from sclkern.objectives.inputs import LossInputs
 from sclkern.objectives.objective import LossOutput, Objective
 from sclkern.objectives.views import MASKED_IMAGE, MASKED_TEXT, ViewOutputs
@@ -66,19 +68,27 @@ def masked_vision_semantic_completion(
     return loss + mean_cross_entropy(similarity, diagonal)
 
 
-def _loss(inputs: LossInputs) -> LossOutput:
-    options = inputs.options
+def _features(inputs: LossInputs) -> dict[str, Tensor]:
+    return {"recovered": inputs.image(MASKED_IMAGE), "complete": inputs.image(MASKED_TEXT).detach()}
+
+
+def _contrast(features: Mapping[str, Tensor], options: ObjectiveConfig, backend: str) -> LossOutput:
+    recovered, complete = features["recovered"], features["complete"]
     loss = masked_vision_semantic_completion(
-        inputs.image(MASKED_IMAGE),
-        inputs.image(MASKED_TEXT),
+        recovered,
+        complete,
         temperature=options.temperature,
         directions=options.directions,
         # The published code normalises over frames for clips alone: of one frame, every feature would become a sign.
-        frame_norm=options.frame_norm if inputs.num_frames > 1 else "features",
+        frame_norm=options.frame_norm if recovered.shape[1] > 1 else "features",
         gather=options.gather,
-        backend=inputs.network.backend,
+        backend=backend,
     )
     return LossOutput(loss)
+
+
+def _loss(inputs: LossInputs) -> LossOutput:
+    return _contrast(_features(inputs), inputs.options, inputs.network.backend)
 
 
 MVSC = Objective(
@@ -86,4 +96,6 @@ MVSC = Objective(
     title="MVSC, masked vision completion",
     loss=_loss,
     outputs=(ViewOutputs(MASKED_IMAGE, image=("cls",)), ViewOutputs(MASKED_TEXT, image=("cls",))),
+    features=_features,
+    contrast=_contrast,
 )

@@ -12,7 +12,9 @@ from sclkern.models.config import SCLConfig
 from sclkern.objectives.views import (
     IMAGE_VARIANTS,
     TEXT_VARIANTS,
+    ImageTokens,
     ImageVariant,
+    TextTokens,
     TextVariant,
     ViewOutputs,
     check_known,
@@ -47,6 +49,14 @@ class Objective:
         unimodal_texts: variants whose encoding before fusion it reads.
         weight: factor in the total: a number, or the field of ``ObjectiveConfig`` that holds it.
         heads: the heads of ``SCLConfig`` that it uses.
+        features: what the loss contrasts, from a ``LossInputs``: by name, floating tensors and masks with a row for
+            each sample, and 0-d parameters such as a temperature. With ``contrast`` it lets the loss see every pair of
+            an accumulated batch over all ranks (``sclkern.step.contrastive``); an objective without sees those of its
+            micro-batch over all ranks.
+        contrast: computes the loss from such features of any number of samples, an ``ObjectiveConfig`` and the backend
+            of ops; across ranks it gathers them.
+        contrast_tokens: the kinds of tokens of which each is compared with each; () is one row a sample. It bounds how
+            many rows ``contrast`` gets.
         flops: FLOPs of its heads for one sample, forward, from the sizes of the model and the number of tokens of each
             kind ("cls", "mlm", "completion", "replaced") that a sample has room for; None counts nothing.
     """
@@ -59,6 +69,9 @@ class Objective:
     unimodal_texts: tuple[TextVariant, ...] = ()
     weight: float | str = 1.0
     heads: tuple[str, ...] = ()
+    features: Callable[[Any], Mapping[str, Tensor]] | None = None
+    contrast: Callable[[Mapping[str, Tensor], Any, str], LossOutput] | None = None
+    contrast_tokens: tuple[TextTokens | ImageTokens, ...] = ()
     flops: Callable[[SCLConfig, Mapping[str, int]], float] | None = None
 
     def __post_init__(self) -> None:
@@ -66,6 +79,8 @@ class Objective:
             raise ValueError(f"name: got {self.name!r}, expected an identifier other than {', '.join(_RESERVED)}")
         if not (self.outputs or self.unimodal_images or self.unimodal_texts):
             raise ValueError(f"outputs: objective {self.name!r} reads nothing; give outputs or unimodal variants")
+        if (self.features is None) != (self.contrast is None):
+            raise ValueError(f"features, contrast: objective {self.name!r} has one of them, expected both or neither")
         for image in self.unimodal_images:
             check_known("unimodal_images", image, tuple(name for name in IMAGE_VARIANTS if name != "matching"))
         for text in self.unimodal_texts:

@@ -27,6 +27,7 @@ def select_patches(
     batch: int,
     *,
     seed: int | Tensor,
+    row_ids: Tensor | None = None,
     device: torch.device | str = "cpu",
     backend: str = "auto",
 ) -> Tensor:
@@ -41,6 +42,8 @@ def select_patches(
         batch: B, 0 or more.
         seed: int, or int64 tensor of one element on ``device``, which is never read back: a captured CUDA graph can be
             replayed with another.
+        row_ids: (B,) int64 on ``device``, contiguous: a sample draws by its id in place of its index, so that it keeps
+            its mask in another batch and at another place; None are the indices.
         device: where the draw happens; "cuda" without a number is the device of a seed tensor.
         backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.select_backend``).
 
@@ -51,12 +54,12 @@ def select_patches(
     Raises:
         TypeError: an argument has the wrong type. ValueError: out of range, wrong device or unknown backend.
     """
-    arguments = num_patches, keep_ratio, batch, seed, device, backend
+    arguments = num_patches, keep_ratio, batch, seed, row_ids, device, backend
     path = choose("select_patches", check_select_patches, plan_select_patches, *arguments)
     device = _device(seed, device)
     if path == "eager":
-        return reference.select_patches(num_patches, keep_ratio, batch, seed=seed, device=device)
-    return _select_patches_op(seed_tensor(seed, device), num_patches, float(keep_ratio), batch)
+        return reference.select_patches(num_patches, keep_ratio, batch, seed=seed, row_ids=row_ids, device=device)
+    return _select_patches_op(seed_tensor(seed, device), num_patches, float(keep_ratio), batch, row_ids)
 
 
 @public_op
@@ -66,6 +69,7 @@ def select_tokens(
     batch: int,
     *,
     seed: int | Tensor,
+    row_ids: Tensor | None = None,
     device: torch.device | str = "cpu",
     backend: str = "auto",
 ) -> Tensor:
@@ -76,6 +80,7 @@ def select_tokens(
         ratio: share of the patches, in [0, 1].
         batch: B, 0 or more.
         seed: as in ``select_patches``.
+        row_ids: as in ``select_patches``.
         device: as in ``select_patches``.
         backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.select_backend``).
 
@@ -85,12 +90,12 @@ def select_tokens(
     Raises:
         TypeError: an argument has the wrong type. ValueError: out of range, wrong device or unknown backend.
     """
-    arguments = num_patches, ratio, batch, seed, device, backend
+    arguments = num_patches, ratio, batch, seed, row_ids, device, backend
     path = choose("select_tokens", check_select_tokens, plan_select_tokens, *arguments)
     device = _device(seed, device)
     if path == "eager":
-        return reference.select_tokens(num_patches, ratio, batch, seed=seed, device=device)
-    return _select_tokens_op(seed_tensor(seed, device), num_patches, float(ratio), batch)
+        return reference.select_tokens(num_patches, ratio, batch, seed=seed, row_ids=row_ids, device=device)
+    return _select_tokens_op(seed_tensor(seed, device), num_patches, float(ratio), batch, row_ids)
 
 
 @public_op
@@ -103,6 +108,7 @@ def mask_text(
     mask_id: int,
     vocab_size: int,
     seed: int | Tensor,
+    row_ids: Tensor | None = None,
     published: bool = False,
     backend: str = "auto",
 ) -> MaskedText:
@@ -119,6 +125,7 @@ def mask_text(
         mask_id: id of ``<mask>``, in [0, vocab_size).
         vocab_size: at least 1 and below 2**31; random tokens are below it.
         seed: int, or int64 tensor of one element on the device of ids, never read back.
+        row_ids: (B,) int64 on the device of ids, contiguous, as in ``select_patches``.
         published: draw as the published code does: "mlm" of all padded positions, so that a caption may get no target;
             "completion" with replacement.
         backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.select_backend``).
@@ -129,16 +136,14 @@ def mask_text(
     Raises:
         TypeError: an argument has the wrong type. ValueError: wrong shape, device or range, or unknown kind or backend.
     """
-    numbers = kind, ratio, mask_id, vocab_size, seed, published, backend
+    numbers = kind, ratio, mask_id, vocab_size, seed, row_ids, published, backend
     if choose("mask_text", check_mask_text, plan_mask_text, ids, lengths, *numbers) == "eager":
-        options: dict[str, Any] = {"mask_id": mask_id, "vocab_size": vocab_size, "seed": seed, "published": published}
-        return reference.mask_text(ids, lengths, kind=kind, ratio=ratio, **options)
+        options: dict[str, Any] = {"mask_id": mask_id, "vocab_size": vocab_size, "seed": seed, "row_ids": row_ids}
+        return reference.mask_text(ids, lengths, kind=kind, ratio=ratio, published=published, **options)
     ids = ids if ids.stride(1) == 1 else ids.contiguous()
     seed = seed_tensor(seed, ids.device)
-    read, selected = _mask_text_op(
-        ids, lengths.contiguous(), seed, kind == "completion", float(ratio), mask_id, vocab_size, published
-    )
-    return MaskedText(read, selected)
+    words = seed, kind == "completion", float(ratio), mask_id, vocab_size, published, row_ids
+    return MaskedText(*_mask_text_op(ids, lengths.contiguous(), *words))
 
 
 def plan_select_patches(
@@ -172,26 +177,29 @@ def _device(seed: int | Tensor | None, device: torch.device | str) -> torch.devi
 
 
 def check_select_patches(
-    num_patches: int, keep_ratio: float, batch: int, seed: int | Tensor, device: torch.device | str
-) -> None:
+    num_patches: int, keep_ratio: float, batch: int, seed: int | Tensor, row_ids: Tensor | None,
+    device: torch.device | str,
+) -> None:  # fmt: skip
     """Raise for arguments that no path takes."""
     _checks.probability("keep_ratio", keep_ratio)
-    check_select_tokens(num_patches, keep_ratio, batch, seed, device)
+    check_select_tokens(num_patches, keep_ratio, batch, seed, row_ids, device)
 
 
 def check_select_tokens(
-    num_patches: int, ratio: float, batch: int, seed: int | Tensor, device: torch.device | str
-) -> None:
+    num_patches: int, ratio: float, batch: int, seed: int | Tensor, row_ids: Tensor | None,
+    device: torch.device | str,
+) -> None:  # fmt: skip
     """Raise for arguments that no path takes."""
     _checks.integer("num_patches", num_patches, 1)
     _checks.probability("ratio", ratio)
     _checks.integer("batch", batch, 0)
     _checks.seed(seed, torch.device(device), optional=False)
+    _check_row_ids(batch, row_ids)
 
 
 def check_mask_text(
     ids: Tensor, lengths: Tensor, kind: str, ratio: float, mask_id: int, vocab_size: int, seed: int | Tensor,
-    published: bool,
+    row_ids: Tensor | None, published: bool,
 ) -> None:  # fmt: skip
     """Raise for arguments that no path takes."""
     _checks.dtype(torch.int64, ids=ids, lengths=lengths)
@@ -203,6 +211,8 @@ def check_mask_text(
     _checks.integer("vocab_size", vocab_size, 1, 2**31 - 1)
     _checks.integer("mask_id", mask_id, 0, vocab_size - 1)
     _checks.seed(seed, ids.device, optional=False)
+    _check_row_ids(ids.shape[0], row_ids)
+    _checks.same_device("ids", ids, row_ids=row_ids)
     _checks.boolean("published", published)
     if may_read(lengths) and lengths.numel():
         lowest, highest = (int(bound) for bound in lengths.aminmax())
@@ -210,22 +220,28 @@ def check_mask_text(
             raise ValueError(f"lengths: got {lowest} to {highest}, expected 0 to L = {ids.shape[1]}")
 
 
-def _select_patches(seed: Tensor, num_patches: int, keep_ratio: float, batch: int) -> Tensor:
-    return kernels.masking.select_patches(seed, num_patches, kept_patches(num_patches, keep_ratio), batch)
+def _check_row_ids(rows: int, row_ids: Tensor | None) -> None:
+    if row_ids is not None:
+        _checks.dtype(torch.int64, row_ids=row_ids)
+        _checks.shape("(B,)", (rows,), row_ids=row_ids)
 
 
-def _select_tokens(seed: Tensor, num_patches: int, ratio: float, batch: int) -> Tensor:
-    return kernels.masking.select_tokens(seed, num_patches, int(num_patches * ratio), batch)
+def _select_patches(seed: Tensor, num_patches: int, keep_ratio: float, batch: int, row_ids: Tensor | None) -> Tensor:
+    return kernels.masking.select_patches(seed, num_patches, kept_patches(num_patches, keep_ratio), batch, row_ids)
+
+
+def _select_tokens(seed: Tensor, num_patches: int, ratio: float, batch: int, row_ids: Tensor | None) -> Tensor:
+    return kernels.masking.select_tokens(seed, num_patches, int(num_patches * ratio), batch, row_ids)
 
 
 def _mask_text(
     ids: Tensor, lengths: Tensor, seed: Tensor, completion: bool, ratio: float, mask_id: int, vocab_size: int,
-    published: bool,
+    published: bool, row_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return kernels.masking.mask_text(ids, lengths, seed, completion, ratio, mask_id, vocab_size, published)
+    return kernels.masking.mask_text(ids, lengths, seed, completion, ratio, mask_id, vocab_size, published, row_ids)
 
 
-def _fake_patches(seed: Tensor, num_patches: int, keep_ratio: float, batch: int) -> Tensor:
+def _fake_patches(seed: Tensor, num_patches: int, keep_ratio: float, batch: int, **_: object) -> Tensor:
     return seed.new_empty((batch, kept_patches(num_patches, keep_ratio)))
 
 

@@ -25,7 +25,13 @@ def kept_patches(num_patches: int, keep_ratio: float) -> int:
 
 
 def select_patches(
-    num_patches: int, keep_ratio: float, batch: int, *, seed: int | Tensor, device: torch.device | str = "cpu"
+    num_patches: int,
+    keep_ratio: float,
+    batch: int,
+    *,
+    seed: int | Tensor,
+    row_ids: Tensor | None = None,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Draw the kept patches of each sample, uniformly without replacement.
 
@@ -34,17 +40,25 @@ def select_patches(
         keep_ratio: share of the patches, in [0, 1].
         batch: B.
         seed: int, or int64 tensor of one element on ``device``.
+        row_ids: (B,) int64 on ``device``: a sample draws by its id in place of its index, so that it keeps its mask in
+            another batch; None are the indices.
         device: where the draw happens.
 
     Returns:
         (B, K) int64, ascending, with K = int(num_patches * keep_ratio) and at least 1.
     """
-    words = random_words((batch, num_patches), seed=seed, stream=STREAM_PATCHES, device=device)[0]
+    words = random_words((batch, num_patches), seed=seed, stream=STREAM_PATCHES, device=device, row_ids=row_ids)[0]
     return words.argsort(dim=1, stable=True)[:, : kept_patches(num_patches, keep_ratio)].sort(dim=1).values
 
 
 def select_tokens(
-    num_patches: int, ratio: float, batch: int, *, seed: int | Tensor, device: torch.device | str = "cpu"
+    num_patches: int,
+    ratio: float,
+    batch: int,
+    *,
+    seed: int | Tensor,
+    row_ids: Tensor | None = None,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Draw the patches whose embedding is replaced by the mask token.
 
@@ -53,12 +67,14 @@ def select_tokens(
         ratio: share of the patches, in [0, 1].
         batch: B.
         seed: int, or int64 tensor of one element on ``device``.
+        row_ids: (B,) int64 on ``device``: a sample draws by its id in place of its index, so that it keeps its mask in
+            another batch; None are the indices.
         device: where the draw happens.
 
     Returns:
         (B, P) bool, int(P * ratio) True in each row.
     """
-    words = random_words((batch, num_patches), seed=seed, stream=STREAM_TOKENS, device=device)[0]
+    words = random_words((batch, num_patches), seed=seed, stream=STREAM_TOKENS, device=device, row_ids=row_ids)[0]
     return smallest(words, torch.ones_like(words, dtype=torch.bool), int(num_patches * ratio))
 
 
@@ -83,6 +99,7 @@ def mask_text(
     mask_id: int,
     vocab_size: int,
     seed: int | Tensor,
+    row_ids: Tensor | None = None,
     published: bool = False,
 ) -> MaskedText:
     """Draw and apply a text mask. Only the n = length - 2 positions between ``<s>`` and ``</s>`` are ever selected.
@@ -97,6 +114,7 @@ def mask_text(
         mask_id: id of ``<mask>``.
         vocab_size: random tokens are below it.
         seed: int, or int64 tensor of one element on the device of ids.
+        row_ids: (B,) int64 on the device of ids, as in ``select_patches``.
         published: draw as the published code does: "mlm" picks round(ratio * L) of all L padded positions and forgets
             those that are not between ``<s>`` and ``</s>``, so that a caption may get no target; "completion" draws
             with replacement.
@@ -109,7 +127,7 @@ def mask_text(
     column = torch.arange(width, device=ids.device)
     eligible = (column >= 1) & (column <= tokens)
     stream = STREAM_MLM if kind == "mlm" else STREAM_COMPLETION
-    key, action, token, _ = random_words((rows, width), seed=seed, stream=stream, device=ids.device)
+    key, action, token, _ = random_words((rows, width), seed=seed, stream=stream, device=ids.device, row_ids=row_ids)
     if kind == "completion":
         # The same float64 product and truncation as Python's int(n * ratio).
         count = (tokens.double() * ratio).long() + 1

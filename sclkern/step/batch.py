@@ -14,6 +14,10 @@ from sclkern.objectives.config import ObjectiveConfig
 from sclkern.ops.dispatch import may_read
 
 CAPTIONS = ("text_ids", "text_mask")
+# What goes with "place" alone.
+WITH_PLACE = ("match_labels", "false_place")
+# Ids of dropout leave room for as many places.
+MAX_PLACE = 2**40
 
 
 def prepare_batch(config: SCLConfig, objectives: ObjectiveConfig, batch: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -31,17 +35,20 @@ def prepare_batch(config: SCLConfig, objectives: ObjectiveConfig, batch: Mapping
         TypeError: an entry is no tensor, or of another dtype.
         ValueError: see ``check_step``.
     """
-    images = ("image", "false_image") if objectives.dataset_negatives else ("image",)
+    brought = brings_false_images(objectives, batch)
+    images = ("image", "false_image") if brought else ("image",)
     for name in (*images, *CAPTIONS):
         if name not in batch:
             raise ValueError(f"batch: got keys {sorted(map(str, batch))}, expected {name!r} too")
     _check_images({name: batch[name] for name in images}, config)
     captions = check_captions(batch["text_ids"], batch["text_mask"], config, CAPTIONS)
     rows = captions.mask.shape[0]
-    if any(batch[name].shape[0] != rows for name in images):
-        all_rows = {name: batch[name].shape[0] for name in (*images, *CAPTIONS)}
+    placed = check_places(batch, rows, captions.mask.device, brought=brought)
+    of_all_rows = images[:1] if placed else images
+    if any(batch[name].shape[0] != rows for name in of_all_rows):
+        all_rows = {name: batch[name].shape[0] for name in (*of_all_rows, *CAPTIONS)}
         raise ValueError(f"batch: got different numbers of rows {all_rows}, expected one")
-    if rows < 2 and objectives.in_batch_negatives:
+    if rows < 2 and objectives.in_batch_negatives and not brought:
         raise ValueError(
             f"batch: got {rows} row, expected at least 2 for itm_negatives={objectives.itm_negatives!r} "
             "(a negative image is another row's); use itm_negatives='dataset'"
@@ -53,6 +60,92 @@ def prepare_batch(config: SCLConfig, objectives: ObjectiveConfig, batch: Mapping
     if "text_tokens" in batch:
         _check_room(batch["text_tokens"], captions.tokens, rows)
     return _in_order(batch, captions)
+
+
+def brings_false_images(objectives: ObjectiveConfig, batch: Mapping[str, Any]) -> bool:
+    """Whether a step reads ``false_image`` of a batch.
+
+    Args:
+        objectives: the recipe.
+        batch: as ``SCLModel.forward`` takes it.
+
+    Returns:
+        Whether the recipe has negatives from the data set; or from the batch, and the loader decoded those of a global
+        batch, of which this batch is a part.
+    """
+    if objectives.dataset_negatives:
+        return True
+    given = "place" in batch and "false_image" in batch
+    return given and objectives.in_batch_negatives and not objectives.hard_negatives
+
+
+def check_places(batch: Mapping[str, Any], rows: int, device: torch.device, *, brought: bool) -> bool:
+    """Raise for places in the global batch, labels and false images that no step takes.
+
+    Args:
+        batch: as ``SCLModel.forward`` takes it.
+        rows: of the batch.
+        device: of the batch.
+        brought: whether the step reads ``false_image``.
+
+    Returns:
+        Whether the batch has places.
+    """
+    if "place" not in batch:
+        for name in WITH_PLACE:
+            if name in batch:
+                raise ValueError(f"{name}: got it without 'place', expected the place of each row in the global batch")
+        return False
+    given = {name: batch[name] for name in ("place", *WITH_PLACE) if name in batch}
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+        if value.dtype != torch.int64:
+            raise TypeError(f"{name}: got {value.dtype}, expected torch.int64; give {name}.long()")
+        if value.ndim != 1 or (name != "false_place" and len(value) != rows):
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected (B,) = ({rows},)")
+        if value.device != device:
+            raise ValueError(f"{name}: got device {value.device}, expected that of text_ids, {device}")
+    negatives = {name: len(batch[name]) for name in ("false_image", "false_place") if name in batch}
+    if not brought:
+        negatives.pop("false_image", None)
+    if negatives and "match_labels" not in batch:
+        raise ValueError(
+            f"batch: got 'place' and {sorted(negatives)} without 'match_labels', expected the labels that say for "
+            "which rows they are; draw them with sclkern.step.match_labels(seed, place)"
+        )
+    if may_read(batch["place"]):
+        _check_place_values(batch, negatives, brought=brought)
+    return True
+
+
+def _check_place_values(batch: Mapping[str, Any], negatives: Mapping[str, int], *, brought: bool) -> None:
+    place = batch["place"]
+    lowest, highest = (int(bound) for bound in place.aminmax()) if len(place) else (0, 0)
+    if lowest < 0 or highest >= MAX_PLACE:
+        raise ValueError(f"place: got {lowest} to {highest}, expected 0 to {MAX_PLACE - 1}")
+    if len(place.unique()) < len(place):
+        raise ValueError("place: got equal places, expected one of its own for each row of the global batch")
+    if "match_labels" not in batch:
+        return
+    labels = batch["match_labels"]
+    if not ((labels == 0) | (labels == 1)).all():
+        raise ValueError(
+            "match_labels: got other values than 0 and 1, expected 1 for the row's own image, 0 for a false"
+        )
+    false = int((labels == 0).sum())
+    for name, rows in negatives.items():
+        if rows != false:
+            raise ValueError(
+                f"{name}: got {rows} rows, expected one for each of the {false} rows whose match_labels are 0"
+            )
+    if "false_place" in batch and not brought:
+        missing = ~torch.isin(batch["false_place"], place)
+        if missing.any():
+            raise ValueError(
+                f"false_place: got {int(batch['false_place'][missing][0])}, which is no place of this micro-batch, "
+                "expected false_image too, with a row for each; decode the image of that place"
+            )
 
 
 def _check_images(images: Mapping[str, Any], config: SCLConfig) -> None:
@@ -120,7 +213,8 @@ def unread_fault(batch: Mapping[str, Any]) -> Tensor | None:
         batch: of ``with_tokens_first``.
 
     Returns:
-        0-d, NaN if a caption has no token or ``text_tokens`` is too small, else 0; None if values were checked.
+        0-d, NaN if a caption has no token, ``text_tokens`` is too small, or false images are not those of the labels,
+        else 0; None if values were checked.
     """
     mask = batch["text_mask"]
     if may_read(mask):
@@ -128,4 +222,9 @@ def unread_fault(batch: Mapping[str, Any]) -> Tensor | None:
     right = mask.any(1).all()
     if "text_tokens" in batch:
         right = right & (mask.sum() <= batch["text_tokens"])
+    for name in ("false_image", "false_place"):
+        if "match_labels" in batch and name in batch:
+            right = right & ((batch["match_labels"] == 0).sum() == len(batch[name]))
+    if "false_place" in batch and "false_image" not in batch:
+        right = right & torch.isin(batch["false_place"], batch["place"]).all()
     return torch.where(right, 0.0, torch.nan)

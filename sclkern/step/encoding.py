@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sclkern.models.layouts import Packed, Padded
+from sclkern.models.layouts import DropoutKeys, Packed, Padded
 from sclkern.models.network import SCLNetwork
 from sclkern.profiling import phase
+from sclkern.step.dropout import BatchKeys, text_number
 from sclkern.step.masks import StepMasks, drawn
 from sclkern.step.plan import EncodedImage, Plan
 
@@ -36,12 +37,13 @@ class Encodings:
     num_frames: int
 
 
-def pack(mask: Tensor, total: int) -> tuple[Tensor, Packed]:
+def pack(mask: Tensor, total: int, keys: DropoutKeys | None = None) -> tuple[Tensor, Packed]:
     """Find the tokens of a padded batch, sequence after sequence.
 
     Args:
         mask: (S, L) bool, True = a token.
         total: room for tokens, at least as many as there are.
+        keys: of dropout in the padded batch.
 
     Returns:
         (total,) int64 indices into the flattened batch, each once, the last ones padding where there is room left; and
@@ -51,7 +53,9 @@ def pack(mask: Tensor, total: int) -> tuple[Tensor, Packed]:
     # Too small a total is not seen on a GPU, and no kernel must read behind the tokens.
     cu_seqlens = F.pad(lengths.cumsum(0, dtype=torch.int32).clamp_max(total), (1, 0))
     order = (~mask.flatten()).to(torch.uint8).argsort(stable=True)[:total]
-    return order, Packed(cu_seqlens, mask.shape[1], mask=mask, padded_index=order)
+    if keys is not None:
+        keys = keys._replace(tokens=keys.tokens.flatten()[order])
+    return order, Packed(cu_seqlens, mask.shape[1], mask=mask, padded_index=order, keys=keys)
 
 
 def packed_layout(groups: tuple[tuple[int, int], ...], num_frames: int, device: torch.device) -> Packed:
@@ -91,7 +95,9 @@ def text_tokens(batch: Mapping[str, Any]) -> int:
     return min(int(batch.get("text_tokens", padded)), padded)
 
 
-def encode(network: SCLNetwork, plan: Plan, batch: Mapping[str, Any], masks: StepMasks) -> Encodings:
+def encode(
+    network: SCLNetwork, plan: Plan, batch: Mapping[str, Any], masks: StepMasks, keys: BatchKeys | None = None
+) -> Encodings:
     """Run both unimodal encoders on every variant of the plan, and the modality transforms.
 
     Args:
@@ -99,6 +105,7 @@ def encode(network: SCLNetwork, plan: Plan, batch: Mapping[str, Any], masks: Ste
         plan: what is encoded.
         batch: as ``SCLModel.forward`` takes it.
         masks: those that the plan needs.
+        keys: of dropout; None draws by where the tokens lie.
 
     Returns:
         The encodings.
@@ -108,11 +115,13 @@ def encode(network: SCLNetwork, plan: Plan, batch: Mapping[str, Any], masks: Ste
     with phase("image encoder"):
         images = _encode_images(network, plan, batch, masks) if plan.images else {}
     with phase("text encoder"):
-        texts = _encode_texts(network, plan, batch, masks) if plan.texts else {}
+        texts = _encode_texts(network, plan, batch, masks, keys) if plan.texts else {}
     return Encodings(texts, images, num_frames)
 
 
-def _encode_texts(network: SCLNetwork, plan: Plan, batch: Mapping[str, Any], masks: StepMasks) -> dict[str, Tensor]:
+def _encode_texts(
+    network: SCLNetwork, plan: Plan, batch: Mapping[str, Any], masks: StepMasks, keys: BatchKeys | None
+) -> dict[str, Tensor]:
     ids, mask = batch["text_ids"], batch["text_mask"]
 
     def variant_ids(variant: str) -> Tensor:
@@ -121,15 +130,20 @@ def _encode_texts(network: SCLNetwork, plan: Plan, batch: Mapping[str, Any], mas
         return drawn(masks.mlm, "mlm").ids if variant == "mlm" else drawn(masks.completion, "completion").ids
 
     variants = [variant_ids(text.variant) for text in plan.texts]
+    numbers = [text_number(text.name) for text in plan.texts]
     if not plan.step.pack:
-        return {
-            text.name: network.encode_text(variant, mask) for text, variant in zip(plan.texts, variants, strict=True)
-        }
+        encoder, encoded = network.text, {}
+        for text, variant, number in zip(plan.texts, variants, numbers, strict=True):
+            layout = Padded(mask, keys=None if keys is None else keys.padded([number], mask.shape[1]))
+            tokens = encoder.encode(variant, encoder.positions(variant, mask), layout)
+            encoded[text.name] = network.text_transform(tokens)
+        return encoded
     stacked = torch.cat(variants)
     masks_of_all = mask.repeat(len(variants), 1)
-    order, layout = pack(masks_of_all, len(variants) * text_tokens(batch))
+    keys_of_all = None if keys is None else keys.padded(numbers, mask.shape[1])
+    order, packed = pack(masks_of_all, len(variants) * text_tokens(batch), keys_of_all)
     positions = network.text.positions(stacked, masks_of_all)
-    tokens = network.text.encode(stacked.flatten()[order], positions.flatten()[order], layout)
+    tokens = network.text.encode(stacked.flatten()[order], positions.flatten()[order], packed)
     tokens = network.text_transform(tokens)
     padded = tokens.new_zeros(stacked.numel(), tokens.shape[-1]).index_copy(0, order, tokens)
     encodings = padded.view(len(variants), *ids.shape, tokens.shape[-1]).unbind(0)
@@ -158,7 +172,11 @@ def _embed_image(
 ) -> tuple[Tensor, int]:
     """The tokens that the image encoder reads, and the number of frames."""
     image = batch["image"]
-    if variant == "negative":
+    if masks.place is not None and variant in ("negative", "mixed"):
+        # One for each row whose label is 0.
+        false = batch["false_image"]
+        image = false if variant == "negative" else image.index_copy(0, masks.negative_rows, false)
+    elif variant == "negative":
         image = batch["false_image"].index_select(0, masks.negative_rows)
     elif variant == "mixed":
         matches = drawn(masks.itm_labels, "itm_labels").bool().view(-1, *[1] * (image.ndim - 1))

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from sclkern.models.fusion import OutputSelection, Section
-from sclkern.models.layouts import Packed, Padded, Rows
+from sclkern.models.layouts import DropoutKeys, Packed, Padded, Rows
 from sclkern.models.network import IMAGE_TYPE, TEXT_TYPE, SCLNetwork
 from sclkern.objectives.inputs import TokenPositions
+from sclkern.step.dropout import BatchKeys, view_number
 from sclkern.step.encoding import Encodings, pack, packed_layout, text_tokens
 from sclkern.step.masks import StepMasks, drawn, negative_images, selected_positions
 from sclkern.step.plan import Plan, PlannedView
@@ -120,6 +121,7 @@ def fuse_views(
     masks: StepMasks,
     text_positions: TokenPositions,
     similarity: Tensor | None = None,
+    keys: BatchKeys | None = None,
 ) -> FusedTokens:
     """Run the fusion encoder on every view of the plan.
 
@@ -131,6 +133,7 @@ def fuse_views(
         masks: those that the plan needs.
         text_positions: of the tokens in a caption.
         similarity: (B, B) text to image, which chooses hard negatives; None draws negatives uniformly.
+        keys: of dropout; None draws by where the tokens lie.
 
     Returns:
         The tokens that the losses read.
@@ -153,7 +156,7 @@ def fuse_views(
         for view, image in zip(plan.views, images, strict=True)
     ]
     fuse = _fuse_packed if plan.step.pack else _fuse_padded
-    outputs = fuse(network, inputs, batch, prune=plan.step.prune_last_layer)
+    outputs = fuse(network, inputs, batch, keys, prune=plan.step.prune_last_layer)
     text, image_tokens = {}, {}
     for entry, output in zip(inputs, outputs, strict=True):
         name, positions = entry.view.name, by_size[entry.image.shape[1]]
@@ -167,6 +170,8 @@ def _view_image(view: PlannedView, encodings: Encodings, masks: StepMasks, simil
     if view.negatives == "merged":
         return image.index_copy(0, masks.negative_rows, encodings.images["negative"])
     if view.negatives == "rows":
+        if masks.false_rows is not None:
+            return image[masks.false_rows]
         matches = drawn(masks.itm_labels, "itm_labels").bool()
         rows = torch.arange(len(matches), device=matches.device)
         return image[torch.where(matches, rows, negative_images(masks, similarity))]
@@ -174,13 +179,20 @@ def _view_image(view: PlannedView, encodings: Encodings, masks: StepMasks, simil
 
 
 def _fuse_padded(
-    network: SCLNetwork, inputs: list[ViewInputs], batch: Mapping[str, Any], *, prune: bool
+    network: SCLNetwork, inputs: list[ViewInputs], batch: Mapping[str, Any], keys: BatchKeys | None, *, prune: bool
 ) -> list[ViewOutput]:
     """One padded call of the fusion encoder for each view."""
-    text_layout, image_layout = Padded(batch["text_mask"]), Padded()
-    outputs = []
+    mask, outputs = batch["text_mask"], []
     for entry in inputs:
-        text_rows, image_rows = Rows(entry.text_index, Padded()), Rows(entry.image_index, Padded())
+        text_keys = image_keys = None
+        if keys is not None:
+            numbers = [view_number(entry.view.name)]
+            text_keys, image_keys = (keys.padded(numbers, x.shape[1]) for x in (entry.text, entry.image))
+        text_layout, image_layout = Padded(mask, keys=text_keys), Padded(keys=image_keys)
+        text_rows, image_rows = (
+            Rows(index, Padded(keys=None if of is None else of._replace(tokens=of.tokens.gather(1, index))))
+            for index, of in ((entry.text_index, text_keys), (entry.image_index, image_keys))
+        )
         text = entry.text + network.modality.weight[TEXT_TYPE]
         image = entry.image + network.modality.weight[IMAGE_TYPE]
         if prune:
@@ -195,24 +207,32 @@ def _fuse_padded(
 
 
 def _fuse_packed(
-    network: SCLNetwork, inputs: list[ViewInputs], batch: Mapping[str, Any], *, prune: bool
+    network: SCLNetwork, inputs: list[ViewInputs], batch: Mapping[str, Any], keys: BatchKeys | None, *, prune: bool
 ) -> list[ViewOutput]:
     """One call of the fusion encoder for all views, one after the other, without padding."""
     mask = batch["text_mask"]
     rows = len(mask)
-    order, text_layout = pack(mask.repeat(len(inputs), 1), len(inputs) * text_tokens(batch))
+    lengths = [entry.image.shape[1] for entry in inputs]
+    text_keys = image_keys = None
+    if keys is not None:
+        numbers = [view_number(entry.view.name) for entry in inputs]
+        text_keys, image_keys = keys.padded(numbers, mask.shape[1]), keys.packed(numbers, lengths)
+    order, text_layout = pack(mask.repeat(len(inputs), 1), len(inputs) * text_tokens(batch), text_keys)
     text = torch.cat([entry.text for entry in inputs]).flatten(0, 1).index_select(0, order)
     text = text + network.modality.weight[TEXT_TYPE]
-    groups = tuple((rows, entry.image.shape[1]) for entry in inputs)
-    image_layout = packed_layout(groups, 1, mask.device)
+    groups = tuple((rows, length) for length in lengths)
+    image_layout = packed_layout(groups, 1, mask.device)._replace(keys=image_keys)
     image = torch.cat([entry.image.flatten(0, 1) for entry in inputs]) + network.modality.weight[IMAGE_TYPE]
 
     text_index, image_index = [entry.text_index for entry in inputs], [entry.image_index for entry in inputs]
-    text_rows = _packed_rows(text_index, text_layout.cu_seqlens, len(text))
+    text_rows = _packed_rows(text_index, text_layout.cu_seqlens, len(text), text_layout.keys)
     if prune:
         text_context, _ = _image_section(inputs, rows, lambda view: bool(view.text_outputs))
         image_section, layout = _image_section(inputs, rows, lambda view: bool(view.image_outputs))
-        image_rows = _packed_rows(image_index, layout.cu_seqlens, image_section.stop - image_section.start)
+        if image_keys is not None:
+            image_keys = image_keys._replace(tokens=image_keys.tokens[image_section.start : image_section.stop])
+        number_of_tokens = image_section.stop - image_section.start
+        image_rows = _packed_rows(image_index, layout.cu_seqlens, number_of_tokens, image_keys)
         selection = OutputSelection(text_rows, image_rows, text_context, image_section)
         text, image = network.fusion(text, text_layout, image, image_layout, outputs=selection)
     else:
@@ -243,13 +263,14 @@ def _image_section(
     return Section(start, stop, layout), layout
 
 
-def _packed_rows(index: list[Tensor], cu_seqlens: Tensor, total: int) -> Rows:
+def _packed_rows(index: list[Tensor], cu_seqlens: Tensor, total: int, keys: DropoutKeys | None = None) -> Rows:
     """The tokens that are read, as rows of the packed batch.
 
     Args:
         index: (B, K) positions in a sequence, for each view.
         cu_seqlens: (views * B + 1,) where the sequences start.
         total: number of packed tokens.
+        keys: of dropout in the packed batch.
 
     Returns:
         The rows, view by view.
@@ -258,4 +279,7 @@ def _packed_rows(index: list[Tensor], cu_seqlens: Tensor, total: int) -> Rows:
     starts = cu_seqlens[:-1].long().view(len(index), rows, 1).unbind(0)
     flat = torch.cat([(positions + start).flatten() for positions, start in zip(index, starts, strict=True)])
     groups = tuple((rows, positions.shape[1]) for positions in index)
-    return Rows(flat.clamp_max(total - 1), packed_layout(groups, 1, cu_seqlens.device))
+    flat, layout = flat.clamp_max(total - 1), packed_layout(groups, 1, cu_seqlens.device)
+    if keys is not None:
+        keys = keys._replace(tokens=keys.tokens.index_select(0, flat))
+    return Rows(flat, layout._replace(keys=keys))

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
+from sclkern.distributed import Group, total, world_size
 from sclkern.errors import UserError
 from sclkern.models.config import SCLConfig
 from sclkern.models.network import SCLNetwork
 from sclkern.objectives import OBJECTIVES, LossInputs, LossOutput, Objective, ObjectiveConfig
+from sclkern.objectives._common import at_least_float32
 from sclkern.objectives.itc import text_to_image_similarity
 from sclkern.profiling import phase
 from sclkern.random import one_seed_draw
-from sclkern.step.batch import prepare_batch, unread_fault
+from sclkern.step.batch import brings_false_images, prepare_batch, unread_fault, with_tokens_first
 from sclkern.step.config import StepConfig
+from sclkern.step.dropout import batch_keys
 from sclkern.step.encoding import Encodings, encode
 from sclkern.step.fusion import fuse_views, image_token_positions, text_token_positions
-from sclkern.step.masks import StepMasks, draw_prepared, needed_masks
+from sclkern.step.masks import StepMasks, draw_prepared, draw_text, needed_masks
 from sclkern.step.plan import Plan, make_plan
 
 
@@ -56,12 +60,27 @@ class SCLLosses:
         return {"total": self.total, **self.losses}
 
 
+class Contrast(NamedTuple):
+    """The losses of an accumulated batch over all ranks, for one of its micro-batches.
+
+    Attributes:
+        outputs: by objective, the loss and metrics of the whole batch, detached.
+        gradients: by objective and name of its features: those of this micro-batch, scaled so that the mean over
+            micro-batches and ranks is the gradient of the loss. Features without gradient are left out.
+    """
+
+    outputs: Mapping[str, LossOutput]
+    gradients: Mapping[str, Mapping[str, Tensor]]
+
+
 def run_step(
     network: SCLNetwork,
     objectives: ObjectiveConfig,
     step: StepConfig,
     batch: Mapping[str, Any],
     masks: StepMasks,
+    *,
+    counts: Mapping[str, Tensor] | None = None,
 ) -> SCLLosses:
     """Compute the losses of one step from given masks.
 
@@ -73,6 +92,7 @@ def run_step(
         step: how it is executed.
         batch: as ``SCLModel.forward`` takes it.
         masks: of ``draw_masks`` for the same recipe.
+        counts: of ``target_counts``, where the batch is a part of a global batch; None divides by its own targets.
 
     Returns:
         The losses.
@@ -83,11 +103,18 @@ def run_step(
         ValueError: see ``check_step``; or the batch is on another device than the network.
     """
     check_objectives(network.config, objectives)
-    return _run(network, objectives, step, _prepared(network, objectives, batch), masks)
+    return _run(network, objectives, step, _prepared(network, objectives, batch), masks, counts, None)
 
 
 def take_step(
-    network: SCLNetwork, objectives: ObjectiveConfig, step: StepConfig, batch: Mapping[str, Any], seed: int | Tensor
+    network: SCLNetwork,
+    objectives: ObjectiveConfig,
+    step: StepConfig,
+    batch: Mapping[str, Any],
+    seed: int | Tensor,
+    *,
+    counts: Mapping[str, Tensor] | None = None,
+    contrast: Contrast | None = None,
 ) -> SCLLosses:
     """Draw the masks of one step, and compute its losses.
 
@@ -97,6 +124,8 @@ def take_step(
         step: how it is executed.
         batch: as ``SCLModel.forward`` takes it.
         seed: int or int64 tensor, the key of every mask.
+        counts: as in ``run_step``.
+        contrast: of ``contrast_batch``: the losses that see the whole accumulated batch, and their gradients.
 
     Returns:
         The losses.
@@ -110,7 +139,7 @@ def take_step(
     batch = _prepared(network, objectives, batch)
     with phase("draw masks"):
         masks = draw_prepared(network.config, objectives, batch, seed)
-    return _run(network, objectives, step, batch, masks)
+    return _run(network, objectives, step, batch, masks, counts, contrast)
 
 
 def _prepared(network: SCLNetwork, objectives: ObjectiveConfig, batch: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -121,30 +150,124 @@ def _prepared(network: SCLNetwork, objectives: ObjectiveConfig, batch: Mapping[s
     return batch
 
 
-def _run(
-    network: SCLNetwork, objectives: ObjectiveConfig, step: StepConfig, batch: Mapping[str, Any], masks: StepMasks
-) -> SCLLosses:
+def take_features(
+    network: SCLNetwork, objectives: ObjectiveConfig, step: StepConfig, batch: Mapping[str, Any], seed: int | Tensor,
+    names: tuple[str, ...],
+) -> dict[str, Mapping[str, Tensor]]:  # fmt: skip
+    """Compute what some objectives contrast, and only what that needs: the first pass of a contrastive batch.
+
+    Args:
+        network: encoders, fusion encoder and heads.
+        objectives: the recipe and its options.
+        step: how it is executed.
+        batch: as ``SCLModel.forward`` takes it, with ``place``.
+        seed: as in ``take_step``.
+        names: of the objectives, each with ``Objective.features``.
+
+    Returns:
+        Their features by objective, those that ``take_step`` has of the same batch and seed.
+
+    Raises:
+        UserError: as ``run_step``.
+        TypeError: as ``run_step``.
+        ValueError: as ``run_step``; or the batch has no places.
+    """
+    check_objectives(network.config, objectives)
+    if "place" not in batch:
+        raise ValueError(
+            f"batch: got keys {sorted(map(str, batch))}, expected 'place' too: a contrastive batch takes each row "
+            "twice, with the masks of its place in the global batch"
+        )
+    batch = _prepared(network, objectives, batch)
+    part = replace(objectives, recipe=names)
+    with phase("draw masks"):
+        masks = draw_prepared(network.config, part, batch, seed)
+    plan = make_plan(part, step, whole=objectives)
     with one_seed_draw(), network.weights_cast():
-        return _compute(network, objectives, step, batch, masks)
+        inputs, _ = _read(network, part, plan, batch, masks, None, early=False)
+        found = {objective.name: objective.features for objective in part.selected}
+        return {name: features(inputs) for name, features in found.items() if features is not None}
 
 
-def _compute(
-    network: SCLNetwork, objectives: ObjectiveConfig, step: StepConfig, batch: Mapping[str, Any], masks: StepMasks
-) -> SCLLosses:
-    plan = make_plan(objectives, step)
-    encodings = encode(network, plan, batch, masks)
+def target_counts(
+    config: SCLConfig,
+    objectives: ObjectiveConfig,
+    batches: Iterable[Mapping[str, Any]],
+    seed: int | Tensor,
+    *,
+    group: Group = None,
+) -> dict[str, Tensor]:
+    """Count the tokens that MLM predicts and MLTC completes, as a mean over micro-batches and over all ranks.
+
+    A sum over the targets of one micro-batch, divided by this, is a loss whose mean over micro-batches and ranks is the
+    mean over all targets. Every rank must call it with the same number of micro-batches.
+
+    Args:
+        config: of the network.
+        objectives: the recipe.
+        batches: the micro-batches that are averaged over: all of the step with a contrastive batch, otherwise one.
+        seed: of the step, as in ``take_step``.
+        group: process group; None is the default group.
+
+    Returns:
+        0-d float64 by kind of token, of those kinds that a loss of the recipe divides by: for ``take_step``.
+    """
+    names = {objective.name for objective in objectives.selected}
+    kinds: list[Literal["mlm", "completion"]] = []
+    if "mlm" in names:
+        kinds.append("mlm")
+    if "mltc" in names:
+        kinds.append("completion")
+    found: list[Tensor] = []
+    for batch in batches:
+        captions = with_tokens_first(batch, config)
+        found.append(
+            torch.stack([draw_text(kind, config, objectives, captions, seed).selected.sum() for kind in kinds])
+            if kinds
+            else torch.zeros(0, dtype=torch.int64)
+        )
+    if not kinds or not found:
+        return {}
+    means = total(torch.stack(found).sum(0), group).double() / (len(found) * world_size(group))
+    return dict(zip(kinds, means.unbind(), strict=True))
+
+
+def _run(
+    network: SCLNetwork, objectives: ObjectiveConfig, step: StepConfig, batch: Mapping[str, Any], masks: StepMasks,
+    counts: Mapping[str, Tensor] | None, contrast: Contrast | None,
+) -> SCLLosses:  # fmt: skip
+    with one_seed_draw(), network.weights_cast():
+        plan = make_plan(objectives, step, false_images=brings_false_images(objectives, batch))
+        inputs, outputs = _read(network, objectives, plan, batch, masks, counts, contrast)
+        outputs |= {
+            objective.name: _run_loss(objective, inputs, contrast)
+            for objective in objectives.selected
+            if objective.name not in outputs
+        }
+        return _weighted_sum(objectives, outputs, unread_fault(batch))
+
+
+def _read(
+    network: SCLNetwork, objectives: ObjectiveConfig, plan: Plan, batch: Mapping[str, Any], masks: StepMasks,
+    counts: Mapping[str, Tensor] | None, contrast: Contrast | None = None, *, early: bool = True,
+) -> tuple[LossInputs, dict[str, LossOutput]]:  # fmt: skip
+    """What the losses read; and with ``early`` those of unimodal features, which do not wait for fusion."""
+    keys = batch_keys(network, masks)
+    encodings = encode(network, plan, batch, masks, keys)
     inputs = _loss_inputs(network, objectives, plan, encodings, batch, masks)
+    inputs.counts = counts
     similarity = text_to_image_similarity(inputs) if objectives.hard_negatives else None
-    # Losses of unimodal features do not wait for fusion.
     outputs = {
-        objective.name: _run_loss(objective, inputs) for objective in objectives.selected if not objective.outputs
+        objective.name: _run_loss(objective, inputs, contrast)
+        for objective in objectives.selected
+        if early and not objective.outputs
     }
     if plan.views:
         with phase("fusion"):
-            fused = fuse_views(network, plan, encodings, batch, masks, inputs.text_positions, similarity)
+            positions = inputs.text_positions
+            fused = fuse_views(network, plan, encodings, batch, masks, positions, similarity, keys)
         inputs.text_tokens, inputs.image_tokens = fused.text, fused.image
-    outputs |= {objective.name: _run_loss(objective, inputs) for objective in objectives.selected if objective.outputs}
-    return _weighted_sum(objectives, outputs, unread_fault(batch))
+    return inputs, outputs
 
 
 def _loss_inputs(
@@ -172,9 +295,30 @@ def _loss_inputs(
     )
 
 
-def _run_loss(objective: Objective, inputs: LossInputs) -> LossOutput:
+def _run_loss(objective: Objective, inputs: LossInputs, contrast: Contrast | None) -> LossOutput:
     with phase(f"loss {objective.name}"):
-        return objective.loss(inputs)
+        if contrast is None or objective.name not in contrast.outputs or objective.features is None:
+            return objective.loss(inputs)
+        value, metrics = contrast.outputs[objective.name]
+        product = inner_product(objective.features(inputs), contrast.gradients[objective.name])
+        # The value of the loss of all pairs, with the gradient of this part of them.
+        return LossOutput(value + (product - product.detach()), metrics)
+
+
+def inner_product(features: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tensor:
+    """The sum of products of features and the gradients with respect to them, whose own gradient these are.
+
+    Args:
+        features: by name, with their graph.
+        gradients: by name, of those that have one.
+
+    Returns:
+        0-d, float32 at least.
+    """
+    products = [
+        (at_least_float32(features[name]) * at_least_float32(gradient)).sum() for name, gradient in gradients.items()
+    ]
+    return torch.stack(products).sum()
 
 
 def _weighted_sum(objectives: ObjectiveConfig, outputs: Mapping[str, LossOutput], fault: Tensor | None) -> SCLLosses:

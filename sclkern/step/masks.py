@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from sclkern.models.config import SCLConfig
+from sclkern.objectives._common import completed_tokens
 from sclkern.objectives.config import ObjectiveConfig
 from sclkern.ops.masking import mask_text, select_patches, select_tokens
 from sclkern.random import STREAM_FALSE_PLACES, STREAM_ITM, STREAM_MATCHES, below, philox, random_words, smallest
@@ -35,6 +36,9 @@ class StepMasks:
         itm_labels: (B,) int64, 1 = the row's own image.
         itm_keys: (B,) int64 random words that choose the negative image in the batch.
         num_negatives: how many labels are 0.
+        false_rows: (B,) int64, the row of the batch whose image each row is matched with, where the batch says so.
+        place: (B,) int64, of each row in the global batch, where the batch says so.
+        seed: of the step, from which modules with dropout derive theirs; read only with ``place``.
     """
 
     keep: Tensor | None = None
@@ -47,6 +51,9 @@ class StepMasks:
     itm_labels: Tensor | None = None
     itm_keys: Tensor | None = None
     num_negatives: int = 0
+    false_rows: Tensor | None = None
+    place: Tensor | None = None
+    seed: int | Tensor | None = None
 
     @property
     def negative_rows(self) -> Tensor:
@@ -86,7 +93,7 @@ def token_capacity(config: SCLConfig, objectives: ObjectiveConfig, text_length: 
     return {
         "cls": 1,
         "mlm": min(text_length, int(text_length * objectives.mlm_ratio) + 1),
-        "completion": min(text_length, int(max(text_length - 2, 0) * objectives.text_mask_ratio) + 1),
+        "completion": completed_tokens(text_length, objectives.text_mask_ratio),
         "replaced": int(config.num_patches * objectives.patch_token_ratio),
     }
 
@@ -158,7 +165,9 @@ def draw_masks(
     Args:
         config: sizes and token ids of the network.
         objectives: the recipe and its ratios.
-        batch: ``text_ids`` (B, L) int64 and ``text_mask`` (B, L).
+        batch: ``text_ids`` (B, L) int64 and ``text_mask`` (B, L); with ``place`` (B,) int64, each row draws by its
+            place in the global batch in place of its index, and the labels and places of false images may be given, as
+            ``SCLModel.forward`` takes them.
         seed: int or int64 tensor, the key of every mask.
 
     Returns:
@@ -186,49 +195,83 @@ def draw_prepared(
     Returns:
         The masks.
     """
-    ids, lengths = batch["text_ids"], batch["text_mask"].sum(1)
+    ids = batch["text_ids"]
     rows, device = ids.shape[0], ids.device
     needed, capacity = needed_masks(objectives), token_capacity(config, objectives, ids.shape[1])
-    masks = StepMasks()
+    place = batch.get("place")
+    masks = StepMasks(place=place, seed=seed)
+    keyed: dict[str, Any] = {"seed": seed, "row_ids": place}
     if "dropped" in needed:
         kept = 1 - objectives.image_mask_ratio
-        masks.keep = select_patches(config.num_patches, kept, rows, seed=seed, device=device)
+        masks.keep = select_patches(config.num_patches, kept, rows, **keyed, device=device)
     if "token_masked" in needed:
         ratio = objectives.patch_token_ratio
-        masks.replace = select_tokens(config.num_patches, ratio, rows, seed=seed, device=device)
+        masks.replace = select_tokens(config.num_patches, ratio, rows, **keyed, device=device)
         masks.replace_capacity = capacity["replaced"]
-    mask_id, vocab_size = config.mask_id, config.vocab_size
     if "mlm" in needed:
-        masks.mlm = mask_text(
-            ids,
-            lengths,
-            kind="mlm",
-            ratio=objectives.mlm_ratio,
-            mask_id=mask_id,
-            vocab_size=vocab_size,
-            seed=seed,
-            published=objectives.mlm_mask == "published",
-        )
-        masks.mlm_capacity = capacity["mlm"]
+        masks.mlm, masks.mlm_capacity = draw_text("mlm", config, objectives, batch, seed), capacity["mlm"]
     if "completion" in needed:
-        masks.completion = mask_text(
-            ids,
-            lengths,
-            kind="completion",
-            ratio=objectives.text_mask_ratio,
-            mask_id=mask_id,
-            vocab_size=vocab_size,
-            seed=seed,
-            published=objectives.text_mask == "published",
-        )
+        masks.completion = draw_text("completion", config, objectives, batch, seed)
         masks.completion_capacity = capacity["completion"]
     if "matching" in needed:
-        keys, order = random_words((rows, 1), seed=seed, stream=STREAM_ITM, device=device)[:2]
-        every_row = torch.ones_like(order.T, dtype=torch.bool)
-        masks.itm_labels = smallest(order.T, every_row, rows // 2)[0].long()
-        masks.itm_keys = keys[:, 0]
-        masks.num_negatives = rows - rows // 2
+        if place is None:
+            keys, order = random_words((rows, 1), seed=seed, stream=STREAM_ITM, device=device)[:2]
+            every_row = torch.ones_like(order.T, dtype=torch.bool)
+            masks.itm_labels = smallest(order.T, every_row, rows // 2)[0].long()
+            masks.itm_keys = keys[:, 0]
+            masks.num_negatives = rows - rows // 2
+        else:
+            _match_by_place(masks, batch, place, seed)
     return masks
+
+
+def draw_text(
+    kind: Literal["mlm", "completion"],
+    config: SCLConfig,
+    objectives: ObjectiveConfig,
+    batch: Mapping[str, Any],
+    seed: int | Tensor,
+) -> MaskedText:
+    """Draw one mask of the captions.
+
+    Args:
+        kind: which.
+        config: token ids of the network.
+        objectives: ratios, and how masks are drawn.
+        batch: of ``with_tokens_first``.
+        seed: as in ``draw_masks``.
+
+    Returns:
+        The masked captions.
+    """
+    mlm = kind == "mlm"
+    return mask_text(
+        batch["text_ids"],
+        batch["text_mask"].sum(1),
+        kind=kind,
+        ratio=objectives.mlm_ratio if mlm else objectives.text_mask_ratio,
+        mask_id=config.mask_id,
+        vocab_size=config.vocab_size,
+        seed=seed,
+        row_ids=batch.get("place"),
+        published=(objectives.mlm_mask if mlm else objectives.text_mask) == "published",
+    )
+
+
+def _match_by_place(masks: StepMasks, batch: Mapping[str, Any], place: Tensor, seed: int | Tensor) -> None:
+    """The part of ``draw_prepared`` that says which image each row is matched with."""
+    labels = batch.get("match_labels")
+    masks.itm_labels = match_labels(seed, place) if labels is None else labels
+    masks.itm_keys = random_words((len(place), 1), seed=seed, stream=STREAM_ITM, device=place.device, row_ids=place)[0][
+        :, 0
+    ]
+    if "false_image" in batch:
+        masks.num_negatives = len(batch["false_image"])
+    elif "false_place" in batch:
+        masks.num_negatives = len(batch["false_place"])
+        chosen = (batch["false_place"][:, None] == place).to(torch.uint8).argmax(1)
+        own = torch.arange(len(place), device=place.device)
+        masks.false_rows = own.index_copy(0, masks.negative_rows, chosen)
 
 
 def selected_positions(selected: Tensor, capacity: int) -> tuple[Tensor, Tensor]:

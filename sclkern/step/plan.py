@@ -101,12 +101,21 @@ class Plan:
     step: StepConfig
 
 
-def make_plan(objectives: ObjectiveConfig, step: StepConfig) -> Plan:
+def make_plan(
+    objectives: ObjectiveConfig,
+    step: StepConfig,
+    *,
+    false_images: bool | None = None,
+    whole: ObjectiveConfig | None = None,
+) -> Plan:
     """Plan what the objectives of a recipe read.
 
     Args:
         objectives: the recipe, and the source of negative images.
         step: which encodings are shared.
+        false_images: whether the batch brings the negative images; None: as ``objectives.dataset_negatives`` says.
+        whole: the recipe of which ``objectives`` has a part, so that encodings belong to the same consumers, and draw
+            the same dropout, as in its plan; None: ``objectives`` is the whole.
 
     Returns:
         The plan. Views of which one stream is not read stand at an end, so that a slice leaves their tokens out.
@@ -114,7 +123,9 @@ def make_plan(objectives: ObjectiveConfig, step: StepConfig) -> Plan:
     outputs = _merged_outputs(objectives)
     unimodal_images, unimodal_texts = _unimodal_variants(objectives)
     # ITC reads the texts of ITM, the other loss of whether a pair belongs together.
-    text_owner = MATCHING.name if step.share_encodings == "images" and MATCHING in outputs else UNIMODAL
+    matching = MATCHING in _merged_outputs(whole or objectives)
+    text_owner = MATCHING.name if step.share_encodings == "images" and matching else UNIMODAL
+    false_images = objectives.dataset_negatives if false_images is None else false_images
     images: dict[str, ImageEncoding] = {}
     texts: dict[str, TextEncoding] = {}
 
@@ -129,7 +140,7 @@ def make_plan(objectives: ObjectiveConfig, step: StepConfig) -> Plan:
     def image_source(image: ImageVariant) -> tuple[EncodedImage, NegativeSource]:
         if image != "matching":
             return image, "none"
-        if not objectives.dataset_negatives:
+        if not false_images:
             return "complete", "rows"
         return ("mixed", "none") if step.share_encodings == "none" else ("complete", "merged")
 

@@ -63,12 +63,12 @@ def _embed_patches(images, weight, position, cls, eps=1e-5, dtype=None, **others
     return out if dtype is None else out.to(dtype)
 
 
-def _select_patches(seed, num_patches, keep_ratio, batch):
-    return reference.select_patches(num_patches, keep_ratio, batch, seed=seed)
+def _select_patches(seed, num_patches, keep_ratio, batch, row_ids):
+    return reference.select_patches(num_patches, keep_ratio, batch, seed=seed, row_ids=row_ids)
 
 
-def _select_tokens(seed, num_patches, ratio, batch):
-    return reference.select_tokens(num_patches, ratio, batch, seed=seed)
+def _select_tokens(seed, num_patches, ratio, batch, row_ids):
+    return reference.select_tokens(num_patches, ratio, batch, seed=seed, row_ids=row_ids)
 
 
 def _mask_text(completion, **arguments):

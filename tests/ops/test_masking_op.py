@@ -147,10 +147,10 @@ def test_rows_too_wide_for_the_kernel_take_the_eager_path():
 
 def test_registration():
     seed = torch.tensor([3], device=DEVICE)
-    torch.library.opcheck(torch.ops.sclkern.select_patches, (seed, 9, 0.5, 2))
-    torch.library.opcheck(torch.ops.sclkern.select_tokens, (seed, 9, 0.5, 2))
+    torch.library.opcheck(torch.ops.sclkern.select_patches, (seed, 9, 0.5, 2, torch.tensor([4, 1], device=DEVICE)))
+    torch.library.opcheck(torch.ops.sclkern.select_tokens, (seed, 9, 0.5, 2, torch.tensor([4, 1], device=DEVICE)))
     for kind, published in KINDS[::3]:
-        arguments = (*captions([3, 9], 9), seed, kind == "completion", 0.4, 119, 120, published)
+        arguments = (*captions([3, 9], 9), seed, kind == "completion", 0.4, 119, 120, published, None)
         torch.library.opcheck(torch.ops.sclkern.mask_text, arguments)
 
 
@@ -231,3 +231,42 @@ def test_bad_text_is_named(changed, error, message):
 
 def test_in_the_interpreter():
     run_in_interpreter(__file__)
+
+
+def masks_of_rows(row_ids, lengths, backend):
+    """Every mask of captions that lie at these rows of a larger batch."""
+    ids = torch.arange(20, device=DEVICE).expand(len(lengths), -1) + 3
+    lengths = torch.tensor(lengths, device=DEVICE)
+    options = {"row_ids": row_ids, "seed": 5, "backend": backend}
+    texts = [
+        ops.mask_text(ids, lengths, kind=kind, published=published, ratio=0.4, **TEXT, **options)
+        for kind, published in KINDS
+    ]
+    patches = {"device": DEVICE} | options
+    return [
+        ops.select_patches(30, 0.3, len(lengths), **patches),
+        ops.select_tokens(30, 0.3, len(lengths), **patches),
+        *(tensor for text in texts for tensor in text),
+    ]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_keeps_its_masks_in_another_batch(backend):
+    whole = masks_of_rows(None, [20, 12, 7, 20, 2], backend)
+    part = masks_of_rows(torch.tensor([3, 1], device=DEVICE), [20, 12], backend)
+    for ours, theirs in zip(part, whole, strict=True):
+        assert torch.equal(ours, theirs[[3, 1]])
+    # Ids beyond 32 bits have masks of their own, the same on every backend.
+    far = masks_of_rows(torch.tensor([3 + 2**32, 2**40], device=DEVICE), [20, 12], backend)
+    assert not torch.equal(far[0], part[0])
+    for ours, theirs in zip(far, masks_of_rows(torch.tensor([3 + 2**32, 2**40], device=DEVICE), [20, 12], "eager"),
+                            strict=True):  # fmt: skip
+        assert torch.equal(ours, theirs)
+
+
+def test_ids_of_rows_are_checked():
+    for wrong, kind in ((torch.zeros(3), TypeError), (torch.zeros(3, dtype=torch.int64), ValueError)):
+        with pytest.raises(kind, match="row_ids: got"):
+            ops.select_patches(9, 0.5, 2, seed=0, row_ids=wrong)
+        with pytest.raises(kind, match="row_ids: got"):
+            ops.mask_text(*(t.cpu() for t in captions()), kind="mlm", ratio=0.1, **TEXT, seed=0, row_ids=wrong)
