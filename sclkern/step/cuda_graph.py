@@ -21,6 +21,8 @@ from sclkern.profiling import phase
 from sclkern.step.config import StepConfig
 from sclkern.step.losses import SCLLosses, check_step, take_step
 
+# Before the kind, in the name of an input that holds a count.
+_COUNT = "count of "
 # Runs before a graph is recorded: kernels compile and libraries allocate in the first.
 WARMUP = 2
 
@@ -123,12 +125,13 @@ class CapturedStep:
         self._gradients: dict[str, Tensor] = {}
         self._pool: Any = None
 
-    def __call__(self, batch: Mapping[str, Any], seed: int) -> SCLLosses:
+    def __call__(self, batch: Mapping[str, Any], seed: int, *, counts: Mapping[str, Tensor] | None = None) -> SCLLosses:
         """Take a step.
 
         Args:
             batch: as ``SCLModel.forward`` takes it, on any device; copied.
             seed: of masks and dropout.
+            counts: as ``SCLModel.forward`` takes them; copied.
 
         Returns:
             The losses, detached, tensors of their own.
@@ -140,6 +143,7 @@ class CapturedStep:
         check_step(network.config, model.objectives, batch)
         # No step reads the other entries of a loader's batch, such as names.
         batch = {name: value for name, value in batch.items() if isinstance(value, (Tensor, int))}
+        batch |= {_COUNT + kind: count for kind, count in (counts or {}).items()}
         shapes = {k: (v.shape, v.dtype) if isinstance(v, Tensor) else v for k, v in batch.items()}
         # What was recorded with other settings of the model must not be replayed.
         execution = network.execution.backend, network.execution.layer_norm
@@ -170,10 +174,12 @@ class CapturedStep:
 
     def _step(self, inputs: Mapping[str, Any]) -> SCLLosses:
         network, objectives = self.network, self.model.objectives
+        counts = {name.removeprefix(_COUNT): value for name, value in inputs.items() if name.startswith(_COUNT)}
+        batch = {name: value for name, value in inputs.items() if not name.startswith(_COUNT)}
         # Casts of weights that autocast would keep belong to the weights of one replay.
         enabled = self.precision is not None
         with torch.autocast(self.device.type, self.precision, enabled=enabled, cache_enabled=False):
-            losses = take_step(network, objectives, self.model.step, inputs, self._seed)
+            losses = take_step(network, objectives, self.model.step, batch, self._seed, counts=counts or None)
         with phase("backward"):
             (losses.total * self.scale).backward()
         return _map_losses(losses, Tensor.detach)

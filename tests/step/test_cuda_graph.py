@@ -7,7 +7,7 @@ import torch
 
 from sclkern import ObjectiveConfig, SCLConfig, SCLModel
 from sclkern.errors import UserError
-from sclkern.step import CapturedStep, StepConfig, check_capture
+from sclkern.step import CapturedStep, StepConfig, check_capture, match_labels
 from step_testing import losses_of, masks_of
 
 WIDTHS = [(9, 40), (12, 48), (9, 40)]
@@ -146,6 +146,23 @@ def test_a_batch_that_lacks_something_is_refused_before_anything_is_recorded():
     with pytest.raises(ValueError, match="text_tokens 3, expected room"):
         captured({**batch, "text_tokens": 3}, 1)
     assert captured.captured == 0
+
+
+def test_places_labels_and_counts_are_copied_into_the_graph():
+    model = make()
+    captured = Emulated(model)
+    for start in (0, 4):
+        batch = batch_of(*WIDTHS[0], start)
+        place = torch.arange(start, start + 4)
+        batch |= {"place": place, "match_labels": match_labels(start, place)}
+        batch["false_place"] = place.flip(0)[batch["match_labels"] == 0]
+        counts = {"mlm": torch.tensor(3.5 + start, dtype=torch.float64)}
+        found = captured(batch, 5, counts=counts)
+        model.zero_grad()
+        expected = model(batch, seed=5, counts=counts)
+        for name, loss in expected.named().items():
+            assert torch.equal(found.named()[name], loss.detach()), (start, name)
+    assert captured.captured == 1
 
 
 def test_without_a_gpu_it_is_refused():
