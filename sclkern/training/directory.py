@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from sclkern.errors import UserError
 from sclkern.io import write_atomically
-from sclkern.training.checkpoint import load_checkpoint, remedy
+from sclkern.training.checkpoint import DamagedError, checkpoints_of, load_checkpoint, remedy
 from sclkern.training.config import PretrainConfig, build_config, resume_difference
 from sclkern.training.config_yaml import write_yaml
 
@@ -29,10 +29,12 @@ class SavedRun:
     Attributes:
         path: its checkpoint.
         state: the content of the checkpoint.
+        damaged: newer checkpoints, which cannot be used.
     """
 
     path: Path
     state: dict[str, Any]
+    damaged: tuple[Path, ...] = ()
 
 
 def open_directory(config: PretrainConfig, *, resume: bool) -> SavedRun | None:
@@ -43,7 +45,7 @@ def open_directory(config: PretrainConfig, *, resume: bool) -> SavedRun | None:
         resume: whether a run that is already there goes on.
 
     Returns:
-        The run that is there: its latest checkpoint, or its best where there is no latest; None for a new run.
+        The run that is there, at the newest of its checkpoints that is whole; None for a new run.
 
     Raises:
         UserError: the folder cannot be written, holds anything of a run and ``resume`` is False, holds a run of another
@@ -52,9 +54,8 @@ def open_directory(config: PretrainConfig, *, resume: bool) -> SavedRun | None:
     directory = Path(config.run.output_dir)
     checkpoints = directory / "checkpoints"
     there = _content(directory)
-    latest, best = checkpoints / "latest.pt", checkpoints / "best.pt"
-    path = next((file for file in (latest, best) if file.exists()), None)
-    if path is None and set(there) - {"metrics.jsonl"}:
+    paths = checkpoints_of(checkpoints)
+    if not paths and set(there) - {"metrics.jsonl"}:
         raise UserError(
             f"{directory}: holds {', '.join(there)} of a run, but neither latest.pt nor best.pt to go on from; "
             "give a checkpoint one of these names, or give another run.output_dir"
@@ -68,9 +69,10 @@ def open_directory(config: PretrainConfig, *, resume: bool) -> SavedRun | None:
         checkpoints.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"run.output_dir {directory}: {error.strerror}; give a folder that can be written") from error
-    if path is None:
+    if not paths:
         return None
-    saved = SavedRun(path, load_checkpoint(path))
+    saved = _newest_whole(paths)
+    path = saved.path
     try:
         # Keys that came later have their defaults in a run that was saved without them.
         before = build_config(saved.state["config"]).to_dict()
@@ -78,9 +80,24 @@ def open_directory(config: PretrainConfig, *, resume: bool) -> SavedRun | None:
         raise UserError(f"{path}: its configuration cannot be read ({error}); {remedy(path)}") from error
     if difference := resume_difference(before, config.to_dict()):
         raise UserError(f"{path}: {difference}; resume with the same configuration, or start in another folder")
-    if path == best:
-        log.warning("%s: no latest.pt; goes on from best.pt, of step %s", checkpoints, saved.state["step"])
+    if path.name != "latest.pt":
+        why = f"{saved.damaged[0].name} is damaged" if saved.damaged else "no latest.pt"
+        log.warning("%s: %s; goes on from %s, of step %s", checkpoints, why, path.name, saved.state["step"])
     return saved
+
+
+def _newest_whole(paths: list[Path]) -> SavedRun:
+    """Read the first of these checkpoints that was not damaged since it was written."""
+    damaged: list[Path] = []
+    first: DamagedError | None = None
+    for path in paths:
+        try:
+            return SavedRun(path, load_checkpoint(path), tuple(damaged))
+        except DamagedError as error:
+            first = first or error
+            damaged.append(path)
+    assert first is not None
+    raise first
 
 
 def lock_directory(directory: Path) -> IO[str] | None:
@@ -115,12 +132,12 @@ def lock_directory(directory: Path) -> IO[str] | None:
     return file
 
 
-def begin(config: PretrainConfig, *, new: bool) -> None:
-    """Save the resolved configuration; a new run keeps what one without a checkpoint left, under another name.
+def begin(config: PretrainConfig, saved: SavedRun | None) -> None:
+    """Save the resolved configuration. What is not gone on from gets another name: rows of a run, damaged checkpoints.
 
     Args:
         config: configuration of the run that starts.
-        new: whether it starts at step 0.
+        saved: what it goes on from; None starts it at step 0.
 
     Raises:
         UserError: the folder cannot be written.
@@ -129,6 +146,10 @@ def begin(config: PretrainConfig, *, new: bool) -> None:
     for folder in (directory, directory / "checkpoints", directory / "model"):
         for left_over in folder.glob(".*.[0-9]*.tmp"):  # of a process killed while it wrote
             left_over.unlink(missing_ok=True)
+    for damaged in saved.damaged if saved else ():
+        damaged.rename(damaged.with_name(f"{damaged.name}.damaged"))
+        log.warning("%s: the damaged file is now %s.damaged", damaged, damaged.name)
+    new = saved is None
     resolved, path, metrics = write_yaml(config.to_dict()), directory / "config.yaml", directory / "metrics.jsonl"
     if new and "metrics.jsonl" in _content(directory):
         log.warning("%s: no checkpoint to go on from, starts at step 0; the rows there are now %s",

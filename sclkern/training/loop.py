@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from sclkern.data.undecodable import UndecodableImages
+from sclkern.distributed import world_size
 from sclkern.errors import Interrupted, UserError, WorkerError
 from sclkern.model import SCLModel
 from sclkern.profiling import phase
 from sclkern.random import mix_seed
 from sclkern.step import check_capture, check_objectives
-from sclkern.training.checkpoint import remedy, save_checkpoint
+from sclkern.training.checkpoint import remedy
 from sclkern.training.choices import check_choices, describe_choices
 from sclkern.training.clock import StepClock
 from sclkern.training.config import PretrainConfig
@@ -33,6 +34,7 @@ from sclkern.training.logs import RunLog, read_metrics
 from sclkern.training.optim import build_optimizer, schedule_factor, set_learning_rate
 from sclkern.training.passes import Passes
 from sclkern.training.report import RunSummary, write_report
+from sclkern.training.saving import CheckpointWriter
 from sclkern.training.setup import initial_model, resolve_device
 from sclkern.training.signals import StopSignals
 from sclkern.training.state import TrainingState
@@ -89,6 +91,12 @@ class Pretraining:
                 self.state.load_state_dict(saved.state)
             except UserError as error:
                 raise UserError(f"{saved.path}: {error}; {remedy(saved.path)}") from error
+        resumed_latest = saved is not None and saved.path.name == "latest.pt"
+        self.writer = CheckpointWriter(
+            self.directory / "checkpoints",
+            keep=config.run.keep,
+            latest_step=self.state.step if resumed_latest else -1,
+        )
         self.passes = Passes(self.model, config, self.device)
         self.evaluation = RunEvaluation(config, self.data, self.passes, self.state.undecodable, self.stop)
         self.finite = FiniteCheck(self.model, self.device)
@@ -97,7 +105,7 @@ class Pretraining:
         self.throughput = Throughput(config, self.data.caption_lengths, pad_to_max, self.device)
         if remark := precision_remark(self.device, config.run.precision):
             log.warning(remark)
-        begin(config, new=saved is None)
+        begin(config, saved)
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -137,11 +145,13 @@ class Pretraining:
 
     def _run_saved(self, batches: Generator[dict[str, Any]], run_log: RunLog, last: int) -> None:
         """Train to step ``last``, and save what was trained however that ends."""
-        state = self.state
         try:
-            self._train(batches, run_log, last)
-        except Interrupted:
-            pass
+            with suppress(Interrupted):
+                self._train(batches, run_log, last)
+            self.writer.wait()
+            if self.state.unsaved:
+                self.save("latest")
+            self.writer.wait()
         except UserError:
             self._save_if_possible()
             raise
@@ -154,8 +164,6 @@ class Pretraining:
                     raise WorkerError(f"{error}; {self._kept()}; {remedy}") from error
                 raise
             log.warning("after the signal: %s: %s", type(error).__name__, str(error).partition("\n")[0])
-        if state.unsaved:
-            self.save("latest")
 
     def _train(self, batches: Generator[dict[str, Any]], run_log: RunLog, last: int) -> None:
         run, state = self.config.run, self.state
@@ -163,6 +171,7 @@ class Pretraining:
             self._validate_saved(run_log)
         self.clock.restart()
         while state.step < last and not self.stop.requested:
+            self.writer.check()
             awaited = f"step {state.step + 1} is taken and saved, then the run stops; a second signal leaves it out"
             with self.stop.stage(awaited, patience=1):
                 self.train_step(batches, run_log)
@@ -212,7 +221,6 @@ class Pretraining:
         with phase("optimiser"):
             self.optimizer.step()
         state.step += 1
-        state.unsaved = True
         self._updating = False
         self.clock.count_step()
         run_log.advance()
@@ -234,6 +242,8 @@ class Pretraining:
         run_log.progress({name: values[name] for name in losses}, rate)
         values |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "pairs_per_second": rate}
         values |= {"step_seconds": step_seconds, "data_seconds": data_seconds, **self.throughput.at(rate)}
+        if self.writer.stall_seconds:
+            values["save_stall_seconds"], self.writer.stall_seconds = self.writer.stall_seconds, 0.0
         run_log.write("train", self.state.step, values)
 
     # -- validation ----------------------------------------------------------------------------------------------------
@@ -272,35 +282,48 @@ class Pretraining:
             score, line = result.sum, f", {result.line()}"
         run_log.write("val", self.state.step, values)
         run_log.message(f"step {self.state.step}: held-out loss {values['total']:.2f}{line}")
-        before = self.state.validated, self.state.best
         self.state.validated = self.state.step
-        self.state.unsaved = True
         if score > self.state.best:
             self.state.best = score
-            try:
-                self.save("best")
-            except UserError:  # not validated, so that a resumed run tries again
-                self.state.validated, self.state.best = before
-                raise
+            self.save("best")
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def save(self, name: str) -> None:
-        """Write ``checkpoints/<name>.pt``; weights that are not finite raise instead, and the old file stays."""
-        self.finite.require(self.state.step, self.state.saved_step)
-        path = self.directory / "checkpoints" / f"{name}.pt"
-        with self.stop.stage(f"{path.name} of step {self.state.step} is written, then the run stops", patience=None):
-            content = {"config": self.config.to_dict(), "data": self.data.identity, **self.state.state_dict()}
-            save_checkpoint(path, content)
-        if name == "latest":
-            self.state.saved_step = self.state.step
-            self.state.unsaved = False
+        """Copy the run, and let ``checkpoints/<name>.pt`` be written while training goes on.
+
+        Args:
+            name: "latest" or "best".
+
+        Raises:
+            UserError: weights that are not finite, or the checkpoint before could not be written.
+        """
+        state = self.state
+        self.finite.require(state.step, state.saved_step)
+        point = state.step, state.validated
+
+        def whole() -> None:
+            if name == "latest":
+                state.saved = point
+
+        with self.stop.stage(f"{name}.pt of step {state.step} is written, then the run stops", patience=None):
+            content = {
+                "config": self.config.to_dict(),
+                "data": self.data.identity,
+                "global_batch": world_size() * self.config.run.batch_size * self.config.run.accumulation,
+                **state.state_dict(),
+            }
+            self.writer.save(name, content, whole)
 
     def _save_if_possible(self) -> None:
         """Save after a failure, which is what will be reported; never weights that are updated by half."""
-        if self.state.unsaved and not self._updating:
+        with suppress(UserError):
+            self.writer.wait()
+        # The latest checkpoint is of before the validation whose best model was not written: it will be repeated.
+        if self.state.unsaved and not self._updating and self.writer.failed != "best":
             with suppress(UserError, RuntimeError):
                 self.save("latest")
+                self.writer.wait()
 
     def export(self) -> Path:
         """Write the model and its tokenizer to ``model/`` for ``SCLModel.from_pretrained``."""

@@ -159,6 +159,7 @@ class RunConfig:
         cuda_graphs: whether forward and backward are recorded once for each batch shape and replayed (GPU only).
         log_every: steps between logged steps.
         save_every: steps between checkpoints; 0 saves before validations and at the end only.
+        keep: checkpoints that are kept: latest.pt and those before it; best.pt is kept beside them.
         val_every: steps between validations; 0 validates at the end only.
     """
 
@@ -178,10 +179,11 @@ class RunConfig:
     cuda_graphs: bool = False
     log_every: int = 10
     save_every: int = 500
+    keep: int = 3
     val_every: int = 0
 
     def __post_init__(self) -> None:
-        counts = ("max_steps", "stop_at", "batch_size", "accumulation", "log_every", "preflight_seconds")
+        counts = ("max_steps", "stop_at", "batch_size", "accumulation", "log_every", "keep", "preflight_seconds")
         _check(self, lambda value: value >= 1, "1 or more", *counts)
         _check(self, lambda value: value >= 2, "2 or more", "contrastive_batch")
         _check(self, lambda value: value >= 0, "0 or more", "seed", "save_every", "val_every")

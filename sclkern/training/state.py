@@ -29,8 +29,7 @@ class TrainingState:
         step: optimiser steps taken.
         best: largest recall sum of a validation so far; -inf before the first.
         validated: last step whose validation ended; -1 before the first.
-        saved_step: step of the latest checkpoint; -1 if there is none.
-        unsaved: whether the latest checkpoint lacks a step or a validation.
+        saved: ``step`` and ``validated`` of the latest checkpoint that is on the disk; (-1, -1) if there is none.
     """
 
     model: SCLModel
@@ -39,8 +38,7 @@ class TrainingState:
     step: int
     best: float
     validated: int
-    saved_step: int
-    unsaved: bool
+    saved: tuple[int, int]
 
     def __init__(self, model: SCLModel, optimizer: torch.optim.Optimizer, undecodable: UndecodableImages) -> None:
         self.model = model
@@ -49,8 +47,17 @@ class TrainingState:
         self.step = 0
         self.best = float("-inf")
         self.validated = -1
-        self.saved_step = -1
-        self.unsaved = False
+        self.saved = (-1, -1)
+
+    @property
+    def saved_step(self) -> int:
+        """Step of the latest checkpoint; -1 if there is none."""
+        return self.saved[0]
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether the latest checkpoint lacks a step or a validation."""
+        return self.step > 0 and self.saved != (self.step, self.validated)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values, under the keys of checkpoint format 1."""
@@ -88,7 +95,7 @@ class TrainingState:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["base_lr"] = rate
         self._check_tensors()
-        self.saved_step = self.step
+        self.saved = (self.step, self.validated)
 
     def _check_tensors(self) -> None:
         """Raise unless parameters are finite, and the optimiser has moments of their shapes after as many steps."""

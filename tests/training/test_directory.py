@@ -60,7 +60,8 @@ def stopped(stopped_once, tmp_path):
 
 def test_a_run_without_its_latest_checkpoint_goes_on_from_the_best(pretraining, stopped, tmp_path, caplog):
     options = {**TINY, "run__val_every": 2}
-    checkpoint(stopped).unlink()
+    for name in ("latest", "step-00000002"):
+        checkpoint(stopped, name).unlink()
     with pytest.raises(UserError, match=r"already holds a run; .* \(there are checkpoints/best\.pt, metrics\.jsonl\)"):
         pretraining(**options)
     assert pretraining(**options, resume=True).run()
@@ -73,8 +74,35 @@ def test_a_run_without_its_latest_checkpoint_goes_on_from_the_best(pretraining, 
     assert steps == [("train", 1), ("train", 2), ("val", 2), ("train", 3), ("train", 4), ("val", 4)]
 
 
+@pytest.mark.parametrize("damaged", [True, False])
+def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(pretraining, stopped, tmp_path, caplog, damaged):
+    options = {**TINY, "run__val_every": 2}
+    content = checkpoint(stopped).read_bytes()
+    checkpoint(stopped).unlink()
+    if damaged:
+        checkpoint(stopped).write_bytes(content[: len(content) // 2])
+    run = pretraining(**options, resume=True)
+    assert run.state.step == 2
+    why = "latest.pt is damaged" if damaged else "no latest.pt"
+    assert f"{why}; goes on from step-00000002.pt, of step 2" in caplog.text
+    assert run.run()
+    left = ["best.pt", "latest.pt", "step-00000002.pt"] + ["latest.pt.damaged"] * damaged
+    assert sorted(file.name for file in (stopped / "checkpoints").iterdir()) == sorted(left)
+    assert pretraining("whole", **options).run()
+    assert_states_equal(
+        load_checkpoint(checkpoint(stopped))["model"], load_checkpoint(checkpoint(tmp_path / "whole"))["model"]
+    )
+
+
+def test_a_run_of_damaged_checkpoints_only_is_refused(pretraining, stopped):
+    for file in (stopped / "checkpoints").iterdir():
+        flip(file)
+    with pytest.raises(UserError, match=r"latest\.pt: not a whole checkpoint"):
+        pretraining(**TINY, run__val_every=2, resume=True)
+
+
 def test_rows_without_a_checkpoint_are_kept(pretraining, stopped, caplog):
-    for name in ("latest", "best"):
+    for name in ("latest", "step-00000002", "best"):
         checkpoint(stopped, name).unlink()
     before = metrics(stopped)
     with pytest.raises(UserError, match=r"already holds a run; add --resume .* \(there are metrics\.jsonl\)"):
@@ -272,7 +300,6 @@ def flip(path):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (flip, r"not a whole checkpoint \(BadZipFile\)"),
         (damage(lambda s: s["model"]["itm_head.weight"].fill_(torch.nan)), r"is damaged: itm_head\.weight or its mom"),
         (damage(lambda s: s["optimizer"]["state"][0]["exp_avg"].fill_(torch.inf)), r"is damaged: .* or its moments"),
         (damage(lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(3))), r"is damaged: .* another shape"),
@@ -289,7 +316,7 @@ def flip(path):
 )  # fmt: skip
 def test_a_checkpoint_damaged_inside_is_refused(pretraining, stopped, change, problem):
     change(checkpoint(stopped))
-    remedy = "; remove it to go on from best.pt with --resume, or start in another folder"
+    remedy = "; remove it to go on from step-00000002.pt with --resume, or start in another folder"
     with pytest.raises(UserError, match=rf"latest\.pt: {problem}.*{remedy}$") as raised:
         pretraining(**TINY, run__val_every=2, resume=True)
     assert "\n" not in str(raised.value)
