@@ -4,70 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from global_batch import ROWS, SEED, assert_close, global_batch, gradients_of, one_batch, part_of, train
 
 from sclkern import ObjectiveConfig
-from sclkern.step import (
-    StepConfig,
-    contrast_batch,
-    false_places,
-    make_plan,
-    match_labels,
-    target_counts,
-)
+from sclkern.step import StepConfig, contrast_batch, contrasted_objectives, make_plan, target_counts
+from sclkern.step import losses as module
 from sclkern.step.masks import draw_prepared
-from step_testing import FRAMES, RECIPES
+from step_testing import FRAMES
 
-ROWS, SEED = 8, 11
 NEGATIVES = ["dataset", "in_batch"]
-# Lengths of captions and images that differ, so that each cut pads to another width.
-LENGTHS = [10, 7, 12, 5, 3, 9, 16, 4]
-
-
-def global_batch(make_batch, negatives, frames=None, *, brought=True):
-    """A global batch as a loader gives it, with places that do not start at 0."""
-    batch = make_batch(ROWS, lengths=LENGTHS, width=16, frames=frames)
-    place = torch.arange(ROWS) + 0
-    labels = match_labels(SEED, place)
-    batch |= {"place": place, "match_labels": labels}
-    if negatives == "in_batch":
-        batch["false_place"] = false_places(SEED, place[labels == 0], ROWS)
-    if negatives == "dataset":
-        generator = torch.Generator().manual_seed(5)
-        shape = (int((labels == 0).sum()), *batch["image"].shape[1:])
-        batch["false_image"] = torch.randn(shape, generator=generator, dtype=torch.float64)
-    elif brought:
-        batch["false_image"] = batch["image"][batch["false_place"]]
-    return batch
-
-
-def part_of(batch, rows, width=None):
-    """Some rows of a global batch, in an order, padded to their own width."""
-    rows = torch.as_tensor(rows)
-    of_false = torch.full((ROWS,), -1)
-    of_false[batch["match_labels"] == 0] = torch.arange(int((batch["match_labels"] == 0).sum()))
-    false = of_false[rows]
-    false = false[false >= 0]
-    width = width or int(batch["text_mask"][rows].sum(1).max())
-    part = {name: batch[name][rows] for name in ("image", "text_ids", "text_mask", "place", "match_labels")}
-    part |= {name: part[name][:, :width] for name in ("text_ids", "text_mask")}
-    return part | {name: batch[name][false] for name in ("false_image", "false_place") if name in batch}
-
-
-def train(make_model, recipe, negatives, frames=None, **options):
-    objectives = ObjectiveConfig(recipe=recipe, itm_negatives=negatives, **options)
-    return make_model(objectives, max_frames=frames or 0, dropout=0.1).train()
 
 
 def values_of(model, batch):
     """What the losses read of each row, by its place, with the gradients of a sum over rows."""
-    from sclkern.step import losses as module
-
-    found = {}
-
-    def keep(objectives, outputs, fault):
-        raise StopIteration
-
-    network, objectives = model, model.objectives
+    found, network, objectives = {}, model, model.objectives
     batch = module._prepared(network, objectives, batch)
     masks = draw_prepared(network.config, objectives, batch, SEED)
     plan = make_plan(objectives, model.step, false_images=module.brings_false_images(objectives, batch))
@@ -195,17 +145,6 @@ def test_every_module_with_dropout_has_a_number_of_its_own(make_model):
 # -- targets, and the contrastive batch --------------------------------------------------------------------------------
 
 
-def gradients_of(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def one_batch(model, batch):
-    model.zero_grad()
-    losses = model(batch, seed=SEED)
-    losses.total.backward()
-    return {name: loss.detach() for name, loss in losses.named().items()}, gradients_of(model)
-
-
 def accumulated(model, batches, contrastive):
     """Mean losses and gradients of micro-batches that divide by the targets of all."""
     model.zero_grad()
@@ -220,29 +159,103 @@ def accumulated(model, batches, contrastive):
     return mean, gradients_of(model)
 
 
-def assert_close(ours, theirs):
-    for found, expected in zip(ours, theirs, strict=True):
-        assert found.keys() == expected.keys()
-        for name, value in expected.items():
-            scale = float(value.abs().max()) + 1e-3
-            torch.testing.assert_close(
-                found[name] / scale, value / scale, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
-            )
+# Each value of each option with each of another, in fewer runs than all of them.
+CONTRASTS = [
+    ("scl", None, "in_batch", 1),
+    ("glscl", 3, "in_batch", 2),
+    ("glscl", None, "dataset", 4),
+    ("scl", 3, "dataset", 2),
+    ("glscl", 3, "dataset", 1),
+    ("scl", 3, "in_batch", 4),
+]
 
 
-@pytest.mark.parametrize("accumulation", [1, 2, 4])
-@pytest.mark.parametrize("negatives", NEGATIVES)
-@pytest.mark.parametrize("frames", FRAMES)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("recipe", "frames", "negatives", "accumulation"), CONTRASTS)
 def test_a_contrastive_batch_equals_one_big_batch(make_model, make_batch, recipe, frames, negatives, accumulation):
     model = train(make_model, recipe, negatives, frames)
     batch = global_batch(make_batch, negatives, frames)
-    size = ROWS // accumulation
-    parts = [part_of(batch, range(start, start + size)) for start in range(0, ROWS, size)]
     if accumulation == 2:
         model.step = StepConfig(checkpoint_blocks=True)
-    ours = accumulated(model, parts, contrastive=True)
+    ours = accumulated(model, micro_batches(batch, accumulation), contrastive=True)
     model.step = StepConfig()
     expected = one_batch(model, batch)
     assert "temperature" in expected[1]
     assert_close(ours, expected)
+
+
+def micro_batches(batch, accumulation):
+    size = ROWS // accumulation
+    return [part_of(batch, range(start, start + size)) for start in range(0, ROWS, size)]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_losses_without_contrast_divide_by_the_targets_of_all(make_model, make_batch, pack):
+    model = train(make_model, ["itm", "mlm"], "in_batch")
+    model.step = StepConfig(pack=pack)
+    batch = global_batch(make_batch, "in_batch")
+    ours = accumulated(model, micro_batches(batch, 4), contrastive=False)
+    assert_close(ours, one_batch(model, batch))
+
+
+def test_tokens_that_are_too_many_contrast_within_the_micro_batch(make_model, make_batch, monkeypatch):
+    model = train(make_model, "glscl", "in_batch")
+    batches = micro_batches(global_batch(make_batch, "in_batch"), 2)
+    assert contrasted_objectives(model.config, model.objectives, ROWS) == ("itc", "mvsc", "mlsc", "mltc")
+    monkeypatch.setattr("sclkern.step.contrastive.MAX_ROWS", ROWS)
+    assert contrasted_objectives(model.config, model.objectives, ROWS) == ("itc", "mvsc", "mlsc")
+    counts = target_counts(model.config, model.objectives, batches, SEED)
+    contrasts = contrast_batch(model, batches, SEED)
+    assert all("mltc" not in contrast.outputs for contrast in contrasts)
+    # What it sums over captions is divided by the targets of all.
+    own = [target_counts(model.config, model.objectives, [batch], SEED)["completion"] for batch in batches]
+    alone = [model(batch, seed=SEED).metrics["mltc_text"] for batch in batches]
+    text = [model(batch, seed=SEED, counts=counts).metrics["mltc_text"] for batch in batches]
+    weighted = sum(loss * count for loss, count in zip(alone, own, strict=True)) / sum(own)
+    torch.testing.assert_close(sum(text) / 2, weighted, rtol=1e-10, atol=1e-10)
+
+
+def test_an_objective_that_gives_no_features_sees_its_micro_batch(make_model, make_batch):
+    model = train(make_model, ["itm", "itc"], "in_batch")
+    assert contrasted_objectives(model.config, model.objectives, ROWS) == ("itc",)
+    model.objectives = ObjectiveConfig(recipe=["itm", "mlm"])
+    contrasts = contrast_batch(model, micro_batches(global_batch(make_batch, "in_batch"), 2), SEED)
+    assert [contrast.outputs for contrast in contrasts] == [{}, {}]
+
+
+def test_a_contrastive_batch_needs_places(make_model, make_batch):
+    model = train(make_model, "scl", "in_batch")
+    with pytest.raises(ValueError, match="expected 'place' too: a contrastive batch takes each row twice"):
+        contrast_batch(model, [make_batch()], SEED)
+    with pytest.raises(ValueError, match="batches: got none"):
+        contrast_batch(model, [], SEED)
+
+
+def test_a_contrastive_batch_under_autocast(make_model, make_batch):
+    model = train(make_model, "scl", "in_batch").float()
+    batch = {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in global_batch(make_batch, "in_batch").items()
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = accumulated(model, micro_batches(batch, 2), contrastive=True)
+        expected = one_batch(model, batch)
+    # Products of other shapes round otherwise.
+    assert_close(ours[:1], expected[:1], 2e-2)
+    for name, gradient in expected[1].items():
+        cosine = torch.cosine_similarity(ours[1][name].flatten(), gradient.flatten(), dim=0)
+        assert cosine > 0.98 or gradient.norm() < 1e-3, (name, float(cosine))
+
+
+@pytest.mark.parametrize("row", [0, 1])
+@pytest.mark.parametrize("step", [StepConfig(), StepConfig.published()], ids=["planned", "separate"])
+def test_micro_batches_with_only_true_or_only_false_images(make_model, make_batch, row, step):
+    model = train(make_model, ["itm"], "in_batch")
+    batch = global_batch(make_batch, "in_batch")
+    # Separate passes give the last layer all tokens, which drop other probabilities than the few that are read.
+    model.step = StepConfig(share_encodings=step.share_encodings, prune_last_layer=step.prune_last_layer)
+    expected, gradients = values_of(model, batch)
+    model.step = step
+    found, of_row = values_of(model, part_of(batch, [row]))
+    assert found and of_row.keys() == gradients.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-10)

@@ -69,7 +69,13 @@ def trace(
         image = torch.empty(rows, *frames, 3, config.image_size, config.image_size)
         ids = torch.empty(rows, padded_tokens, dtype=torch.int64)
         mask = torch.empty_like(ids, dtype=torch.bool)
-        batch = {"image": image, "false_image": image, "text_ids": ids, "text_mask": mask}
+        batch = {"image": image, "text_ids": ids, "text_mask": mask}
+        # What training gives, where one process holds the whole global batch.
+        place = torch.empty(rows, dtype=torch.int64)
+        batch |= {"place": place, "match_labels": place}
+        negatives = rows - rows // 2
+        false = ("false_image", image) if objectives.dataset_negatives else ("false_place", place)
+        batch[false[0]] = false[1][:negatives]
         with mode:
             mode.section = "forward"
             with _autocast(precision):
