@@ -30,10 +30,10 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
         if os.name == "posix":  # Windows cannot open a directory
-            _sync(path.parent)
+            sync(path.parent)
     # torch's and safetensors' writers hide the operating system's error in their own.
     except (OSError, RuntimeError, SafetensorError) as error:
         chain = [error, error.__cause__, error.__context__]
@@ -48,7 +48,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or a directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -66,13 +68,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             raise zipfile.BadZipFile("its content has another digest than when it was written")
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint; give the run folder of a started run") from error
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror or error}); correct that, or {remedy(path)}"
-        ) from error
     except MemoryError:
         raise
     except Exception as error:  # a damaged file makes torch, zipfile and pickle raise whatever they meet
+        # Those that seek to a place that is not there get EINVAL.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise UserError(
+                f"{path}: cannot be read ({error.strerror or error}); correct that, or {remedy(path)}"
+            ) from error
         raise DamagedError(
             f"{path}: not a whole checkpoint ({type(error).__name__}); it was cut short or is another kind of file; "
             f"{remedy(path)}"
@@ -123,13 +126,14 @@ def content_digest(state: dict[str, Any]) -> str:
 
 def checkpoints_of(folder: Path) -> list[Path]:
     """The checkpoints of a run, in the order in which a run goes on from them: the newest first, ``best.pt`` last."""
-    named = [folder / "latest.pt", *kept_steps(folder), folder / "best.pt"]
+    named = [folder / "latest.pt", *kept_steps(folder), folder / "best.pt", *sorted(folder.glob("best-*[0-9]"))]
     return [path for path in named if path.exists()]
 
 
 def kept_steps(folder: Path) -> list[Path]:
     """The checkpoints ``step-<step>`` of a folder, newest first."""
-    return sorted(folder.glob("step-[0-9]*"), reverse=True)
+    named = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+(\.pt)?", path.name))
+    return sorted(named, reverse=True)
 
 
 def remedy(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +14,7 @@ from sclkern.io import write_atomically
 from sclkern.training.checkpoint import DamagedError, checkpoints_of, load_checkpoint, remedy
 from sclkern.training.config import PretrainConfig, build_config, resume_difference
 from sclkern.training.config_yaml import write_yaml
+from sclkern.training.sharded import load_sharded
 
 try:
     import fcntl
@@ -80,7 +82,7 @@ def open_directory(config: PretrainConfig, *, resume: bool) -> SavedRun | None:
         raise UserError(f"{path}: its configuration cannot be read ({error}); {remedy(path)}") from error
     if difference := resume_difference(before, config.to_dict()):
         raise UserError(f"{path}: {difference}; resume with the same configuration, or start in another folder")
-    if path.name != "latest.pt":
+    if path != paths[0] or not (path.is_dir() or path.name == "latest.pt"):
         why = f"{saved.damaged[0].name} is damaged" if saved.damaged else "no latest.pt"
         log.warning("%s: %s; goes on from %s, of step %s", checkpoints, why, path.name, saved.state["step"])
     return saved
@@ -92,7 +94,8 @@ def _newest_whole(paths: list[Path]) -> SavedRun:
     first: DamagedError | None = None
     for path in paths:
         try:
-            return SavedRun(path, load_checkpoint(path), tuple(damaged))
+            state = load_sharded(path) if path.is_dir() else load_checkpoint(path)
+            return SavedRun(path, state, tuple(damaged))
         except DamagedError as error:
             first = first or error
             damaged.append(path)
@@ -145,7 +148,10 @@ def begin(config: PretrainConfig, saved: SavedRun | None) -> None:
     directory = Path(config.run.output_dir)
     for folder in (directory, directory / "checkpoints", directory / "model"):
         for left_over in folder.glob(".*.[0-9]*.tmp"):  # of a process killed while it wrote
-            left_over.unlink(missing_ok=True)
+            if left_over.is_dir():
+                shutil.rmtree(left_over, ignore_errors=True)
+            else:
+                left_over.unlink(missing_ok=True)
     for damaged in saved.damaged if saved else ():
         damaged.rename(damaged.with_name(f"{damaged.name}.damaged"))
         log.warning("%s: the damaged file is now %s.damaged", damaged, damaged.name)
@@ -161,7 +167,9 @@ def begin(config: PretrainConfig, saved: SavedRun | None) -> None:
 
 def _content(directory: Path) -> list[str]:
     """What of a run is in a folder."""
-    names = sorted(f"checkpoints/{file.name}" for file in (directory / "checkpoints").glob("[!.]*.pt"))
+    checkpoints = directory / "checkpoints"
+    found = {*checkpoints_of(checkpoints), *checkpoints.glob("[!.]*.pt")}
+    names = sorted(f"checkpoints/{path.name}" for path in found)
     metrics, model = directory / "metrics.jsonl", directory / "model"
     if metrics.is_file() and metrics.stat().st_size:
         names.append(metrics.name)

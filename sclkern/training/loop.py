@@ -91,11 +91,10 @@ class Pretraining:
                 self.state.load_state_dict(saved.state)
             except UserError as error:
                 raise UserError(f"{saved.path}: {error}; {remedy(saved.path)}") from error
-        resumed_latest = saved is not None and saved.path.name == "latest.pt"
         self.writer = CheckpointWriter(
             self.directory / "checkpoints",
             keep=config.run.keep,
-            latest_step=self.state.step if resumed_latest else -1,
+            latest_step=self.state.saved_step,
         )
         self.passes = Passes(self.model, config, self.device)
         self.evaluation = RunEvaluation(config, self.data, self.passes, self.state.undecodable, self.stop)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from sclkern.io import write_atomically
 from sclkern.training.checkpoint import kept_steps, save_checkpoint
+from sclkern.training.sharded import remove, save_plain_values, save_sharded
 
 
 class HostCopy:
@@ -23,6 +28,7 @@ class HostCopy:
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
         self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._meshes: dict[DeviceMesh, DeviceMesh] = {}
 
     def take(self, state: Any) -> Any:
         """Copy every tensor, from a GPU without waiting for it.
@@ -37,6 +43,8 @@ class HostCopy:
         taken: dict[tuple[Any, ...], Tensor] = {}
 
         def copied(value: Any) -> Any:
+            if isinstance(value, DTensor):
+                return self._with_local(value, copied(value.to_local()))
             if isinstance(value, Tensor):
                 # Tensors that share their memory, such as tied weights, are written once.
                 place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
@@ -75,17 +83,29 @@ class HostCopy:
             self._buffers[index : index + 1] = [buffer]
         return buffer.copy_(value, non_blocking=True)
 
+    def _with_local(self, value: DTensor, local: Tensor) -> DTensor:
+        """A tensor that lies in parts as ``value`` does, on CPUs, of which this process has ``local``."""
+        mesh = value.device_mesh
+        if mesh not in self._meshes:
+            self._meshes[mesh] = mesh if mesh.device_type == "cpu" else DeviceMesh("cpu", mesh.mesh)
+        return DTensor.from_local(
+            local, self._meshes[mesh], value.placements, run_check=False, shape=value.shape, stride=value.stride()
+        )
+
 
 class CheckpointWriter:
     """Writes checkpoints into a folder, one at a time, while training goes on.
 
-    ``latest.pt`` is the newest; those before it are kept as ``step-<step>.pt``. Whatever goes wrong in the thread is
-    raised by the next call of ``check``, ``save`` or ``wait``.
+    ``latest.pt`` is the newest; those before it are kept as ``step-<step>.pt``. A state that lies in parts in several
+    processes is written by all of them, as the folders ``step-<step>`` and ``best-<step>``, and there is no
+    ``latest.pt`` then. Whatever goes wrong in the thread is raised by the next call of ``check``, ``save`` or ``wait``.
 
     Args:
         folder: where the checkpoints stand.
         keep: checkpoints that are kept, ``latest.pt`` among them and ``best.pt`` not.
-        latest_step: step of the ``latest.pt`` that is there; -1 if there is none.
+        latest_step: step of the checkpoint that the run goes on from; -1 if it is new.
+        group: of processes that each have a part of the state, on CPUs and for the writer alone; None if one process
+            has the whole.
 
     Attributes:
         failed: name of the checkpoint that could not be written; None while none failed.
@@ -97,9 +117,12 @@ class CheckpointWriter:
     stall_seconds: float
     write_seconds: float
 
-    def __init__(self, folder: Path, *, keep: int, latest_step: int = -1) -> None:
+    def __init__(
+        self, folder: Path, *, keep: int, latest_step: int = -1, group: dist.ProcessGroup | None = None
+    ) -> None:
         self.folder = folder
         self.keep = keep
+        self.group = group
         self.failed = None
         self.stall_seconds = self.write_seconds = 0.0
         self._latest_step = latest_step
@@ -152,31 +175,69 @@ class CheckpointWriter:
         start = time.perf_counter()
         try:
             self.stall_seconds += self._copy.wait()
-            path = self.folder / f"{name}.pt"
-            if name == "latest":
-                self._replace_latest(path, state)
+            if self.group is None:
+                self._write_file(name, state)
             else:
-                save_checkpoint(path, state)
+                self._write_folder(name, state, self.group)
             whole()
             self.write_seconds = max(self.write_seconds, time.perf_counter() - start)
         except BaseException as error:  # raised where training waits for it
             self.failed, self._error = name, error
 
-    def _replace_latest(self, path: Path, state: dict[str, Any]) -> None:
-        """Write ``latest.pt``, and keep the one before under the name of its step."""
-        before = self.folder / f"step-{self._latest_step:08d}.pt"
-        rename = self.keep > 1 and 0 <= self._latest_step != state["step"] and path.exists()
-        if rename:
-            write_atomically(before, lambda temporary: _link_or_copy(path, temporary))
+    def _write_file(self, name: str, state: dict[str, Any]) -> None:
+        path = self.folder / f"{name}.pt"
+        if name == "best":
+            save_checkpoint(path, state)
+            self._remove(self.folder.glob("best-*"))
+            return
+        kept = self._keep_latest() if state["step"] != self._latest_step else None
         try:
             save_checkpoint(path, state)
         except BaseException:
-            if rename:
-                before.unlink(missing_ok=True)
+            if kept is not None:
+                kept.unlink(missing_ok=True)
             raise
         self._latest_step = state["step"]
-        for old in kept_steps(self.folder)[max(0, self.keep - 1) :]:
-            old.unlink(missing_ok=True)
+        self._remove(kept_steps(self.folder)[self.keep - 1 :])
+
+    def _keep_latest(self) -> Path | None:
+        """Give ``latest.pt`` the name of its step too."""
+        latest, kept = self.folder / "latest.pt", self.folder / f"step-{self._latest_step:08d}.pt"
+        if self.keep == 1 or self._latest_step < 0 or not latest.exists():
+            return None
+        write_atomically(kept, lambda temporary: _link_or_copy(latest, temporary))
+        return kept
+
+    def _write_folder(self, name: str, state: dict[str, Any], group: dist.ProcessGroup) -> None:
+        step = state["step"]
+        folder = self.folder / f"{'best' if name == 'best' else 'step'}-{step:08d}"
+
+        def commit() -> None:
+            if name == "latest" and self._keep_latest() is not None:
+                (self.folder / "latest.pt").unlink()
+
+        if name == "latest" and step == self._latest_step and folder.exists():
+            save_plain_values(folder, state, group)
+        else:
+            save_sharded(folder, state, group, commit)
+        if name == "latest":
+            self._latest_step = step
+        if dist.get_rank(group):
+            return
+        if name == "latest":
+            (self.folder / "latest.pt").unlink(missing_ok=True)
+            self._remove(kept_steps(self.folder)[self.keep :])
+        else:
+            self._remove(path for path in self.folder.glob("best*") if path != folder)
+
+    def _remove(self, paths: Iterable[Path]) -> None:
+        """Remove what is older than a checkpoint that is whole; what cannot be removed stays."""
+        for path in list(paths):
+            with contextlib.suppress(OSError):
+                if path.is_dir():
+                    remove(path)
+                else:
+                    path.unlink()
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sclkern.data.undecodable import UndecodableImages, undecodable_limit
 from sclkern.errors import UserError
@@ -81,8 +85,8 @@ class TrainingState:
         """
         rates = [group["base_lr"] for group in self.optimizer.param_groups]
         try:
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            self.model.load_state_dict(_cut(saved["model"], self.model.state_dict()))
+            self.optimizer.load_state_dict(self._cut_moments(saved["optimizer"]))
             # A run that too many stopped goes on when they are repaired; else they are counted again.
             if len(saved["bad_pictures"]["names"]) <= undecodable_limit(self.undecodable.num_images):
                 self.undecodable.load_state_dict(saved["bad_pictures"])
@@ -97,12 +101,23 @@ class TrainingState:
         self._check_tensors()
         self.saved = (self.step, self.validated)
 
+    def _cut_moments(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """An optimiser's state with each moment cut as its parameter is."""
+        of_groups = (group["params"] for group in saved["param_groups"])
+        ours = (group["params"] for group in self.optimizer.param_groups)
+        parameters: dict[Any, Tensor] = dict(zip(chain(*of_groups), chain(*ours), strict=False))
+        moments = {
+            index: _cut(entry, {name: parameters[index] for name in entry if index in parameters})
+            for index, entry in saved["state"].items()
+        }
+        return {**saved, "state": moments}
+
     def _check_tensors(self) -> None:
         """Raise unless parameters are finite, and the optimiser has moments of their shapes after as many steps."""
         for name, parameter in self.model.named_parameters():
             moments = self.optimizer.state.get(parameter, {})
             values = [parameter, *(value for key, value in moments.items() if key != "step")]
-            if any(value.shape != parameter.shape or not torch.isfinite(value).all() for value in values):
+            if any(value.shape != parameter.shape or not torch.isfinite(_local(value)).all() for value in values):
                 raise UserError(f"is damaged: {name} or its moments are not finite, or of another shape")
         taken = steps_taken(self.optimizer)
         if taken != self.step or self.best != self.best:
@@ -110,3 +125,20 @@ class TrainingState:
                 f"is damaged: it is of step {self.step} with a best score of {self.best}, and its optimiser has taken "
                 f"{taken} steps"
             )
+
+
+def _cut(whole: Mapping[str, Any], into: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Whole tensors, each cut as the tensor of its name lies in parts in several processes, if that does."""
+
+    def cut(name: str, value: Any) -> Any:
+        like = into.get(name)
+        if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
+            return value
+        # Every process has the whole, so that none sends its own.
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+    return {name: cut(name, value) for name, value in whole.items()}
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
