@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup | None
+T = TypeVar("T")
 
 # Ranks send the index of their dtype in this list.
 _DTYPES = (
@@ -92,6 +94,52 @@ def total(tensor: Tensor, group: Group = None) -> Tensor:
     if world_size(group) > 1:
         dist.all_reduce(summed, group=group)
     return summed
+
+
+def gather_objects(value: T, group: Group = None) -> list[T]:
+    """The value of every rank, on every rank.
+
+    Args:
+        value: small, and pickled.
+        group: process group; None is the default group. On a CPU backend, where it has one, no GPU is waited for.
+
+    Returns:
+        The values in the order of the ranks; ``[value]`` without an initialised process group.
+    """
+    if world_size(group) == 1:
+        return [value]
+    values: list[Any] = [None] * world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def gather_parts(parts: Mapping[int, Tensor], group: Group = None) -> Tensor:
+    """Concatenate parts that are dealt to ranks, without gradient.
+
+    Each part is sent to the others as it is, so that ranks may have different numbers of parts and rows, or none.
+
+    Args:
+        parts: those of this rank by a number that no other part has, (rows, ...); all of the same dtype, device type
+            and sizes behind the first dimension.
+        group: process group; None is the default group.
+
+    Returns:
+        The rows of all ranks, in the order of the numbers of their parts.
+    """
+    if world_size(group) == 1:
+        return torch.cat([parts[number] for number in sorted(parts)])
+    own = {number: (tuple(part.shape), part.dtype, part.device.type) for number, part in parts.items()}
+    ranks = gather_objects(own, group)
+    owner = {number: rank for rank, forms in enumerate(ranks) for number in forms}
+    forms = dict(sorted((number, form) for of_rank in ranks for number, form in of_rank.items()))
+    rows = [shape[0] for shape, _, _ in forms.values()]
+    (_, *sizes), dtype, device = next(iter(forms.values()))
+    out = torch.empty((sum(rows), *sizes), dtype=dtype, device=device)
+    for number, part in zip(forms, out.split(rows), strict=True):
+        if number in parts:
+            part.copy_(parts[number])
+        dist.broadcast(part, group=group, group_src=owner[number])
+    return out
 
 
 def compare(name: str, tensor: Tensor, group: Group = None, options: dict[str, bool] | None = None) -> None:

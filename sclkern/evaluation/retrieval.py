@@ -7,7 +7,7 @@ one candidate. If each image has a caption of its own, this is the usual protoco
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from sclkern.data import PairSource
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.undecodable import UndecodableImages, read_image
+from sclkern.distributed import gather_objects, gather_parts, world_size
 from sclkern.errors import UserError
 from sclkern.models import SCLNetwork, VisionFeatures
 from sclkern.models.captions import first_token
@@ -108,6 +109,32 @@ class _Gallery:
     relevant: Tensor
 
 
+@dataclass(frozen=True)
+class _Batches:
+    """Work in batches, which ranks deal out to one another whole: so each batch gives the same numbers for any number
+    of ranks.
+
+    Attributes:
+        between: called before each batch.
+        rank: of this process.
+        ranks: number of processes.
+    """
+
+    between: Callable[[], object]
+    rank: int
+    ranks: int
+
+    def own(self, rows: int, size: int) -> Iterator[tuple[int, slice]]:
+        """Number and rows of this rank's batches of ``size`` rows."""
+        for number in range(self.rank, math.ceil(rows / size), self.ranks):
+            self.between()
+            yield number, slice(number * size, (number + 1) * size)
+
+    def all(self, own: dict[int, Tensor]) -> Tensor:
+        """Rows of the batches of all ranks, in order, from those of this rank by number."""
+        return torch.cat(list(own.values())) if self.ranks == 1 else gather_parts(own)
+
+
 @torch.no_grad()
 def evaluate_retrieval(
     model: SCLNetwork,
@@ -120,10 +147,11 @@ def evaluate_retrieval(
     max_images: int | None = None,
     undecodable: UndecodableImages | None = None,
     between_batches: Callable[[], object] = lambda: None,
+    distributed: bool = False,
 ) -> RetrievalResult:
     """Compute recalls in both directions over the images of a source.
 
-    Every decoded image and every encoded token is held at once, the tokens on the model's device.
+    Every encoded token is held at once, on the model's device.
 
     Args:
         model: put into eval mode meanwhile.
@@ -136,6 +164,9 @@ def evaluate_retrieval(
         undecodable: counts the images that cannot be decoded or are smaller than a patch, which are left out; None
             counts for this call alone.
         between_batches: called before each image is decoded and each batch is encoded or re-ranked; may raise.
+        distributed: whether all ranks of the default process group call this, with the same weights, and share
+            decoding, encoding and re-ranking. All return the same, which is what one process returns. The model must
+            compute without collectives.
 
     Returns:
         The recalls.
@@ -145,47 +176,60 @@ def evaluate_retrieval(
     """
     was_training = model.training
     model.eval()
-    undecodable = undecodable if undecodable is not None else UndecodableImages(source.num_images)
-    pixels, images = _decode(source, transform, model.config.patch_size, max_images, undecodable, between_batches)
+    ranks = world_size() if distributed else 1
+    batches = _Batches(between_batches, torch.distributed.get_rank() if ranks > 1 else 0, ranks)
+    undecodable = undecodable if undecodable is not None else UndecodableImages(source.num_images, shared=ranks > 1)
+    image, images = _encode_images(model, source, transform, max_images, batch_size, undecodable, batches)
     captions, relevant = _captions(source, images)
-    ids, mask = tokenizer(captions, model.config.max_text_len)
-    gallery = _encode(model, pixels, ids, mask, relevant, batch_size, between_batches)
+    text, text_mask = _encode_texts(model, tokenizer, captions, batch_size, batches)
+    gallery = _gallery(model, image, text, text_mask, relevant)
     values: dict[str, float] = {}
     for direction in ("image_to_text", "text_to_image"):
         by_image = direction == "image_to_text"
         scores, answers = (x if by_image else x.T for x in (gallery.similarity, gallery.relevant))
         methods = {"itc": recalls(scores, answers), "chance": chance_recalls(answers)}
         if rerank:
-            reranked = _rerank(model, gallery, scores, by_image, rerank, 4 * batch_size, between_batches)
+            reranked = _rerank(model, gallery, scores, by_image, rerank, 4 * batch_size, batches)
             methods["itm"] = recalls(reranked, answers)
         values |= {f"{method}_{direction}_{k}": value for method, row in methods.items() for k, value in row.items()}
     model.train(was_training)
     return RetrievalResult(len(images), len(captions), values)
 
 
-def _decode(
+def _encode_images(
+    model: SCLNetwork,
     source: PairSource,
     transform: Callable[[Image.Image], Tensor],
-    min_size: int,
     max_images: int | None,
+    batch_size: int,
     undecodable: UndecodableImages,
-    between_batches: Callable[[], object],
-) -> tuple[Tensor, np.ndarray]:
-    """Pixels (N, 3, S, S) and image indices (N,) of the images that can be decoded."""
-    pixels, images = [], []
+    batches: _Batches,
+) -> tuple[VisionFeatures, np.ndarray]:
+    """Tokens of N images and image indices (N,) of those that can be decoded."""
+    device = next(model.parameters()).device
     count = min(source.num_images, max_images or source.num_images)
-    for image in np.linspace(0, source.num_images - 1, count).round().astype(int).tolist():
-        between_batches()
-        try:
-            decoded = read_image(source, image, min_size)
-        except ValueError as error:
-            undecodable.add({source.image_name(image): str(error)})
-            continue
-        pixels.append(transform(decoded))
-        images.append(image)
+    chosen = np.linspace(0, source.num_images - 1, count).round().astype(int).tolist()
+    encoded: dict[int, Tensor] = {}
+    images: dict[int, list[int]] = {}
+    for number, rows in batches.own(count, batch_size):
+        pixels = []
+        for image in chosen[rows]:
+            batches.between()
+            try:
+                decoded = read_image(source, image, model.config.patch_size)
+            except ValueError as error:
+                undecodable.add({source.image_name(image): str(error)})
+                continue
+            pixels.append(transform(decoded))
+            images.setdefault(number, []).append(image)
+        if pixels:
+            encoded[number] = model.encode_image(torch.stack(pixels).to(device)).tokens
+    if batches.ranks > 1:
+        undecodable.merge()
+        images = {number: own for rank in gather_objects(images) for number, own in rank.items()}
     if not images:
         raise UserError(f"none of {count} images to retrieve from can be decoded, expected one or more; see the log")
-    return torch.stack(pixels), np.array(images)
+    return VisionFeatures(batches.all(encoded), 1), np.concatenate([images[number] for number in sorted(images)])
 
 
 def _captions(source: PairSource, images: np.ndarray) -> tuple[list[str], Tensor]:
@@ -199,29 +243,22 @@ def _captions(source: PairSource, images: np.ndarray) -> tuple[list[str], Tensor
     return [source.caption(int(pairs[i])) for i in first], relevant
 
 
-def _encode(
-    model: SCLNetwork,
-    pixels: Tensor,
-    text_ids: Tensor,
-    text_mask: Tensor,
-    relevant: Tensor,
-    batch_size: int,
-    between_batches: Callable[[], object],
-) -> _Gallery:
+def _encode_texts(
+    model: SCLNetwork, tokenizer: CaptionTokenizer, captions: list[str], batch_size: int, batches: _Batches
+) -> tuple[Tensor, Tensor]:
+    """Tokens (C, L, width) of captions and their mask (C, L)."""
     device = next(model.parameters()).device
-    text_mask = text_mask.bool()
-    texts, encoded = [], []
-    for ids, mask in zip(text_ids.split(batch_size), text_mask.split(batch_size), strict=True):
-        between_batches()
-        texts.append(model.encode_text(ids.to(device), mask.to(device)))
-    for batch in pixels.split(batch_size):
-        between_batches()
-        encoded.append(model.encode_image(batch.to(device)))
-    text, text_mask = torch.cat(texts), text_mask.to(device)
-    image = VisionFeatures(torch.cat([features.tokens for features in encoded]), encoded[0].num_frames)
+    ids, mask = (x.to(device) for x in tokenizer(captions, model.config.max_text_len))
+    mask = mask.bool()
+    own = {number: model.encode_text(ids[rows], mask[rows]) for number, rows in batches.own(len(captions), batch_size)}
+    return batches.all(own), mask
+
+
+def _gallery(model: SCLNetwork, image: VisionFeatures, text: Tensor, text_mask: Tensor, relevant: Tensor) -> _Gallery:
+    # Every rank computes all similarities: cut into parts, a matrix product rounds in other places.
     projected = model.project(first_token(text, text_mask), image.cls)
     text_feature, image_feature = (torch.nn.functional.normalize(x.float(), dim=-1) for x in projected)
-    return _Gallery(image, text, text_mask, image_feature @ text_feature.T, relevant.to(device))
+    return _Gallery(image, text, text_mask, image_feature @ text_feature.T, relevant.to(text.device))
 
 
 def _rerank(
@@ -231,32 +268,27 @@ def _rerank(
     by_image: bool,
     count: int,
     batch_size: int,
-    between_batches: Callable[[], object],
+    batches: _Batches,
 ) -> Tensor:
     """Scores (Q, N) whose ``count`` best candidates a query are ordered by the matching head, before all others."""
     candidates = scores.topk(min(count, scores.shape[1]), dim=1).indices
     queries = torch.arange(len(scores), device=scores.device)[:, None].expand_as(candidates)
     images, texts = (queries, candidates) if by_image else (candidates, queries)
-    matching = _match(model, gallery, images.flatten(), texts.flatten(), batch_size, between_batches)
+    matching = _match(model, gallery, images.flatten(), texts.flatten(), batch_size, batches)
     # The others stay behind the candidates in the order of their similarity, which is within [-1, 1].
     behind = scores - 3 + matching.min()
     return behind.scatter(1, candidates, matching.view_as(candidates))
 
 
 def _match(
-    model: SCLNetwork,
-    gallery: _Gallery,
-    images: Tensor,
-    texts: Tensor,
-    batch_size: int,
-    between_batches: Callable[[], object],
+    model: SCLNetwork, gallery: _Gallery, images: Tensor, texts: Tensor, batch_size: int, batches: _Batches
 ) -> Tensor:
     """Logit of "matches" minus logit of "does not match" of pairs of gallery rows: (pairs,) float32."""
-    logits = []
-    for i, t in zip(images.split(batch_size), texts.split(batch_size), strict=True):
-        between_batches()
-        image = gallery.image.with_tokens(gallery.image.tokens[i])
-        fused = model.run_fusion(gallery.text[t], gallery.text_mask[t], image)
-        logits.append(model.itm_head(model.pool(*fused.cls)).float())
-    logit = torch.cat(logits)
+    logits: dict[int, Tensor] = {}
+    for number, rows in batches.own(len(images), batch_size):
+        image = gallery.image.with_tokens(gallery.image.tokens[images[rows]])
+        text = texts[rows]
+        fused = model.run_fusion(gallery.text[text], gallery.text_mask[text], image)
+        logits[number] = model.itm_head(model.pool(*fused.cls)).float()
+    logit = batches.all(logits)
     return logit[:, 1] - logit[:, 0]

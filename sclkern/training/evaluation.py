@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from sclkern.data.undecodable import UndecodableImages
+from sclkern.distributed import gather_objects
 from sclkern.evaluation.attention_maps import choose_pairs, plot_attention
 from sclkern.evaluation.retrieval import RetrievalResult, evaluate_retrieval
 from sclkern.random import mix_seed
@@ -22,6 +23,9 @@ _VALIDATION = 2
 
 class RunEvaluation:
     """Measures the model of a run with the settings of its configuration. Whoever calls puts the model into eval mode.
+
+    Of many processes all call the methods at the same point, except ``plot_attention``, with the same weights, and a
+    model that computes without collectives.
 
     Args:
         config: of the run.
@@ -52,7 +56,9 @@ class RunEvaluation:
         self.data = data
         self.passes = passes
         self.stop = stop
-        self.undecodable = {"training": undecodable_train, "held-out": UndecodableImages(data.val_source.num_images)}
+        self._distributed = data.val_loader.world_size > 1
+        held_out = UndecodableImages(data.val_source.num_images, shared=self._distributed)
+        self.undecodable = {"training": undecodable_train, "held-out": held_out}
         trained = {head for objective in config.objectives.selected for head in objective.heads}
         self.ranks = "itc" in trained
         self.rerank = config.evaluation.rerank if "itm" in trained else 0
@@ -61,23 +67,29 @@ class RunEvaluation:
     def held_out_losses(self) -> dict[str, float]:
         """Mean losses over the held-out pairs that fill whole batches, with the same masks every time.
 
+        Ranks deal out the batches, and all of them return the same.
+
         Returns:
             Losses and metrics by name.
 
         Raises:
             UserError: undecodable images above 1 %.
         """
-        sums: dict[str, float] = {}
-        loader = self.data.val_loader
+        loader, undecodable = self.data.val_loader, self.undecodable["held-out"]
+        losses: dict[int, dict[str, float]] = {}
         with closing(loader.epoch()) as batches:
-            for index in loader.batches_of_epoch():
+            for number in loader.batches_of_epoch():
                 with self.stop.interruptible():
                     batch = next(batches)
-                self.undecodable["held-out"].add(batch.pop("undecodable"))
-                losses = self.passes.forward(batch, mix_seed(self.config.run.seed, _VALIDATION, index))
-                for name, value in {**losses.named(), **losses.metrics}.items():
-                    sums[name] = sums.get(name, 0.0) + value.item()
-        return {name: value / len(loader.batches_of_epoch()) for name, value in sums.items()}
+                undecodable.add(batch.pop("undecodable"))
+                of_batch = self.passes.forward(batch, mix_seed(self.config.run.seed, _VALIDATION, number))
+                values = {**of_batch.named(), **of_batch.metrics}
+                losses[number] = {name: value.item() for name, value in values.items()}
+        if self._distributed:
+            losses = {number: values for rank in gather_objects(losses) for number, values in rank.items()}
+        undecodable.merge()
+        # In the order of the batches, whoever computed them, because sums of floats depend on it.
+        return {name: sum(losses[number][name] for number in sorted(losses)) / len(losses) for name in losses[0]}
 
     def retrieval(self, name: str = "held-out", *, max_images: int | None = None) -> RetrievalResult:
         """Zero-shot retrieval from the images of a set.
@@ -99,6 +111,7 @@ class RunEvaluation:
             max_images=max_images,
             undecodable=self.undecodable[name],
             between_batches=self.stop.check,
+            distributed=self._distributed,
         )
 
     def retrievals(self) -> dict[str, RetrievalResult]:

@@ -79,8 +79,10 @@ def assert_goes_on_like(uninterrupted, directory):
 def test_a_signal_during_validation(pretraining, monkeypatch, capfd, tmp_path, uninterrupted, moment, count):
     run = pretraining(**VALIDATING)
     owner, name = {
-        "losses": (run.passes, "forward"), "retrieval": (retrieval, "_encode"), "re-ranking": (retrieval, "_match"),
-    }[moment]  # fmt: skip
+        "losses": (run.passes, "forward"),
+        "retrieval": (retrieval, "_encode_texts"),
+        "re-ranking": (retrieval, "_match"),
+    }[moment]
     with monkeypatch.context() as patch:
         signals_within(patch, owner, name, *[signal.SIGTERM] * count, where=lambda: not run.model.training)
         assert not run.run()
