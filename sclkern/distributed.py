@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup | None
-T = TypeVar("T")
+K = TypeVar("K")
+V = TypeVar("V")
 
 # Ranks send the index of their dtype in this list.
 _DTYPES = (
@@ -96,21 +97,21 @@ def total(tensor: Tensor, group: Group = None) -> Tensor:
     return summed
 
 
-def gather_objects(value: T, group: Group = None) -> list[T]:
-    """The value of every rank, on every rank.
+def merge(entries: Mapping[K, V], group: Group = None) -> dict[K, V]:
+    """The entries of all ranks in one dictionary, the same on every rank.
 
     Args:
-        value: small, and pickled.
+        entries: those of this rank, small, and pickled.
         group: process group; None is the default group. On a CPU backend, where it has one, no GPU is waited for.
 
     Returns:
-        The values in the order of the ranks; ``[value]`` without an initialised process group.
+        The entries in the order of the ranks; of equal keys the value is that of the last rank.
     """
     if world_size(group) == 1:
-        return [value]
-    values: list[Any] = [None] * world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
+        return dict(entries)
+    of_ranks: list[Any] = [None] * world_size(group)
+    dist.all_gather_object(of_ranks, dict(entries), group=group)
+    return {key: value for of_rank in of_ranks for key, value in of_rank.items()}
 
 
 def gather_parts(parts: Mapping[int, Tensor], group: Group = None) -> Tensor:
@@ -128,17 +129,16 @@ def gather_parts(parts: Mapping[int, Tensor], group: Group = None) -> Tensor:
     """
     if world_size(group) == 1:
         return torch.cat([parts[number] for number in sorted(parts)])
-    own = {number: (tuple(part.shape), part.dtype, part.device.type) for number, part in parts.items()}
-    ranks = gather_objects(own, group)
-    owner = {number: rank for rank, forms in enumerate(ranks) for number in forms}
-    forms = dict(sorted((number, form) for of_rank in ranks for number, form in of_rank.items()))
-    rows = [shape[0] for shape, _, _ in forms.values()]
-    (_, *sizes), dtype, device = next(iter(forms.values()))
+    rank = dist.get_rank(group)
+    own = {number: (rank, tuple(part.shape), part.dtype, part.device.type) for number, part in parts.items()}
+    forms = dict(sorted(merge(own, group).items()))
+    rows = [shape[0] for _, shape, _, _ in forms.values()]
+    _, (_, *sizes), dtype, device = next(iter(forms.values()))
     out = torch.empty((sum(rows), *sizes), dtype=dtype, device=device)
-    for number, part in zip(forms, out.split(rows), strict=True):
+    for (number, form), part in zip(forms.items(), out.split(rows), strict=True):
         if number in parts:
             part.copy_(parts[number])
-        dist.broadcast(part, group=group, group_src=owner[number])
+        dist.broadcast(part, group=group, group_src=form[0])
     return out
 
 

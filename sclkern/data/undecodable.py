@@ -10,7 +10,6 @@ from PIL import Image
 from sclkern.data.images import UNDECODABLE
 from sclkern.data.source import PairSource
 from sclkern.data.text import one_line
-from sclkern.distributed import Group, gather_objects
 from sclkern.errors import UserError
 
 _log = logging.getLogger("sclkern.data")
@@ -57,15 +56,11 @@ class UndecodableImages:
 
     Args:
         num_images: Number of images of the source.
-        shared: Whether each rank counts those of its own share. Then ``merge``, which all ranks call at the same point,
-            raises in place of ``add``, so that they stop together.
     """
 
-    def __init__(self, num_images: int, *, shared: bool = False) -> None:
+    def __init__(self, num_images: int) -> None:
         self.num_images = num_images
-        self.shared = shared
         self._names: dict[str, str] = {}
-        self._merged = 0
 
     def __len__(self) -> int:
         """Distinct undecodable images so far."""
@@ -88,34 +83,6 @@ class UndecodableImages:
             if name not in self._names:
                 self._names[name] = reason
                 _log.warning("skipped an image that cannot be decoded: %s (%s)", one_line(name, 200), reason)
-        if not self.shared:
-            self._check()
-
-    def merge(self, group: Group = None) -> None:
-        """Count what all ranks have counted since the last time; afterwards all hold the same, in the same order.
-
-        Without ``shared`` nothing is left to do.
-
-        Args:
-            group: Process group; None is the default group.
-
-        Raises:
-            UserError: As ``add``, on every rank.
-        """
-        if not self.shared:
-            return
-        names = list(self._names.items())
-        own = dict(names[self._merged :])
-        self._names = dict(names[: self._merged])
-        for added in gather_objects(own, group):
-            for name, reason in added.items():
-                if name not in own and name not in self._names:
-                    _log.warning("skipped an image that cannot be decoded: %s (%s)", one_line(name, 200), reason)
-                self._names.setdefault(name, reason)
-        self._merged = len(self._names)
-        self._check()
-
-    def _check(self) -> None:
         if len(self) > undecodable_limit(self.num_images):
             name, reason = next(iter(self._names.items()))
             raise UserError(
@@ -131,4 +98,3 @@ class UndecodableImages:
     def load_state_dict(self, state: dict[str, list[str]]) -> None:
         """Take over the names of ``state_dict`` without logging them again."""
         self._names = dict.fromkeys(state["names"], "")
-        self._merged = len(self._names)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,12 +19,14 @@ from torch import Tensor
 from sclkern.data import PairSource
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.undecodable import UndecodableImages, read_image
-from sclkern.distributed import gather_objects, gather_parts, world_size
+from sclkern.distributed import gather_parts, merge, world_size
 from sclkern.errors import UserError
 from sclkern.models import SCLNetwork, VisionFeatures
 from sclkern.models.captions import first_token
 
 RECALL_AT = (1, 5, 10)
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -130,9 +133,13 @@ class _Batches:
             self.between()
             yield number, slice(number * size, (number + 1) * size)
 
-    def all(self, own: dict[int, Tensor]) -> Tensor:
+    def joined(self, own: dict[int, Tensor]) -> Tensor:
         """Rows of the batches of all ranks, in order, from those of this rank by number."""
         return torch.cat(list(own.values())) if self.ranks == 1 else gather_parts(own)
+
+    def merged(self, own: dict[K, V]) -> dict[K, V]:
+        """What all ranks have found."""
+        return own if self.ranks == 1 else merge(own)
 
 
 @torch.no_grad()
@@ -178,7 +185,7 @@ def evaluate_retrieval(
     model.eval()
     ranks = world_size() if distributed else 1
     batches = _Batches(between_batches, torch.distributed.get_rank() if ranks > 1 else 0, ranks)
-    undecodable = undecodable if undecodable is not None else UndecodableImages(source.num_images, shared=ranks > 1)
+    undecodable = undecodable if undecodable is not None else UndecodableImages(source.num_images)
     image, images = _encode_images(model, source, transform, max_images, batch_size, undecodable, batches)
     captions, relevant = _captions(source, images)
     text, text_mask = _encode_texts(model, tokenizer, captions, batch_size, batches)
@@ -211,6 +218,7 @@ def _encode_images(
     chosen = np.linspace(0, source.num_images - 1, count).round().astype(int).tolist()
     encoded: dict[int, Tensor] = {}
     images: dict[int, list[int]] = {}
+    left_out: dict[str, str] = {}
     for number, rows in batches.own(count, batch_size):
         pixels = []
         for image in chosen[rows]:
@@ -218,18 +226,17 @@ def _encode_images(
             try:
                 decoded = read_image(source, image, model.config.patch_size)
             except ValueError as error:
-                undecodable.add({source.image_name(image): str(error)})
+                left_out[source.image_name(image)] = str(error)
                 continue
             pixels.append(transform(decoded))
             images.setdefault(number, []).append(image)
         if pixels:
             encoded[number] = model.encode_image(torch.stack(pixels).to(device)).tokens
-    if batches.ranks > 1:
-        undecodable.merge()
-        images = {number: own for rank in gather_objects(images) for number, own in rank.items()}
+    images = batches.merged(images)
+    undecodable.add(batches.merged(left_out))
     if not images:
         raise UserError(f"none of {count} images to retrieve from can be decoded, expected one or more; see the log")
-    return VisionFeatures(batches.all(encoded), 1), np.concatenate([images[number] for number in sorted(images)])
+    return VisionFeatures(batches.joined(encoded), 1), np.concatenate([images[number] for number in sorted(images)])
 
 
 def _captions(source: PairSource, images: np.ndarray) -> tuple[list[str], Tensor]:
@@ -251,7 +258,7 @@ def _encode_texts(
     ids, mask = (x.to(device) for x in tokenizer(captions, model.config.max_text_len))
     mask = mask.bool()
     own = {number: model.encode_text(ids[rows], mask[rows]) for number, rows in batches.own(len(captions), batch_size)}
-    return batches.all(own), mask
+    return batches.joined(own), mask
 
 
 def _gallery(model: SCLNetwork, image: VisionFeatures, text: Tensor, text_mask: Tensor, relevant: Tensor) -> _Gallery:
@@ -290,5 +297,5 @@ def _match(
         text = texts[rows]
         fused = model.run_fusion(gallery.text[text], gallery.text_mask[text], image)
         logits[number] = model.itm_head(model.pool(*fused.cls)).float()
-    logit = batches.all(logits)
+    logit = batches.joined(logits)
     return logit[:, 1] - logit[:, 0]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from sclkern.data.undecodable import UndecodableImages
-from sclkern.distributed import gather_objects
+from sclkern.distributed import merge
 from sclkern.evaluation.attention_maps import choose_pairs, plot_attention
 from sclkern.evaluation.retrieval import RetrievalResult, evaluate_retrieval
 from sclkern.random import mix_seed
@@ -57,8 +59,7 @@ class RunEvaluation:
         self.passes = passes
         self.stop = stop
         self._distributed = data.val_loader.world_size > 1
-        held_out = UndecodableImages(data.val_source.num_images, shared=self._distributed)
-        self.undecodable = {"training": undecodable_train, "held-out": held_out}
+        self.undecodable = {"training": undecodable_train, "held-out": UndecodableImages(data.val_source.num_images)}
         trained = {head for objective in config.objectives.selected for head in objective.heads}
         self.ranks = "itc" in trained
         self.rerank = config.evaluation.rerank if "itm" in trained else 0
@@ -77,19 +78,31 @@ class RunEvaluation:
         """
         loader, undecodable = self.data.val_loader, self.undecodable["held-out"]
         losses: dict[int, dict[str, float]] = {}
-        with closing(loader.epoch()) as batches:
+        left_out: dict[str, str] = {}
+        with closing(loader.epoch()) as batches, self._by_itself():
             for number in loader.batches_of_epoch():
                 with self.stop.interruptible():
                     batch = next(batches)
-                undecodable.add(batch.pop("undecodable"))
+                left_out |= batch.pop("undecodable")
                 of_batch = self.passes.forward(batch, mix_seed(self.config.run.seed, _VALIDATION, number))
-                values = {**of_batch.named(), **of_batch.metrics}
-                losses[number] = {name: value.item() for name, value in values.items()}
+                losses[number] = {name: x.item() for name, x in {**of_batch.named(), **of_batch.metrics}.items()}
         if self._distributed:
-            losses = {number: values for rank in gather_objects(losses) for number, values in rank.items()}
-        undecodable.merge()
+            losses, left_out = merge(losses), merge(left_out)
+        undecodable.add(left_out)
         # In the order of the batches, whoever computed them, because sums of floats depend on it.
         return {name: sum(losses[number][name] for number in sorted(losses)) / len(losses) for name in losses[0]}
+
+    @contextmanager
+    def _by_itself(self) -> Iterator[None]:
+        """Losses of this process alone: ranks may have different numbers of batches."""
+        model = self.passes.model
+        objectives = model.objectives
+        if self._distributed:
+            model.objectives = replace(objectives, gather=None)
+        try:
+            yield
+        finally:
+            model.objectives = objectives
 
     def retrieval(self, name: str = "held-out", *, max_images: int | None = None) -> RetrievalResult:
         """Zero-shot retrieval from the images of a set.
