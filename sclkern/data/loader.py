@@ -104,7 +104,7 @@ class PairLoader:
         """G, pairs of a step over all ranks and micro-batches."""
         return self.world_size * self.batch_size * self.accumulation
 
-    def steps(self, start: int = 0, *, keyed: bool = True) -> Generator[Batch]:
+    def steps(self, start: int = 0) -> Generator[Batch]:
         """Iterate without end over the batches of this rank, ``accumulation`` for each step.
 
         Neither this nor ``epoch`` changes torch's global generators. Workers go on from one epoch to the next, so a run
@@ -112,7 +112,6 @@ class PairLoader:
 
         Args:
             start: First step; what comes before it is not decoded.
-            keyed: Whether batches have ``place`` and labels; else they are as those of ``epoch``.
 
         Returns:
             The batches.
@@ -122,7 +121,7 @@ class PairLoader:
             WorkerError: while iterating, a worker has died.
         """
         return self._load(
-            self._request_of_step(step, micro, keyed) for step in count(start) for micro in range(self.accumulation)
+            self._request_of_step(step, micro) for step in count(start) for micro in range(self.accumulation)
         )
 
     def batches_of_epoch(self) -> range:
@@ -154,12 +153,10 @@ class PairLoader:
     def _order_of(self, global_batch: int) -> PairOrder:
         return PairOrder(self.dataset.source.num_pairs, global_batch, seed=self.seed, shuffle=self.shuffle)
 
-    def _request_of_step(self, step: int, micro: int, keyed: bool) -> BatchRequest:
+    def _request_of_step(self, step: int, micro: int) -> BatchRequest:
         first = (micro * self.world_size + self.rank) * self.batch_size
         place = torch.arange(first, first + self.batch_size)
         rows = [SampleIndex(*at) for at in self.order.at(step, place)]
-        if not keyed:
-            return BatchRequest([index._replace(false_image=self.negatives == "dataset") for index in rows])
         if self.negatives is None:
             return BatchRequest(rows, {"place": place.tolist()})
         seed = step_seed(self.seed, step)

@@ -20,7 +20,7 @@ from sclkern.distributed import world_size
 from sclkern.errors import Interrupted, UserError, WorkerError
 from sclkern.model import SCLModel
 from sclkern.profiling import phase
-from sclkern.random import mix_seed
+from sclkern.random import mix_seed, step_seed
 from sclkern.step import check_capture, check_objectives
 from sclkern.training.checkpoint import remedy
 from sclkern.training.choices import check_choices, describe_choices
@@ -42,8 +42,8 @@ from sclkern.training.throughput import Throughput, precision_remark
 
 log = logging.getLogger("sclkern.training")
 
-# Streams of the run's seed; validation has 2.
-_MODEL, _STEP = range(2)
+# Stream of the run's seed; steps have 1, validation has 2.
+_MODEL = 0
 
 
 class Pretraining:
@@ -186,7 +186,7 @@ class Pretraining:
 
     def batches(self) -> Generator[dict[str, Any]]:
         """Micro-batches from the current step on, epoch after epoch."""
-        return self.data.train_loader.steps(self.state.step, keyed=False)
+        return self.data.train_loader.steps(self.state.step)
 
     def train_step(self, batches: Generator[dict[str, Any]], run_log: RunLog) -> None:
         """Take one optimiser step.
@@ -204,11 +204,11 @@ class Pretraining:
         # Without an argument: apex's takes none, and clears gradients as torch's does.
         self.optimizer.zero_grad()
         values: dict[str, Tensor] = {}
-        for micro in range(run.accumulation):
+        for _ in range(run.accumulation):
             with self.clock.waiting(), phase("data wait"), self.stop.interruptible():
                 batch = next(batches)
             state.undecodable.add(batch.pop("undecodable"))
-            losses = self.passes.forward_backward(batch, mix_seed(run.seed, _STEP, state.step, micro))
+            losses = self.passes.forward_backward(batch, step_seed(run.seed, state.step))
             for name, value in {**losses.named(), **losses.metrics}.items():
                 share = value.detach() / run.accumulation
                 values[name] = values[name] + share if name in values else share
