@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sclkern import ObjectiveConfig, SCLConfig, SCLModel, ops
 from sclkern.ops.dispatch import interpreted
 from sclkern.step import StepConfig
+from sclkern.step.fake_cuda import backward
 from sclkern.tools.ledger import budget
-from sclkern.tools.ledger.backward import backward
 from sclkern.tools.ledger.counting import Ledger, totals
 from sclkern.tools.ledger.step import format_ledger, measure
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -16,24 +14,8 @@ from sclkern.models.network import SCLNetwork
 from sclkern.objectives.config import ObjectiveConfig
 from sclkern.ops.dispatch import TRITON_INSTALLED, interpreted
 from sclkern.step import StepConfig, take_step
-from sclkern.tools.ledger.backward import backward
+from sclkern.step.fake_cuda import autocast, backward
 from sclkern.tools.ledger.counting import Ledger, totals
-
-
-@contextmanager
-def _autocast(dtype: torch.dtype | None) -> Iterator[None]:
-    """``torch.autocast("cuda")``, which turns itself off on a machine without a GPU."""
-    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    torch.set_autocast_enabled("cuda", dtype is not None)
-    torch.set_autocast_dtype("cuda", dtype or before[1])
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        if torch.autocast_decrement_nesting() == 0:
-            torch.clear_autocast_cache()
-        torch.set_autocast_enabled("cuda", before[0])
-        torch.set_autocast_dtype("cuda", before[1])
 
 
 def trace(
@@ -78,7 +60,7 @@ def trace(
         batch[false[0]] = false[1][:negatives]
         with mode:
             mode.section = "forward"
-            with _autocast(precision):
+            with autocast(precision):
                 losses = take_step(network, objectives, step, {**batch, "text_tokens": rows * caption_tokens}, 0)
             mode.section = "backward"
             backward(losses.total)
