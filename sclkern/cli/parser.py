@@ -43,8 +43,8 @@ def _plan(commands: Commands) -> None:
         "plan",
         help="show what a training step computes",
         description="Show the views of a step, the outputs that losses use, and the arithmetic compared with separate "
-        "padded passes; with --ledger, what it launches on a GPU and the bytes that moves, under autocast to bfloat16, "
-        "counted without a GPU.",
+        "padded passes, and what a GPU holds at the peak of training; with --ledger, what it launches on a GPU and the "
+        "bytes that moves, under autocast to bfloat16, counted without a GPU; with --gpus, what ranks exchange.",
     )
     _config(command)
     command.add_argument("--ledger", action="store_true", help="show launches and bytes of a step of run.batch_size")
@@ -55,6 +55,25 @@ def _plan(commands: Commands) -> None:
         "--caption-tokens", type=int, default=13, help="tokens of every caption, <s> and </s> included (default: 13)"
     )
     command.add_argument("--frames", type=int, default=1, help="frames of every clip (default: 1, an image)")
+    command.add_argument(
+        "--gpus", metavar="N[,N...]", help="share the step among so many GPUs: bytes of each exchange, and efficiency"
+    )
+    command.add_argument(
+        "--link",
+        type=float,
+        default=50.0,
+        metavar="GB/s",
+        help="with --gpus: what each GPU sends and receives at once "
+        "over its slowest link (default: 50, InfiniBand NDR)",
+    )
+    command.add_argument(
+        "--rate",
+        type=float,
+        default=396.0,
+        metavar="TFLOP/s",
+        help="with --gpus: arithmetic that a GPU reaches (default: 396, 40 %% of an H200's peak)",
+    )
+    command.add_argument("--parallel", choices=("ddp", "fsdp"), help="with --gpus: instead of run.parallel")
     _json(command)
 
 

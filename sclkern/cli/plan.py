@@ -4,31 +4,61 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from sclkern.cli.config_files import load
 from sclkern.errors import UserError
 from sclkern.step.flops import describe_plan, format_plan
+from sclkern.tools import scaling
 from sclkern.tools.ledger import budget as step_budget
 from sclkern.tools.ledger.step import format_ledger, measure
+from sclkern.training.memory import memory_of_run
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the plan of a step, or its ledger, as text or JSON; 1 if the ledger's budget is exceeded."""
+    if options.ledger and options.gpus:
+        raise UserError("--gpus: got --ledger too, which is of one GPU; give one of them")
     if options.check or options.update:
         if not options.ledger:
             raise UserError("--check and --update: belong to --ledger")
         return _budget(options)
     config = load(options.config, options.overrides)
+    if options.parallel:
+        config = replace(config, run=replace(config.run, parallel=options.parallel))
     sizes = {"caption_tokens": options.caption_tokens, "num_frames": options.frames}
     described = describe_plan(config.model, config.objectives, config.step, **sizes)
+    sizes["padded_tokens"] = min(options.caption_tokens + 5, config.model.max_text_len)
     if options.ledger:
-        sizes["padded_tokens"] = min(options.caption_tokens + 5, config.model.max_text_len)
         rows = config.run.batch_size
         described = measure(config.model, config.objectives, config.step, rows=rows, **sizes)
-    text = format_ledger if options.ledger else format_plan
+        text = format_ledger
+    elif options.gpus:
+        calculator = scaling.Calculator(config, 1e9 * options.link, rate=1e12 * options.rate, **sizes)
+        described = scaling.describe_scale(calculator, _numbers(options.gpus))
+        text = scaling.format_scale
+    else:
+        memory = memory_of_run(config, **sizes)
+        described["memory"] = {"rows": config.run.batch_size, **asdict(memory), "total": memory.total}
+        text = _format
     print(json.dumps(described, indent=1) if options.json else text(described))
     return 0
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"--gpus: got {text!r}, expected numbers such as 8,64,256") from None
+
+
+def _format(described: dict[str, Any]) -> str:
+    memory = described["memory"]
+    lines = [format_plan(described), "", f"{'a GPU at the peak of training, estimated':50} {'GB':>6}"]
+    lines += [f"{name:50} {size / 1e9:6.2f}" for name, size in memory.items() if name != "rows" and size]
+    return "\n".join([*lines, f"with micro-batches of {memory['rows']}; beside it the CUDA context, and validation"])
 
 
 def _budget(options: argparse.Namespace) -> int:

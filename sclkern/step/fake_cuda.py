@@ -1,5 +1,5 @@
-"""What fake CUDA tensors lack on a machine without a GPU: autocast, which turns itself off, and the backward pass, where
-torch's engine asks for a CUDA context."""
+"""What fake CUDA tensors lack on a machine without a GPU: autocast, which turns itself off, and the backward pass, for
+which torch's engine asks for a CUDA context."""
 
 from __future__ import annotations
 

@@ -6,10 +6,11 @@ training, part by part.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -165,6 +166,9 @@ def estimate_memory(
     sharded = world_size > 1 and parallel == "fsdp"
     # Otherwise gradients come into being in the course of the backward. Those of DDP are views of its buckets.
     lasting = accumulation > 1 or (world_size > 1 and not sharded)
+    if objectives.in_batch_negatives and (world_size > 1 or accumulation > 1) and not objectives.hard_negatives:
+        # Most false images belong to another micro-batch, and are encoded as those of the data set are.
+        objectives = replace(objectives, itm_negatives="dataset")
     dtype = torch.bfloat16 if precision == "bfloat16" else None
     peak = _peak_of_step(
         config, objectives, step, backend, dtype, lasting,
@@ -181,12 +185,12 @@ def estimate_memory(
     if whole - parts["gradients"] > parts["activations"] + parts["casts"] + parts["workspaces"]:
         parts |= {"gradients": whole, "activations": 0.0, "casts": 0.0, "workspaces": 0.0}
     if sharded:
-        block, root = block_and_rest(config)
+        block, outside, _ = parameter_bytes(config)
         shared = ("weights", "moments") if lasting else ("weights", "moments", "gradients")
         parts |= {name: parts[name] / world_size for name in shared}
         # Gathered: a block, the next one, and what lies outside of blocks. Gradients that wait to be scattered are
         # those of a block and of the rest; without synchronisation, all.
-        parts["communication"] = 2 * block + root + (whole / world_size if lasting else block + root)
+        parts["communication"] = 2 * block + outside + (whole / world_size if lasting else block + outside)
     parts["contrast"] = 2 * 4 * contrastive_batch * contrast_features(config, objectives, num_frames)
     return MemoryEstimate(**parts)
 
@@ -273,17 +277,33 @@ def _peak_of_step(
     return found
 
 
-def block_and_rest(config: SCLConfig) -> tuple[float, float]:
-    """What FSDP gathers at a time.
+class ParameterBytes(NamedTuple):
+    """Bytes of parameters as FSDP gathers them.
+
+    Attributes:
+        block: the largest block.
+        outside: all that lies outside of blocks.
+        total: all.
+    """
+
+    block: int
+    outside: int
+    total: int
+
+
+@functools.lru_cache(maxsize=16)
+def parameter_bytes(config: SCLConfig) -> ParameterBytes:
+    """Count the bytes of a network's parameters in float32.
 
     Args:
         config: of the network.
 
     Returns:
-        Bytes of the largest block, and of all that lies outside of blocks.
+        The bytes.
     """
     with torch.device("meta"):
         network = SCLNetwork(config)
     blocks = [module for module in network.modules() if isinstance(module, PreNormBlock | PostNormBlock)]
     sizes = [sum(parameter.nbytes for parameter in block.parameters()) for block in blocks]
-    return max(sizes, default=0), sum(parameter.nbytes for parameter in network.parameters()) - sum(sizes)
+    total = sum(parameter.nbytes for parameter in network.parameters())
+    return ParameterBytes(max(sizes, default=0), total - sum(sizes), total)

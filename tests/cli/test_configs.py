@@ -19,7 +19,7 @@ def test_every_shipped_configuration_is_listed_with_its_purpose_and_loads(capsys
     assert main(["configs"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(shipped_configs())
-    assert {"demo", "pretrain_base", "published"} == set(shipped_configs())
+    assert {"demo", "pretrain_24gb", "pretrain_base", "published"} == set(shipped_configs())
     for line, (name, file) in zip(lines, shipped_configs().items(), strict=True):
         assert file.read_text().startswith("# ") and line.endswith(summary(file)) and len(summary(file)) > 20
         assert isinstance(load(name, []), PretrainConfig)
@@ -49,7 +49,7 @@ def test_names_files_and_paths_are_distinguished(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("value", "message"), [
-    ("pretrain_bas", "--config: got 'pretrain_bas', expected a file or one of demo, pretrain_base"),
+    ("pretrain_bas", "--config: got 'pretrain_bas', expected a file or one of demo, pretrain_24gb, pretrain_base"),
     ("configs/none.yaml", "configs/none.yaml: No such file or directory"),
 ])  # fmt: skip
 def test_an_unknown_configuration_is_a_mistake_of_the_user(value, message, capsys):

@@ -10,7 +10,7 @@ from sclkern.ops.dispatch import interpreted
 from sclkern.step import StepConfig
 from sclkern.step.allocations import Allocations
 from sclkern.step.fake_cuda import autocast, backward
-from sclkern.step.memory import MemoryEstimate, block_and_rest, estimate_memory
+from sclkern.step.memory import MemoryEstimate, estimate_memory, parameter_bytes
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="in the interpreter the ops choose their paths otherwise")
 
@@ -125,7 +125,7 @@ def test_shards_and_cached_features_are_counted():
     sizes = {"rows": 4, "caption_tokens": LENGTH, "padded_tokens": LENGTH}
     one = estimate_memory(TINY, DATASET, StepConfig(), **sizes)
     four = estimate_memory(TINY, DATASET, StepConfig(), **sizes, world_size=4, parallel="fsdp")
-    block, rest = block_and_rest(TINY)
+    block, rest, _ = parameter_bytes(TINY)
     assert four.weights == one.weights / 4 and four.moments == one.moments / 4
     assert four.communication == 3 * block + 2 * rest
     ddp = estimate_memory(TINY, DATASET, StepConfig(), **sizes, world_size=4)
@@ -140,5 +140,5 @@ def test_shards_and_cached_features_are_counted():
 
 def test_an_estimate_is_one_line():
     estimate = MemoryEstimate(1e9, 1e9, 2e9, 0, 5e9, 0, 0)
-    line = "memory at the peak of a step, estimated: 9.00 GB (activations 5.00, moments 2.00, weights 1.00, gradients 1.00)"
-    assert estimate.line() == line
+    parts = "activations 5.00, moments 2.00, weights 1.00, gradients 1.00"
+    assert estimate.line() == f"memory at the peak of a step, estimated: 9.00 GB ({parts})"

@@ -1,0 +1,75 @@
+"""The memory of a run: its estimate, and what a process holds."""
+
+from __future__ import annotations
+
+import functools
+import resource
+import sys
+
+import torch
+
+from sclkern.step.memory import MemoryEstimate, estimate_memory
+from sclkern.training.config import PretrainConfig
+
+# Tokens of a caption, and of the longest of a batch, where the captions are not known: those of COCO.
+CAPTION_TOKENS, PADDED_TOKENS = 13, 18
+
+_estimate = functools.lru_cache(maxsize=64)(estimate_memory)
+
+
+def memory_of_run(
+    config: PretrainConfig,
+    *,
+    world_size: int = 1,
+    device: str = "cuda",
+    caption_tokens: int = CAPTION_TOKENS,
+    padded_tokens: int = PADDED_TOKENS,
+    num_frames: int = 1,
+) -> MemoryEstimate:
+    """Estimate what each device of a run holds at the peak of a step.
+
+    Args:
+        config: of the run.
+        world_size: ranks.
+        device: type of the devices: "cuda" takes the path of the kernels, "cpu" the eager one.
+        caption_tokens: of a caption on average.
+        padded_tokens: of the longest caption of a batch.
+        num_frames: of every clip; 1 for images.
+
+    Returns:
+        The estimate.
+    """
+    run = config.run
+    kernels = device == "cuda" and run.backend in ("auto", "triton")
+    return _estimate(
+        config.model,
+        config.objectives,
+        config.step,
+        rows=run.batch_size,
+        caption_tokens=min(caption_tokens, config.model.max_text_len),
+        padded_tokens=min(padded_tokens, config.model.max_text_len),
+        num_frames=num_frames,
+        precision=run.precision,
+        # Attention of torch and of flash-attn keeps what that of the kernels keeps.
+        backend="auto" if kernels or run.backend in ("sdpa", "flash") else "eager",
+        accumulation=run.accumulation,
+        contrastive_batch=run.contrastive_batch or 0,
+        world_size=world_size,
+        parallel=run.parallel,
+    )
+
+
+def held_bytes(device: torch.device) -> int:
+    """The most bytes that this process has held: on a GPU those of tensors, otherwise its resident memory.
+
+    Args:
+        device: that trains.
+
+    Returns:
+        Bytes since the process began.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts kibibytes, macOS bytes.
+    return peak if sys.platform == "darwin" else 1024 * peak
