@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -166,16 +166,17 @@ def estimate_memory(
     sharded = world_size > 1 and parallel == "fsdp"
     # Otherwise gradients come into being in the course of the backward. Those of DDP are views of its buckets.
     lasting = accumulation > 1 or (world_size > 1 and not sharded)
-    if objectives.in_batch_negatives and (world_size > 1 or accumulation > 1) and not objectives.hard_negatives:
-        # Most false images belong to another micro-batch, and are encoded as those of the data set are.
-        objectives = replace(objectives, itm_negatives="dataset")
+    # A false image that belongs to another micro-batch is decoded and encoded for this one.
+    split = world_size > 1 or accumulation > 1
+    decoded = objectives.dataset_negatives or (objectives.uses_negative_images and split)
+    decoded &= not objectives.hard_negatives
     dtype = torch.bfloat16 if precision == "bfloat16" else None
     peak = _peak_of_step(
-        config, objectives, step, backend, dtype, lasting,
+        config, objectives, step, backend, dtype, lasting, decoded,
         rows=rows, caption_tokens=caption_tokens, padded_tokens=padded_tokens, num_frames=num_frames,
     )  # fmt: skip
     images = rows * num_frames * 3 * config.image_size**2 * 4
-    parts = {**peak, "moments": 2 * peak["weights"], "batch": images * (1.5 if objectives.dataset_negatives else 1)}
+    parts = {**peak, "moments": 2 * peak["weights"], "batch": images * (1.5 if decoded else 1)}
     parts["batch"] += 9 * rows * padded_tokens
     if contrastive_batch:
         # Both passes read every micro-batch.
@@ -225,6 +226,15 @@ def _batch(config: SCLConfig, rows: int, num_frames: int, caption_tokens: int, p
     return {**tensors, "text_tokens": rows * caption_tokens}
 
 
+def _placed(batch: dict[str, Any], *, decoded: bool) -> dict[str, Any]:
+    """The batch as a loader of training gives it: of each two neighbours one has a false image."""
+    place = torch.empty_like(batch["text_ids"][:, 0])
+    false = place[: len(place) - len(place) // 2]
+    placed = {**batch, "place": place, "match_labels": place}
+    del placed["false_image"]
+    return placed | ({"false_image": batch["image"][: len(false)]} if decoded else {"false_place": false})
+
+
 @contextmanager
 def _recorded() -> Iterator[Allocations]:
     with FakeTensorMode(), torch.device("cuda"), Allocations() as allocations:
@@ -238,6 +248,7 @@ def _peak_of_step(
     backend: str,
     dtype: torch.dtype | None,
     lasting: bool,
+    decoded: bool,
     **sizes: int,
 ) -> dict[str, float]:
     """Bytes by part at the peak of forward and backward."""
@@ -246,6 +257,8 @@ def _peak_of_step(
         network = _network(config, step, backend)
         allocations.section = "batch"
         batch = _batch(config, **sizes)
+        if not objectives.hard_negatives:
+            batch = _placed(batch, decoded=decoded)
         allocations.section = "gradients"
         parameters = list(network.parameters())
         sums = {parameter: torch.empty_like(parameter) for parameter in parameters} if lasting else None

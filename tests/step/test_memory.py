@@ -27,10 +27,11 @@ def training(config, step, rows, accumulation, backend="auto", run=None):
     """A model and a function that takes a step of training with AdamW; ``run`` does forward and backward."""
     model = SCLModel(config, DATASET, step).train().set_backend(backend)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    images = torch.ones(2, rows, 3, config.image_size, config.image_size).unbind()
+    image = torch.ones(rows, 3, config.image_size, config.image_size)
     ids = torch.full((rows, LENGTH), 5)
-    batch = {"image": images[0], "false_image": images[1], "text_ids": ids, "text_mask": ids > 0}
-    batch["text_tokens"] = rows * LENGTH
+    place = torch.arange(rows)
+    batch = {"image": image, "text_ids": ids, "text_mask": ids > 0, "text_tokens": rows * LENGTH, "place": place}
+    batch |= {"match_labels": place % 2, "false_image": image[::2].clone()}
 
     def take():
         optimizer.zero_grad()
