@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sclkern", description="Vision-language pre-training with SCL.")
     parser.add_argument("--version", action="version", version=f"sclkern {__version__}")
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
-    for add in (_pretrain, _plan, _configs, _convert, _parity, _bench, _profile, _warmup, _doctor):
+    for add in (_pretrain, _plan, _configs, _convert, _export, _parity, _bench, _profile, _warmup, _doctor):
         add(commands)
     return parser
 
@@ -101,6 +101,22 @@ def _convert(commands: Commands) -> None:
     command.add_argument("--image-size", type=int, help="resize the position table to this resolution in pixels")
     command.add_argument(
         "--allow-mismatch", action="store_true", help="accept missing and unexpected tensors, and list them"
+    )
+
+
+def _export(commands: Commands) -> None:
+    command = _add(
+        commands,
+        "export",
+        help="write the model of a run or a checkpoint",
+        description="Read the newest checkpoint of a run, or the one that is given, a file or a folder of FSDP, and "
+        "write its model: config.json, model.safetensors and the tokenizer for from_pretrained, or model.ckpt under "
+        "the published names, which convert and from_reference read.",
+    )
+    command.add_argument("source", help="folder of a run, or one of its checkpoints, such as RUN/checkpoints/best.pt")
+    command.add_argument("--output", required=True, metavar="FOLDER", help="folder to write")
+    command.add_argument(
+        "--format", choices=("safetensors", "published"), default="safetensors", help="default: safetensors"
     )
 
 

@@ -88,6 +88,26 @@ def open_directory(config: PretrainConfig, *, resume: bool) -> SavedRun | None:
     return saved
 
 
+def read_newest(source: Path) -> SavedRun:
+    """Read a checkpoint, or the newest of a run that is whole.
+
+    Args:
+        source: folder of a run, or one of its checkpoints.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        UserError: there is none, or it cannot be used.
+    """
+    paths = checkpoints_of(source / "checkpoints")
+    return _newest_whole(paths or [source / "checkpoints" / "latest.pt" if _is_run(source) else source])
+
+
+def _is_run(source: Path) -> bool:
+    return source.is_dir() and not (source / "state.pt").exists()
+
+
 def _newest_whole(paths: list[Path]) -> SavedRun:
     """Read the first of these checkpoints that was not damaged since it was written."""
     damaged: list[Path] = []

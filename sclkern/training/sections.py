@@ -5,9 +5,11 @@ Each field's line under ``Attributes`` is also what ``sclkern configs --keys`` p
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 from sclkern.errors import UserError
@@ -32,6 +34,15 @@ _PATH = "a path that is not empty and does not begin with '~', without NUL; writ
 
 def _written_out(path: str) -> bool:
     return bool(path.strip()) and not path.startswith("~") and "\0" not in path
+
+
+def _is_time(value: int | str) -> bool:
+    if isinstance(value, int):
+        return value >= 0
+    with contextlib.suppress(ValueError):
+        datetime.fromisoformat(value)
+        return len(value) > 10  # with an hour
+    return False
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,8 @@ class RunConfig:
         output_dir: folder the run writes.
         max_steps: optimiser steps of the whole schedule.
         stop_at: step after which the run saves and stops, with the schedule unchanged; null runs to max_steps.
+        stop_before: local time, such as "2026-12-31 08:00", before which the run is saved and has ended; a number is
+            seconds before the end of its SLURM job; null is no time.
         batch_size: pairs that one process takes in one forward pass.
         accumulation: forward passes accumulated for one optimiser step.
         contrastive_batch: pairs that ITC, MVSC and MLSC contrast with each other: null takes those of one forward pass
@@ -161,11 +174,13 @@ class RunConfig:
         save_every: steps between checkpoints; 0 saves before validations and at the end only.
         keep: checkpoints that are kept: latest.pt and those before it; best.pt is kept beside them.
         val_every: steps between validations; 0 validates at the end only.
+        watchdog_seconds: time without progress after which a process is taken to hang and ends the run; 0 never does.
     """
 
     output_dir: str = "runs/pretrain"
     max_steps: int = 1000
     stop_at: int | None = None
+    stop_before: int | str | None = None
     batch_size: int = 64
     accumulation: int = 1
     contrastive_batch: int | None = None
@@ -181,13 +196,15 @@ class RunConfig:
     save_every: int = 500
     keep: int = 3
     val_every: int = 0
+    watchdog_seconds: int = 1200
 
     def __post_init__(self) -> None:
         counts = ("max_steps", "stop_at", "batch_size", "accumulation", "log_every", "keep", "preflight_seconds")
         _check(self, lambda value: value >= 1, "1 or more", *counts)
         _check(self, lambda value: value >= 2, "2 or more", "contrastive_batch")
-        _check(self, lambda value: value >= 0, "0 or more", "seed", "save_every", "val_every")
+        _check(self, lambda value: value >= 0, "0 or more", "seed", "save_every", "val_every", "watchdog_seconds")
         _check(self, _written_out, _PATH, "output_dir")
+        _check(self, _is_time, "a local time such as '2026-12-31 08:00', or 0 or more seconds", "stop_before")
 
 
 @dataclass(frozen=True)
