@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from sclkern.cli.parser import build_parser
-from sclkern.errors import Interrupted, UserError, WorkerError
+from sclkern.errors import Interrupted, RankError, UserError, WorkerError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(options.name, str(error))
     except WorkerError as error:
         return _fail(options.name, str(error), status=3)
+    except RankError as error:
+        # Without a message where another process prints it.
+        return _fail(options.name, str(error), status=error.status) if str(error) else error.status
     except BrokenPipeError:
         # The reader, such as head, has read enough. Python would complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,23 +10,42 @@ from sclkern.errors import Interrupted
 from sclkern.ops.dispatch import TRITON_INSTALLED, interpreted
 from sclkern.tools import warmup
 from sclkern.training.loop import Pretraining
+from sclkern.training.preflight import join_world
 from sclkern.training.signals import StopSignals
+from sclkern.training.world import World
 
 log = logging.getLogger("sclkern.training")
 
 
 def run(options: argparse.Namespace) -> int:
     """Train until the end of the schedule, ``run.stop_at`` or a signal."""
-    with StopSignals() as stop:
-        training = Pretraining(load(options.config, options.overrides), resume=options.resume, stop=stop)
-        _compile(training)
+    config = load(options.config, options.overrides)
+    # A process that joins takes no signals: it has nothing to save, and the others may not come.
+    with join_world(config) as world, StopSignals() as stop:
+        _log_of_rank(world, stop)
+        training = Pretraining(config, resume=options.resume, stop=stop, world=world)
+        if world.local_rank == 0:
+            _compile(training)
+        world.barrier()
         finished = training.run()
         try:
-            if finished and not stop.requested:
+            if finished and training.all_go_on():
                 _finish(training, stop)
         except Interrupted:
             log.warning("stopped before the report; write it with --resume")
     return 0
+
+
+def _log_of_rank(world: World, stop: StopSignals) -> None:
+    """Of many processes rank 0 alone reports; the warnings of the others have their rank."""
+    if world.main:
+        return
+    stop.quiet = True
+    logging.getLogger().setLevel(logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(logging.Formatter(f"{world.name}: %(message)s"))
+    # Undecodable images are counted together.
+    logging.getLogger("sclkern.data").setLevel(logging.ERROR)
 
 
 def _compile(training: Pretraining) -> None:
@@ -48,4 +67,5 @@ def _finish(training: Pretraining, stop: StopSignals) -> None:
     stop.check()
     with stop.stage("stops; the run is saved, and --resume writes its report", patience=0, anywhere=True):
         report = training.report()
-    print(f"model: {model}\nreport: {report}")
+    if training.world.main:
+        print(f"model: {model}\nreport: {report}")

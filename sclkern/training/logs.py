@@ -104,3 +104,28 @@ class RunLog:
         for stream in (self._board, self._file):
             with contextlib.suppress(OSError):
                 stream.close()
+
+
+class SilentLog:
+    """Takes what a ``RunLog`` takes, and writes nothing: the log of every process but rank 0."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def describe(self, step: int, values: Mapping[str, str]) -> None:
+        """Nothing."""
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def progress(self, losses: Mapping[str, float], pairs_per_second: float) -> None:
+        """Nothing."""
+
+    def advance(self) -> None:
+        """Nothing."""
+
+    def message(self, text: str) -> None:
+        """Nothing."""

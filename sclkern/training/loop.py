@@ -7,7 +7,8 @@ therefore needs no generator state, and a resumed run computes what an uninterru
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+import signal
+from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,23 @@ import torch
 from torch import Tensor
 
 from sclkern.data.undecodable import UndecodableImages
-from sclkern.distributed import world_size
 from sclkern.errors import Interrupted, UserError, WorkerError
+from sclkern.evaluation.retrieval import RetrievalResult
 from sclkern.model import SCLModel
 from sclkern.profiling import phase
 from sclkern.random import mix_seed, step_seed
-from sclkern.step import check_capture, check_objectives
+from sclkern.step import SCLLosses, check_capture, check_objectives
 from sclkern.training.checkpoint import remedy
 from sclkern.training.choices import check_choices, describe_choices
 from sclkern.training.clock import StepClock
 from sclkern.training.config import PretrainConfig
 from sclkern.training.data import data_difference, open_data
-from sclkern.training.directory import begin, lock_directory, open_directory
+from sclkern.training.directory import SavedRun, begin, lock_directory, open_directory
 from sclkern.training.evaluation import RunEvaluation
 from sclkern.training.health import FiniteCheck
-from sclkern.training.logs import RunLog, read_metrics
+from sclkern.training.logs import RunLog, SilentLog, read_metrics
 from sclkern.training.optim import build_optimizer, schedule_factor, set_learning_rate
+from sclkern.training.parallel import check_parallel, share_model
 from sclkern.training.passes import Passes
 from sclkern.training.report import RunSummary, write_report
 from sclkern.training.saving import CheckpointWriter
@@ -39,6 +41,7 @@ from sclkern.training.setup import initial_model, resolve_device
 from sclkern.training.signals import StopSignals
 from sclkern.training.state import TrainingState
 from sclkern.training.throughput import Throughput, precision_remark
+from sclkern.training.world import Agreement, World
 
 log = logging.getLogger("sclkern.training")
 
@@ -53,25 +56,40 @@ class Pretraining:
         config: the resolved configuration.
         resume: whether to continue from ``checkpoints/latest.pt`` of the output folder, if there is one.
         stop: the signals that stop it; None takes them during ``run``.
+        world: the processes that train together, each of which makes the same calls; None is this one by itself.
 
     Raises:
         UserError: the configuration, the data or the folder cannot work.
     """
 
-    def __init__(self, config: PretrainConfig, *, resume: bool = False, stop: StopSignals | None = None) -> None:
+    def __init__(
+        self,
+        config: PretrainConfig,
+        *,
+        resume: bool = False,
+        stop: StopSignals | None = None,
+        world: World | None = None,
+    ) -> None:
         self.config = config
+        self.world = World() if world is None else world
         self.stop = StopSignals() if stop is None else stop
+        self.stop.alone = self.world.size == 1
+        self.agreement = Agreement(self.world)
+        self._agreed_to_stop = False
+        # Of this step; the other processes do not know them yet.
+        self._undecodable: dict[str, str] = {}
         self._updating = False
         self.directory = Path(config.run.output_dir)
-        self.device = resolve_device(config.run.device)
+        self.device = resolve_device(config.run.device, self.world)
         if config.run.cuda_graphs:
             check_capture(self.device, config.step)
         check_choices(config, self.device)
         check_objectives(config.model, config.objectives)
+        check_parallel(config, self.world)
         # Before anything is read: the run that still holds the folder may save another step.
-        self._lock = lock_directory(self.directory)
-        saved = open_directory(config, resume=resume)
-        self.data = open_data(config, self.device)
+        self._lock = lock_directory(self.directory) if self.world.main else None
+        saved = self._open_directory(resume)
+        self.data = open_data(config, self.device, rank=self.world.rank, world_size=self.world.size)
         if saved and "data" in saved.state:
             difference = data_difference(saved.state["data"], self.data.identity)
             if difference:
@@ -82,7 +100,9 @@ class Pretraining:
         # A resumed run needs no other weights, nor the file they once came from.
         model = SCLModel(config.model, config.objectives) if saved else initial_model(config)
         model.step = config.step
-        self.model = model.set_backend(config.run.backend).set_layer_norm(config.run.layer_norm).to(self.device)
+        model.set_backend(config.run.backend).set_layer_norm(config.run.layer_norm).to(self.device)
+        self.parallel = share_model(model, config, self.world)
+        self.model = self.parallel.model
         self.optimizer = build_optimizer(self.model, config.optimizer)
         undecodable = UndecodableImages(self.data.train_source.num_images)
         self.state = TrainingState(self.model, self.optimizer, undecodable)
@@ -96,7 +116,8 @@ class Pretraining:
             keep=config.run.keep,
             latest_step=self.state.saved_step,
         )
-        self.passes = Passes(self.model, config, self.device)
+        self.parallel.begin()
+        self.passes = Passes(self.parallel, config, self.device)
         self.evaluation = RunEvaluation(config, self.data, self.passes, self.state.undecodable, self.stop)
         self.finite = FiniteCheck(self.model, self.device)
         self.clock = StepClock()
@@ -104,7 +125,29 @@ class Pretraining:
         self.throughput = Throughput(config, self.data.caption_lengths, pad_to_max, self.device)
         if remark := precision_remark(self.device, config.run.precision):
             log.warning(remark)
-        begin(config, saved)
+        if self.world.main:
+            begin(config, saved)
+
+    def _open_directory(self, resume: bool) -> SavedRun | None:
+        """What rank 0 finds in the folder of the run, on every rank."""
+        found = open_directory(self.config, resume=resume) if self.world.main else None
+        content = self.world.broadcast(None if found is None else vars(found))
+        return None if content is None else SavedRun(**content)
+
+    def _open_log(self) -> RunLog | SilentLog:
+        if not self.world.main:
+            return SilentLog()
+        state = self.state
+        return RunLog(self.directory, start=state.step, total=self.config.run.max_steps, validated=state.validated)
+
+    @property
+    def _stopping(self) -> bool:
+        """Whether a signal has come; of many processes, whether they have agreed to stop because one has come."""
+        return self.stop.requested if self.world.size == 1 else self._agreed_to_stop
+
+    def all_go_on(self) -> bool:
+        """Whether no process has received a signal; called by all processes."""
+        return not any(self.world.gather(self.stop.requested))
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -126,23 +169,23 @@ class Pretraining:
         if state.step < last or self._validation_is_due():
             with (
                 self.stop,
-                RunLog(self.directory, start=state.step, total=run.max_steps, validated=state.validated) as run_log,
+                self._open_log() as run_log,
                 closing(self.batches()) as batches,
                 self.stop.stage("the run is saved and stops", patience=None),
             ):
                 run_log.message(self.evaluation.describe() + (f"; from step {state.step}" if state.step else ""))
                 run_log.describe(state.step, describe_choices(self.config))
                 self._run_saved(batches, run_log, last)
-            if self.stop.number is not None:
+            if self._stopping:
                 if state.saved_step < 0:
-                    raise Interrupted(self.stop.number)
+                    raise Interrupted(self.stop.number or signal.SIGTERM)
                 log.warning("stopped at step %d, saved; go on with --resume", state.saved_step)
         elif state.step < run.max_steps:
             log.warning("nothing to do: step %d is saved, and run.stop_at is %d; raise it, or set it to null to go on",
                         state.step, run.stop_at)  # fmt: skip
         return state.step >= run.max_steps and not self._validation_is_due()
 
-    def _run_saved(self, batches: Generator[dict[str, Any]], run_log: RunLog, last: int) -> None:
+    def _run_saved(self, batches: Generator[dict[str, Any]], run_log: RunLog | SilentLog, last: int) -> None:
         """Train to step ``last``, and save what was trained however that ends."""
         try:
             with suppress(Interrupted):
@@ -164,17 +207,17 @@ class Pretraining:
                 raise
             log.warning("after the signal: %s: %s", type(error).__name__, str(error).partition("\n")[0])
 
-    def _train(self, batches: Generator[dict[str, Any]], run_log: RunLog, last: int) -> None:
+    def _train(self, batches: Generator[dict[str, Any]], run_log: RunLog | SilentLog, last: int) -> None:
         run, state = self.config.run, self.state
         if self._validation_is_due():  # the run was stopped within it
             self._validate_saved(run_log)
         self.clock.restart()
-        while state.step < last and not self.stop.requested:
+        while state.step < last and not self._stopping:
             self.writer.check()
             awaited = f"step {state.step + 1} is taken and saved, then the run stops; a second signal leaves it out"
             with self.stop.stage(awaited, patience=1):
                 self.train_step(batches, run_log)
-            if self._validation_is_due() and not self.stop.requested:
+            if self._validation_is_due() and not self._stopping:
                 self._validate_saved(run_log)
                 self.clock.restart()
             if _due(state.step, run.save_every):
@@ -185,10 +228,10 @@ class Pretraining:
         return f"the checkpoint of step {saved} is kept" if saved >= 0 else "no step was saved"
 
     def batches(self) -> Generator[dict[str, Any]]:
-        """Micro-batches from the current step on, epoch after epoch."""
+        """Micro-batches of this process from the current step on, epoch after epoch."""
         return self.data.train_loader.steps(self.state.step)
 
-    def train_step(self, batches: Generator[dict[str, Any]], run_log: RunLog) -> None:
+    def train_step(self, batches: Generator[dict[str, Any]], run_log: RunLog | SilentLog) -> None:
         """Take one optimiser step.
 
         Args:
@@ -204,15 +247,15 @@ class Pretraining:
         # Without an argument: apex's takes none, and clears gradients as torch's does.
         self.optimizer.zero_grad()
         values: dict[str, Tensor] = {}
-        for _ in range(run.accumulation):
-            with self.clock.waiting(), phase("data wait"), self.stop.interruptible():
-                batch = next(batches)
-            state.undecodable.add(batch.pop("undecodable"))
-            losses = self.passes.forward_backward(batch, step_seed(run.seed, state.step))
+        for losses in self._losses(batches):
             for name, value in {**losses.named(), **losses.metrics}.items():
                 share = value.detach() / run.accumulation
                 values[name] = values[name] + share if name in values else share
-        values["grad_norm"] = self._clip_gradients()
+        # Answered while the weights are updated.
+        self.agreement.ask(self.stop.requested, bool(self._undecodable))
+        self.parallel.finish_gradients()
+        with phase("gradient norm"):
+            values["grad_norm"] = self.parallel.clip_gradients(self.config.optimizer.max_grad_norm)
         self.finite.observe(values["total"], values["grad_norm"])
         if self.device.type == "cpu":
             self.finite.require(state.step + 1, state.saved_step, values)
@@ -223,21 +266,43 @@ class Pretraining:
         self._updating = False
         self.clock.count_step()
         run_log.advance()
+        self._agreed_to_stop, found = self.agreement.answer()
+        if found:
+            self._count_undecodable()
         if state.step == 1 or state.step % run.log_every == 0:
             self.finite.require(state.step, state.saved_step, values)
-            self._log_step({name: value.item() for name, value in values.items()}, list(losses.named()), run_log)
+            self._log_step({name: value.item() for name, value in values.items()}, run_log)
             self.clock.restart()
 
-    def _clip_gradients(self) -> Tensor:
-        """Clip the gradients to ``optimizer.max_grad_norm`` and return their norm before."""
-        limit = self.config.optimizer.max_grad_norm
-        with phase("gradient norm"):
-            return torch.nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
+    def _losses(self, batches: Generator[dict[str, Any]]) -> Iterator[SCLLosses]:
+        """The losses of each micro-batch of a step, whose gradients have been added."""
+        run = self.config.run
+        seed = step_seed(run.seed, self.state.step)
+        if run.contrastive_batch is not None:
+            yield from self.passes.contrast_all([self._next(batches) for _ in range(run.accumulation)], seed)
+            return
+        for micro in range(run.accumulation):
+            yield self.passes.forward_backward(self._next(batches), seed, last=micro == run.accumulation - 1)
 
-    def _log_step(self, values: dict[str, float], losses: list[str], run_log: RunLog) -> None:
+    def _next(self, batches: Generator[dict[str, Any]]) -> dict[str, Any]:
+        with self.clock.waiting(), phase("data wait"), self.stop.interruptible():
+            batch = next(batches)
+        self._undecodable |= batch.pop("undecodable")
+        return batch
+
+    def _count_undecodable(self) -> None:
+        for found in self.world.gather(self._undecodable):
+            self.state.undecodable.add(found)
+        self._undecodable = {}
+
+    def _log_step(self, values: dict[str, float], run_log: RunLog | SilentLog) -> None:
+        """Log the means over the processes."""
         run = self.config.run
         step_seconds, data_seconds = self.clock.mean_seconds()
-        rate = run.batch_size * run.accumulation / step_seconds
+        means = self.world.mean({**values, "step_seconds": step_seconds, "data_seconds": data_seconds})
+        step_seconds, data_seconds = means.pop("step_seconds"), means.pop("data_seconds")
+        values, rate = means, self.world.size * run.batch_size * run.accumulation / step_seconds
+        losses = ("total", *(objective.name for objective in self.config.objectives.selected))
         run_log.progress({name: values[name] for name in losses}, rate)
         values |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "pairs_per_second": rate}
         values |= {"step_seconds": step_seconds, "data_seconds": data_seconds, **self.throughput.at(rate)}
@@ -252,7 +317,7 @@ class Pretraining:
         step, run = self.state.step, self.config.run
         return step > self.state.validated and step > 0 and (step == run.max_steps or _due(step, run.val_every))
 
-    def _validate_saved(self, run_log: RunLog) -> None:
+    def _validate_saved(self, run_log: RunLog | SilentLog) -> None:
         """Validate when the steps are saved: it takes long, and the memory of retrieval."""
         if self.state.unsaved:
             self.save("latest")
@@ -261,7 +326,7 @@ class Pretraining:
         with self.stop.stage(awaited, patience=1):
             self.validate(run_log)
 
-    def validate(self, run_log: RunLog) -> None:
+    def validate(self, run_log: RunLog | SilentLog) -> None:
         """Log losses and retrieval on the held-out pairs, and save ``checkpoints/best.pt`` if they are the best so far.
 
         Recipes without the ITC head cannot retrieve; the lowest total loss is their best.
@@ -273,12 +338,13 @@ class Pretraining:
             UserError: undecodable images above 1 %.
         """
         self.model.eval()
-        values = self.evaluation.held_out_losses()
-        score, line = -values["total"], ""
-        if self.evaluation.ranks:
-            result = self.evaluation.retrieval()
-            values |= {**result.recalls, "recall_sum": result.sum}
-            score, line = result.sum, f", {result.line()}"
+        with self.passes.whole_model():
+            values = self.evaluation.held_out_losses()
+            score, line = -values["total"], ""
+            if self.evaluation.ranks:
+                result = self.evaluation.retrieval()
+                values |= {**result.recalls, "recall_sum": result.sum}
+                score, line = result.sum, f", {result.line()}"
         run_log.write("val", self.state.step, values)
         run_log.message(f"step {self.state.step}: held-out loss {values['total']:.2f}{line}")
         self.state.validated = self.state.step
@@ -309,10 +375,13 @@ class Pretraining:
             content = {
                 "config": self.config.to_dict(),
                 "data": self.data.identity,
-                "global_batch": world_size() * self.config.run.batch_size * self.config.run.accumulation,
+                "global_batch": self.world.size * self.config.run.batch_size * self.config.run.accumulation,
                 **state.state_dict(),
             }
-            self.writer.save(name, content, whole)
+            if self.world.main:
+                self.writer.save(name, content, whole)
+            else:
+                whole()
 
     def _save_if_possible(self) -> None:
         """Save after a failure, which is what will be reported; never weights that are updated by half."""
@@ -325,30 +394,45 @@ class Pretraining:
                 self.writer.wait()
 
     def export(self) -> Path:
-        """Write the model and its tokenizer to ``model/`` for ``SCLModel.from_pretrained``."""
+        """Write the model and its tokenizer to ``model/`` for ``SCLModel.from_pretrained``; called by all processes."""
         path = self.directory / "model"
-        self.model.save_pretrained(path)
+        with self.parallel.whole_model() as model:
+            if self.world.main:
+                self._export(model, path)
+        self.world.barrier()
+        return path
+
+    def _export(self, model: SCLModel, path: Path) -> None:
+        model.save_pretrained(path)
         try:
             self.data.tokenizer.save_pretrained(path)
         except Exception as error:  # the tokenizers library raises a bare Exception for a full disk
             raise UserError(f"{path}: the tokenizer cannot be written ({error}); free space, then --resume") from error
-        return path
 
     def report(self) -> Path:
-        """Write ``report.md``, ``losses.png`` and ``attention.png`` into the run's folder.
+        """Write ``report.md``, ``losses.png`` and ``attention.png`` into the run's folder; called by all processes.
 
         Returns:
             The path of the report.
         """
+        self.model.eval()
+        with self.passes.whole_model():
+            retrieval = self.evaluation.retrievals()
+            if self.world.main:
+                self._report(retrieval)
+        self.world.barrier()
+        return self.directory / "report.md"
+
+    def _report(self, retrieval: dict[str, RetrievalResult]) -> None:
         summary = RunSummary(
             description=self.evaluation.describe(),
             rows=read_metrics(self.directory / "metrics.jsonl"),
-            retrieval=self.evaluation.retrievals(),
+            retrieval=retrieval,
             rerank=self.evaluation.rerank,
             attention=self.evaluation.plot_attention(self.directory / "attention.png"),
             undecodable={name: len(images) for name, images in self.evaluation.undecodable.items()},
         )
-        return write_report(summary, self.directory)
+        write_report(summary, self.directory)
 
 
 def _due(step: int, every: int) -> bool:

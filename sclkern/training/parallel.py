@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,19 +30,25 @@ class Parallel:
     """One process by itself.
 
     Args:
-        model: on its device, with the weights that training starts from.
+        model: on its device.
+        world: the processes.
 
     Attributes:
+        world: the processes.
         model: the model, whose parameters the optimiser updates.
         call: the model as training calls it.
     """
 
+    world: World
     model: SCLModel
     call: Callable[..., Any]
 
-    def __init__(self, model: SCLModel) -> None:
-        self.model = model
+    def __init__(self, model: SCLModel, world: World) -> None:
+        self.model, self.world = model, world
         self.call = model
+
+    def begin(self) -> None:
+        """Begin to train: the weights are those that training starts from, and the optimiser has its groups."""
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         """Context of the forward and backward of a micro-batch.
@@ -77,11 +83,12 @@ class Parallel:
 
 
 class _Ddp(Parallel):
-    def __init__(self, model: SCLModel) -> None:
-        super().__init__(model)
-        # Weights come from rank 0. Every parameter that takes part has a gradient.
-        self._wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        self.call = self._wrapped
+    _wrapped: DistributedDataParallel
+
+    def begin(self) -> None:
+        _leave_out_unreached(self.model)
+        # Weights come from rank 0.
+        self.call = self._wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
@@ -92,9 +99,8 @@ class _Ddp(Parallel):
 class _AfterReplay(Parallel):
     """Gradients of CUDA graphs, whose buffers are averaged when the last replay has written them."""
 
-    def __init__(self, model: SCLModel) -> None:
-        super().__init__(model)
-        _take_weights_of_rank_0(model)
+    def begin(self) -> None:
+        _take_weights_of_rank_0(self.model)
 
     def finish_gradients(self) -> None:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
@@ -108,8 +114,7 @@ class _AfterReplay(Parallel):
 
 class _Fsdp(Parallel):
     def __init__(self, model: SCLModel, world: World) -> None:
-        super().__init__(model)
-        self.world = world
+        super().__init__(model, world)
         _take_weights_of_rank_0(model)
         mesh = init_device_mesh(next(model.parameters()).device.type, (world.size,))
         # FSDP cannot cut what has no dimension: each process keeps the temperature.
@@ -118,6 +123,11 @@ class _Fsdp(Parallel):
             if isinstance(module, (PreNormBlock, PostNormBlock)):
                 fully_shard(module, mesh=mesh)
         fully_shard(model, mesh=mesh, ignored_params=self._kept)
+        # Besides ``forward``, what training calls from outside.
+        register_fsdp_forward_method(model, "contrast_features")
+
+    def begin(self) -> None:
+        _leave_out_unreached(self.model)
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
@@ -142,10 +152,10 @@ class _Fsdp(Parallel):
 
 
 def share_model(model: SCLModel, config: PretrainConfig, world: World) -> Parallel:
-    """Let the processes of a run train one model. Its optimiser is built afterwards.
+    """Let the processes of a run train one model. Its optimiser is built afterwards, and then ``begin`` is called.
 
     Args:
-        model: on its device; the weights of rank 0 are taken by all.
+        model: on its device.
         config: of the run, checked by ``check_parallel``.
         world: the processes.
 
@@ -153,13 +163,13 @@ def share_model(model: SCLModel, config: PretrainConfig, world: World) -> Parall
         What trains it.
     """
     if world.size == 1:
-        return Parallel(model)
+        return Parallel(model, world)
     if config.run.parallel == "fsdp":
         return _Fsdp(model, world)
-    return _AfterReplay(model) if config.run.cuda_graphs else _Ddp(model)
+    return (_AfterReplay if config.run.cuda_graphs else _Ddp)(model, world)
 
 
-def leave_out_unreached(model: SCLModel) -> None:
+def _leave_out_unreached(model: SCLModel) -> None:
     """Take parameters that no loss of the recipe reaches out of the gradient, so that no process waits for theirs.
 
     The optimiser keeps them in its groups, and skips them as it skips any parameter without a gradient.
@@ -215,8 +225,15 @@ def check_parallel(config: PretrainConfig, world: World) -> None:
                 "optimizer.name: got 'apex' with run.parallel=fsdp, whose parts of weights apex cannot update; set it "
                 "to adamw, or run.parallel=ddp"
             )
+    if run.contrastive_batch is None:
+        return
+    if run.cuda_graphs:
+        raise UserError(
+            "run.cuda_graphs: got true with run.contrastive_batch, whose second pass takes gradients that no "
+            "recording has; set run.cuda_graphs=false or run.contrastive_batch=null"
+        )
     rows = world.size * run.batch_size
-    if run.contrastive_batch is not None and run.contrastive_batch != rows * run.accumulation:
+    if run.contrastive_batch != rows * run.accumulation:
         needed, rest = divmod(run.contrastive_batch, rows)
         remedy = (
             f"set run.accumulation={needed}"

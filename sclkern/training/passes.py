@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,21 +11,30 @@ from torch import Tensor
 
 from sclkern.model import SCLModel
 from sclkern.profiling import phase
-from sclkern.step import CapturedStep, SCLLosses
+from sclkern.step import CapturedStep, SCLLosses, contrast_batch, target_counts
 from sclkern.training.config import PretrainConfig
+from sclkern.training.parallel import Parallel
 
 
 class Passes:
     """Losses and gradients of batches, at the precision of a configuration.
 
     Args:
-        model: on its device.
+        parallel: what trains the model.
         config: of the run: ``run.precision``, ``run.accumulation`` and ``run.cuda_graphs`` are read.
         device: the model's.
+
+    Attributes:
+        model: the model that ``forward`` runs.
+        device: of the model.
     """
 
-    def __init__(self, model: SCLModel, config: PretrainConfig, device: torch.device) -> None:
-        self.model = model
+    model: SCLModel
+    device: torch.device
+
+    def __init__(self, parallel: Parallel, config: PretrainConfig, device: torch.device) -> None:
+        self.parallel = parallel
+        self.model = parallel.model
         self.device = device
         self.accumulation = config.run.accumulation
         # Copies of a batch run beside the step before, whose kernels the host has launched already.
@@ -31,7 +42,15 @@ class Passes:
         self._precision = torch.bfloat16 if config.run.precision == "bfloat16" else None
         self._captured = None
         if config.run.cuda_graphs:
-            self._captured = CapturedStep(model, precision=self._precision, scale=1 / self.accumulation)
+            self._captured = CapturedStep(self.model, precision=self._precision, scale=1 / self.accumulation)
+
+    @contextmanager
+    def whole_model(self) -> Iterator[None]:
+        """Inside, ``model`` has all of its weights in this process, which computes by itself; entered by all."""
+        trained = self.model
+        with self.parallel.whole_model() as self.model:
+            yield
+        self.model = trained
 
     def forward(self, batch: dict[str, Any], seed: int) -> SCLLosses:
         """Compute the losses of a batch.
@@ -43,28 +62,61 @@ class Passes:
         Returns:
             The losses with their graph.
         """
-        # Dropout draws from torch's generator: seeded for each micro-batch, it needs no state in the checkpoint.
-        torch.manual_seed(seed)
-        batch = copied(batch, self.device, self._copies)
-        with torch.autocast(self.device.type, self._precision, enabled=self._precision is not None):
-            return self.model(batch, seed=seed)
+        return self._run(self.model, copied(batch, self.device, self._copies), seed)
 
-    def forward_backward(self, batch: dict[str, Any], seed: int) -> SCLLosses:
+    def forward_backward(self, batch: dict[str, Any], seed: int, *, last: bool = True) -> SCLLosses:
         """Compute the losses of a micro-batch and add its share of the gradient to each parameter's ``.grad``.
 
         Args:
             batch: as in ``forward``.
             seed: as in ``forward``.
+            last: whether it is the last micro-batch of a step, after which the processes average their gradients.
 
         Returns:
             The losses.
         """
+        batch = copied(batch, self.device, self._copies)
+        counts = None
+        if self.parallel.world.size > 1:
+            counts = target_counts(self.model.config, self.model.objectives, [batch], seed)
         if self._captured is not None:
-            return self._captured(copied(batch, self.device, self._copies), seed)
-        losses = self.forward(batch, seed)
-        with phase("backward"):
-            (losses.total / self.accumulation).backward()
+            return self._captured(batch, seed, counts=counts)
+        with self.parallel.accumulating(last):
+            losses = self._run(self.parallel.call, batch, seed, counts=counts)
+            with phase("backward"):
+                (losses.total / self.accumulation).backward()
         return losses
+
+    def contrast_all(self, batches: list[dict[str, Any]], seed: int) -> Iterator[SCLLosses]:
+        """As ``forward_backward`` of each micro-batch of a step, whose contrasts see all of them over all processes.
+
+        Args:
+            batches: all micro-batches of the step.
+            seed: as in ``forward``.
+
+        Yields:
+            The losses of each micro-batch.
+        """
+        model = self.model
+        batches = [copied(batch, self.device, self._copies) for batch in batches]
+        counts = target_counts(model.config, model.objectives, batches, seed)
+        with phase("contrastive batch"), self._autocast():
+            contrasts = contrast_batch(model, batches, seed)
+        for number, (batch, contrast) in enumerate(zip(batches, contrasts, strict=True)):
+            with self.parallel.accumulating(last=number == len(batches) - 1):
+                losses = self._run(self.parallel.call, batch, seed, counts=counts, contrast=contrast)
+                with phase("backward"):
+                    (losses.total / len(batches)).backward()
+            yield losses
+
+    def _run(self, model: Callable[..., SCLLosses], batch: dict[str, Any], seed: int, **options: Any) -> SCLLosses:
+        # What draws from torch's generator, seeded for each step, needs no state in the checkpoint.
+        torch.manual_seed(seed)
+        with self._autocast():
+            return model(batch, seed=seed, **options)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self._precision, enabled=self._precision is not None)
 
 
 def copied(batch: dict[str, Any], device: torch.device, stream: torch.cuda.Stream | None) -> dict[str, Any]:

@@ -7,13 +7,15 @@ import torch
 from sclkern.errors import UserError
 from sclkern.model import SCLModel
 from sclkern.training.config import PretrainConfig
+from sclkern.training.world import World
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, world: World | None = None) -> torch.device:
     """Turn a device name into a device.
 
     Args:
         name: "cpu", "cuda", "cuda:N", or "auto" for a GPU if there is one.
+        world: the processes that train together, each on a GPU of its own; None is this one by itself.
 
     Returns:
         The device.
@@ -36,6 +38,12 @@ def resolve_device(name: str) -> torch.device:
             f"device: got {name!r}, but torch sees {torch.cuda.device_count()} GPUs, cuda:0 to "
             f"cuda:{torch.cuda.device_count() - 1}; use one of them"
         )
+    if device.type == "cuda" and world is not None and world.size > 1:
+        if device.index is not None:
+            raise UserError(
+                f"device: got {name!r} for {world.size} processes, each of which takes a GPU of its own; use cuda"
+            )
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

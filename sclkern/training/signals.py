@@ -37,14 +37,20 @@ class StopSignals:
     counts nothing.
 
     Attributes:
+        alone: whether this process may stop by itself; of many that train together, none leaves what all take part in.
+        quiet: whether signals are not answered by a line.
         count: signals that have come.
         number: the first of them; None before.
     """
 
+    alone: bool
+    quiet: bool
     count: int
     number: signal.Signals | None
 
     def __init__(self) -> None:
+        self.alone = True
+        self.quiet = False
         self.count = 0
         self.number = None
         self._handlers: dict[signal.Signals, Any] = {}
@@ -80,6 +86,8 @@ class StopSignals:
             patience: signals that do not stop the block; None lets none stop it.
             anywhere: whether the block may be left wherever it is; else where it calls ``check``.
         """
+        if not self.alone:
+            awaited, patience = awaited.partition("; a second signal")[0], None
         before, self._stage = self._stage, _Stage(awaited, patience, anywhere)
         try:
             yield
@@ -109,7 +117,8 @@ class StopSignals:
         stage = self._stage
         stops = stage.patience is not None and self.count > stage.patience
         text = "stops without waiting" if stops and self.count > 1 else stage.awaited
-        _tell(f"{signal.Signals(number).name}: {text}")
+        if not self.quiet:
+            _tell(f"{signal.Signals(number).name}: {text}")
         if stops and stage.anywhere:
             raise Interrupted(self.number)
 

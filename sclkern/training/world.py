@@ -80,11 +80,14 @@ class World:
             self._watch.stop()
         if self.store is None:
             return
+        if error is None:
+            try:
+                self.barrier()  # whoever holds the store must not end before the others have read from it
+                dist.destroy_process_group()
+            except RuntimeError as broken:
+                error = broken
         if error is not None:
             self._end_all(error)
-            return
-        self.barrier()  # whoever holds the store must not end before the others have read from it
-        dist.destroy_process_group()
 
     def _end_all(self, error: BaseException) -> None:
         """Tell the others of this failure; or, if another process has failed first, raise its failure."""
@@ -153,7 +156,7 @@ class World:
 
 
 class Agreement:
-    """Whether any rank has asked for something, found while the ranks compute.
+    """What any of the processes has to say at a step, found out while they compute.
 
     Args:
         world: the processes.
@@ -161,21 +164,22 @@ class Agreement:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._asked = torch.zeros(1, dtype=torch.int64)
-        self._work: Any = None
+        self._said: Tensor | None = None
+        self._work: dist.Work | None = None
 
-    def ask(self, wanted: bool) -> None:
-        """Begin to find out whether any rank wants it; does not wait."""
-        self._asked[0] = wanted
+    def ask(self, *flags: bool) -> None:
+        """Begin to find out for which of these any process says True; does not wait."""
+        self._said = torch.tensor(flags, dtype=torch.int64)
         if self.world.size > 1:
-            self._work = dist.all_reduce(self._asked, dist.ReduceOp.MAX, group=self.world.control, async_op=True)
+            self._work = dist.all_reduce(self._said, dist.ReduceOp.MAX, group=self.world.control, async_op=True)
 
-    def answer(self) -> bool:
-        """Whether any rank wanted it; the same on all."""
+    def answer(self) -> list[bool]:
+        """For each flag whether any process said True; the same on all."""
+        assert self._said is not None
         if self._work is not None:
             self._work.wait()
-            self._work = None
-        return bool(self._asked[0])
+        self._work = None
+        return [bool(flag) for flag in self._said.tolist()]
 
 
 # -- tensors in a message ----------------------------------------------------------------------------------------------

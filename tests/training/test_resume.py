@@ -109,14 +109,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(arguments, command, pretraining, 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(pretraining, tmp_path):
     run = pretraining()
-    original = run.passes.forward
+    original = run.passes.forward_backward
 
-    def poisoned(batch, seed):
+    def poisoned(batch, seed, **options):
         if run.state.step == 3:
             run.model.itm_head.weight.data[0, 0] = torch.nan
-        return original(batch, seed)
+        return original(batch, seed, **options)
 
-    run.passes.forward = poisoned
+    run.passes.forward_backward = poisoned
     with pytest.raises(UserError, match=r"step 4: total is not finite; the checkpoint of step 2 is kept; lower optim"):
         run.run()
     saved = final_state(tmp_path / "run")

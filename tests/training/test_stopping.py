@@ -189,10 +189,10 @@ def test_after_an_error_the_steps_are_saved(pretraining, monkeypatch, tmp_path):
     run = pretraining(run__save_every=0)
     original = run.passes.forward_backward
 
-    def fails(batch, seed):
+    def fails(batch, seed, **options):
         if run.state.step == 3:
             raise ZeroDivisionError
-        return original(batch, seed)
+        return original(batch, seed, **options)
 
     monkeypatch.setattr(run.passes, "forward_backward", fails)
     with pytest.raises(ZeroDivisionError):
