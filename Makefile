@@ -10,7 +10,7 @@ OLDEST := $(VENV)/oldest
 # Version of Triton of `make static`; the budget is recorded with 3.9.
 TRITON ?= 3.9
 
-.PHONY: demo test quick test-op test-sanitized test-models record-models test-oldest static lint api gpu
+.PHONY: demo test test-processes quick test-op test-sanitized test-models record-models test-oldest static lint api gpu
 
 # Stamped, so that an interrupted installation is done again. PIP_ARGS: further arguments of pip.
 $(VENV)/.installed: setup.py pyproject.toml
@@ -24,7 +24,12 @@ demo: $(VENV)/.installed
 	$(RUN)/sclkern pretrain --config configs/demo.yaml --resume
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not gpu and not models" -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not gpu and not models" -n $(JOBS) --dist loadfile \
+		--ignore tests/processes
+
+# Runs of several processes, which take every core already: one test at a time.
+test-processes: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -m "not gpu" tests/processes
 
 # Tiny models of transformers, timm, open_clip and torch.nn, each fused in every way.
 test-models: $(VENV)/.installed
@@ -37,7 +42,8 @@ record-models: $(VENV)/.installed
 # The quick loop, under two minutes: everything but the tests that are marked slow, which interpret or compile kernels,
 # start other processes or train.
 quick: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -m "not gpu and not slow and not models" -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -m "not gpu and not slow and not models" -n $(JOBS) --dist loadfile \
+		--ignore tests/processes
 
 # One op, under a minute: its definition, its kernel in the interpreter, and what holds for every op. make test-op OP=name
 test-op: $(VENV)/.installed

@@ -117,7 +117,7 @@ class Pretraining:
             latest_step=self.state.saved_step,
         )
         self.parallel.begin()
-        self.passes = Passes(self.parallel, config, self.device)
+        self.passes = Passes(self.model, config, self.device, self.parallel)
         self.evaluation = RunEvaluation(config, self.data, self.passes, self.state.undecodable, self.stop)
         self.finite = FiniteCheck(self.model, self.device)
         self.clock = StepClock()

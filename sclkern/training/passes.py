@@ -14,15 +14,17 @@ from sclkern.profiling import phase
 from sclkern.step import CapturedStep, SCLLosses, contrast_batch, target_counts
 from sclkern.training.config import PretrainConfig
 from sclkern.training.parallel import Parallel
+from sclkern.training.world import World
 
 
 class Passes:
     """Losses and gradients of batches, at the precision of a configuration.
 
     Args:
-        parallel: what trains the model.
+        model: on its device.
         config: of the run: ``run.precision``, ``run.accumulation`` and ``run.cuda_graphs`` are read.
         device: the model's.
+        parallel: how processes share the model; None is this process by itself.
 
     Attributes:
         model: the model that ``forward`` runs.
@@ -32,9 +34,11 @@ class Passes:
     model: SCLModel
     device: torch.device
 
-    def __init__(self, parallel: Parallel, config: PretrainConfig, device: torch.device) -> None:
-        self.parallel = parallel
-        self.model = parallel.model
+    def __init__(
+        self, model: SCLModel, config: PretrainConfig, device: torch.device, parallel: Parallel | None = None
+    ) -> None:
+        self.model = model
+        self.parallel = parallel or Parallel(model, World())
         self.device = device
         self.accumulation = config.run.accumulation
         # Copies of a batch run beside the step before, whose kernels the host has launched already.

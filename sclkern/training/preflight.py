@@ -105,7 +105,13 @@ def join_world(config: PretrainConfig) -> World:
 
 
 def gpu_of(place: Place) -> int:
-    """Index of a process's GPU among those that it sees: its own number, or 0 where it sees one.
+    """Index of a process's GPU among those that it sees.
+
+    Args:
+        place: of the process.
+
+    Returns:
+        Its number on its machine, or 0 where it sees one GPU.
 
     Raises:
         UserError: more processes than GPUs.
@@ -127,11 +133,7 @@ def _device_type(config: PretrainConfig) -> str:
 
 
 def _meet(store: dist.Store, place: Place, own: dict[str, Any], seconds: float) -> None:
-    """Wait for all ranks and compare what they have said of themselves with rank 0's.
-
-    Raises:
-        UserError: names the ranks that have not come, or the first difference.
-    """
+    """Wait for all ranks, and raise a ``UserError`` that names those that have not come, or the first difference."""
     text = json.dumps(own, sort_keys=True)
     shared = {name: value for name, value in own.items() if name not in ("machine", "gpu")}
     digest = hashlib.blake2b(json.dumps(shared, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -48,6 +48,9 @@ class World:
         control: group on CPUs for small messages, which wait for no GPU; None for one process.
     """
 
+    rank: int
+    size: int
+    local_rank: int
     control: dist.ProcessGroup | None
 
     def __init__(self, place: Place | None = None, store: dist.Store | None = None) -> None:
@@ -112,6 +115,9 @@ class World:
 
         Args:
             value: anything that pickle takes, small.
+
+        Returns:
+            One of each rank.
         """
         if self.size == 1:
             return [value]

@@ -219,7 +219,7 @@ def test_weights_that_are_updated_by_half_are_not_saved(pretraining, monkeypatch
 def test_a_process_that_the_same_signal_ended_does_not_fail_the_run(pretraining, monkeypatch, caplog, tmp_path):
     run = pretraining()
 
-    def compiler_dies(batch, seed):
+    def compiler_dies(batch, seed, **options):
         signal.raise_signal(signal.SIGTERM)
         raise RuntimeError("ptxas died\nof a signal")
 
