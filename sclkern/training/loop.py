@@ -111,12 +111,13 @@ class Pretraining:
                 self.state.load_state_dict(saved.state)
             except UserError as error:
                 raise UserError(f"{saved.path}: {error}; {remedy(saved.path)}") from error
+        self.parallel.begin()
         self.writer = CheckpointWriter(
             self.directory / "checkpoints",
             keep=config.run.keep,
             latest_step=self.state.saved_step,
+            group=self.parallel.writers,
         )
-        self.parallel.begin()
         self.passes = Passes(self.model, config, self.device, self.parallel)
         self.evaluation = RunEvaluation(config, self.data, self.passes, self.state.undecodable, self.stop)
         self.finite = FiniteCheck(self.model, self.device)
@@ -378,13 +379,15 @@ class Pretraining:
                 "global_batch": self.world.size * self.config.run.batch_size * self.config.run.accumulation,
                 **state.state_dict(),
             }
-            if self.world.main:
+            if self.world.main or self.parallel.writers is not None:
                 self.writer.save(name, content, whole)
             else:
                 whole()
 
     def _save_if_possible(self) -> None:
         """Save after a failure, which is what will be reported; never weights that are updated by half."""
+        if not self.world.main or self.parallel.writers is not None:
+            return  # rank 0 has the whole, or all would have to write
         with suppress(UserError):
             self.writer.wait()
         # The latest checkpoint is of before the validation whose best model was not written: it will be repeated.

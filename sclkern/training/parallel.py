@@ -37,13 +37,16 @@ class Parallel:
         world: the processes.
         model: the model, whose parameters the optimiser updates.
         call: the model as training calls it.
+        writers: group on CPUs of processes that each have a part of the weights and write it; None if each has all.
     """
 
     world: World
     model: SCLModel
     call: Callable[..., Any]
+    writers: dist.ProcessGroup | None
 
     def __init__(self, model: SCLModel, world: World) -> None:
+        self.writers = None
         self.model, self.world = model, world
         self.call = model
 
@@ -128,6 +131,8 @@ class _Fsdp(Parallel):
 
     def begin(self) -> None:
         _leave_out_unreached(self.model)
+        # A group of its own: checkpoints are written while training goes on.
+        self.writers = dist.new_group(backend="gloo")
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
