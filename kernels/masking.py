@@ -27,11 +27,9 @@ DRAWS = tl.constexpr(16)
 def draw(seed_ptr, ids_ptr, row, column, STREAM: tl.constexpr):
     """Three words on [0, 2**32) for each column (int32) of a row; with ids of the rows, by those."""
     zero = column * 0
-    low, high = zero + row, zero
     if ids_ptr is not None:
-        row_id = tl.load(ids_ptr + row)
-        low, high = zero + row_id.to(tl.int32), zero + (row_id >> 32).to(tl.int32)
-    key, action, token, _ = tl.philox(tl.load(seed_ptr), column, low, zero + STREAM, high)
+        row = tl.load(ids_ptr + row).to(tl.int32)
+    key, action, token, _ = tl.philox(tl.load(seed_ptr), column, zero + row, zero + STREAM, zero)
     return key.to(tl.int64), action.to(tl.int64), token.to(tl.int64)
 
 
@@ -258,7 +256,8 @@ def mask_text(
 
 
 def ahead_of_time(arch: str) -> list[dict[str, Any]]:
-    """What the static checks compile: 324 patches, captions of 50 tokens, and the widest that the kernels take."""
+    """What the static checks compile: 324 patches and captions of 50 tokens, with the ids that training gives; and the
+    widest that the kernels take."""
     entries = []
     for op, kernel, out, stream, columns in (
         ("select_patches", select_patches_kernel, "*i64", STREAM_PATCHES, 324),
@@ -266,10 +265,9 @@ def ahead_of_time(arch: str) -> list[dict[str, Any]]:
         ("select_tokens", select_tokens_kernel, "*i1", STREAM_TOKENS, 324),
     ):
         (config,) = select(op, "forward", torch.int64, arch, columns=columns)
-        entries.append(
-            static_entry(kernel, config, {"seed_ptr": "*i64", "out_ptr": out}, STREAM=stream, row_ids_ptr=None)
-        )
-    signature = dict.fromkeys(("ids_ptr", "lengths_ptr", "seed_ptr", "out_ptr"), "*i64")
+        signature = {"seed_ptr": "*i64", "row_ids_ptr": "*i64", "out_ptr": out}
+        entries.append(static_entry(kernel, config, signature, STREAM=stream, **_without_ids(columns, MAX_PATCHES)))
+    signature = dict.fromkeys(("ids_ptr", "lengths_ptr", "seed_ptr", "row_ids_ptr", "out_ptr"), "*i64")
     signature |= {"selected_ptr": "*i1", "ratio": "fp64"}
     for completion, published, columns in (
         (False, False, 50),
@@ -280,6 +278,11 @@ def ahead_of_time(arch: str) -> list[dict[str, Any]]:
     ):
         (config,) = select("mask_text", "forward", torch.int64, arch, columns=columns)
         stream = STREAM_COMPLETION if completion else STREAM_MLM
-        constants = {"COMPLETION": completion, "PUBLISHED": published, "STREAM": stream, "row_ids_ptr": None}
+        constants: dict[str, Any] = {"COMPLETION": completion, "PUBLISHED": published, "STREAM": stream}
+        constants |= _without_ids(columns, MAX_TOKENS)
         entries.append(static_entry(mask_text_kernel, config, signature, **constants))
     return entries
+
+
+def _without_ids(columns: int, widest: int) -> dict[str, None]:
+    return {"row_ids_ptr": None} if columns == widest else {}

@@ -86,16 +86,15 @@ def random_words(
         seed: as in ``philox``.
         stream: as in ``philox``.
         device: of the words.
-        row_ids: (rows,) int64 on ``device``, in place of the indices of the rows, so that a row keeps its numbers in
-            another batch; None are the indices.
+        row_ids: (rows,) int64 on ``device``, 0 to 2**32 - 1, in place of the indices of the rows, so that a row keeps
+            its numbers in another batch; None are the indices.
 
     Returns:
         Four (rows, columns) int64 tensors, uniform on [0, 2**32).
     """
     rows = torch.arange(shape[0], device=device, dtype=torch.int64) if row_ids is None else row_ids
     columns = torch.arange(shape[1], device=device, dtype=torch.int64)
-    last = None if row_ids is None else row_ids[:, None] >> 32
-    return philox(seed, (rows[:, None] << 32) | columns, stream, last=last)
+    return philox(seed, (rows[:, None] << 32) | columns, stream)
 
 
 def uniform(words: Tensor) -> Tensor:

@@ -42,8 +42,8 @@ def select_patches(
         batch: B, 0 or more.
         seed: int, or int64 tensor of one element on ``device``, which is never read back: a captured CUDA graph can be
             replayed with another.
-        row_ids: (B,) int64 on ``device``, contiguous: a sample draws by its id in place of its index, so that it keeps
-            its mask in another batch and at another place; None are the indices.
+        row_ids: (B,) int64 on ``device``, contiguous, 0 to 2**32 - 1: a sample draws by its id in place of its index,
+            so that it keeps its mask in another batch and at another place; None are the indices.
         device: where the draw happens; "cuda" without a number is the device of a seed tensor.
         backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.select_backend``).
 

@@ -40,8 +40,8 @@ def select_patches(
         keep_ratio: share of the patches, in [0, 1].
         batch: B.
         seed: int, or int64 tensor of one element on ``device``.
-        row_ids: (B,) int64 on ``device``: a sample draws by its id in place of its index, so that it keeps its mask in
-            another batch; None are the indices.
+        row_ids: (B,) int64 on ``device``, 0 to 2**32 - 1: a sample draws by its id in place of its index, so that it
+            keeps its mask in another batch; None are the indices.
         device: where the draw happens.
 
     Returns:
@@ -67,8 +67,8 @@ def select_tokens(
         ratio: share of the patches, in [0, 1].
         batch: B.
         seed: int, or int64 tensor of one element on ``device``.
-        row_ids: (B,) int64 on ``device``: a sample draws by its id in place of its index, so that it keeps its mask in
-            another batch; None are the indices.
+        row_ids: (B,) int64 on ``device``, 0 to 2**32 - 1: a sample draws by its id in place of its index, so that it
+            keeps its mask in another batch; None are the indices.
         device: where the draw happens.
 
     Returns:

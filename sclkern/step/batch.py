@@ -16,8 +16,8 @@ from sclkern.ops.dispatch import may_read
 CAPTIONS = ("text_ids", "text_mask")
 # What goes with "place" alone.
 WITH_PLACE = ("match_labels", "false_place")
-# Ids of dropout leave room for as many places.
-MAX_PLACE = 2**40
+# The masks of patches and tokens have ids for as many.
+MAX_PLACE = 2**32
 
 
 def prepare_batch(config: SCLConfig, objectives: ObjectiveConfig, batch: Mapping[str, Any]) -> Mapping[str, Any]:

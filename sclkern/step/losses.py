@@ -168,11 +168,16 @@ def take_features(
         Their features by objective, those that ``take_step`` has of the same batch and seed.
 
     Raises:
-        UserError: as ``run_step``.
+        UserError: as ``run_step``; or flash-attn draws the dropout masks.
         TypeError: as ``run_step``.
         ValueError: as ``run_step``; or the batch has no places.
     """
     check_objectives(network.config, objectives)
+    if network.execution.backend == "flash" and network.training and network.config.dropout > 0:
+        raise UserError(
+            "backend: got 'flash' for a contrastive batch, whose two passes need the same dropout masks, and "
+            "flash-attn draws its own; set run.backend=auto, or model.dropout=0"
+        )
     if "place" not in batch:
         raise ValueError(
             f"batch: got keys {sorted(map(str, batch))}, expected 'place' too: a contrastive batch takes each row "

@@ -31,6 +31,11 @@ def check_choices(config: PretrainConfig, device: torch.device) -> None:
                 f"run.backend: got 'flash' with run.precision={run.precision}, but flash-attn computes float16 and "
                 "bfloat16; set run.precision=bfloat16, or run.backend=auto"
             )
+        if run.contrastive_batch is not None and config.model.dropout > 0:
+            raise UserError(
+                "run.backend: got 'flash' with run.contrastive_batch, whose two passes need the same dropout masks, "
+                "and flash-attn draws its own; set run.backend=auto, or model.dropout=0"
+            )
     if run.layer_norm == "apex" and (problems := apex.layer_norm_problems(device)):
         raise UserError(f"run.layer_norm: got 'apex', but {'; '.join(problems)}; or set it to sclkern")
     check_optimizer(config.optimizer, device)

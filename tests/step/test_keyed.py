@@ -7,8 +7,11 @@ import torch
 from global_batch import ROWS, SEED, assert_close, global_batch, gradients_of, one_batch, part_of, train
 
 from sclkern import ObjectiveConfig
+from sclkern.errors import UserError
+from sclkern.objectives import Objective, View, ViewOutputs, register
 from sclkern.step import StepConfig, contrast_batch, contrasted_objectives, make_plan, target_counts
 from sclkern.step import losses as module
+from sclkern.step.dropout import SEQUENCES, text_number, view_number
 from sclkern.step.masks import draw_prepared
 from step_testing import FRAMES
 
@@ -142,6 +145,26 @@ def test_every_module_with_dropout_has_a_number_of_its_own(make_model):
     assert len(numbers) == 1 + 3 * config.text_layers + 2 * 5 * config.fusion_layers
 
 
+def test_every_encoding_and_view_has_a_number_of_its_own():
+    for share in ("images", "all", "none"):
+        plans = [
+            make_plan(ObjectiveConfig(recipe=recipe), StepConfig(share_encodings=share)) for recipe in ("scl", "glscl")
+        ]
+        texts = {text.name for plan in plans for text in plan.texts}
+        views = {view.name for plan in plans for view in plan.views}
+        for names, number in ((texts, text_number), (views, view_number)):
+            assert len({number(name) for name in names}) == len(names)
+            assert all(0 <= number(name) < SEQUENCES for name in names)
+
+
+def test_more_views_than_there_are_numbers():
+    for i in range(SEQUENCES):
+        view = View(f"view_{i}", "complete", "complete")
+        register(Objective(f"own_{i}", "own", loss=None, outputs=(ViewOutputs(view, text=("cls",)),)))
+    with pytest.raises(ValueError, match="got view number 62 of all objectives, expected at most 61"):
+        view_number("view_56")
+
+
 # -- targets, and the contrastive batch --------------------------------------------------------------------------------
 
 
@@ -228,6 +251,9 @@ def test_a_contrastive_batch_needs_places(make_model, make_batch):
         contrast_batch(model, [make_batch()], SEED)
     with pytest.raises(ValueError, match="batches: got none"):
         contrast_batch(model, [], SEED)
+    model.execution.backend = "flash"
+    with pytest.raises(UserError, match=r"got 'flash' for a contrastive batch, .* set run\.backend=auto"):
+        contrast_batch(model, [global_batch(make_batch, "in_batch")], SEED)
 
 
 def test_a_contrastive_batch_under_autocast(make_model, make_batch):
