@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from sclkern.data.digest import digest
 from sclkern.data.loader import Negatives, PairLoader
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import build_transform
+from sclkern.distributed import merge
 from sclkern.errors import UserError
 from sclkern.training.config import PretrainConfig
 
@@ -63,7 +64,8 @@ def open_data(config: PretrainConfig, device: torch.device, *, rank: int = 0, wo
         The data.
 
     Raises:
-        UserError: data, tokenizer or a transform cannot be used, or do not fit the model or the batch size.
+        UserError: data, tokenizer or a transform cannot be used, or do not fit the model or the batch size; or the
+            processes have other data than one another.
     """
     data = config.data
     train_source = open_pairs(data.root, data.train_tables, data.train_split, format=data.format)
@@ -103,6 +105,13 @@ def open_data(config: PretrainConfig, device: torch.device, *, rank: int = 0, wo
             **options,
         )
 
+    identity = {
+        "training data": _identity_of(train_source),
+        "held-out data": _identity_of(val_source),
+        "tokenizer": _tokenizer_digest(tokenizer, train_source, config.model.max_text_len),
+    }
+    if world_size > 1:
+        _check_same(merge({rank: identity}))
     return TrainingData(
         train_source=train_source,
         val_source=val_source,
@@ -118,11 +127,7 @@ def open_data(config: PretrainConfig, device: torch.device, *, rank: int = 0, wo
         ),
         val_loader=loader(val_source, val_transform, batch_size=val_batch, buckets=val_buckets, shuffle=False),
         caption_lengths=lengths,
-        identity={
-            "training data": _identity_of(train_source),
-            "held-out data": _identity_of(val_source),
-            "tokenizer": _tokenizer_digest(tokenizer, train_source, config.model.max_text_len),
-        },
+        identity=identity,
     )
 
 
@@ -133,14 +138,29 @@ def _negatives(config: PretrainConfig) -> Negatives | None:
     return "in_batch" if objectives.in_batch_negatives and not objectives.hard_negatives else None
 
 
+def _check_same(identities: Mapping[int, dict[str, Any]]) -> None:
+    """Raise a ``UserError`` on every rank if one has other data than the first; such as an old copy on one machine."""
+    first, *others = sorted(identities)
+    for rank in others:
+        different = [name for name, value in identities[rank].items() if value != identities[first][name]]
+        if different:
+            raise UserError(
+                f"data: rank {rank} has another {' and '.join(different)} than rank {first}, expected the same on "
+                "every machine; copy the files again"
+            )
+
+
 def _check_batch(config: PretrainConfig, world_size: int, train: PairSource, val: PairSource) -> None:
     """Raise a ``UserError`` if a contrast would see a pair twice, or a negative image is no other row's."""
     run, rows = config.run, config.run.batch_size * world_size
-    if rows > train.num_pairs:
-        got = f"{run.batch_size} on {world_size} processes, {rows} pairs together" if world_size > 1 else run.batch_size
+    if max(rows, run.contrastive_batch or 0) > train.num_pairs:
+        many = f" on {world_size} processes, {rows} pairs together" if world_size > 1 else ""
+        name, got, remedy = "run.batch_size", f"{run.batch_size}{many}", "make it smaller and raise run.accumulation"
+        if rows <= train.num_pairs:
+            name, got, remedy = "run.contrastive_batch", f"{run.contrastive_batch}", "make run.accumulation smaller"
         raise UserError(
-            f"run.batch_size: got {got}, expected at most the {train.num_pairs} pairs of the training data, because no "
-            "contrast may see a pair twice; make it smaller and raise run.accumulation, or use more data"
+            f"{name}: got {got}, expected at most the {train.num_pairs} pairs of the training data, because no "
+            f"contrast may see a pair twice; {remedy}, or use more data"
         )
     if not config.objectives.in_batch_negatives:
         return

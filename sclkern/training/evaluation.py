@@ -16,6 +16,7 @@ from sclkern.evaluation.retrieval import RetrievalResult, evaluate_retrieval
 from sclkern.random import mix_seed
 from sclkern.training.config import PretrainConfig
 from sclkern.training.data import TrainingData
+from sclkern.training.negatives import describe_negatives
 from sclkern.training.passes import Passes
 from sclkern.training.signals import StopSignals
 
@@ -156,12 +157,15 @@ class RunEvaluation:
     def describe(self) -> str:
         """The run in one line: size, data, batch, negatives, steps."""
         run, config, data = self.config.run, self.config, self.data
+        loader = data.train_loader
         parameters = sum(p.numel() for p in self.passes.model.parameters())
+        factors = f"{loader.world_size} processes x {run.batch_size} x {run.accumulation} = {loader.global_batch}"
+        batch = f"{run.batch_size} x {run.accumulation}" if loader.world_size == 1 else factors
+        negatives = describe_negatives(config, loader.world_size, data.train_source.num_images)
         return (
             f"{parameters / 1e6:.1f} M parameters, recipe {config.objectives.recipe_name}, "
             f"{data.train_source.num_images} images with {data.train_source.num_pairs} captions to train on, "
-            f"{data.val_source.num_images} held out; "
-            f"batch {run.batch_size} x {run.accumulation}, {run.batch_size - 1} negatives for each contrast; "
-            f"{run.max_steps} steps = {run.max_steps / data.train_loader.order.steps_per_epoch:.1f} epochs on "
+            f"{data.val_source.num_images} held out; batch {batch}{negatives and f'; negatives: {negatives}'}; "
+            f"{run.max_steps} steps = {run.max_steps / loader.order.steps_per_epoch:.1f} epochs on "
             f"{self.passes.device}, {run.precision}"
         )

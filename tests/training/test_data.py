@@ -1,11 +1,13 @@
 """The data of a run, as its configuration names them."""
 
+import re
+
 import pytest
 import torch
 
 from sclkern.errors import UserError
 from sclkern.training.config import load_config
-from sclkern.training.data import open_data
+from sclkern.training.data import _check_same, open_data
 
 CPU = torch.device("cpu")
 
@@ -34,6 +36,42 @@ def test_the_published_masks_need_padded_captions(arguments, mask, padded):
 def test_a_small_held_out_set_makes_a_smaller_batch(arguments):
     data = open_data(load_config(None, arguments(run__batch_size=500)), CPU)
     assert (data.train_loader.batch_size, data.val_loader.batch_size) == (500, data.val_source.num_pairs)
+
+
+WHOLE = {"run__batch_size": 600, "run__accumulation": 2, "run__contrastive_batch": 2400}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes", "message"),
+    [
+        (
+            1,
+            {"run__batch_size": 9999},
+            "run.batch_size: got 9999, expected at most the 1993 pairs of the training data",
+        ),
+        (3, {"run__batch_size": 700}, "run.batch_size: got 700 on 3 processes, 2100 pairs together, expected at most"),
+        (2, WHOLE, "run.contrastive_batch: got 2400, expected at most the 1993 pairs"),
+        (2, {"run__batch_size": 1}, "expected 2 or more, because a negative image is another row's"),
+    ],
+)
+def test_a_batch_that_does_not_fit_the_data(arguments, world_size, changes, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        open_data(load_config(None, arguments(**changes)), CPU, world_size=world_size)
+
+
+def test_ranks_read_the_same_steps(arguments):
+    config = load_config(None, arguments(run__accumulation=3, objectives__itm_negatives="hard"))
+    loaders = [open_data(config, CPU, rank=rank, world_size=2).train_loader for rank in range(2)]
+    assert [loader.global_batch for loader in loaders] == [48, 48] and loaders[0].negatives is None
+    assert loaders[0].order.steps_per_epoch == 1993 // 48
+    assert [next(loader.steps())["place"].tolist() for loader in loaders] == [[*range(8)], [*range(8, 16)]]
+
+
+def test_machines_with_other_data_are_told_apart():
+    same = {"training data": {"pairs": 3}, "held-out data": {"pairs": 2}, "tokenizer": "x"}
+    _check_same({0: same, 1: dict(same)})
+    with pytest.raises(UserError, match="rank 2 has another training data and tokenizer than rank 0"):
+        _check_same({0: same, 1: same, 2: {**same, "training data": {"pairs": 4}, "tokenizer": "y"}})
 
 
 def test_the_format_is_named_by_the_configuration(arguments):
