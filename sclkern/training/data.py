@@ -166,8 +166,8 @@ def _check_batch(config: PretrainConfig, world_size: int, train: PairSource, val
         return
     if run.batch_size < 2:
         raise UserError(
-            "run.batch_size: got 1, expected 2 or more, because a negative image is another row's; or use "
-            "objectives.itm_negatives=dataset"
+            f"run.batch_size: got {run.batch_size}, expected 2 or more, because a negative image is another row's; or "
+            "use objectives.itm_negatives=dataset"
         )
     if val.num_pairs < 2:
         raise UserError(
