@@ -15,7 +15,10 @@ from sclkern.errors import WorkerError
 
 # A scheduler sends these to every process of a job, a terminal to its whole group.
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-_LIKELY_CAUSE = {"SIGKILL": ", as the kernel does when memory runs out", "SIGBUS": ", perhaps because /dev/shm is full"}
+_LIKELY_CAUSE = {
+    "SIGKILL": ", as the kernel does when memory runs out",
+    "SIGBUS": ", perhaps because /dev/shm is full, or a file of the data was cut short",
+}
 
 
 def ignore_signals(worker: int) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 import pickle
 from collections.abc import Callable
 from itertools import islice
@@ -19,7 +20,7 @@ from sclkern.data.loader import Negatives, PairLoader
 from sclkern.data.sources.arrow import write_pairs
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import build_transform, denormalize
-from sclkern.errors import UserError
+from sclkern.errors import UserError, WorkerError
 
 TOKENIZER = CaptionTokenizer.from_pretrained("demo")
 
@@ -295,3 +296,29 @@ def test_batch_larger_than_the_data(make: Make) -> None:
 def test_wrong_arguments(make: Make, wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"expected batch_size >= 1, accumulation >= 1 and 0 <= rank < world_size"):
         PairLoader(make(), **{"batch_size": 8, "shuffle": True, "seed": 0, **wrong})
+
+
+def rows_on_pages_of_their_own(folder: Path, count: int = 40) -> PairDataset:
+    """A table of several hundred kilobytes, so that no two images are read together."""
+    noise = io.BytesIO()
+    Image.effect_noise((120, 120), 90).convert("RGB").save(noise, "BMP")
+    write_pairs(folder / "t.arrow", [{"image": noise.getvalue(), "caption": [f"number {i}"]} for i in range(count)])
+    source = open_pairs(folder, ["t"])
+    return PairDataset(source, TOKENIZER, build_transform("clip_test", 8), max_text_len=20, min_size=8, seed=0)
+
+
+def test_a_table_that_is_removed_is_read_to_the_end(tmp_path: Path) -> None:
+    dataset = rows_on_pages_of_their_own(tmp_path)
+    batches = PairLoader(dataset, batch_size=4, shuffle=False, seed=0, num_workers=1).epoch()
+    next(batches)
+    (tmp_path / "t.arrow").unlink()
+    assert [batch["undecodable"] for batch in batches] == 9 * [{}]
+
+
+def test_a_table_that_is_cut_short_ends_the_run_in_one_line(tmp_path: Path) -> None:
+    dataset = rows_on_pages_of_their_own(tmp_path)
+    batches = PairLoader(dataset, batch_size=4, shuffle=False, seed=0, num_workers=1).epoch()
+    next(batches)
+    os.truncate(tmp_path / "t.arrow", 4096)
+    with pytest.raises(WorkerError, match=r"was killed by SIGBUS, perhaps because .* a file of the data was cut short"):
+        list(batches)
