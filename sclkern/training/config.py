@@ -55,10 +55,12 @@ class PretrainConfig:
 
 # Keys that may change when a run is resumed. None of them changes what is computed, except the learning rate and the
 # gradient clipping, which are the remedies for a run that diverged. The best checkpoint is chosen by recalls after
-# re-ranking, so evaluation.rerank is not among them.
+# re-ranking, so evaluation.rerank is not among them. Of the factors of a step's batch,
+# ``batch_difference`` compares the product.
 RESUMABLE_CHANGES = {
     "optimizer.learning_rate", "optimizer.max_grad_norm", "run.output_dir",
-    "run.stop_at", "run.parallel", "run.preflight_seconds", "run.device", "run.cuda_graphs",
+    "run.batch_size", "run.accumulation", "run.parallel", "run.preflight_seconds",
+    "run.stop_at", "run.device", "run.cuda_graphs",
     "run.log_every", "run.save_every", "run.keep", "run.val_every",
     "run.stop_before", "run.watchdog_seconds",
     "data.format", "data.num_workers",
@@ -183,6 +185,32 @@ def resume_difference(saved: dict[str, Any], current: dict[str, Any]) -> str | N
             if before != value and f"{section}.{key}" not in RESUMABLE_CHANGES:
                 return f"{section}.{key} was {before!r} and is now {value!r}"
     return None
+
+
+def batch_difference(global_batch: int, config: PretrainConfig, world_size: int) -> str | None:
+    """Compare the batch of a step with that of the run that is resumed.
+
+    Args:
+        global_batch: pairs of a step of the run, over all processes and micro-batches.
+        config: that it is resumed with.
+        world_size: processes that it is resumed with.
+
+    Returns:
+        The difference in one line, with the remedy; None if there is none.
+    """
+    run, rows = config.run, world_size * config.run.batch_size
+    if global_batch == rows * run.accumulation:
+        return None
+    if global_batch % rows == 0:
+        remedy = f"set run.accumulation={global_batch // rows}"
+    elif global_batch % world_size == 0:
+        remedy = f"set run.batch_size and run.accumulation to factors of {global_batch // world_size}"
+    else:
+        remedy = f"start a number of processes that divides {global_batch}"
+    return (
+        f"a step had {global_batch} pairs and has now {rows * run.accumulation}, of {world_size} processes x "
+        f"run.batch_size {run.batch_size} x run.accumulation {run.accumulation}; {remedy}"
+    )
 
 
 @dataclass(frozen=True)

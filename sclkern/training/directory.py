@@ -12,7 +12,7 @@ from typing import IO, Any
 from sclkern.errors import UserError
 from sclkern.io import write_atomically
 from sclkern.training.checkpoint import DamagedError, checkpoints_of, load_checkpoint, remedy
-from sclkern.training.config import PretrainConfig, build_config, resume_difference
+from sclkern.training.config import PretrainConfig, batch_difference, build_config, resume_difference
 from sclkern.training.config_yaml import write_yaml
 from sclkern.training.sharded import load_sharded
 
@@ -39,12 +39,13 @@ class SavedRun:
     damaged: tuple[Path, ...] = ()
 
 
-def open_directory(config: PretrainConfig, *, resume: bool) -> SavedRun | None:
+def open_directory(config: PretrainConfig, *, resume: bool, world_size: int = 1) -> SavedRun | None:
     """Check a run's folder, and read the checkpoint to go on from. Nothing that is there changes.
 
     Args:
         config: configuration of the run that starts.
         resume: whether a run that is already there goes on.
+        world_size: processes that train together.
 
     Returns:
         The run that is there, at the newest of its checkpoints that is whole; None for a new run.
@@ -82,10 +83,23 @@ def open_directory(config: PretrainConfig, *, resume: bool) -> SavedRun | None:
         raise UserError(f"{path}: its configuration cannot be read ({error}); {remedy(path)}") from error
     if difference := resume_difference(before, config.to_dict()):
         raise UserError(f"{path}: {difference}; resume with the same configuration, or start in another folder")
+    _check_batch(saved, build_config(before), config, world_size)
     if path != paths[0] or not (path.is_dir() or path.name == "latest.pt"):
         why = f"{saved.damaged[0].name} is damaged" if saved.damaged else "no latest.pt"
         log.warning("%s: %s; goes on from %s, of step %s", checkpoints, why, path.name, saved.state["step"])
     return saved
+
+
+def _check_batch(saved: SavedRun, before: PretrainConfig, config: PretrainConfig, world_size: int) -> None:
+    # Of a version of one process.
+    global_batch = saved.state.get("global_batch", before.run.batch_size * before.run.accumulation)
+    if difference := batch_difference(global_batch, config, world_size):
+        raise UserError(f"{saved.path}: {difference}; or start in another folder")
+    rows, rows_before = world_size * config.run.batch_size, global_batch // before.run.accumulation
+    if rows != rows_before and config.run.contrastive_batch is None:
+        log.warning(
+            "a contrast sees %d pairs from here on, %d before: run.contrastive_batch is null", rows, rows_before
+        )
 
 
 def read_newest(source: Path) -> SavedRun:

@@ -131,7 +131,9 @@ class Pretraining:
 
     def _open_directory(self, resume: bool) -> SavedRun | None:
         """What rank 0 finds in the folder of the run, on every rank."""
-        found = open_directory(self.config, resume=resume) if self.world.main else None
+        found = None
+        if self.world.main:
+            found = open_directory(self.config, resume=resume, world_size=self.world.size)
         content = self.world.broadcast(None if found is None else vars(found))
         return None if content is None else SavedRun(**content)
 

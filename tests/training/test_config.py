@@ -3,7 +3,7 @@ import yaml
 
 from sclkern.errors import UserError
 from sclkern.models import SCLConfig
-from sclkern.training.config import build_config, config_keys, load_config, resume_difference
+from sclkern.training.config import batch_difference, build_config, config_keys, load_config, resume_difference
 
 
 def write(tmp_path, values):
@@ -89,3 +89,19 @@ def test_every_key_is_described_with_its_default():
     assert {
         f"{section}.{key}": value for section, of_section in values.items() for key, value in of_section.items()
     } == {key.name: key.default for key in keys.values() if key.name != "model.preset"}
+
+
+@pytest.mark.parametrize(
+    ("world", "rows", "accumulation", "remedy"),
+    [
+        (1, 8, 8, None),
+        (4, 8, 2, None),
+        (4, 8, 1, "set run.accumulation=2"),
+        (4, 5, 2, "set run.batch_size and run.accumulation to factors of 16"),
+        (3, 8, 1, "start a number of processes that divides 64"),
+    ],
+)
+def test_the_batch_of_a_step_stays_the_same(world, rows, accumulation, remedy):
+    config = build_config({"run": {"batch_size": rows, "accumulation": accumulation}})
+    difference = batch_difference(64, config, world)
+    assert difference is None if remedy is None else difference.endswith(f"run.accumulation {accumulation}; {remedy}")
