@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from sclkern.errors import UserError
 from sclkern.objectives.config import ObjectiveConfig
+from sclkern.step.contrastive import contrasted_objectives
 from sclkern.step.flops import Counter
 from sclkern.step.masks import token_capacity
 from sclkern.step.memory import parameter_bytes
@@ -68,27 +69,26 @@ class Collective:
         return self.sent(world) / link + waits * LATENCY
 
 
-def contrast_collectives(
-    config: PretrainConfig, world: int, rows: int, times: int, num_frames: int = 1, padded_tokens: int = 18
-) -> list[Collective]:
+def contrast_collectives(config: PretrainConfig, world: int, num_frames: int = 1) -> list[Collective]:
     """What the contrasts of a recipe gather over the ranks, by ``ops.completion_loss`` as kernels and tiles compute it.
 
     Each contrast gathers both sets of features, then loss and log-sum-exp of each row (and, where the temperature is
-    learnt, the sum that its gradient needs), in float32. In the backward nothing is exchanged.
+    learnt, the sum that its gradient needs), in float32; MLTC, whose tokens are not as many in each pair, also a byte
+    for each. In the backward nothing is exchanged.
 
     Args:
-        config: of the run.
+        config: of the run: of one rank, ``run.batch_size``, ``run.accumulation`` and ``run.contrastive_batch``.
         world: ranks.
-        rows: pairs of a rank in one evaluation.
-        times: evaluations in a step.
         num_frames: of every clip; 1 for images.
-        padded_tokens: of the longest caption.
 
     Returns:
-        Two all-gathers for each contrast.
+        Two all-gathers for each contrast, three for each of MLTC.
     """
-    model, objectives = config.model, config.objectives
-    tokens = token_capacity(model, objectives, padded_tokens)
+    model, objectives, run = config.model, config.objectives, config.run
+    pairs = world * run.batch_size * run.accumulation
+    at_once = contrasted_objectives(model, objectives, pairs, num_frames) if run.contrastive_batch else ()
+    # Parts of a global batch give each caption the same room.
+    tokens = token_capacity(model, objectives, model.max_text_len)
     directions = 1 if objectives.directions == "recovered_to_complete" else 2
     # Name, vectors of a pair, their length, bytes of a number, whether the temperature is learnt.
     half = 2 if config.run.precision == "bfloat16" else _FLOAT
@@ -103,14 +103,18 @@ def contrast_collectives(
     }
     found = []
     for objective in objectives.selected:
+        times = 1 if objective.name in at_once else run.accumulation
+        rows = pairs // times
         for name, vectors, length, size, learnt in sizes.get(objective.name, ()):
             if name in within_rank(objectives):
                 continue
             of_both = 2 if name == "ITC" else directions
-            features = world * rows * vectors * 2 * length * size
-            statistics = world * rows * vectors * (1 + of_both * (2 if learnt else 1)) * _FLOAT
+            features = rows * vectors * 2 * length * size
+            statistics = rows * vectors * (1 + of_both * (2 if learnt else 1)) * _FLOAT
             found.append(Collective(f"features of {name}", "all_gather", features, times))
             found.append(Collective(f"losses and LSE of {name}", "all_gather", statistics, times))
+            if objective.name == "mltc":
+                found.append(Collective(f"places of {name}", "all_gather", rows * vectors, times))
     return found
 
 
@@ -119,16 +123,13 @@ def within_rank(objectives: ObjectiveConfig) -> tuple[str, ...]:
     return ("MLSC", "MLTC of patches") if objectives.negatives == "published" else ()
 
 
-def step_collectives(
-    config: PretrainConfig, world: int, *, num_frames: int = 1, padded_tokens: int = 18
-) -> list[Collective]:
+def step_collectives(config: PretrainConfig, world: int, num_frames: int = 1) -> list[Collective]:
     """Every exchange of a step.
 
     Args:
-        config: of the run: of one rank, ``run.batch_size`` and ``run.accumulation``.
+        config: as of ``contrast_collectives``.
         world: ranks.
         num_frames: of every clip; 1 for images.
-        padded_tokens: of the longest caption.
 
     Returns:
         The collectives; those of numbers that a log shows are counted in every step.
@@ -147,11 +148,7 @@ def step_collectives(
         ]
     else:
         found = [Collective("gradients", "all_reduce", weights.total, 1, "backward")]
-    rows, times = run.batch_size, run.accumulation
-    if run.contrastive_batch:
-        rows, times = rows * times, 1
-    sizes = {"num_frames": num_frames, "padded_tokens": padded_tokens}
-    found += contrast_collectives(config, world, rows, times, **sizes)
+    found += contrast_collectives(config, world, num_frames)
     found.append(Collective("counts of targets", "all_reduce", 3 * 8, 1))
     found.append(Collective("gradient norm, losses and times", "all_reduce", 32 * 8, 1))
     return found
@@ -215,9 +212,10 @@ class Calculator:
             if not value > 0:
                 raise UserError(f"{name}: got {value:g}, expected a positive number")
         self.config, self.link, self.rate = config, link, rate
-        self.sizes = {"num_frames": num_frames, "padded_tokens": padded_tokens}
+        self.num_frames = num_frames
         plan = make_plan(config.objectives, config.step)
-        counter = Counter(config.model, config.objectives, plan, caption_tokens=caption_tokens, **self.sizes)
+        sizes = {"caption_tokens": caption_tokens, "padded_tokens": padded_tokens, "num_frames": num_frames}
+        counter = Counter(config.model, config.objectives, plan, **sizes)
         forward = sum(part.flops for part in counter.parts())
         again = config.step.checkpoint_blocks + bool(config.run.contrastive_batch)
         self.backward_flops = sum(part.backward for part in counter.parts()) + config.step.checkpoint_blocks * forward
@@ -249,7 +247,7 @@ class Calculator:
         of_rank = replace(run, batch_size=rows, accumulation=accumulation)
         config = replace(self.config, run=of_rank)
         compute = rows * accumulation * self.flops / self.rate
-        collectives = tuple(step_collectives(config, gpus, **self.sizes))
+        collectives = tuple(step_collectives(config, gpus, self.num_frames))
         hidden, total = 0.0, 0.0
         backward = rows * self.backward_flops / self.rate
         for behind, room in (("backward", backward), ("step", compute), ("nothing", 0.0)):
