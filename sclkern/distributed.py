@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sclkern.profiling import collective
+
 Group = dist.ProcessGroup | None
 K = TypeVar("K")
 V = TypeVar("V")
@@ -93,7 +95,8 @@ def total(tensor: Tensor, group: Group = None) -> Tensor:
     """
     summed = tensor.detach().clone()
     if world_size(group) > 1:
-        dist.all_reduce(summed, group=group)
+        with collective("all-reduce"):
+            dist.all_reduce(summed, group=group)
     return summed
 
 

@@ -7,7 +7,7 @@ around the steps of a script that nsys records; ``sclkern profile`` does so for 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -19,8 +19,8 @@ PHASES = (
     "step", "data wait", "draw masks", "image encoder", "text encoder", "fusion", "backward", "gradient norm",
     "optimiser", "communication",
 )  # fmt: skip
-# Further phases begin with one of these: "fusion layer 0", inside "fusion", and "loss mlm".
-PHASE_PREFIXES = ("fusion layer ", "loss ")
+# Further phases begin with one of these: "fusion layer 0", inside "fusion", "loss mlm", and "collective all-gather".
+PHASE_PREFIXES = ("fusion layer ", "loss ", "collective ")
 # torch names each collective itself, those of DistributedDataParallel included.
 _COLLECTIVES = "c10d::"
 _DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -30,6 +30,8 @@ _ROUNDING = 0.01
 
 _OFF = nullcontext()
 _on = False
+# What times a wait for other processes.
+_waiting: Callable[[], AbstractContextManager[None]] | None = None
 
 
 def phase(name: str) -> AbstractContextManager[None]:
@@ -44,6 +46,27 @@ def phase(name: str) -> AbstractContextManager[None]:
     if not _on or torch.compiler.is_compiling():
         return _OFF
     return _range(name)
+
+
+@contextmanager
+def collective(name: str) -> Iterator[None]:
+    """A context around an exchange with other processes: a phase of its own, which ``time_waiting`` times.
+
+    Args:
+        name: of the collective, such as "all-gather".
+    """
+    with phase(f"collective {name}"), _OFF if _waiting is None else _waiting():
+        yield
+
+
+def time_waiting(timer: Callable[[], AbstractContextManager[None]] | None) -> None:
+    """Time every exchange with other processes.
+
+    Args:
+        timer: gives a context that is entered around each; None times none.
+    """
+    global _waiting
+    _waiting = timer
 
 
 @contextmanager

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # Packages that a user may lack, or that take seconds to load. The kernels need Triton.
 OPTIONAL = (
     "apex", "flash_attn", "huggingface_hub", "liger_kernel", "matplotlib", "nvtx", "timm", "torch.utils.tensorboard",
-    "transformers", "triton", "sclkern.kernels",
+    "trackio", "transformers", "triton", "sclkern.kernels", "wandb",
 )  # fmt: skip
 # The lazy names of the package, the command that was chosen, and modules whose names are data: a reader of the user's,
 # libraries that may be missing, packages that the doctor looks for, what a compiling process is sent.

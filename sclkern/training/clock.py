@@ -33,6 +33,11 @@ class StepClock:
         """Count a step that has been taken."""
         self._steps += 1
 
+    @property
+    def steps(self) -> int:
+        """Steps since the last restart."""
+        return self._steps
+
     def mean_seconds(self) -> tuple[float, float]:
         """Seconds of a step, and seconds of it that waited for data."""
         return (time.perf_counter() - self._start) / self._steps, self._waited / self._steps

@@ -61,7 +61,7 @@ RESUMABLE_CHANGES = {
     "optimizer.learning_rate", "optimizer.max_grad_norm", "run.output_dir",
     "run.batch_size", "run.accumulation", "run.parallel", "run.preflight_seconds",
     "run.stop_at", "run.device", "run.cuda_graphs",
-    "run.log_every", "run.save_every", "run.keep", "run.val_every",
+    "run.log_every", "run.tracker", "run.save_every", "run.keep", "run.val_every",
     "run.stop_before", "run.watchdog_seconds",
     "data.format", "data.num_workers",
     "weights.pretrained", "weights.reference", "weights.text", "weights.vision", "weights.strict",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from sclkern.io import write_atomically
+from sclkern.training.tracking import Tracker
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -38,9 +39,19 @@ class RunLog:
         start: step that a resumed run continues from; rows of later steps are dropped, as those steps run again.
         total: last step.
         validated: last step whose validation does not run again; None is ``start``.
+        tracker: receives what is written too.
     """
 
-    def __init__(self, directory: Path, *, start: int, total: int, validated: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        start: int,
+        total: int,
+        validated: int | None = None,
+        tracker: Tracker | None = None,
+    ) -> None:
+        self._tracker = tracker
         self.path = directory / "metrics.jsonl"
         last = {"val": start if validated is None else validated}
         rows = [row for row in read_metrics(self.path) if row["step"] <= last.get(row["kind"], start)]
@@ -83,6 +94,18 @@ class RunLog:
         self._file.write(json.dumps({"kind": kind, "step": step, **plain}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
+        if self._tracker is not None:
+            self._tracker.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def write_ranks(self, step: int, ranks: Sequence[Mapping[str, float]]) -> None:
+        """Write a row of what each process has told, {"kind": "ranks", "step", name: [of rank 0, of rank 1, ...]}.
+
+        Args:
+            step: number of the step.
+            ranks: values by name, of the same names for each process.
+        """
+        columns = {name: [rank[name] for rank in ranks] for name in ranks[0]}
+        self._file.write(json.dumps({"kind": "ranks", "step": step, **columns}) + "\n")
 
     def progress(self, losses: Mapping[str, float], pairs_per_second: float) -> None:
         """Show losses and rate in the progress bar."""
@@ -100,6 +123,8 @@ class RunLog:
     def close(self) -> None:
         """End the progress bar and close the files."""
         self._bar.close()
+        if self._tracker is not None:
+            self._tracker.finish()
         # Whoever first wrote to a full disk has raised the error already.
         for stream in (self._board, self._file):
             with contextlib.suppress(OSError):
@@ -119,6 +144,9 @@ class SilentLog:
         """Nothing."""
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def write_ranks(self, step: int, ranks: Sequence[Mapping[str, float]]) -> None:
         """Nothing."""
 
     def progress(self, losses: Mapping[str, float], pairs_per_second: float) -> None:

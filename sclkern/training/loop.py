@@ -32,6 +32,8 @@ from sclkern.training.directory import SavedRun, begin, lock_directory, open_dir
 from sclkern.training.evaluation import RunEvaluation
 from sclkern.training.health import FiniteCheck
 from sclkern.training.logs import RunLog, SilentLog, read_metrics
+from sclkern.training.negatives import count_negatives
+from sclkern.training.observing import Processes, learning_rates
 from sclkern.training.optim import build_optimizer, schedule_factor, set_learning_rate
 from sclkern.training.parallel import check_parallel, share_model
 from sclkern.training.passes import Passes
@@ -41,6 +43,7 @@ from sclkern.training.setup import initial_model, resolve_device
 from sclkern.training.signals import StopSignals
 from sclkern.training.state import TrainingState
 from sclkern.training.throughput import Throughput, precision_remark
+from sclkern.training.tracking import check_tracker, open_tracker
 from sclkern.training.world import Agreement, World
 
 log = logging.getLogger("sclkern.training")
@@ -84,6 +87,7 @@ class Pretraining:
         if config.run.cuda_graphs:
             check_capture(self.device, config.step)
         check_choices(config, self.device)
+        check_tracker(config.run.tracker)
         check_objectives(config.model, config.objectives)
         check_parallel(config, self.world)
         # Before anything is read: the run that still holds the folder may save another step.
@@ -122,6 +126,7 @@ class Pretraining:
         self.evaluation = RunEvaluation(config, self.data, self.passes, self.state.undecodable, self.stop)
         self.finite = FiniteCheck(self.model, self.device)
         self.clock = StepClock()
+        self.processes = Processes(self.device, config.data.num_workers)
         pad_to_max = self.data.train_loader.pad_to_max
         self.throughput = Throughput(config, self.data.caption_lengths, pad_to_max, self.device)
         if remark := precision_remark(self.device, config.run.precision):
@@ -140,8 +145,11 @@ class Pretraining:
     def _open_log(self) -> RunLog | SilentLog:
         if not self.world.main:
             return SilentLog()
-        state = self.state
-        return RunLog(self.directory, start=state.step, total=self.config.run.max_steps, validated=state.validated)
+        state, run = self.state, self.config.run
+        resumed = state.step > 0
+        tracker = open_tracker(run.tracker, self.directory, resumed=resumed, config=self.config.to_dict())
+        steps = {"start": state.step, "total": run.max_steps, "validated": state.validated}
+        return RunLog(self.directory, **steps, tracker=tracker)
 
     @property
     def _stopping(self) -> bool:
@@ -173,6 +181,7 @@ class Pretraining:
             with (
                 self.stop,
                 self._open_log() as run_log,
+                self.passes.meetings,
                 closing(self.batches()) as batches,
                 self.stop.stage("the run is saved and stops", patience=None),
             ):
@@ -269,7 +278,8 @@ class Pretraining:
         self._updating = False
         self.clock.count_step()
         run_log.advance()
-        self._agreed_to_stop, found = self.agreement.answer()
+        with self.passes.meetings.waiting():
+            self._agreed_to_stop, found = self.agreement.answer()
         if found:
             self._count_undecodable()
         if state.step == 1 or state.step % run.log_every == 0:
@@ -300,18 +310,25 @@ class Pretraining:
 
     def _log_step(self, values: dict[str, float], run_log: RunLog | SilentLog) -> None:
         """Log the means over the processes."""
-        run = self.config.run
+        run, size = self.config.run, self.world.size
         step_seconds, data_seconds = self.clock.mean_seconds()
+        waited = self.passes.meetings.seconds() / self.clock.steps
+        told = self.world.gather(self.processes.own(step_seconds, data_seconds, waited))
         means = self.world.mean({**values, "step_seconds": step_seconds, "data_seconds": data_seconds})
-        step_seconds, data_seconds = means.pop("step_seconds"), means.pop("data_seconds")
-        values, rate = means, self.world.size * run.batch_size * run.accumulation / step_seconds
+        values, rate = means, size * run.batch_size * run.accumulation / means["step_seconds"]
         losses = ("total", *(objective.name for objective in self.config.objectives.selected))
         run_log.progress({name: values[name] for name in losses}, rate)
-        values |= {"learning_rate": self.optimizer.param_groups[0]["lr"], "pairs_per_second": rate}
-        values |= {"step_seconds": step_seconds, "data_seconds": data_seconds, **self.throughput.at(rate)}
+        values |= {**learning_rates(self.optimizer), "pairs_per_second": rate, **self.throughput.at(rate, size)}
+        values |= {f"{name}_negatives": number for name, number in count_negatives(self.config, size).items()}
+        values |= self.processes.compare(told)
         if self.writer.stall_seconds:
             values["save_stall_seconds"], self.writer.stall_seconds = self.writer.stall_seconds, 0.0
         run_log.write("train", self.state.step, values)
+        if size > 1:
+            run_log.write_ranks(self.state.step, told)
+        # The first step, which compiles and opens files, says nothing of the others.
+        for line in self.processes.warnings(told, self.clock.steps) if self.state.step > 1 else ():
+            run_log.message(line)
 
     # -- validation ----------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from sclkern.objectives import Objective
 from sclkern.step.contrastive import contrasted_objectives
 from sclkern.step.masks import token_capacity
@@ -24,14 +26,10 @@ def describe_negatives(config: PretrainConfig, world_size: int, num_images: int)
     """
     run, objectives = config.run, config.objectives
     at_once = run.batch_size * world_size
-    everywhere: tuple[str, ...] = ()
-    if run.contrastive_batch:
-        everywhere = contrasted_objectives(config.model, objectives, run.contrastive_batch)
-    parts = []
-    for objective in objectives.selected:
-        if objective.contrast is not None:
-            rows = at_once * run.accumulation if objective.name in everywhere else at_once
-            parts.append(f"{objective.name.upper()} {_contrasted(config, objective, rows, world_size)}")
+    parts = [
+        f"{objective.name.upper()} {_contrasted(config, objective, rows, world_size)}"
+        for objective, rows in _contrasts(config, world_size)
+    ]
     if objectives.dataset_negatives:
         parts.append(f"ITM one of the {num_images - 1} other images of the data")
     elif objectives.hard_negatives:
@@ -39,6 +37,35 @@ def describe_negatives(config: PretrainConfig, world_size: int, num_images: int)
     elif objectives.in_batch_negatives:
         parts.append(f"ITM one of the {at_once * run.accumulation - 1} other images of a step")
     return ", ".join(parts)
+
+
+def count_negatives(config: PretrainConfig, world_size: int) -> dict[str, int]:
+    """The negatives of a pair in each contrast of whole pairs.
+
+    Args:
+        config: of the run.
+        world_size: number of processes.
+
+    Returns:
+        By objective of the recipe. MLTC contrasts tokens, which are not as many in each pair.
+    """
+    return {
+        objective.name: int(_contrasted(config, objective, rows, world_size))
+        for objective, rows in _contrasts(config, world_size)
+        if not objective.contrast_tokens
+    }
+
+
+def _contrasts(config: PretrainConfig, world_size: int) -> Iterator[tuple[Objective, int]]:
+    """The contrasts of a recipe, each with the pairs of one over all processes."""
+    run, objectives = config.run, config.objectives
+    at_once = run.batch_size * world_size
+    everywhere: tuple[str, ...] = ()
+    if run.contrastive_batch:
+        everywhere = contrasted_objectives(config.model, objectives, run.contrastive_batch)
+    for objective in objectives.selected:
+        if objective.contrast is not None:
+            yield objective, at_once * run.accumulation if objective.name in everywhere else at_once
 
 
 def _contrasted(config: PretrainConfig, objective: Objective, rows: int, world_size: int) -> str:

@@ -13,6 +13,7 @@ from sclkern.model import SCLModel
 from sclkern.profiling import phase
 from sclkern.step import CapturedStep, SCLLosses, contrast_batch, target_counts
 from sclkern.training.config import PretrainConfig
+from sclkern.training.observing import Meetings
 from sclkern.training.parallel import Parallel
 from sclkern.training.world import World
 
@@ -29,10 +30,12 @@ class Passes:
     Attributes:
         model: the model that ``forward`` runs.
         device: of the model.
+        meetings: times the waits for other processes.
     """
 
     model: SCLModel
     device: torch.device
+    meetings: Meetings
 
     def __init__(
         self, model: SCLModel, config: PretrainConfig, device: torch.device, parallel: Parallel | None = None
@@ -40,6 +43,7 @@ class Passes:
         self.model = model
         self.parallel = parallel or Parallel(model, World())
         self.device = device
+        self.meetings = Meetings(device, alone=self.parallel.world.size == 1)
         self.accumulation = config.run.accumulation
         # Copies of a batch run beside the step before, whose kernels the host has launched already.
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -87,7 +91,7 @@ class Passes:
             return self._captured(batch, seed, counts=counts)
         with self.parallel.accumulating(last):
             losses = self._run(self.parallel.call, batch, seed, counts=counts)
-            with phase("backward"):
+            with phase("backward"), self.meetings.backward(losses.total):
                 (losses.total / self.accumulation).backward()
         return losses
 
@@ -109,7 +113,7 @@ class Passes:
         for number, (batch, contrast) in enumerate(zip(batches, contrasts, strict=True)):
             with self.parallel.accumulating(last=number == len(batches) - 1):
                 losses = self._run(self.parallel.call, batch, seed, counts=counts, contrast=contrast)
-                with phase("backward"):
+                with phase("backward"), self.meetings.backward(losses.total):
                     (losses.total / len(batches)).backward()
             yield losses
 

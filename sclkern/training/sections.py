@@ -174,6 +174,7 @@ class RunConfig:
         save_every: steps between checkpoints; 0 saves before validations and at the end only.
         keep: checkpoints that are kept: latest.pt and those before it; best.pt is kept beside them.
         val_every: steps between validations; 0 validates at the end only.
+        tracker: "wandb" or "trackio" receives what is logged too; null tracks nothing.
         watchdog_seconds: time without progress after which a process is taken to hang and ends the run; 0 never does.
     """
 
@@ -196,6 +197,7 @@ class RunConfig:
     save_every: int = 500
     keep: int = 3
     val_every: int = 0
+    tracker: Literal["wandb", "trackio"] | None = None
     watchdog_seconds: int = 1200
 
     def __post_init__(self) -> None:

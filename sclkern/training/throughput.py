@@ -78,10 +78,20 @@ class Throughput:
         self.flops = flops_a_pair(config.model, config.objectives, step, mean, padded)
         self.peak = peak_flops(device, config.run.precision)
 
-    def at(self, pairs_per_second: float) -> dict[str, float]:
-        """``teraflops_per_second``, and ``mfu`` (a fraction) if the device's peak is known."""
+    def at(self, pairs_per_second: float, devices: int = 1) -> dict[str, float]:
+        """Arithmetic of all devices together.
+
+        Args:
+            pairs_per_second: of all devices.
+            devices: their number.
+
+        Returns:
+            ``teraflops_per_second``, and ``mfu`` (a fraction) if the device's peak is known.
+        """
         rate = pairs_per_second * self.flops
-        return {"teraflops_per_second": rate / 1e12} | ({} if self.peak is None else {"mfu": rate / self.peak})
+        return {"teraflops_per_second": rate / 1e12} | (
+            {} if self.peak is None else {"mfu": rate / devices / self.peak}
+        )
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
