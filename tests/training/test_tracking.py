@@ -4,12 +4,12 @@ import sys
 from types import ModuleType
 
 import pytest
-from tiny_run import NO_LAYERS, overrides, small_data
 
 from sclkern import UserError
 from sclkern.training.config import load_config
 from sclkern.training.loop import Pretraining
 from sclkern.training.tracking import check_tracker, open_tracker
+from tiny_run import NO_LAYERS, overrides, small_data
 
 
 class TrackedRun:
@@ -44,7 +44,7 @@ def tracker(request, monkeypatch):
 
 def test_a_missing_package_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="run.tracker: got 'wandb', which is not installed; pip install wandb"):
+    with pytest.raises(UserError, match="got 'wandb', which is not installed; pip install wandb"):
         check_tracker("wandb")
     check_tracker(None)
 
