@@ -300,7 +300,9 @@ class Pretraining:
     def _next(self, batches: Generator[dict[str, Any]]) -> dict[str, Any]:
         with self.clock.waiting(), phase("data wait"), self.stop.interruptible():
             batch = next(batches)
-        self._undecodable |= batch.pop("undecodable")
+        # Those that all know are not told again: a bad image returns in every epoch, and as the negative of others.
+        found = batch.pop("undecodable")
+        self._undecodable |= {name: why for name, why in found.items() if name not in self.state.undecodable}
         return batch
 
     def _count_undecodable(self) -> None:
