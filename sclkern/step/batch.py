@@ -29,7 +29,8 @@ def prepare_batch(config: SCLConfig, objectives: ObjectiveConfig, batch: Mapping
         batch: as ``SCLModel.forward`` takes it.
 
     Returns:
-        The batch with a bool ``text_mask``, True and then False in each row.
+        The batch with a bool ``text_mask``, True and then False in each row; with places, without false images that
+        the recipe does not read.
 
     Raises:
         TypeError: an entry is no tensor, or of another dtype.
@@ -43,7 +44,8 @@ def prepare_batch(config: SCLConfig, objectives: ObjectiveConfig, batch: Mapping
     _check_images({name: batch[name] for name in images}, config)
     captions = check_captions(batch["text_ids"], batch["text_mask"], config, CAPTIONS)
     rows = captions.mask.shape[0]
-    placed = check_places(batch, rows, captions.mask.device, brought=brought)
+    batch = _without_unread(objectives, batch, brought)
+    placed = check_places(batch, rows, captions.mask.device)
     of_all_rows = images[:1] if placed else images
     if any(batch[name].shape[0] != rows for name in of_all_rows):
         all_rows = {name: batch[name].shape[0] for name in (*of_all_rows, *CAPTIONS)}
@@ -79,14 +81,23 @@ def brings_false_images(objectives: ObjectiveConfig, batch: Mapping[str, Any]) -
     return given and objectives.in_batch_negatives and not objectives.hard_negatives
 
 
-def check_places(batch: Mapping[str, Any], rows: int, device: torch.device, *, brought: bool) -> bool:
+def _without_unread(objectives: ObjectiveConfig, batch: Mapping[str, Any], brought: bool) -> Mapping[str, Any]:
+    """A batch with places, without the false images that no objective of the recipe reads."""
+    unread = set() if brought else {"false_image"}
+    if brought or not objectives.in_batch_negatives or objectives.hard_negatives:
+        unread.add("false_place")
+    if "place" not in batch or unread.isdisjoint(batch):
+        return batch
+    return {name: value for name, value in batch.items() if name not in unread}
+
+
+def check_places(batch: Mapping[str, Any], rows: int, device: torch.device) -> bool:
     """Raise for places in the global batch, labels and false images that no step takes.
 
     Args:
         batch: as ``SCLModel.forward`` takes it.
         rows: of the batch.
         device: of the batch.
-        brought: whether the step reads ``false_image``.
 
     Returns:
         Whether the batch has places.
@@ -107,19 +118,17 @@ def check_places(batch: Mapping[str, Any], rows: int, device: torch.device, *, b
         if value.device != device:
             raise ValueError(f"{name}: got device {value.device}, expected that of text_ids, {device}")
     negatives = {name: len(batch[name]) for name in ("false_image", "false_place") if name in batch}
-    if not brought:
-        negatives.pop("false_image", None)
     if negatives and "match_labels" not in batch:
         raise ValueError(
             f"batch: got 'place' and {sorted(negatives)} without 'match_labels', expected the labels that say for "
             "which rows they are; draw them with sclkern.step.match_labels(seed, place)"
         )
     if may_read(batch["place"]):
-        _check_place_values(batch, negatives, brought=brought)
+        _check_place_values(batch, negatives)
     return True
 
 
-def _check_place_values(batch: Mapping[str, Any], negatives: Mapping[str, int], *, brought: bool) -> None:
+def _check_place_values(batch: Mapping[str, Any], negatives: Mapping[str, int]) -> None:
     place = batch["place"]
     lowest, highest = (int(bound) for bound in place.aminmax()) if len(place) else (0, 0)
     if lowest < 0 or highest >= MAX_PLACE:
@@ -139,7 +148,7 @@ def _check_place_values(batch: Mapping[str, Any], negatives: Mapping[str, int], 
             raise ValueError(
                 f"{name}: got {rows} rows, expected one for each of the {false} rows whose match_labels are 0"
             )
-    if "false_place" in batch and not brought:
+    if "false_place" in batch:
         missing = ~torch.isin(batch["false_place"], place)
         if missing.any():
             raise ValueError(
@@ -226,5 +235,5 @@ def unread_fault(batch: Mapping[str, Any]) -> Tensor | None:
         if "match_labels" in batch and name in batch:
             right = right & ((batch["match_labels"] == 0).sum() == len(batch[name]))
     if "false_place" in batch and "false_image" not in batch:
-        right = right & torch.isin(batch["false_place"], batch["place"]).all()
+        right = right & (batch["false_place"][:, None] == batch["place"]).any(1).all()
     return torch.where(right, 0.0, torch.nan)

@@ -304,8 +304,11 @@ def _run_loss(objective: Objective, inputs: LossInputs, contrast: Contrast | Non
     with phase(f"loss {objective.name}"):
         if contrast is None or objective.name not in contrast.outputs or objective.features is None:
             return objective.loss(inputs)
-        value, metrics = contrast.outputs[objective.name]
-        product = inner_product(objective.features(inputs), contrast.gradients[objective.name])
+        output, gradients = contrast.outputs[objective.name], contrast.gradients[objective.name]
+        if not gradients:
+            return output
+        value, metrics = output
+        product = inner_product(objective.features(inputs), gradients)
         # The value of the loss of all pairs, with the gradient of this part of them.
         return LossOutput(value + (product - product.detach()), metrics)
 
@@ -315,7 +318,7 @@ def inner_product(features: Mapping[str, Tensor], gradients: Mapping[str, Tensor
 
     Args:
         features: by name, with their graph.
-        gradients: by name, of those that have one.
+        gradients: by name, of those that have one; at least one.
 
     Returns:
         0-d, float32 at least.

@@ -8,7 +8,7 @@ from global_batch import ROWS, SEED, assert_close, global_batch, gradients_of, o
 
 from sclkern import ObjectiveConfig
 from sclkern.errors import UserError
-from sclkern.objectives import Objective, View, ViewOutputs, register
+from sclkern.objectives import LossOutput, Objective, View, ViewOutputs, register
 from sclkern.step import StepConfig, contrast_batch, contrasted_objectives, make_plan, target_counts
 from sclkern.step import losses as module
 from sclkern.step.dropout import SEQUENCES, text_number, view_number
@@ -243,6 +243,38 @@ def test_an_objective_that_gives_no_features_sees_its_micro_batch(make_model, ma
     model.objectives = ObjectiveConfig(recipe=["itm", "mlm"])
     contrasts = contrast_batch(model, micro_batches(global_batch(make_batch, "in_batch"), 2), SEED)
     assert [contrast.outputs for contrast in contrasts] == [{}, {}]
+
+
+def test_an_objective_of_ones_own_takes_part(make_model, make_batch):
+    """Of every pair of captions, by fused tokens of a view of its own and a parameter."""
+    view = View("both_masked", image="dropped", text="completion")
+
+    def features(inputs):
+        return {
+            "cls": inputs.text(view)[:, 0],
+            "scale": inputs.network.temperature,
+            "detached": inputs.text(view).detach(),
+        }
+
+    def contrast(found, options, backend):
+        rows = found["cls"] / found["scale"]
+        return LossOutput((rows @ found["detached"][:, 0].T).square().mean(), {"rows": torch.tensor(len(rows))})
+
+    register(
+        Objective(
+            name="own",
+            title="of one's own",
+            loss=lambda inputs: contrast(features(inputs), inputs.options, inputs.network.backend),
+            outputs=(ViewOutputs(view, text=("cls",)),),
+            features=features,
+            contrast=contrast,
+        )
+    )
+    model = train(make_model, ["mlm", "own"], "in_batch")
+    batch = global_batch(make_batch, "in_batch")
+    assert_close(accumulated(model, micro_batches(batch, 4), contrastive=True), one_batch(model, batch))
+    with pytest.raises(ValueError, match=r"features, contrast: objective 'half' has one of them, expected both"):
+        Objective(name="half", title="", loss=contrast, outputs=(ViewOutputs(view, text=("cls",)),), contrast=contrast)
 
 
 def test_a_contrastive_batch_needs_places(make_model, make_batch):

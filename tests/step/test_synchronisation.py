@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sclkern import ObjectiveConfig, SCLConfig, SCLModel
-from sclkern.step import StepConfig
+from sclkern.step import StepConfig, contrast_batch, target_counts
 from step_testing import build
 
 
@@ -95,6 +95,36 @@ def test_no_way_to_execute_it_reads_anything_back(monkeypatch, step):
 def fake_batch(frames):
     image, ids = torch.randn(4, frames, 3, 32, 32), torch.zeros(4, 9, dtype=torch.int64)
     return {"image": image, "false_image": image, "text_ids": ids, "text_mask": ids + 1, "text_tokens": 30}
+
+
+def placed_batch(frames, brought):
+    """A part of a global batch, with the images of its false places or without."""
+    batch = fake_batch(frames)
+    place = torch.zeros(4, dtype=torch.int64)
+    batch |= {"place": place, "match_labels": place, "false_place": place[:2], "false_image": batch["image"][:2]}
+    return batch if brought else {name: value for name, value in batch.items() if name != "false_image"}
+
+
+@pytest.mark.parametrize("brought", [True, False])
+@pytest.mark.parametrize("step", [StepConfig(), StepConfig.published()], ids=["planned", "published"])
+def test_a_part_of_a_global_batch_reads_nothing_back(monkeypatch, step, brought):
+    with FakeTensorMode(), torch.device("cuda"):
+        model = SCLModel(SCLConfig.preset("tiny").replace(max_frames=2), ObjectiveConfig(recipe="glscl")).train()
+        model.step, batch = step, placed_batch(2, brought)
+        with NoHostTensors():
+            counts = target_counts(model.config, model.objectives, [batch, batch], 5)
+            features = model.contrast_features(batch, seed=5, names=("itc", "mltc"))
+            losses = model(batch, seed=5, counts=counts)
+        assert losses.total.device.type == features["itc"]["image"].device.type == "cuda"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with FakeTensorMode():
+        model = SCLModel(SCLConfig.preset("tiny").replace(max_frames=2), ObjectiveConfig(recipe="glscl")).train()
+        model.step, batch = step, placed_batch(2, brought)
+        seed = torch.empty(1, dtype=torch.int64)
+        counts = target_counts(model.config, model.objectives, [batch], seed)
+        contrasts = contrast_batch(model, [batch, batch], seed)
+        model(batch, seed=seed, counts=counts, contrast=contrasts[1]).total.backward()
 
 
 class NoHostTensors(TorchDispatchMode):
