@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gpu_model import make
-from sclkern.step import StepConfig
+from sclkern.step import StepConfig, match_labels
 from sclkern.tools.parity import run_parity
 from step_testing import losses_of, masks_of
 
@@ -58,6 +58,22 @@ def losses_and_gradients(model, batch, step, backend):
     losses.total.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: loss.detach() for name, loss in losses.named().items()}, gradients
+
+
+@pytest.mark.parametrize("step", [StepConfig(), StepConfig(pack=False)], ids=["packed", "padded"])
+def test_a_part_of_a_global_batch_drops_what_a_cpu_drops(step):
+    model, batch = make(dropout=0.1)
+    model.step = step
+    place = torch.arange(40, 48)
+    labels = match_labels(5, place)
+    batch |= {"place": place, "match_labels": labels, "false_place": place.flip(0)[labels == 0]}
+    on_cpu = {name: value.cpu() for name, value in batch.items()}
+    found = model.train()({name: value.cuda() for name, value in batch.items()}, seed=5)
+    expected = model.cpu().set_backend("eager")(on_cpu, seed=5)
+    for name, loss in expected.named().items():
+        torch.testing.assert_close(
+            found.named()[name].cpu(), loss, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("frames", [None, 3], ids=["images", "clips"])
