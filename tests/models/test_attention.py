@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sclkern.models.attention import Attention
-from sclkern.models.layouts import Packed, Padded
+from sclkern.models.layouts import DropoutKeys, Packed, Padded
 
 
 @pytest.mark.parametrize("cross", [False, True])
@@ -42,3 +42,17 @@ def test_one_packed_call_where_absorbing_takes_many_launches(queries, keys, trai
 def test_a_context_needs_its_layout():
     with pytest.raises(ValueError, match="context_layout: got None for a context"):
         Attention(64)(torch.randn(1, 3, 64), Padded(), torch.randn(1, 2, 64))
+
+
+def test_attention_that_is_recorded_drops_by_the_same_keys():
+    module = Attention(128, dropout=0.3).double().train()
+    x, mask = torch.randn(2, 5, 128, dtype=torch.float64), torch.tensor([[True] * 5, [True, True, True, False, False]])
+    keys = DropoutKeys(torch.tensor([70, 3]), torch.arange(10).view(2, 5), (torch.tensor([8]),))
+    maps: list[torch.Tensor] = []
+    first = module(x, Padded(mask, keys=keys))
+    torch.testing.assert_close(module(x, Padded(mask, keys=keys), probabilities=maps)[mask], first[mask])
+    assert maps[0].shape == (2, 2, 5, 5)
+    swapped = keys._replace(sequences=keys.sequences.flip(0))
+    back = module(x.flip(0), Padded(mask.flip(0), keys=swapped)).flip(0)
+    torch.testing.assert_close(back[mask], first[mask])
+    assert not torch.allclose(module(x, Padded(mask))[mask], first[mask])
