@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 
 from sclkern.cli.config_files import load
 from sclkern.errors import Interrupted
@@ -64,7 +65,8 @@ def _compile(training: Pretraining) -> None:
 def _finish(training: Pretraining, stop: StopSignals) -> None:
     with stop.stage("the model is written, then the run stops; --resume writes the report", patience=None):
         model = training.export()
-    stop.check()
+    if not training.all_go_on():
+        raise Interrupted(stop.number or signal.SIGTERM)
     with stop.stage("stops; the run is saved, and --resume writes its report", patience=0, anywhere=True):
         report = training.report()
     if training.world.main:

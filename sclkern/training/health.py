@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sclkern.errors import UserError
+from sclkern.training.world import World
 
 
 class FiniteCheck:
@@ -16,10 +18,12 @@ class FiniteCheck:
     Args:
         model: whose gradients and parameters are searched for the cause.
         device: device of the losses.
+        world: the processes that train together, all of which find the same at the same step; None is this one alone.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, world: World | None = None) -> None:
         self.model = model
+        self.world = world or World()
         self._finite = torch.ones((), dtype=torch.bool, device=device)
 
     def observe(self, *values: Tensor) -> None:
@@ -40,7 +44,10 @@ class FiniteCheck:
         """
         if self._finite:
             return
-        cause = self._first_broken(values or {}) or "an earlier loss"
+        causes = self.world.gather(self._first_broken(values or {}) or "an earlier loss")
+        # The sum of gradients is broken everywhere, the loss only where it began.
+        rank = next((rank for rank, cause in enumerate(causes) if cause in (values or {}) and cause != "grad_norm"), 0)
+        cause = causes[rank] + (f" on rank {rank}" if self.world.size > 1 else "")
         kept = f"the checkpoint of step {saved_step} is kept; " if saved_step >= 0 else "no step was saved; "
         raise UserError(
             f"step {step}: {cause} is not finite; {kept}lower optimizer.learning_rate or set optimizer.max_grad_norm, "
@@ -52,9 +59,14 @@ class FiniteCheck:
             if not torch.isfinite(value):
                 return name
         for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            if parameter.grad is not None and not torch.isfinite(_own(parameter.grad)).all():
                 return f"the gradient of {name}"
         for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
+            if not torch.isfinite(_own(parameter)).all():
                 return f"the parameter {name}"
         return None
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor that may lie in parts in several."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -30,6 +30,7 @@ from sclkern.training.config import PretrainConfig
 from sclkern.training.data import data_difference, open_data
 from sclkern.training.directory import SavedRun, begin, lock_directory, open_directory
 from sclkern.training.evaluation import RunEvaluation
+from sclkern.training.forecast import Forecast
 from sclkern.training.health import FiniteCheck
 from sclkern.training.logs import RunLog, SilentLog, read_metrics
 from sclkern.training.negatives import count_negatives
@@ -124,9 +125,10 @@ class Pretraining:
         )
         self.passes = Passes(self.model, config, self.device, self.parallel)
         self.evaluation = RunEvaluation(config, self.data, self.passes, self.state.undecodable, self.stop)
-        self.finite = FiniteCheck(self.model, self.device)
+        self.finite = FiniteCheck(self.model, self.device, self.world)
         self.clock = StepClock()
         self.processes = Processes(self.device, config.data.num_workers)
+        self.forecast = Forecast(config.run, self.directory)
         pad_to_max = self.data.train_loader.pad_to_max
         self.throughput = Throughput(config, self.data.caption_lengths, pad_to_max, self.device)
         if remark := precision_remark(self.device, config.run.precision):
@@ -186,7 +188,8 @@ class Pretraining:
                 self.stop.stage("the run is saved and stops", patience=None),
             ):
                 run_log.message(self.evaluation.describe() + (f"; from step {state.step}" if state.step else ""))
-                run_log.describe(state.step, describe_choices(self.config))
+                shared = {"parallel": f"{run.parallel} of {self.world.size} processes"} if self.world.size > 1 else {}
+                run_log.describe(state.step, describe_choices(self.config) | shared)
                 self._run_saved(batches, run_log, last)
             if self._stopping:
                 if state.saved_step < 0:
@@ -268,7 +271,8 @@ class Pretraining:
         self.parallel.finish_gradients()
         with phase("gradient norm"):
             values["grad_norm"] = self.parallel.clip_gradients(self.config.optimizer.max_grad_norm)
-        self.finite.observe(values["total"], values["grad_norm"])
+        # Of many processes, all find the same at the same step.
+        self.finite.observe(values["grad_norm"], *([values["total"]] if self.world.size == 1 else []))
         if self.device.type == "cpu":
             self.finite.require(state.step + 1, state.saved_step, values)
         self._updating = True
@@ -278,6 +282,8 @@ class Pretraining:
         self._updating = False
         self.clock.count_step()
         run_log.advance()
+        if needed := self.forecast.count_step(state.step, self.optimizer):
+            run_log.message(needed)
         with self.passes.meetings.waiting():
             self._agreed_to_stop, found = self.agreement.answer()
         if found:

@@ -1,0 +1,147 @@
+"""One process by itself, and what a process takes from its environment; tests/processes has many."""
+
+import signal
+
+import pytest
+import torch
+
+from sclkern.errors import Interrupted, UserError, WorkerError
+from sclkern.objectives import ObjectiveConfig
+from sclkern.training import preflight
+from sclkern.training.config import build_config
+from sclkern.training.failures import Failure, left_alone
+from sclkern.training.parallel import check_parallel, reached_parameters
+from sclkern.training.preflight import gpu_of, join_world, place_of_process
+from sclkern.training.setup import resolve_device
+from sclkern.training.world import Agreement, Place, World
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Set exactly these variables of torchrun."""
+
+    def set_to(*values):
+        for name in VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in zip(VARIABLES, values, strict=False):
+            if value is not None:
+                monkeypatch.setenv(name, value)
+
+    return set_to
+
+
+def test_the_place_is_that_of_torchrun(environment):
+    environment()
+    assert place_of_process() == Place(0, 1, 0)
+    environment("5", "8", "1", "host", "29500")
+    assert place_of_process() == Place(5, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (("0", "2"), "got RANK, WORLD_SIZE without LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start the processes with"),
+        (("a", "2", "0", "host", "1"), "are no integers"),
+        (("2", "2", "0", "host", "1"), "got RANK=2, WORLD_SIZE=2, LOCAL_RANK=0, expected 0 <= LOCAL_RANK <= RANK < WO"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused(environment, values, message):
+    environment(*values)
+    with pytest.raises(UserError, match=message):
+        place_of_process()
+
+
+def test_one_process_of_torchrun_joins_nobody(environment):
+    environment("0", "1", "0", "host", "29500")
+    with join_world(build_config({})) as world:
+        assert world.size == 1 and world.main
+        assert world.gather(3) == [3] and world.broadcast({"a": 1}) == {"a": 1} and world.mean({"a": 2.0}) == {"a": 2.0}
+        agreement = Agreement(world)
+        agreement.ask(True, False)
+        assert agreement.answer() == [True, False]
+
+
+def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(preflight.torch.cuda, "device_count", lambda: 4)
+    assert gpu_of(Place(6, 8, 2)) == 2
+    with pytest.raises(UserError, match=r"process 5 of machine .*, which has 4 GPUs; start with --nproc-per-node 4"):
+        gpu_of(Place(4, 8, 4))
+    monkeypatch.setattr(preflight.torch.cuda, "device_count", lambda: 1)
+    assert gpu_of(Place(4, 8, 4)) == 0
+
+
+def test_one_gpu_cannot_be_named_for_all(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    world = World()
+    world.size = 2
+    with pytest.raises(UserError, match="got 'cuda:1' for 2 processes, each of which takes a GPU of its own; use cuda"):
+        resolve_device("cuda:1", world)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (UserError("no data"), 2, "rank 1: no data"),
+        (WorkerError("worker died"), 3, "rank 1: worker died"),
+        (ZeroDivisionError("by\nzero"), 1, "rank 1: ZeroDivisionError: by zero"),
+        (Interrupted(signal.SIGTERM), 143, "rank 1: interrupted by SIGTERM"),
+    ],
+)
+def test_the_others_end_with_the_status_of_the_failure(error, status, text):
+    failure = Failure.of(error, 1)
+    assert (failure.status, str(failure)) == (status, text)
+
+
+def test_what_a_broken_collective_says_is_known():
+    assert left_alone(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234"))
+    assert not left_alone(UserError("gloo is bad")) and not left_alone(RuntimeError("shapes differ"))
+
+
+def processes(size, **run):
+    world = World()
+    world.size = size
+    optimizer = {"name": run.pop("optimizer", "adamw")}
+    check_parallel(build_config({"run": run, "optimizer": optimizer}), world)
+
+
+def test_what_fsdp_cannot_do_is_refused():
+    with pytest.raises(UserError, match=r"run\.cuda_graphs: got true with run\.parallel=fsdp"):
+        processes(2, parallel="fsdp", cuda_graphs=True)
+    with pytest.raises(UserError, match=r"optimizer\.name: got 'apex' with run\.parallel=fsdp"):
+        processes(2, parallel="fsdp", optimizer="apex")
+    processes(1, parallel="fsdp", cuda_graphs=True)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "remedy"),
+    [
+        (64, None),
+        (128, "set run.accumulation=4"),
+        (100, "set it to a multiple of 32, and run.accumulation to their ratio"),
+    ],
+)
+def test_a_contrastive_batch_is_that_of_a_step(wanted, remedy):
+    options = {"batch_size": 16, "accumulation": 2, "contrastive_batch": wanted}
+    if remedy is None:
+        processes(2, **options)
+        return
+    with pytest.raises(
+        UserError, match=rf"got {wanted}, expected 64, the batch of a step \(2 processes x .*; {remedy}"
+    ):
+        processes(2, **options)
+
+
+def test_a_contrastive_batch_is_not_recorded():
+    with pytest.raises(UserError, match=r"run\.cuda_graphs: got true with run\.contrastive_batch"):
+        processes(1, batch_size=4, contrastive_batch=4, cuda_graphs=True)
+
+
+@pytest.mark.parametrize("recipe", ["scl", "glscl", ("itc",)])
+def test_parameters_that_no_loss_reaches(make_model, make_batch, recipe):
+    model = make_model(ObjectiveConfig(recipe=recipe), heads=("itm", "mlm", "itc", "vqa"))
+    model(make_batch(), seed=0).total.backward()
+    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert reached_parameters(model.config, model.objectives) == with_gradient
