@@ -48,10 +48,12 @@ class Forecast:
         left = self.run.max_steps - step
         count, size = self.run.keep + 1, checkpoint_bytes(optimizer)
         free = shutil.disk_usage(self.directory).free
-        enough = "" if free >= count * size else "; free more, or set a smaller run.keep"
+        space = f"{_gigabytes(free)} are free"
+        if free < count * size:
+            space += "; free more, or set a smaller run.keep"
         return (
             f"{left} steps left, {_duration(left * seconds)} at {seconds:.3g} s a step, without validations; "
-            f"checkpoints take {_gigabytes(count * size)} ({count} of {_gigabytes(size)}), {_gigabytes(free)} are free{enough}"
+            f"checkpoints take {_gigabytes(count * size)} ({count} of {_gigabytes(size)}), {space}"
         )
 
 
