@@ -132,7 +132,9 @@ class _Fsdp(Parallel):
     def begin(self) -> None:
         _leave_out_unreached(self.model)
         # A group of its own: checkpoints are written while training goes on.
-        self.writers = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)  # every process is in it
+        self.writers = group
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:

@@ -19,6 +19,7 @@ import tiny_run
 from sclkern.training.config import load_config
 from sclkern.training.logs import SilentLog
 from sclkern.training.loop import Pretraining
+from sclkern.training.parallel import share_model
 from sclkern.training.preflight import join_world
 from sclkern.training.world import World
 from tiny_run import overrides, small_data
@@ -114,12 +115,27 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (root, helpers)))}
 
 
+def averaged_after_replay(world):
+    """Gradients of a model whose steps would be CUDA graphs: those of rank r are r + 1, in float64 beside float32."""
+    model = sclkern.SCLModel(sclkern.SCLConfig.preset("tiny").replace(vision_layers=0))
+    model.text.double()
+    config = load_config(None, ["run.cuda_graphs=true"])
+    parallel = share_model(model, config, world)
+    parallel.begin()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, world.rank + 1.0)
+    model.temperature.grad = None
+    parallel.finish_gradients()
+    return {parameter.grad.mean().item() for parameter in model.parameters() if parameter.grad is not None}
+
+
 def be_rank(folder):
     with join_world(load_config(None, ["run.device=cpu"])) as world:
+        averaged = averaged_after_replay(world)
         rows = {case: case.global_batch(world.size) for case in CASES}
         results = [train(case, configuration(case, world.size, rows[case], folder), world) for case in CASES]
         if world.main:
-            torch.save(results, folder / f"world-{world.size}.pt")
+            torch.save((results, averaged), folder / f"world-{world.size}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +187,8 @@ def test_many_processes(world, alone, folder):
         [*command, __file__, str(folder)], env=environment(), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-5000:]
-    results = torch.load(folder / f"world-{world}.pt", weights_only=False)
+    results, averaged = torch.load(folder / f"world-{world}.pt", weights_only=False)
+    assert averaged == {(world + 1) / 2}
     for case, found in zip(CASES, results, strict=True):
         assert_same(case, case.global_batch(world), found, alone)
 
