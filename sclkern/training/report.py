@@ -1,4 +1,4 @@
-"""The report of a run: losses, recalls against chance, and what was skipped."""
+"""The report of a run: losses, its course, recalls against chance, and what was skipped."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sclkern.data.text import escape_markdown
 from sclkern.evaluation.retrieval import RECALL_AT, RetrievalResult
 from sclkern.io import write_atomically
 from sclkern.objectives import OBJECTIVES
+from sclkern.training.course import course_section, plot_course
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class RunSummary:
 
 
 def write_report(summary: RunSummary, directory: Path) -> Path:
-    """Write ``report.md`` and, if there are rows, ``losses.png``.
+    """Write ``report.md`` and, if there are rows, ``losses.png`` and ``course.png``.
 
     Args:
         summary: what the report shows.
@@ -48,6 +49,7 @@ def write_report(summary: RunSummary, directory: Path) -> Path:
     """
     if summary.rows:
         plot_losses(summary.rows, directory / "losses.png")
+        plot_course(summary.rows, directory / "course.png")
     path = directory / "report.md"
     write_atomically(path, lambda temporary: temporary.write_text(format_report(summary), encoding="utf-8"))
     return path
@@ -83,7 +85,7 @@ def plot_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 def format_report(summary: RunSummary) -> str:
     """The report as Markdown, with links to the plots beside it."""
     lines = ["# Pre-training report", "", escape_markdown(summary.description), ""]
-    lines += _loss_section(summary.rows) + _retrieval_section(summary)
+    lines += _loss_section(summary.rows) + course_section(summary.rows) + _retrieval_section(summary)
     if summary.attention is not None:
         lines += ["", "## Attention of words over held-out images", "", f"![attention]({summary.attention.name})", ""]
         lines += ["Last fusion layer, text to image, the largest over heads, each map scaled to its own range."]

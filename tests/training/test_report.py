@@ -63,3 +63,33 @@ def test_texts_stay_text(tmp_path):
     assert lines[2] == shown
     assert f"Undecodable {shown} images, skipped: 1" in lines
     assert r"| a\|b, 40 images, 30 captions | image to text | ITC | 2.5 | 12.5 | 25.0 |" in lines
+
+
+def test_the_course_of_a_run_is_shown(tmp_path):
+    times = {"step_seconds": 0.5, "data_seconds": 0.1, "memory_gb": 1.5, "slowest_rank": 1, "slowest_lag": 0.25}
+    rates = {"learning_rate": 1e-4, "learning_rate_fusion": 5e-4, "mfu": 0.4}
+    rows = [
+        {
+            "kind": "train",
+            "step": step,
+            "total": 9.0,
+            "grad_norm": 2.0 * step,
+            "pairs_per_second": speed,
+            **times,
+            **rates,
+        }
+        for step, speed in ((1, 1.0), (2, 40.0), (3, 50.0), (4, 60.0))
+    ]
+    lines = write_report(summary(rows=[*rows, {"kind": "ranks", "step": 4, "own_seconds": [1, 2]}]), tmp_path)
+    text = lines.read_text()
+    for line in (
+        "| pairs a second | 50 |",
+        "| of the device's peak (MFU) | 40.0% |",
+        "| of a step, waiting for data | 20.0 % |",
+        "| memory of a process, at most | 1.50 GB |",
+        "| slowest process most often | rank 1, 25% behind the median |",
+        "![course](course.png)",
+    ):
+        assert line in text
+    assert matplotlib.image.imread(tmp_path / "course.png")[..., :3].std() > 0.03
+    assert "## Course" not in format_report(summary())
