@@ -79,7 +79,8 @@ def stack(tensor: Tensor, group: Group = None) -> Tensor:
     if out.numel():
         # The name since torch 2.14, which warns of the old one.
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        all_gather(out.view(-1), tensor.detach().flatten(), group=group)
+        with collective("all-gather"):
+            all_gather(out.view(-1), tensor.detach().flatten(), group=group)
     return out
 
 

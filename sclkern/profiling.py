@@ -19,8 +19,9 @@ PHASES = (
     "step", "data wait", "draw masks", "image encoder", "text encoder", "fusion", "backward", "gradient norm",
     "optimiser", "communication",
 )  # fmt: skip
-# Further phases begin with one of these: "fusion layer 0", inside "fusion", "loss mlm", and "collective all-gather".
-PHASE_PREFIXES = ("fusion layer ", "loss ", "collective ")
+# Further phases begin with one of these: "fusion layer 0", inside "fusion", "loss mlm", "collective all-gather", and of
+# ``mark_modules`` "module encoder.layer.0.attention".
+PHASE_PREFIXES = ("fusion layer ", "loss ", "collective ", "module ")
 # torch names each collective itself, those of DistributedDataParallel included.
 _COLLECTIVES = "c10d::"
 _DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -78,6 +79,58 @@ def ranges() -> Iterator[None]:
         yield
     finally:
         _on = before
+
+
+class Marks:
+    """Ranges around modules.
+
+    Attributes:
+        names: of the modules.
+    """
+
+    def __init__(self, modules: Mapping[str, torch.nn.Module]) -> None:
+        self.names = tuple(modules)
+        self._handles: list[Any] = []
+        for name, module in modules.items():
+            self._handles += _mark(name, module)
+
+    def remove(self) -> None:
+        """Take the ranges away: modules are as before."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def mark_modules(model: torch.nn.Module) -> Marks:
+    """Give every module of sclkern in a model, such as those that ``sclkern.fuse`` has put there, a range of its own.
+
+    The ranges are named "module <path>", around the forward, and are seen while ``ranges`` is on. Modules that are not
+    marked have no hook, and pay nothing.
+
+    Args:
+        model: its modules whose class comes from sclkern, or is derived from one that does.
+
+    Returns:
+        The marks, which ``remove`` takes away.
+    """
+
+    def ours(module: torch.nn.Module) -> bool:
+        return any(kind.__module__.partition(".")[0] == "sclkern" for kind in type(module).__mro__)
+
+    return Marks({name: module for name, module in model.named_modules() if name and ours(module)})
+
+
+def _mark(name: str, module: torch.nn.Module) -> list[Any]:
+    # A module may be called within its own call.
+    entered: list[AbstractContextManager[None]] = []
+
+    def enter(*_: Any) -> None:
+        entered.append(phase(f"module {name}"))
+        entered[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
 
 
 @contextmanager

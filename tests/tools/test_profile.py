@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import sclkern
 from sclkern import ObjectiveConfig, SCLConfig, SCLModel, profiling
 from sclkern.cli import main, parse
 from sclkern.tools.profile import run as profile
@@ -97,7 +98,7 @@ def test_the_commands_for_nsys_and_ncu_repeat_the_profile(recorded, monkeypatch)
     for command in (nsys, ncu):
         assert command[command.index(sys.executable) :][:4] == [sys.executable, "-m", "sclkern.cli", "profile"]
         assert main(command[command.index("sclkern.cli") + 1 :]) == 0
-    assert [counts for _, counts in seen] == [{"steps": 2, "warmup": 1}, {"steps": 1, "warmup": 1}]
+    assert [(counts["steps"], counts["warmup"]) for _, counts in seen] == [(2, 1), (1, 1)]
     assert seen[0][0] == seen[1][0]
     assert seen[0][0].objectives.recipe == "glscl"
 
@@ -337,3 +338,28 @@ def test_the_page_shows_what_its_record_holds():
     (record,) = (ROOT / "benchmarks" / "results").glob("*/profile-*.json")
     assert record.name in page
     assert profile.format_profile(json.loads(record.read_text())) in page
+
+
+def test_modules_have_ranges_on_request_and_nothing_otherwise():
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(64, 2, 128, activation="gelu", batch_first=True)
+    model = torch.nn.ModuleDict({"plain": torch.nn.Linear(64, 64), "layer": layer})
+    x = torch.randn(2, 5, 64)
+    sclkern.fuse(model)
+
+    def names():
+        with torch.profiler.profile() as recorder, profiling.ranges(), profiling.phase("step"):
+            model["layer"](model["plain"](x))
+        return [event.name for event in recorder.events() if event.name.startswith("module ")]
+
+    assert names() == []
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    marks = profiling.mark_modules(model)
+    assert marks.names and all(name.startswith("layer") for name in marks.names)
+    assert names() == [f"module {name}" for name in marks.names if name in {n.removeprefix("module ") for n in names()}]
+    assert names()
+    with torch.profiler.profile() as recorder:
+        model["layer"](x)
+    assert not any(event.name.startswith("module ") for event in recorder.events())
+    marks.remove()
+    assert names() == [] and [len(module._forward_hooks) for module in model.modules()] == hooks

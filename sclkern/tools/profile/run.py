@@ -20,28 +20,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from sclkern import __version__
 from sclkern.errors import UserError
-from sclkern.profiling import DOMAIN, PHASES, format_table, phase, phase_spans, phase_table, ranges
+from sclkern.profiling import DOMAIN, PHASES, collective, format_table, phase, phase_spans, phase_table, ranges
 from sclkern.tools.profile.plot import plot_profile
 from sclkern.training.config import PretrainConfig
-from sclkern.training.logs import RunLog
+from sclkern.training.logs import RunLog, SilentLog
 from sclkern.training.loop import Pretraining
 from sclkern.training.setup import resolve_device
+from sclkern.training.world import World
 
 TOOLS = {"nsys": "NVIDIA Nsight Systems", "ncu": "NVIDIA Nsight Compute"}
 NO_PERMISSION = "ERR_NVGPUCTRPERM"
 
 
-def record_steps(config: PretrainConfig, *, steps: int, warmup: int, output: str | Path) -> dict[str, Any]:
+def record_steps(
+    config: PretrainConfig, *, steps: int, warmup: int, output: str | Path, world: World | None = None
+) -> dict[str, Any]:
     """Record steps with torch.profiler and write ``trace.json``, ``phases.json``, ``phases.txt`` and ``profile.png``.
+
+    Each process of several writes its own, from its own trace; their collectives are phases.
 
     Args:
         config: of the run; its ``run.output_dir`` and intervals of logging, saving and validation are not used.
         steps: steps to record.
         warmup: steps to take before.
         output: folder to write.
+        world: the processes that train together; None is this one by itself.
 
     Returns:
         The contents of ``phases.json``: machine, versions, configuration in short, and the table by phase.
@@ -53,7 +62,7 @@ def record_steps(config: PretrainConfig, *, steps: int, warmup: int, output: str
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     load = os.getloadavg()[0]
-    with _new_run(config) as run:
+    with _new_run(config, world) as run:
         activities = [torch.profiler.ProfilerActivity.CPU]
         if run.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -61,6 +70,7 @@ def record_steps(config: PretrainConfig, *, steps: int, warmup: int, output: str
         _take_steps(run, steps, warmup, recorder)
         parameters = sum(parameter.numel() for parameter in run.model.parameters())
         described = {**_describe(config, run.device, parameters), "steps": steps, "warmup": warmup}
+        described |= {"rank": run.world.rank, "world_size": run.world.size}
     trace = output / "trace.json"
     recorder.export_chrome_trace(str(trace))
     spans = phase_spans(json.loads(trace.read_text()))
@@ -79,20 +89,21 @@ def record_steps(config: PretrainConfig, *, steps: int, warmup: int, output: str
     return profile
 
 
-def mark_steps(config: PretrainConfig, *, steps: int, warmup: int) -> None:
+def mark_steps(config: PretrainConfig, *, steps: int, warmup: int, world: World | None = None) -> None:
     """Take the steps between cudaProfilerStart and cudaProfilerStop, with NVTX ranges, for nsys or ncu to record.
 
     Args:
         config: as in ``record_steps``.
         steps: steps to record.
         warmup: steps to take before.
+        world: as in ``record_steps``.
 
     Raises:
         UserError: as ``record_steps``.
     """
     _check_counts(steps, warmup)
     # NVTX ranges belong to a thread: a backward in a thread of autograd would lie outside them.
-    with _new_run(config) as run, torch.autograd.set_multithreading_enabled(False):
+    with _new_run(config, world) as run, torch.autograd.set_multithreading_enabled(False):
         _take_steps(run, steps, warmup, _cuda_profiler(run.device))
 
 
@@ -202,16 +213,20 @@ def _check_counts(steps: int, warmup: int) -> None:
 
 
 @contextmanager
-def _new_run(config: PretrainConfig) -> Iterator[Pretraining]:
+def _new_run(config: PretrainConfig, world: World | None) -> Iterator[Pretraining]:
     """A new run whose folder, with its logs, is removed at the end."""
     with tempfile.TemporaryDirectory(prefix="sclkern-profile-") as folder:
         # Without logging, which reads the losses back; most steps of a run do not.
-        yield Pretraining(replace(config, run=replace(config.run, output_dir=folder, log_every=2**31)))
+        yield Pretraining(replace(config, run=replace(config.run, output_dir=folder, log_every=2**31)), world=world)
 
 
 def _take_steps(run: Pretraining, steps: int, warmup: int, record: AbstractContextManager[Any]) -> None:
     """Train ``warmup`` steps, then ``steps`` under ``record``, each a phase."""
-    with RunLog(run.directory, start=0, total=warmup + steps) as run_log:
+    if isinstance(run.parallel.call, DistributedDataParallel):
+        # DDP reads the annotations of a function, and wants classes there, not their names.
+        run.parallel.call.register_comm_hook(None, lambda _, bucket: _reduced_in_a_range(bucket))
+    log = RunLog(run.directory, start=0, total=warmup + steps) if run.world.main else SilentLog()
+    with log as run_log:
         batches = run.batches()
         run.clock.restart()
         for _ in range(warmup):
@@ -224,6 +239,12 @@ def _take_steps(run: Pretraining, steps: int, warmup: int, record: AbstractConte
             # Work that the GPU has not finished belongs to the steps that launched it.
             _synchronize(run.device)
         batches.close()
+
+
+def _reduced_in_a_range(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """What DDP does with a bucket of gradients by itself, which it does without a word to a profiler."""
+    with collective("all-reduce of gradients"):
+        return allreduce_hook(None, bucket)
 
 
 def _synchronize(device: torch.device) -> None:
