@@ -95,15 +95,14 @@ def contrast_batch(model: ContrastiveModel, batches: Iterable[Mapping[str, Any]]
     Raises:
         ValueError: no micro-batch, or one that no step takes.
     """
-    features: list[dict[str, Mapping[str, Tensor]]] = []
-    names: tuple[str, ...] = ()
     batches = list(batches)
     if not batches:
         raise ValueError("batches: got none, expected one micro-batch or more")
     image = batches[0]["image"]
     rows = sum(len(batch["image"]) for batch in batches) * world_size()
     names = contrasted_objectives(model.config, model.objectives, rows, image.shape[1] if image.ndim == 5 else 1)
-    if not names:
+    if not names or len(batches) == 1:
+        # One micro-batch sees its pairs over all ranks in any case.
         return [Contrast({}, {}) for _ in batches]
     with torch.no_grad():
         features = [model.contrast_features(batch, seed=seed, names=names) for batch in batches]

@@ -280,12 +280,12 @@ def test_an_objective_of_ones_own_takes_part(make_model, make_batch):
 def test_a_contrastive_batch_needs_places(make_model, make_batch):
     model = train(make_model, "scl", "in_batch")
     with pytest.raises(ValueError, match="expected 'place' too: a contrastive batch takes each row twice"):
-        contrast_batch(model, [make_batch()], SEED)
+        contrast_batch(model, [make_batch()] * 2, SEED)
     with pytest.raises(ValueError, match="batches: got none"):
         contrast_batch(model, [], SEED)
     model.execution.backend = "flash"
     with pytest.raises(UserError, match=r"got 'flash' for a contrastive batch, .* set run\.backend=auto"):
-        contrast_batch(model, [global_batch(make_batch, "in_batch")], SEED)
+        contrast_batch(model, [global_batch(make_batch, "in_batch")] * 2, SEED)
 
 
 def test_a_contrastive_batch_under_autocast(make_model, make_batch):
