@@ -109,11 +109,12 @@ def truth(rows: int, negatives: str) -> tuple[torch.Tensor, dict[str, torch.Tens
     return losses_and_gradients(rows, "separate/eager", negatives)
 
 
-def check(rows: int, name: str) -> None:
-    """Losses and the gradient of every parameter against separate eager passes."""
+def check(rows: int, name: str, negatives: str | None = None) -> None:
+    """Losses and the gradient of every parameter against separate eager passes, with the negatives of the variant or
+    others."""
     if name == "separate/eager":
         return
-    negatives = VARIANTS[name].negatives
+    negatives = negatives or VARIANTS[name].negatives
     (loss, gradients), (other, others) = truth(rows, negatives), losses_and_gradients(rows, name, negatives)
     torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-5)
     assert gradients.keys() == others.keys()

@@ -29,7 +29,10 @@ def run(options: argparse.Namespace) -> int:
     if options.parallel:
         config = replace(config, run=replace(config.run, parallel=options.parallel))
     sizes = {"caption_tokens": options.caption_tokens, "num_frames": options.frames}
-    described = describe_plan(config.model, config.objectives, config.step, **sizes)
+    device = None if config.run.device == "auto" else config.run.device.partition(":")[0]
+    described = describe_plan(
+        config.model, config.objectives, config.step, **sizes, device=device, backend=config.run.backend
+    )
     sizes["padded_tokens"] = min(options.caption_tokens + 5, config.model.max_text_len)
     if options.ledger:
         rows = config.run.batch_size

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sclkern import ops, reference
 from sclkern.libraries import flash
 from sclkern.models.config import HEAD_DIM
-from sclkern.models.execution import Execution
+from sclkern.models.execution import Absorb, Execution
 from sclkern.models.layouts import Layout, Packed, Padded, merge_groups, repack, unpack_groups
 from sclkern.ops.attention import neighbours
 from sclkern.ops.cross_attention import plan_form
@@ -110,22 +110,13 @@ class Attention(nn.Module):
 
         If it does, each group of sequences is a call on padded tokens; otherwise all groups are one packed call.
         """
-        if self.execution.absorb == "never" or self.execution.backend in ("sdpa", "flash"):
-            return False
-        width = x.shape[-1]
-        planned = plan_form(
-            layout.max_seqlen,
-            context_layout.max_seqlen,
-            width,
-            width // HEAD_DIM,
-            x,
-            dropout_p=self._dropout_p,
-            softmax_scale=HEAD_DIM**-0.5,
-            backend=self.execution.backend,
-        )
-        if planned.form == "queries" and planned.choice.path.startswith("triton"):
-            return self.execution.absorb == "all" or self._dropout_p == 0
-        return planned.form != "never"
+        execution = self.execution
+        options: dict[str, Any] = {
+            "dropout_p": self._dropout_p,
+            "absorb": execution.absorb,
+            "backend": execution.backend,
+        }
+        return absorbed_form(layout.max_seqlen, context_layout.max_seqlen, x, **options) != "never"
 
     def _absorbed(self, x: Tensor, layout: Packed, context: Tensor, context_layout: Packed) -> Tensor:
         """The whole sub-layer, a call for each group."""
@@ -156,6 +147,32 @@ class Attention(nn.Module):
             **keyed,
             backend=self.execution.op_backend,
         )
+
+
+def absorbed_form(
+    num_queries: int, num_keys: int, x: Tensor, *, dropout_p: float, absorb: Absorb = "auto", backend: str = "auto"
+) -> str:
+    """The form of ``ops.cross_attention`` that cross-attention on packed tokens takes.
+
+    Args:
+        num_queries: of the longest sequence.
+        num_keys: of the longest sequence.
+        x: (..., W), of the dtype and device of the tokens; its other sizes are not read.
+        dropout_p: dropout probability.
+        absorb: as in ``Execution``.
+        backend: one of ``execution.MODEL_BACKENDS``.
+
+    Returns:
+        "keys", "queries", or "never", where all sequences are one packed call.
+    """
+    if absorb == "never" or backend in ("sdpa", "flash"):
+        return "never"
+    width = x.shape[-1]
+    options: dict[str, Any] = {"dropout_p": dropout_p, "softmax_scale": HEAD_DIM**-0.5, "backend": backend}
+    planned = plan_form(num_queries, num_keys, width, width // HEAD_DIM, x, **options)
+    if planned.form == "queries" and planned.choice.path.startswith("triton") and absorb != "all" and dropout_p > 0:
+        return "never"
+    return planned.form
 
 
 class _Split(torch.autograd.Function):

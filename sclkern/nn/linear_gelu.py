@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sclkern import ops
+from sclkern import cpu, ops
+from sclkern.cpu.gelu import quick_gelu
 from sclkern.ops.bias_gelu import KINDS
-from sclkern.ops.dispatch import select_backend
+from sclkern.ops.dispatch import select_backend, takes_cpu_form
 
 
 class LinearGELU(nn.Linear):
@@ -70,10 +71,13 @@ def linear_gelu(
     Returns:
         (..., O).
     """
-    if bias is not None and select_backend(x, weight, backend=backend).backend == "triton":
+    choice = select_backend(x, weight, backend=backend)
+    if bias is not None and choice.backend == "triton":
         return ops.bias_gelu(F.linear(x, weight), bias, approximate=approximate, backend=backend)
     # Without a kernel the matrix product adds the bias at no cost.
     hidden = F.linear(x, weight, bias)
+    if approximate == "quick" and takes_cpu_form(choice, backend, hidden) and not cpu.problems(hidden):
+        return quick_gelu(hidden)
     if approximate == "quick":
         return hidden * torch.sigmoid(1.702 * hidden)
     return F.gelu(hidden, approximate=approximate)

@@ -1,13 +1,13 @@
-"""What the attention ops share: checks, the plan of plain attention, and PyTorch's attention on a CPU."""
+"""What the attention ops share: checks, and the plan of plain attention."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from sclkern.cpu.attention import sdpa_attention
 from sclkern.libraries import flash
 from sclkern.ops import _checks
 from sclkern.ops.dispatch import Choice, autocast_like, select_backend, takes_cpu_form
@@ -142,32 +142,6 @@ def contiguous_channels(*tensors: Tensor) -> tuple[Tensor, ...]:
     else:
         return tensors
     return tuple(tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors)
-
-
-def sdpa_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout_p: float = 0.0
-) -> Tensor:
-    """``reference.attention`` by PyTorch's attention, which stores no scores without dropout; one derivative.
-
-    Args:
-        query: (B, Lq, H, D), B and Lq at least 1.
-        key: (B, Lk, H, D), Lk at least 1.
-        value: as key.
-        mask: (B, Lk) bool, True = attend, or None.
-        scale: factor of the scores.
-        dropout_p: dropout probability, drawn by torch.
-
-    Returns:
-        (B, Lq, H, D).
-    """
-    if mask is not None:
-        padding = ~mask[:, :, None, None]
-        key, value = key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
-        # Without a valid key the query attends to all of them: their values are the zeros that it gets.
-        mask = (mask | ~mask.any(1, keepdim=True))[:, None, None, :]
-    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, dropout_p=dropout_p)
-    return out.transpose(1, 2)
 
 
 # Plain attention that is not ours, by the name of its path.

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from sclkern import reference
+from sclkern.cpu import attention as cpu_attention
+from sclkern.cpu import dropout as cpu_dropout
 from sclkern.kernels.attention_gradients import fake_gradients, neighbours, padded_gradients, separate_gradients
 from sclkern.ops import _attention, _checks
 from sclkern.ops._registration import choose, kernels, public_op, register
@@ -32,8 +34,8 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention; scores and probabilities are never in memory (Dao et al., arXiv 2205.14135).
 
-    Where no kernel can run on a CPU, "auto" uses PyTorch's scaled_dot_product_attention, unless the dropout mask of a
-    seed or of ids is wanted.
+    Where no kernel can run on a CPU, "auto" uses PyTorch's scaled_dot_product_attention; with dropout and no
+    ``key_padding_mask`` a form that draws the mask of every backend as fast.
 
     Args:
         query: (B, Lq, H, D) float16, bfloat16 or float32 (any floating dtype on the eager path), any strides; the
@@ -47,8 +49,8 @@ def attention(
             524288 keys are supported.
         softmax_scale: factor of the scores, default 1 / sqrt(D). The kernel supports scales above 0.
         seed: of the dropout mask (``reference.attention_dropout_mask``): int, or int64 tensor of one element on the
-            device of query; every backend drops the same probabilities. None draws from torch's generator: a seed for
-            the kernel, the mask itself on the eager path, where counting is slow.
+            device of query; every backend drops the same probabilities. None draws from torch's generator: a seed, or
+            the mask itself on the eager path, where counting is slow.
         dropout_ids: (B,) int64 on the device of query: the dropout mask of a sample depends on its id in place of its
             index, so that the sample keeps it in another batch, at another place and in ``packed_attention``. Ids from
             0 to 2**63 / H - 1 have masks of their own, equal ids equal ones; the ids 0 to B - 1 are the default.
@@ -77,11 +79,13 @@ def attention(
         # (H, B * Lq) in the kernel.
         lse = lse.detach().view(query.shape[2], *query.shape[:2]).transpose(0, 1)
         return out, lse * math.log(2)
+    options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "dropout_ids": dropout_ids}
     if path in _attention.THEIRS:
         out = _attention.THEIRS[path](query, key, value, key_padding_mask, scale, dropout_p)
+    elif path == "cpu":
+        out = cpu_attention.attention(query, key, value, scale=scale, **options)
     else:
-        options: dict[str, Any] = {"dropout_p": dropout_p, "softmax_scale": scale, "seed": seed}
-        options |= {"key_padding_mask": key_padding_mask, "dropout_ids": dropout_ids}
+        options |= {"key_padding_mask": key_padding_mask, "softmax_scale": scale}
         out = reference.attention(query, key, value, **options)
     if not return_lse:
         return out
@@ -101,10 +105,14 @@ def plan(
     if backend == "flash":
         return _attention.plan_flash(query, empty, dropout_p, softmax_scale, seed, dropout_ids, return_lse)
     problems: tuple[str, ...] = ("no queries or no keys",) if empty else ()
+    others = (query, key, value), query.shape[-1], softmax_scale, backend
+    if dropout_p > 0 and key_padding_mask is None:
+        problems += cpu_dropout.problems(dropout_p, query, key, value)
+        choice = _attention.plan_heads(*others, "scores that a cache holds, for dropout on a CPU", problems)
+        return choice._replace(path="cpu") if choice.path == "sdpa" else choice
     if dropout_p > 0 and not (seed is None and dropout_ids is None):
         problems += ("PyTorch's attention cannot draw the dropout mask of a seed or of ids",)
-    sdpa = "PyTorch's scaled_dot_product_attention on a CPU"
-    return _attention.plan_heads((query, key, value), query.shape[-1], softmax_scale, backend, sdpa, problems)
+    return _attention.plan_heads(*others, "PyTorch's scaled_dot_product_attention on a CPU", problems)
 
 
 def check(

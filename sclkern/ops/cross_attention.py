@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sclkern import reference
+from sclkern.cpu import cross_attention as cpu_cross_attention
+from sclkern.cpu import dropout as cpu_dropout
 from sclkern.ops import _attention, _checks
 from sclkern.ops._registration import choose, kernels, public_op, register
 from sclkern.ops.attention import attention
@@ -107,7 +109,9 @@ def cross_attention(
     if path in ("absorbed-keys", "absorbed-queries"):
         form = path.removeprefix("absorbed-")
         options |= {"num_heads": num_heads, "key_padding_mask": key_padding_mask, "absorb": form}
-        return reference.cross_attention(*cast, **options)
+        fast = dropout_p > 0 and x.device.type == "cpu" and resolve_backend(backend) == "auto"
+        module = cpu_cross_attention if fast and not cpu_dropout.problems(dropout_p, *cast) else reference
+        return module.cross_attention(*cast, **options)
     width = x.shape[-1]
     if key_padding_mask is not None and path != "triton-absorbed-keys":
         # The projections would carry NaN of the padding into the gradients of their weights.

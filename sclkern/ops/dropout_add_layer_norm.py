@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from sclkern import reference
+from sclkern.cpu import dropout as cpu_dropout
+from sclkern.cpu import dropout_add as cpu_dropout_add
 from sclkern.ops import _checks
 from sclkern.ops._registration import choose, kernels, public_op, register
-from sclkern.ops.dispatch import Choice, select_backend
+from sclkern.ops.dispatch import Choice, select_backend, takes_cpu_form
 from sclkern.random import seed_tensor
 
 # The kernel holds whole rows in registers; see sclkern.kernels.dropout_add_layer_norm.
@@ -76,10 +78,12 @@ def dropout_add_layer_norm(
             ``backend="eager"`` has them.
     """
     tensors, numbers = (x, residual, weight, bias), (dropout_p, eps, seed, dropout_ids, return_sum, return_copy)
-    if choose("dropout_add_layer_norm", check, plan, *tensors, x_bias, *numbers, backend) == "eager":
+    path = choose("dropout_add_layer_norm", check, plan, *tensors, x_bias, *numbers, backend)
+    if path != "triton":
         options: dict[str, Any] = {"x_bias": x_bias, "dropout_p": dropout_p, "eps": eps, "seed": seed}
         options |= {"dropout_ids": dropout_ids, "return_sum": return_sum, "return_copy": return_copy}
-        return reference.dropout_add_layer_norm(*tensors, **options)
+        form = cpu_dropout_add if path == "cpu" else reference
+        return form.dropout_add_layer_norm(*tensors, **options)
     parameters = weight.contiguous(), bias.contiguous(), None if x_bias is None else x_bias.contiguous()
     seed = seed_tensor(seed, x.device) if dropout_p > 0 else None
     ids = None if seed is None or dropout_ids is None else dropout_ids.flatten().contiguous()
@@ -95,13 +99,18 @@ def dropout_add_layer_norm(
 
 def plan(
     x: Tensor | None, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, *,
-    x_bias: Tensor | None = None, backend: str = "auto", **_: Any,
+    x_bias: Tensor | None = None, dropout_p: float = 0.0, backend: str = "auto", **_: Any,
 ) -> Choice:  # fmt: skip
     """The path of these arguments; see ``sclkern.ops.explain``."""
     unsupported: tuple[str, ...] = ()
     if x is not None and x.shape[-1] > MAX_COLUMNS:
         unsupported = (f"rows of {x.shape[-1]} columns, the kernel holds at most {MAX_COLUMNS} in registers",)
-    return select_backend(x, residual, weight, bias, x_bias, backend=backend, unsupported=unsupported)
+    tensors = x, residual, weight, bias, x_bias
+    choice = select_backend(*tensors, backend=backend, unsupported=unsupported)
+    if x is None or dropout_p == 0 or not takes_cpu_form(choice, backend, x):
+        return choice
+    problems = cpu_dropout.problems(dropout_p, *tensors)
+    return Choice("eager", choice.reasons + problems) if problems else choice.via("cpu", "dropout in pieces on a CPU")
 
 
 def check(

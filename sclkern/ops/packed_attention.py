@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from sclkern import reference
+from sclkern.cpu import attention as cpu_attention
+from sclkern.cpu import dropout as cpu_dropout
 from sclkern.libraries import flash
 from sclkern.ops import _attention, _checks
 from sclkern.ops._registration import choose, public_op
 from sclkern.ops.attention import run_kernel
 from sclkern.ops.dispatch import Choice, autocast_all, may_read, select_backend
-from sclkern.random import seed_tensor
 
 
 @public_op
@@ -37,8 +38,8 @@ def packed_attention(
 
     On a GPU nothing waits for the device, so the op can be captured into a CUDA graph: the lengths may change from
     replay to replay within ``max_seqlen``. Where no kernel can run on a CPU, "auto" computes sequences of equal lengths
-    together, by PyTorch's scaled_dot_product_attention unless the dropout mask of a seed or of ids is wanted; "eager"
-    is ``reference.packed_attention``, which pads.
+    together, by PyTorch's scaled_dot_product_attention unless there is dropout; "eager" is
+    ``reference.packed_attention``, which pads.
 
     Args:
         query: (Tq, H, D), dtypes and head dims as in ``attention``.
@@ -71,13 +72,13 @@ def packed_attention(
     query, key, value = autocast_all(query, key, value)
     packing = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k
     scale = _attention.resolve_scale(query.shape[-1], softmax_scale)
+    options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "dropout_ids": dropout_ids}
     if path == "triton":
         return run_kernel(query, key, value, None, packing, seed, dropout_ids, dropout_p, scale)[0]
     if path == "flash":
         return flash.packed_attention(query, key, value, *packing, dropout_p, scale)
     if path == "grouped":
-        return _attend_by_lengths(query, key, value, *packing[:2], dropout_p, scale, seed, dropout_ids)
-    options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "dropout_ids": dropout_ids}
+        return cpu_attention.packed_attention(query, key, value, *packing[:2], scale=scale, **options)
     return reference.packed_attention(query, key, value, *packing, softmax_scale=scale, **options)
 
 
@@ -99,8 +100,9 @@ def plan(
     if cu_seqlens_q is not None and cu_seqlens_q.shape[0] <= 1:
         problems += ("no sequences",)
     by = "PyTorch's scaled_dot_product_attention"
-    if dropout_p > 0 and not (seed is None and dropout_ids is None):
-        by = "the definition, for the dropout mask of a seed or of ids"
+    if dropout_p > 0:
+        by = "scores that a cache holds, for dropout"
+        problems += cpu_dropout.problems(dropout_p, query, key, value)
     grouped = f"sequences of equal lengths are computed together, by {by}"
     choice = _attention.plan_heads((query, key, value), query.shape[-1], softmax_scale, backend, grouped, problems)
     return choice._replace(path="grouped") if choice.path == "sdpa" else choice
@@ -135,51 +137,3 @@ def _check_ends(name: str, limit: str, ends: list[int], max_seqlen: int, num_tok
         raise ValueError(f"{name}: got {shown}, expected 0, then ascending ends of at most {num_tokens}")
     if max(lengths, default=0) > max_seqlen:
         raise ValueError(f"{limit}: got {max_seqlen}, expected at least the longest sequence, {max(lengths)}")
-
-
-def _attend_by_lengths(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, dropout_p: float,
-    scale: float, seed: int | Tensor | None, dropout_ids: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """``reference.packed_attention`` without padding: one batch for all sequences of the same two lengths."""
-    seed = seed_tensor(seed, query.device) if dropout_ids is not None and dropout_p > 0 else seed
-    ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    groups: dict[tuple[int, int], list[int]] = {}
-    lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)
-    for sequence, pair in enumerate(lengths):
-        groups.setdefault(pair, []).append(sequence)
-    if len(groups) == 1:
-        queries, keys, values = query[: ends_q[-1]], key[: ends_k[-1]], value[: ends_k[-1]]
-    else:
-        # One gather brings all tokens into the order of the groups, one scatter takes them back.
-        queries = query.index_select(0, _tokens(groups, ends_q))
-        keys, values = (tensor.index_select(0, _tokens(groups, ends_k)) for tensor in (key, value))
-    sizes_q, sizes_k = ([len(group) * pair[side] for pair, group in groups.items()] for side in (0, 1))
-    sides = zip(groups.items(), queries.split(sizes_q), keys.split(sizes_k), values.split(sizes_k), strict=True)
-    outputs = []
-    for ((num_queries, num_keys), group), q, k, v in sides:
-        q = q.unflatten(0, (len(group), num_queries))
-        k, v = (tensor.unflatten(0, (len(group), num_keys)) for tensor in (k, v))
-        ids = None if seed is None else torch.tensor(group) if dropout_ids is None else dropout_ids[group]
-        outputs.append(_attend_group(q, k, v, dropout_p, scale, seed, ids).flatten(0, 1))
-    if len(groups) == 1 and ends_q[-1] == query.shape[0]:
-        return outputs[0]
-    out = torch.cat(outputs)
-    return out.new_zeros(query.shape).index_copy(0, _tokens(groups, ends_q), out)
-
-
-def _tokens(groups: dict[tuple[int, int], list[int]], ends: list[int]) -> Tensor:
-    """Indices of the tokens in the order of the groups."""
-    sequences = [sequence for group in groups.values() for sequence in group]
-    return torch.cat([torch.arange(ends[sequence], ends[sequence + 1]) for sequence in sequences])
-
-
-def _attend_group(
-    query: Tensor, key: Tensor, value: Tensor, dropout_p: float, scale: float, seed: int | Tensor | None,
-    ids: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """``attention`` of a batch of sequences, of these ids where the dropout mask of a seed is wanted."""
-    if (dropout_p > 0 and seed is not None) or 0 in (query.shape[1], key.shape[1]):
-        options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "dropout_ids": ids}
-        return reference.attention(query, key, value, softmax_scale=scale, **options)
-    return _attention.sdpa_attention(query, key, value, None, scale, dropout_p)

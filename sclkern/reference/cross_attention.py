@@ -117,15 +117,18 @@ def absorbed_into_queries(
         (B, Lq, W).
     """
     width = x.shape[-1]
-    query = F.linear(x, in_weight[:width], in_bias[:width]).unflatten(-1, (num_heads, -1))
-    key_weight, value_weight = in_weight[width:].view(2, num_heads, -1, width)
+    # One split of each, whose gradient is one tensor: every slice would fill another of the whole.
+    query_weight, *context_weights = in_weight.split(width)
+    query_bias, _, value_bias = in_bias.split(width)
+    query = F.linear(x, query_weight, query_bias).unflatten(-1, (num_heads, -1))
+    key_weight, value_weight = (weight.view(num_heads, -1, width) for weight in context_weights)
     queries = _by_head(query * scale, key_weight)
     # (B, H, Lq, Lk). A bias of the keys would shift every score of a query alike.
     scores = queries.transpose(1, 2).flatten(1, 2) @ context.transpose(1, 2)
     p_dropped, total = softmax(scores.view(len(x), num_heads, x.shape[1], context.shape[1]))
     mixed = (p_dropped.flatten(1, 2) @ context).view(queries.transpose(1, 2).shape).transpose(1, 2)
     # After dropout a row of probabilities does not sum to 1, which scales the bias of the values.
-    bias = total.transpose(1, 2)[..., None] * in_bias[2 * width :].view(num_heads, -1)
+    bias = total.transpose(1, 2)[..., None] * value_bias.view(num_heads, -1)
     out = _by_head(mixed, value_weight.transpose(1, 2)) + bias
     return F.linear(out.flatten(-2), out_weight, out_bias)
 

@@ -90,8 +90,14 @@ def dropout_add_layer_norm(
         rows = x.shape[:-1].numel() if dropout_ids is None else dropout_ids.flatten()
         keep = feature_dropout_keep(rows, x.shape[-1], dropout_p, seed).reshape(x.shape)
         x = torch.where(keep, x * feature_dropout_scale(dropout_p), 0.0)
-    total = residual + x
-    out = F.layer_norm(total, x.shape[-1:], weight.to(total.dtype), bias.to(total.dtype), eps)
+    return norm_of_sum(residual + x, dtype, weight, bias, eps=eps, return_sum=return_sum, return_copy=return_copy)
+
+
+def norm_of_sum(
+    total: Tensor, dtype: torch.dtype, weight: Tensor, bias: Tensor, *, eps: float, return_sum: bool, return_copy: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What ``dropout_add_layer_norm`` returns for a sum (..., D) and the dtype of x."""
+    out = F.layer_norm(total, total.shape[-1:], weight.to(total.dtype), bias.to(total.dtype), eps)
     # Autocast widens a layer norm; the op's dtype is that of its tensors.
     if return_sum:
         return out.to(dtype), total

@@ -9,10 +9,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from sclkern.errors import UserError
+from sclkern.models.attention import absorbed_form
 from sclkern.models.config import SCLConfig
+from sclkern.models.execution import Absorb
 from sclkern.objectives.config import ObjectiveConfig
-from sclkern.reference.cross_attention import MAX_COST_RATIO, relative_costs
+from sclkern.reference.cross_attention import relative_costs
 from sclkern.step.config import StepConfig
 from sclkern.step.masks import token_capacity
 from sclkern.step.memory import kept_bytes
@@ -81,6 +86,9 @@ class Counter:
         caption_tokens: of a caption, with its ``<s>`` and ``</s>``.
         padded_tokens: of the longest caption of the batch, to which all are padded where the plan does not pack.
         num_frames: F.
+        device: type of the device that trains, by which cross-attention chooses its form; None is "cuda" where torch
+            sees a GPU, otherwise "cpu".
+        backend: of the model, likewise.
     """
 
     def __init__(
@@ -92,7 +100,13 @@ class Counter:
         caption_tokens: int,
         padded_tokens: int,
         num_frames: int = 1,
+        device: str | None = None,
+        backend: str = "auto",
     ) -> None:
+        self.backend = backend
+        with FakeTensorMode():
+            # Without memory, so that no such device is needed.
+            self.token = torch.empty(config.width, device=device or default_device())
         self.config, self.objectives, self.plan, self.frames = config, objectives, plan, num_frames
         self.caption = Length(caption_tokens if plan.step.pack else padded_tokens, padded_tokens)
         self.capacity = token_capacity(config, objectives, padded_tokens)
@@ -136,10 +150,11 @@ class Counter:
     def _plain(self, queries: int, keys: int) -> float:
         return 2 * self.square * (queries + keys) + 4 * queries * keys * self.config.width
 
-    def _cost_ratio(self, queries: int, keys: int) -> float:
-        """Cost of the cheapest absorbed form over that of the plain one; 1 where none is taken."""
-        ratio = min(relative_costs(queries, keys, self.config.width, self.config.num_heads, keys).values())
-        return ratio if ratio <= MAX_COST_RATIO else 1.0
+    def _cost_ratio(self, queries: int, keys: int, absorb: Absorb) -> float:
+        """Cost of the form that training takes on the device over that of the plain one; 1 where it absorbs nothing."""
+        width, dropout = self.config.width, self.config.dropout
+        form = absorbed_form(queries, keys, self.token, dropout_p=dropout, absorb=absorb, backend=self.backend)
+        return relative_costs(queries, keys, width, self.config.num_heads, keys)[form]
 
     def _attend(self, queries: Length, keys: Length, longest: tuple[int, int], *, text_keys: bool) -> float:
         """FLOPs of attention whose queries and keys have separate projections.
@@ -156,12 +171,12 @@ class Counter:
         if not longest[0]:
             # No view reads this stream: its last layer is not run.
             return 0.0
-        if self.plan.step.absorb == "never" or not self.plan.step.pack or self._cost_ratio(*longest) == 1:
+        if self._cost_ratio(*longest, self.plan.step.absorb if self.plan.step.pack else "never") == 1:
             # Packed text keys are projected together with those of the other views, read or not.
             projected = queries.count or (self.plan.step.pack and text_keys)
             return self._plain(queries.count, keys.count if projected else 0)
-        # An absorbed sub-layer works on padded captions.
-        ratio = self._cost_ratio(queries.padded, keys.padded)
+        # An absorbed sub-layer works on padded captions, and each call chooses for itself.
+        ratio = self._cost_ratio(queries.padded, keys.padded, "all")
         return ratio * self._plain(queries.padded, keys.padded) if queries.count else 0.0
 
     # -- parts ---------------------------------------------------------------------------------------------------------
@@ -237,6 +252,11 @@ class Counter:
         return Part("heads", self.capacity["mlm"] if read else 0, flops, 2 * flops)
 
 
+def default_device() -> str:
+    """The type of the device that ``run.device=auto`` takes here."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def describe_plan(
     config: SCLConfig,
     objectives: ObjectiveConfig,
@@ -244,6 +264,8 @@ def describe_plan(
     *,
     caption_tokens: int = 13,
     num_frames: int = 1,
+    device: str | None = None,
+    backend: str = "auto",
 ) -> dict[str, Any]:
     """The plan of a step with its arithmetic beside that of separate padded passes, as plain data.
 
@@ -253,10 +275,12 @@ def describe_plan(
         step: how the step is executed.
         caption_tokens: of every caption; separate passes pad them to ``max_text_len``, as the published code does.
         num_frames: of every clip; 1 for images.
+        device: "cpu" or "cuda", which trains, as in ``Counter``; the kept bytes are those of a GPU.
+        backend: of the model.
 
     Returns:
-        ``views``, ``parts`` and ``flops`` of the plan for one sample, ``separate_flops`` of the separate passes, and
-        ``flops_ratio``, the one over the other; likewise ``kept_bytes`` (``sclkern.step.memory``),
+        ``device``, ``views``, ``parts`` and ``flops`` of the plan for one sample, ``separate_flops`` of the separate
+        passes, and ``flops_ratio``, the one over the other; likewise ``kept_bytes`` (``sclkern.step.memory``),
         ``separate_kept_bytes`` and ``kept_ratio``.
 
     Raises:
@@ -267,9 +291,11 @@ def describe_plan(
     if not 1 <= num_frames <= max(1, config.max_frames):
         raise UserError(f"num_frames: got {num_frames}, expected 1 to max_frames {max(1, config.max_frames)}")
     plan = make_plan(objectives, step)
-    sizes = {"caption_tokens": caption_tokens, "num_frames": num_frames}
+    sizes: dict[str, Any] = {"caption_tokens": caption_tokens, "num_frames": num_frames}
     padded = caption_tokens if step.pack else config.max_text_len
-    parts = Counter(config, objectives, plan, padded_tokens=padded, **sizes).parts()
+    device = device or default_device()
+    trained: dict[str, Any] = {**sizes, "device": device, "backend": backend}
+    parts = Counter(config, objectives, plan, padded_tokens=padded, **trained).parts()
     separate_plan = make_plan(objectives, StepConfig.published())
     separate = Counter(config, objectives, separate_plan, padded_tokens=config.max_text_len, **sizes).parts()
     total, whole = (sum(part.total for part in every) for every in (parts, separate))
@@ -279,6 +305,7 @@ def describe_plan(
         "recipe": objectives.recipe_name,
         "itm_negatives": objectives.itm_negatives,
         **sizes,
+        "device": device,
         "views": [{**asdict(view), "image": view.image.name, "text": view.text.name} for view in plan.views],
         "parts": [asdict(part) for part in parts],
         "flops": total,
@@ -310,7 +337,7 @@ def format_plan(described: dict[str, Any]) -> str:
         lines.append(f"{part['name']:28} {part['tokens']:8g} {forward:14.2f} {backward:15.2f}")
     lines += [
         "",
-        f"a sample: {described['flops'] / 1e9:.1f} GFLOP, in separate padded passes "
+        f"a sample on {described['device']}: {described['flops'] / 1e9:.1f} GFLOP, in separate padded passes "
         f"{described['separate_flops'] / 1e9:.1f} GFLOP, ratio {described['flops_ratio']:.3f}",
         f"kept for its backward, in float32: {described['kept_bytes'] / 1e6:.0f} MB, in separate padded passes "
         f"{described['separate_kept_bytes'] / 1e6:.0f} MB, ratio {described['kept_ratio']:.3f}",

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 
 import torch
 
 from sclkern.models.config import SCLConfig
-from sclkern.models.execution import Absorb
 from sclkern.objectives.config import ObjectiveConfig
 from sclkern.step.config import StepConfig
 from sclkern.step.flops import Counter
@@ -33,7 +31,14 @@ PEAKS = {
 
 
 def flops_a_pair(
-    config: SCLConfig, objectives: ObjectiveConfig, step: StepConfig, caption_tokens: float, padded_tokens: int
+    config: SCLConfig,
+    objectives: ObjectiveConfig,
+    step: StepConfig,
+    caption_tokens: float,
+    padded_tokens: int,
+    *,
+    device: str | None = None,
+    backend: str = "auto",
 ) -> float:
     """Count the FLOPs of the step for one pair, forward and backward, from its plan.
 
@@ -45,6 +50,8 @@ def flops_a_pair(
         step: how the step is executed.
         caption_tokens: mean number of tokens of the captions.
         padded_tokens: tokens that a caption is padded to where the step does not pack.
+        device: type of the device that trains, as in ``sclkern.step.flops.Counter``.
+        backend: of the model.
 
     Returns:
         FLOPs, a multiplication and an addition counted as two.
@@ -55,6 +62,8 @@ def flops_a_pair(
         make_plan(objectives, step),
         caption_tokens=round(caption_tokens),
         padded_tokens=padded_tokens,
+        device=device,
+        backend=backend,
     )
     return sum(part.total for part in counter.parts())
 
@@ -72,10 +81,8 @@ class Throughput:
     def __init__(self, config: PretrainConfig, lengths: list[int], pad_to_max: bool, device: torch.device) -> None:
         padded = config.model.max_text_len if pad_to_max else max(lengths)
         mean = sum(lengths) / len(lengths)
-        # Attention of others has projections of its own, which are not folded into the shorter side.
-        absorb: Absorb = "never" if config.run.backend in ("sdpa", "flash") else config.step.absorb
-        step = dataclasses.replace(config.step, absorb=absorb)
-        self.flops = flops_a_pair(config.model, config.objectives, step, mean, padded)
+        run = {"device": device.type, "backend": config.run.backend}
+        self.flops = flops_a_pair(config.model, config.objectives, config.step, mean, padded, **run)
         self.peak = peak_flops(device, config.run.precision)
 
     def at(self, pairs_per_second: float, devices: int = 1) -> dict[str, float]:

@@ -10,6 +10,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sclkern import reference
+from sclkern.cpu import attention as cpu_attention
+from sclkern.cpu import cross_attention as cpu_cross_attention
 from sclkern.ops import dispatch
 
 
@@ -45,17 +47,18 @@ class _Sdpa(TorchFunctionMode):
 
 
 def observe(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> list[str]:
-    """What ``call`` runs, in order: "kernel NAME", "sdpa", or "reference NAME", with the form in which it absorbs.
+    """What ``call`` runs, in order: "kernel NAME", "sdpa", "cpu NAME" or "reference NAME", with the form in which it
+    absorbs.
 
     The inside of a kernel, which ``cpu_kernels`` computes by a definition, is left out.
     """
     events: list[str] = []
     kernels = _Kernels(events)
 
-    def recorded(name, function):
+    def recorded(module, name, function):
         def run(*args, **options):
             if not kernels.depth:
-                events.append(f"reference {name}" + (f" {options['absorb']}" if "absorb" in options else ""))
+                events.append(f"{module} {name}" + (f" {options['absorb']}" if "absorb" in options else ""))
             return function(*args, **options)
 
         return run
@@ -63,7 +66,10 @@ def observe(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> list
     with monkeypatch.context() as patch, kernels, _Sdpa(events):
         for name, function in list(vars(reference).items()):
             if callable(function):
-                patch.setattr(reference, name, recorded(name, function))
+                patch.setattr(reference, name, recorded("reference", name, function))
+        for form in (cpu_attention, cpu_cross_attention):
+            name = form.__name__.rpartition(".")[2]
+            patch.setattr(form, name, recorded("cpu", name, getattr(form, name)))
         call()
     return events
 

@@ -61,10 +61,13 @@ CALLS = {
     "scale 0.3": (heads(softmax_scale=0.3), "sdpa", "triton"),
     "scale 0": (heads(softmax_scale=0), "sdpa", "sdpa"),
     "scale -1": (heads(softmax_scale=-1), "sdpa", "sdpa"),
-    "dropout": (heads(dropout_p=0.3), "sdpa", "triton"),
-    "dropout with a seed": (heads(dropout_p=0.3, seed=3), "eager", "triton"),
-    "dropout with a seed tensor": (heads(dropout_p=0.3, seed=SEED), "eager", "triton"),
-    "dropout with a seed, head dim 20": (heads(dropout_p=0.3, seed=3, head_dim=20), "eager", "eager"),
+    "dropout": (heads(dropout_p=0.3), "cpu", "triton"),
+    "dropout with a seed": (heads(dropout_p=0.3, seed=3), "cpu", "triton"),
+    "dropout with a seed tensor": (heads(dropout_p=0.3, seed=SEED), "cpu", "triton"),
+    "dropout with a seed, head dim 20": (heads(dropout_p=0.3, seed=3, head_dim=20), "cpu", "cpu"),
+    "dropout and a mask": (heads(dropout_p=0.3, key_padding_mask=MASK), "sdpa", "triton"),
+    "dropout with a seed and a mask": (heads(dropout_p=0.3, seed=3, key_padding_mask=MASK), "eager", "triton"),
+    "dropout of everything": (heads(dropout_p=1.0), "eager", "triton"),
     "a seed without dropout": (heads(seed=3), "sdpa", "triton"),
     "mask": (heads(key_padding_mask=MASK), "sdpa", "triton"),
     "log-sum-exp": (heads(return_lse=True), "sdpa", "triton"),
@@ -107,7 +110,7 @@ CALLS = {
     "cross, 33 keys, dropout": (cross(325, 33, dropout_p=0.3), "absorbed-keys", "triton"),
     "cross, too many heads": (cross(325, 17, 416, 13, absorb="keys"), "absorbed-keys", "absorbed-keys"),
     "cross, never": (cross(65, 5, absorb="never"), "sdpa", "triton"),
-    "cross, never, dropout with a seed": (cross(65, 5, absorb="never", dropout_p=0.3, seed=3), "eager", "triton"),
+    "cross, never, dropout with a seed": (cross(65, 5, absorb="never", dropout_p=0.3, seed=3), "cpu", "triton"),
     "cross, never, head dim 16": (cross(65, 5, num_heads=4, absorb="never"), "sdpa", "sdpa"),
     "cross, never, no keys": (cross(65, 0, absorb="never"), "eager", "triton"),
     "cross, queries by name": (cross(13, 13, absorb="queries"), "absorbed-queries", "triton-absorbed-queries"),
@@ -133,7 +136,10 @@ def path_taken(op, events):
     if core == {"sdpa"}:
         return "sdpa"
     (event,) = core
-    return f"absorbed-{event.split()[2]}" if event.startswith("reference cross_attention ") else "eager"
+    if event == "cpu attention":
+        return "cpu"
+    absorbed = event.startswith(("reference cross_attention ", "cpu cross_attention "))
+    return f"absorbed-{event.split()[2]}" if absorbed else "eager"
 
 
 @pytest.mark.parametrize("kernels", [True] if KERNELS_RUN else [False, True], ids=str)
@@ -157,7 +163,8 @@ def test_sdpa_is_called_once_for_each_group_of_equal_lengths_and_twice_for_frame
 
 @pytest.mark.skipif(KERNELS_RUN, reason="a kernel runs here")
 def test_every_reason_is_given():
-    _, arguments = heads(head_dim=20, dtype=torch.float64, softmax_scale=-1.0, dropout_p=0.1, seed=3, keys=0)
+    call = {"head_dim": 20, "dtype": torch.float64, "softmax_scale": -1.0, "dropout_p": 0.1, "seed": 3, "keys": 0}
+    _, arguments = heads(**call, key_padding_mask=MASK[:, :0])
     text = str(ops.explain("attention", **arguments))
     for reason in (
         "head dim 20 has no kernel",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -106,6 +108,28 @@ def test_the_base_model_computes_half_of_what_separate_passes_do():
     assert absorbed["kept_ratio"] <= 0.6
     # The published code's five passes cost 1262 GFLOP a sample (its heads apart, which see every position).
     assert abs(separate / 1e9 - 1262) < 10
+
+
+def test_a_gpu_absorbs_into_queries_only_where_the_step_says_so():
+    """Without a GPU: the form follows from the type of the device."""
+    config, objectives = SCLConfig.preset("base"), ObjectiveConfig(itm_negatives="dataset")
+
+    def flops(device, absorb="auto", backend="auto", dropout=0.1):
+        sized, plan = replace(config, dropout=dropout), make_plan(objectives, StepConfig(absorb=absorb))
+        sizes = {"caption_tokens": 13, "padded_tokens": 13}
+        parts = Counter(sized, objectives, plan, **sizes, device=device, backend=backend).parts()
+        return sum(part.total for part in parts)
+
+    never, some, every = (flops("cuda", absorb) for absorb in ("never", "auto", "all"))
+    assert every < some < never
+    assert flops("cuda", dropout=0.0) == every
+    # A CPU has no launches to save.
+    assert flops("cpu") == flops("cpu", "all") == every
+    assert flops("cpu", "never") == never
+    assert {flops(device, backend=name) for device in ("cpu", "cuda") for name in ("sdpa", "flash")} == {never}
+    described = describe_plan(config, objectives, StepConfig(), device="cuda")
+    assert (described["device"], described["flops"]) == ("cuda", some)
+    assert "a sample on cuda: " in format_plan(described)
 
 
 def test_a_recipe_of_itm_alone_costs_one_view():

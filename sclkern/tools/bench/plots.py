@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -23,26 +24,28 @@ from sclkern.tools.bench.report import (
     grouped_phases,
     memory_rows,
     op_rows,
+    ratio_rows,
     seconds_text,
     step_rows,
 )
 
 
 def write_plots(rows: list[Record], folder: Path) -> list[Path]:
-    """Plot time against size, the share of the roofline, the step's phases and the memory of the contrastive loss.
+    """Plot time against size, the share of the roofline, the step's phases, how much faster than separate passes it is,
+    and the memory of the contrastive loss.
 
     Args:
         rows: of ``sclkern.tools.bench.records.read``.
         folder: where the files go; it is made.
 
     Returns:
-        The files, named ``<device>-times.png``, ``-roofline.png``, ``-step.png`` and ``-loss-memory.png``. Their
-        comment is the ``digest`` of the records that they show.
+        The files, named ``<device>-times.png``, ``-roofline.png``, ``-step.png``, ``-step-ratio.png`` and
+        ``-loss-memory.png``. Their comment is the ``digest`` of the records that they show.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for device, records in sorted(_machines(rows).items()):
-        for name, draw in (("times", _times), ("roofline", _roofline), ("step", _step), ("loss-memory", _loss_memory)):
+        for name, draw in _PLOTS.items():
             figure = draw(records)
             if figure is None:
                 continue
@@ -67,7 +70,7 @@ def digest(rows: list[Record]) -> str:
 def _machines(rows: list[Record]) -> dict[str, list[Record]]:
     machines: dict[str, list[Record]] = defaultdict(list)
     for row in rows:
-        if row["case"].startswith(("op/", "step/")):
+        if row["case"].startswith(("op/", "step/", "step_ratio/")):
             machines[row["device"]].append(row)
     return machines
 
@@ -165,6 +168,24 @@ def _step(rows: list[Record]) -> Figure | None:
     return figure
 
 
+def _step_ratio(rows: list[Record]) -> Figure | None:
+    """Bars: how much faster than separate passes the planned step is, beside what FLOPs allow."""
+    ratios = ratio_rows(rows)
+    if not ratios:
+        return None
+    names = [row["case"].removeprefix("step_ratio/") for row in ratios]
+    figure, axis = plt.subplots(figsize=(6, 1.4 + 0.7 * len(ratios)), layout="constrained")
+    for number, (key, label) in enumerate((("ratio", "measured"), ("flops_ratio", "as FLOPs allow"))):
+        places = [bar + 0.4 * number for bar in range(len(ratios))]
+        bars = axis.barh(places, [row[key] for row in ratios], 0.4, label=label)
+        axis.bar_label(bars, fmt=" %.2f", fontsize=8)
+    axis.set_yticks([bar + 0.2 for bar in range(len(ratios))], names)
+    axis.invert_yaxis()
+    axis.set(xlabel="time of separate passes / time of the planned step")
+    axis.legend(fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
 def _loss_memory(rows: list[Record]) -> Figure | None:
     """Lines: peak memory of the contrastive loss beside its inputs, over N."""
     losses = memory_rows(rows)
@@ -182,3 +203,12 @@ def _loss_memory(rows: list[Record]) -> Figure | None:
     axis.set_xticks([], minor=True)
     axis.legend(fontsize=7)
     return figure
+
+
+_PLOTS: dict[str, Callable[[list[Record]], Figure | None]] = {
+    "times": _times,
+    "roofline": _roofline,
+    "step": _step,
+    "step-ratio": _step_ratio,
+    "loss-memory": _loss_memory,
+}

@@ -157,6 +157,26 @@ def _step_table(rows: list[Record]) -> str:
     return "\n".join(lines)
 
 
+def ratio_rows(rows: list[Record]) -> list[Record]:
+    """The records of the planned step beside separate passes in turns."""
+    return sorted((row for row in rows if row["case"].startswith("step_ratio/")), key=lambda row: row["case"])
+
+
+def _ratio_table(rows: list[Record]) -> str:
+    ratios = ratio_rows(rows)
+    if not ratios:
+        return ""
+    lines = [
+        "| planned step and separate passes in turns | pairs | faster | as FLOPs allow | quotient |",
+        "|---|---|---|---|---|",
+    ]
+    for row in ratios:
+        values = (f"{row[name]:.2f}x" for name in ("ratio", "flops_ratio"))
+        name = row["case"].removeprefix("step_ratio/")
+        lines.append(f"| {name} | {row['rows']} | {' | '.join(values)} | {row['quotient']:.2f} |")
+    return "\n".join(lines)
+
+
 def _models_table(rows: list[Record]) -> str:
     models: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
     for row in rows:
@@ -222,6 +242,7 @@ def memory_table(rows: list[Record]) -> str:
 # The prefix of the cases that a table shows, and what makes it.
 _TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
     "step": ("step/", _step_table),
+    "ratio": ("step_ratio/", _ratio_table),
     "models": ("model/", _models_table),
     "training": ("training/", _training_table),
     "ops": ("op/", op_table),
