@@ -215,7 +215,8 @@ class Calculator:
         self.num_frames = num_frames
         plan = make_plan(config.objectives, config.step)
         sizes = {"caption_tokens": caption_tokens, "padded_tokens": padded_tokens, "num_frames": num_frames}
-        counter = Counter(config.model, config.objectives, plan, **sizes)
+        trained: dict[str, Any] = {**sizes, "device": "cuda", "backend": config.run.backend}
+        counter = Counter(config.model, config.objectives, plan, **trained)
         forward = sum(part.flops for part in counter.parts())
         again = config.step.checkpoint_blocks + bool(config.run.contrastive_batch)
         self.backward_flops = sum(part.backward for part in counter.parts()) + config.step.checkpoint_blocks * forward

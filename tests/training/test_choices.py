@@ -22,6 +22,7 @@ CHOICES = {
     "flash": {"run__backend": "flash", "run__precision": "bfloat16"},
     "layer_norm": {"run__layer_norm": "apex"},
     "optimizer": {"optimizer__name": "apex", "optimizer__max_grad_norm": 1.0},
+    "torch_layer_norm": {"run__layer_norm": "torch"},
 }
 
 
@@ -65,8 +66,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(installed, pretraining, tmp_p
     assert bool(stand_ins.calls) == (name == "flash")
 
 
-@pytest.mark.parametrize("name", ["layer_norm", "optimizer"])
-def test_a_run_by_apex_is_that_of_torch(installed, pretraining, tmp_path, name):
+@pytest.mark.parametrize("name", ["layer_norm", "optimizer", "torch_layer_norm"])
+def test_a_run_by_others_is_ours(installed, pretraining, tmp_path, name):
     clipped = {"optimizer__max_grad_norm": 1.0}
     pretraining("ours", **clipped).run()
     pretraining("theirs", **{**CHOICES[name], **clipped}).run()
