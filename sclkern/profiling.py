@@ -84,9 +84,14 @@ def ranges() -> Iterator[None]:
 class Marks:
     """Ranges around modules.
 
+    Args:
+        modules: by name.
+
     Attributes:
         names: of the modules.
     """
+
+    names: tuple[str, ...]
 
     def __init__(self, modules: Mapping[str, torch.nn.Module]) -> None:
         self.names = tuple(modules)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def run(options: argparse.Namespace) -> int:
         config.model, config.objectives, config.step, **sizes, device=device, backend=config.run.backend
     )
     sizes["padded_tokens"] = min(options.caption_tokens + 5, config.model.max_text_len)
+    text: Callable[[dict[str, Any]], str]
     if options.ledger:
         rows = config.run.batch_size
         described = measure(config.model, config.objectives, config.step, rows=rows, **sizes)

@@ -47,10 +47,13 @@ class Allocations(TorchDispatchMode):
         made: all allocations, in their order.
     """
 
+    section: str
+    made: list[Allocation]
+
     def __init__(self) -> None:
         super().__init__()
         self.section = ""
-        self.made: list[Allocation] = []
+        self.made = []
         self._held: dict[int, Allocation] = {}
         self._clock = itertools.count()
         self._launchers = TRITON_INSTALLED and not interpreted()

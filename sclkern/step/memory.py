@@ -237,7 +237,7 @@ def _placed(batch: dict[str, Any], *, decoded: bool) -> dict[str, Any]:
 
 @contextmanager
 def _recorded() -> Iterator[Allocations]:
-    with FakeTensorMode(), torch.device("cuda"), Allocations() as allocations:
+    with torch.random.fork_rng(devices=()), FakeTensorMode(), torch.device("cuda"), Allocations() as allocations:
         yield allocations
 
 
@@ -261,7 +261,7 @@ def _peak_of_step(
             batch = _placed(batch, decoded=decoded)
         allocations.section = "gradients"
         parameters = list(network.parameters())
-        sums = {parameter: torch.empty_like(parameter) for parameter in parameters} if lasting else None
+        sums: dict[Tensor, Tensor] | None = {p: torch.empty_like(p) for p in parameters} if lasting else None
         # What initial weights were computed with does not count.
         begin = len(allocations.made)
         allocations.section = "activations"

@@ -149,7 +149,7 @@ def step_collectives(config: PretrainConfig, world: int, num_frames: int = 1) ->
     else:
         found = [Collective("gradients", "all_reduce", weights.total, 1, "backward")]
     found += contrast_collectives(config, world, num_frames)
-    found.append(Collective("counts of targets", "all_reduce", 3 * 8, 1))
+    found.append(Collective("counts of targets", "all_reduce", 3 * 8, 1 if run.contrastive_batch else run.accumulation))
     found.append(Collective("gradient norm, losses and times", "all_reduce", 32 * 8, 1))
     return found
 
@@ -315,7 +315,7 @@ def describe_scale(calculator: Calculator, gpus: Sequence[int]) -> dict[str, Any
     Returns:
         "assumed", and "scales", each with the fields of ``Scale`` and "least_link" and "least_pairs".
     """
-    assumed = {"link": calculator.link, "rate": calculator.rate, "latency": LATENCY, "goal": GOAL}
+    assumed: dict[str, Any] = {"link": calculator.link, "rate": calculator.rate, "latency": LATENCY, "goal": GOAL}
     assumed |= {"parallel": calculator.config.run.parallel, "global_batch": calculator.global_batch}
     scales = []
     for number in gpus:

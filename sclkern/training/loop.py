@@ -33,6 +33,7 @@ from sclkern.training.evaluation import RunEvaluation
 from sclkern.training.forecast import Forecast
 from sclkern.training.health import FiniteCheck
 from sclkern.training.logs import RunLog, SilentLog, read_metrics
+from sclkern.training.memory import describe_cost
 from sclkern.training.negatives import count_negatives
 from sclkern.training.observing import Processes, learning_rates
 from sclkern.training.optim import build_optimizer, schedule_factor, set_learning_rate
@@ -190,6 +191,9 @@ class Pretraining:
                 run_log.message(self.evaluation.describe() + (f"; from step {state.step}" if state.step else ""))
                 shared = {"parallel": f"{run.parallel} of {self.world.size} processes"} if self.world.size > 1 else {}
                 run_log.describe(state.step, describe_choices(self.config) | shared)
+                if self.world.main:
+                    lengths, flops = self.data.caption_lengths, self.throughput.flops
+                    run_log.message(describe_cost(self.config, flops, lengths, self.device, self.world.size))
                 self._run_saved(batches, run_log, last)
             if self._stopping:
                 if state.saved_step < 0:

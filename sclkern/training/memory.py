@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import resource
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -57,6 +58,37 @@ def memory_of_run(
         world_size=world_size,
         parallel=run.parallel,
     )
+
+
+def describe_cost(
+    config: PretrainConfig, flops_a_pair: float, lengths: Sequence[int], device: torch.device, world_size: int
+) -> str:
+    """Planned arithmetic and memory of a run in one line.
+
+    Args:
+        config: of the run.
+        flops_a_pair: of the step.
+        lengths: tokens of a sample of the captions.
+        device: that trains.
+        world_size: processes.
+
+    Returns:
+        The line.
+    """
+    run = config.run
+    pairs = world_size * run.batch_size * run.accumulation
+    shown = f"planned: {flops_a_pair / 1e9:.4g} GFLOP a pair, {pairs * flops_a_pair / 1e12:.4g} TFLOP a step; "
+    try:
+        memory = memory_of_run(
+            config,
+            world_size=world_size,
+            device=device.type,
+            caption_tokens=round(sum(lengths) / len(lengths)),
+            padded_tokens=max(lengths),
+        )
+    except Exception as error:  # no run may end because it cannot be estimated
+        return f"{shown}memory cannot be estimated ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    return shown + memory.line()
 
 
 def held_bytes(device: torch.device) -> int:

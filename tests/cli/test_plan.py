@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from sclkern.cli import main
 from sclkern.tools.ledger import budget as step_budget
 
@@ -13,6 +15,9 @@ def test_a_plan_is_shown_and_printed_as_json(capsys):
     assert main(["plan", "--json", "--caption-tokens", "13", *config]) == 0
     described = json.loads(capsys.readouterr().out)
     assert 0.4 < described["flops_ratio"] <= 0.46
+    memory = described["memory"]
+    assert memory["total"] == pytest.approx(sum(size for name, size in memory.items() if name not in ("rows", "total")))
+    assert 2.0 < memory["moments"] / memory["weights"] + 1e-9 < 2.1 and memory["rows"] == 64
     assert described["flops"] == sum(part["flops"] + part["backward"] for part in described["parts"])
     assert main(["plan", "--caption-tokens", "51", *config]) == 2
     assert "caption_tokens: got 51, expected 3 to max_text_len 50" in capsys.readouterr().err
@@ -36,3 +41,19 @@ def test_a_ledger_is_shown_and_compared_with_its_budget(capsys, monkeypatch, tmp
     assert len(json.loads(capsys.readouterr().out)["failed"]) == 1
     assert main(["plan", "--check"]) == 2
     assert main(["plan", "--ledger", "--check", "--budget", str(tmp_path / "none")]) == 2
+
+
+def test_what_ranks_exchange_is_shown_and_printed_as_json(capsys):
+    tiny = ["plan", "--config", "demo", "model.preset=tiny", "run.batch_size=8", "--gpus", "2,4", "--caption-tokens=9"]
+    assert main([*tiny, "--link", "12.5"]) == 0
+    assert "DDP, 12.5 GB/s a GPU, 396 TFLOP/s" in capsys.readouterr().out
+    assert main([*tiny, "--parallel=fsdp", "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described["assumed"]["parallel"] == "fsdp" and [s["gpus"] for s in described["scales"]] == [2, 4]
+    for arguments, message in (
+        (["--gpus", "two"], "--gpus: got 'two', expected numbers such as 8,64,256"),
+        (["--gpus", "2", "--ledger"], "--gpus: got --ledger too"),
+        (["--gpus", "512"], "--gpus: got 512, expected at most 8, the pairs of a step"),
+    ):
+        assert main([*tiny[:5], *arguments]) == 2
+        assert message in capsys.readouterr().err

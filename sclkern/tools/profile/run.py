@@ -243,8 +243,10 @@ def _take_steps(run: Pretraining, steps: int, warmup: int, record: AbstractConte
 
 def _reduced_in_a_range(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """What DDP does with a bucket of gradients by itself, which it does without a word to a profiler."""
+    group = dist.group.WORLD
+    assert group is not None  # there is a bucket
     with collective("all-reduce of gradients"):
-        return allreduce_hook(None, bucket)
+        return allreduce_hook(group, bucket)
 
 
 def _synchronize(device: torch.device) -> None:
