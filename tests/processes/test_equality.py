@@ -68,7 +68,8 @@ class Recorder(SilentLog):
         self.rows = []
 
     def write(self, kind, step, values):
-        self.rows.append({name: value for name, value in values.items() if "second" not in name})
+        of_computer = ("second", "memory", "slowest")
+        self.rows.append({k: value for k, value in values.items() if not any(word in k for word in of_computer)})
 
 
 def configuration(case, world, rows, folder):
