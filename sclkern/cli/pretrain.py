@@ -6,11 +6,14 @@ import argparse
 import logging
 import signal
 
+import torch
+
 from sclkern.cli.config_files import load
 from sclkern.errors import Interrupted
 from sclkern.ops.dispatch import TRITON_INSTALLED, interpreted
 from sclkern.tools import warmup
 from sclkern.training.loop import Pretraining
+from sclkern.training.memory import memory_of_run
 from sclkern.training.preflight import join_world
 from sclkern.training.signals import StopSignals
 from sclkern.training.world import World
@@ -25,6 +28,8 @@ def run(options: argparse.Namespace) -> int:
     with join_world(config) as world, StopSignals() as stop:
         _log_of_rank(world, stop)
         training = Pretraining(config, resume=options.resume, stop=stop, world=world)
+        if world.main:
+            log.info(_plan(training))
         if world.local_rank == 0:
             _compile(training)
         world.barrier()
@@ -47,6 +52,25 @@ def _log_of_rank(world: World, stop: StopSignals) -> None:
         handler.setFormatter(logging.Formatter(f"{world.name}: %(message)s"))
     # Undecodable images are counted together.
     logging.getLogger("sclkern.data").setLevel(logging.ERROR)
+
+
+def _plan(training: Pretraining) -> str:
+    """Arithmetic of a step and, on a GPU, the memory that it will take, in one line."""
+    config, world = training.config, training.world
+    pairs, flops = config.run.batch_size * config.run.accumulation * world.size, training.throughput.flops
+    text = f"planned: {flops / 1e9:.3g} GFLOP a pair, {pairs * flops / 1e12:.3g} TFLOP a step"
+    if training.device.type != "cuda":
+        return text
+    try:
+        lengths = training.data.caption_lengths
+        mean, longest = round(sum(lengths) / len(lengths)), max(lengths)
+        estimate = memory_of_run(config, world_size=world.size, caption_tokens=mean, padded_tokens=longest)
+        needed = estimate.total
+    except Exception as error:  # an estimate that fails must not stop a run
+        return f"{text}; no estimate of memory ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    there = torch.cuda.get_device_properties(training.device).total_memory
+    remedy = "" if needed < there else "; set a smaller run.batch_size, or step.checkpoint_blocks=true"
+    return f"{text}, about {needed / 1e9:.3g} of {there / 1e9:.3g} GB of a GPU{remedy}"
 
 
 def _compile(training: Pretraining) -> None:

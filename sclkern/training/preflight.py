@@ -81,8 +81,7 @@ def join_world(config: PretrainConfig) -> World:
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     wait = timedelta(seconds=seconds)
     try:
-        store, _, _ = next(dist.rendezvous("env://", place.rank, place.size, timeout=wait))
-        store.set_timeout(wait)
+        store = _open_store(place, wait)
         _meet(store, place, _describe(config, place), seconds)
     except (dist.DistError, RuntimeError, OSError) as error:
         raise UserError(
@@ -130,6 +129,23 @@ def gpu_of(place: Place) -> int:
 def _device_type(config: PretrainConfig) -> str:
     name = config.run.device
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _open_store(place: Place, wait: timedelta) -> dist.Store:
+    """What the processes tell each other through: torchrun's, else one that rank 0 holds."""
+    if dist.is_torchelastic_launched():
+        store, _, _ = next(dist.rendezvous("env://", place.rank, place.size, timeout=wait))
+        store.set_timeout(wait)
+        return store
+    # torch's rendezvous would wait here for all processes, without a name for those that do not come.
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        place.size,
+        is_master=place.rank == 0,
+        timeout=wait,
+        wait_for_workers=False,
+    )
 
 
 def _meet(store: dist.Store, place: Place, own: dict[str, Any], seconds: float) -> None:

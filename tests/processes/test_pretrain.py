@@ -84,7 +84,8 @@ def latest(folder):
 
 
 def test_torchrun_trains_and_another_number_of_processes_goes_on(tmp_path):
-    changes = {**TWO, "run__max_steps": 4, "run__save_every": 0}
+    # Rounding errors are the whole gradient of some parameters: AdamW must not blow them up.
+    changes = {**TWO, "run__max_steps": 4, "run__save_every": 0, "optimizer__eps": 1e-5}
     done = torchrun("-m", "sclkern.pretrain", *overrides(tmp_path / "two", **changes), "--resume", "run.stop_at=2")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("backend auto") == 1 and "parallel ddp of 2 processes" in done.stdout
