@@ -80,6 +80,7 @@ class Watchdog:
         # Of each other process: its last report, and when it came.
         self._heard: dict[int, tuple[Report, float]] = {}
         self._left = threading.Event()
+        self._exchanging: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         if self.seconds:
@@ -88,13 +89,19 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
             if self._store is not None:
                 # By itself, because a store whose process hangs does not answer.
-                threading.Thread(target=self._exchange, args=(self._store,), name="watchdog store", daemon=True).start()
+                self._exchanging = threading.Thread(
+                    target=self._exchange, args=(self._store,), name="watchdog store", daemon=True
+                )
+                self._exchanging.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._left.set()
+        if self._exchanging is not None:
+            # The interpreter aborts if it ends while a thread is within a call of the store.
+            self._exchanging.join(timeout=10)
 
     def beat(self) -> None:
         """Report progress; takes no time."""
