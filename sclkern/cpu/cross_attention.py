@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,40 @@ def dropout_factors(
     return factors.mul_(factor).view(shape)
 
 
+class _AbsorbedIntoKeys(torch.autograd.Function):
+    """``reference.absorbed_attention`` with its scores by key, (B, H, Lk, Lq): torch's softmax over few keys is fast
+    where these are not the last dimension, and every product and gradient lies as the next one reads it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, score_weight: Tensor, value_weight: Tensor, score_bias: Tensor, factors: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        bias = score_bias.flatten(1)[..., None]
+        scores = torch.baddbmm(bias, score_weight, x.transpose(1, 2)).view(factors.shape)
+        if mask is not None:
+            padding = ~mask[:, None, :, None]
+            scores.masked_fill_(padding, torch.finfo(scores.dtype).min)
+        p = scores.softmax(2)
+        if mask is not None:
+            p.masked_fill_(padding, 0.0)
+        ctx.save_for_backward(x, score_weight, value_weight, p, factors)
+        return torch.bmm((p * factors).flatten(1, 2).transpose(1, 2), value_weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, score_weight, value_weight, p, factors = ctx.saved_tensors
+        grad_value_weight = torch.bmm((p * factors).flatten(1, 2), grad)
+        grad_p = torch.bmm(value_weight, grad.transpose(1, 2)).view(p.shape)
+        grad_p *= factors
+        grad_p *= p
+        grad_scores = torch.addcmul(grad_p, p, grad_p.sum(2, keepdim=True), value=-1)
+        rows = grad_scores.flatten(1, 2)
+        grad_x = torch.bmm(rows.transpose(1, 2), score_weight)
+        return grad_x, torch.bmm(rows, x), grad_value_weight, grad_scores.sum(3), None, None
+
+
 def cross_attention(
     x: Tensor, context: Tensor, in_weight: Tensor, in_bias: Tensor, out_weight: Tensor, out_bias: Tensor, *,
     num_heads: int, key_padding_mask: Tensor | None, dropout_p: float, softmax_scale: float | None,
@@ -57,13 +92,7 @@ def cross_attention(
     score_weight, score_bias, value_weight = absorb_into_keys(
         context, in_weight, in_bias, out_weight, num_heads=num_heads, scale=scale, mask=key_padding_mask
     )
-    # (B, H, Lk, Lq): a softmax over few keys is fast where its rows are not the last dimension.
-    scores = torch.baddbmm(
-        score_bias.transpose(0, 1).flatten(1)[..., None], score_weight.transpose(0, 1).flatten(1, 2), x.transpose(1, 2)
-    ).unflatten(1, (num_heads, -1))
-    if mask is not None:
-        scores = scores.masked_fill(~mask.transpose(2, 3), torch.finfo(scores.dtype).min)
-    p = scores.softmax(2) * factors.transpose(2, 3)
-    if mask is not None:
-        p = p.masked_fill(~mask.transpose(2, 3), 0.0)
-    return torch.baddbmm(out_bias, p.flatten(1, 2).transpose(1, 2), value_weight.transpose(0, 1).flatten(1, 2))
+    weights = (weight.transpose(0, 1).flatten(1, 2) for weight in (score_weight, value_weight))
+    by_key = factors.transpose(2, 3).contiguous()
+    out: Tensor = _AbsorbedIntoKeys.apply(x, *weights, score_bias.transpose(0, 1), by_key, key_padding_mask)
+    return out + out_bias
