@@ -35,6 +35,7 @@ SLOW_FILES = (
     "processes/test_data.py", "processes/test_evaluation.py", "step/test_keyed.py", "step/test_memory.py",
     "step/test_plan.py", "step/test_step.py", "test_distributed.py", "test_packaging.py", "tools/static/test_static.py",
     "tools/test_ledger.py", "tools/test_parity.py", "tools/test_warmup.py", "training/test_choices.py",
+    "training/test_memory.py",
     "training/test_resume.py",
     "training/test_saved_runs.py", "training/test_stopping.py", "training/test_undecodable.py",
     "training/test_validation.py",

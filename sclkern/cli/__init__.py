@@ -28,8 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 on success, also of a run that a signal stopped and that is saved; 1 when a check failed; 2
-        for a mistake of the user, and 3 for a data worker that died (each explained in one line on stderr); 128 + its
-        number when a signal stopped the command with nothing to save; 141 when the reader of stdout closed the pipe.
+        for a mistake of the user, 3 for a data worker that died and 4 for a process that hung (each explained in one
+        line on stderr); 128 + its number when a signal stopped the command with nothing to save; 141 when the reader of
+        stdout closed the pipe.
     """
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import datetime
 
 from sclkern.errors import UserError
-
-_SLURM = "SLURM_JOB_END_TIME"
 
 
 class Deadline:
@@ -42,12 +40,11 @@ class Deadline:
         return now + 2 * (step + saving_seconds) >= self.end
 
 
-def deadline_of(stop_before: int | str | None, environment: Mapping[str, str] = os.environ) -> Deadline:
+def deadline_of(stop_before: int | str | None) -> Deadline:
     """Read ``run.stop_before``.
 
     Args:
         stop_before: a local time, or seconds before the end of the job of SLURM.
-        environment: variables of the process.
 
     Returns:
         The deadline.
@@ -59,12 +56,12 @@ def deadline_of(stop_before: int | str | None, environment: Mapping[str, str] = 
         return Deadline(None)
     if isinstance(stop_before, str):
         end = datetime.fromisoformat(stop_before).timestamp()
-    elif environment.get(_SLURM, "").isdecimal():
-        end = int(environment[_SLURM]) - stop_before
+    elif (job_end := os.environ.get("SLURM_JOB_END_TIME", "")).isdecimal():
+        end = int(job_end) - stop_before
     else:
         raise UserError(
-            f"run.stop_before: got {stop_before} seconds before the end of a job, but {_SLURM} is not set; give a "
-            "local time, such as 'run.stop_before=2026-12-31 08:00'"
+            f"run.stop_before: got {stop_before} seconds before the end of a job, but SLURM_JOB_END_TIME is not set; "
+            "give a local time, such as 'run.stop_before=2026-12-31 08:00'"
         )
     if end <= time.time():
         past = datetime.fromtimestamp(end).isoformat(" ", "seconds")

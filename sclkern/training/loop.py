@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Generator, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from sclkern.training.choices import check_choices, describe_choices
 from sclkern.training.clock import StepClock
 from sclkern.training.config import PretrainConfig
 from sclkern.training.data import data_difference, open_data
+from sclkern.training.deadline import deadline_of
 from sclkern.training.directory import SavedRun, begin, lock_directory, open_directory
 from sclkern.training.evaluation import RunEvaluation
 from sclkern.training.forecast import Forecast
@@ -46,6 +47,7 @@ from sclkern.training.signals import StopSignals
 from sclkern.training.state import TrainingState
 from sclkern.training.throughput import Throughput, precision_remark
 from sclkern.training.tracking import check_tracker, open_tracker
+from sclkern.training.watchdog import Watchdog
 from sclkern.training.world import Agreement, World
 
 log = logging.getLogger("sclkern.training")
@@ -83,6 +85,8 @@ class Pretraining:
         self._agreed_to_stop = False
         # Of this step; the other processes do not know them yet.
         self._undecodable: dict[str, str] = {}
+        # The last that was read, to be searched when a loss is not finite.
+        self._batch: dict[str, Any] = {}
         self._updating = False
         self.directory = Path(config.run.output_dir)
         self.device = resolve_device(config.run.device, self.world)
@@ -92,6 +96,7 @@ class Pretraining:
         check_tracker(config.run.tracker)
         check_objectives(config.model, config.objectives)
         check_parallel(config, self.world)
+        self.deadline = deadline_of(config.run.stop_before)
         # Before anything is read: the run that still holds the folder may save another step.
         self._lock = lock_directory(self.directory) if self.world.main else None
         saved = self._open_directory(resume)
@@ -187,6 +192,7 @@ class Pretraining:
                 self.passes.meetings,
                 closing(self.batches()) as batches,
                 self.stop.stage("the run is saved and stops", patience=None),
+                self._watched(),
             ):
                 run_log.message(self.evaluation.describe() + (f"; from step {state.step}" if state.step else ""))
                 shared = {"parallel": f"{run.parallel} of {self.world.size} processes"} if self.world.size > 1 else {}
@@ -203,6 +209,21 @@ class Pretraining:
             log.warning("nothing to do: step %d is saved, and run.stop_at is %d; raise it, or set it to null to go on",
                         state.step, run.stop_at)  # fmt: skip
         return state.step >= run.max_steps and not self._validation_is_due()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Training in which a process that hangs ends the run."""
+        world = self.world
+        watchdog = Watchdog(
+            self.config.run.watchdog_seconds,
+            lambda: self.state.step,
+            store=world.store,
+            rank=world.rank,
+            size=world.size,
+        )
+        with watchdog:
+            self.stop.checked = watchdog.beat
+            yield
 
     def _run_saved(self, batches: Generator[dict[str, Any]], run_log: RunLog | SilentLog, last: int) -> None:
         """Train to step ``last``, and save what was trained however that ends."""
@@ -261,6 +282,10 @@ class Pretraining:
             UserError: undecodable images above 1 %, or a loss that is not finite.
         """
         run, state = self.config.run, self.state
+        # Of many processes one decides, and all stop with it.
+        if self.world.main and self.deadline.is_near(self.writer.write_seconds) and not self.stop.requested:
+            log.warning("run.stop_before: step %d is the last that fits", state.step + 1)
+            self.stop.request()
         self.model.train()
         set_learning_rate(self.optimizer, schedule_factor(state.step, run.max_steps, self.config.optimizer))
         # Without an argument: apex's takes none, and clears gradients as torch's does.
@@ -278,7 +303,7 @@ class Pretraining:
         # Of many processes, all find the same at the same step.
         self.finite.observe(values["grad_norm"], *([values["total"]] if self.world.size == 1 else []))
         if self.device.type == "cpu":
-            self.finite.require(state.step + 1, state.saved_step, values)
+            self.finite.require(state.step + 1, state.saved_step, values, self._batch)
         self._updating = True
         with phase("optimiser"):
             self.optimizer.step()
@@ -313,6 +338,7 @@ class Pretraining:
         # Those that all know are not told again: a bad image returns in every epoch, and as the negative of others.
         found = batch.pop("undecodable")
         self._undecodable |= {name: why for name, why in found.items() if name not in self.state.undecodable}
+        self._batch = batch
         return batch
 
     def _count_undecodable(self) -> None:

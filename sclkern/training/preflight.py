@@ -8,6 +8,8 @@ import json
 import os
 import platform
 import socket
+import time
+import uuid
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +25,7 @@ from sclkern.training.world import Place, World
 # A collective ends by itself after this; rank 0 may copy data or write files meanwhile.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 _CAME = "sclkern/came"
+_ASKS = "sclkern/asks"
 
 
 def place_of_process() -> Place:
@@ -92,13 +95,15 @@ def join_world(config: PretrainConfig) -> World:
     on_gpu = torch.device(_device_type(config)).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(gpu_of(place))
-    store.set_timeout(COLLECTIVE_TIMEOUT)
+    # Not before the watchdog, which names who hangs.
+    patience = max(COLLECTIVE_TIMEOUT, timedelta(seconds=config.run.watchdog_seconds + 300))
+    store.set_timeout(patience)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=store,
         rank=place.rank,
         world_size=place.size,
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=patience,
     )
     return World(place, store)
 
@@ -136,7 +141,7 @@ def _open_store(place: Place, wait: timedelta) -> dist.Store:
     if dist.is_torchelastic_launched():
         store, _, _ = next(dist.rendezvous("env://", place.rank, place.size, timeout=wait))
         store.set_timeout(wait)
-        return store
+        return _of_this_start(store, place, wait.total_seconds())
     # torch's rendezvous would wait here for all processes, without a name for those that do not come.
     return dist.TCPStore(
         os.environ["MASTER_ADDR"],
@@ -146,6 +151,29 @@ def _open_store(place: Place, wait: timedelta) -> dist.Store:
         timeout=wait,
         wait_for_workers=False,
     )
+
+
+def _of_this_start(store: dist.Store, place: Place, seconds: float) -> dist.Store:
+    """A part of the store that nobody has written yet."""
+    # torchrun keeps its store when it starts the processes again (--max-restarts), with addresses and failures of those
+    # that are gone. No count of the starts is the same on all machines, so every process asks rank 0 for the name of
+    # the part by a word of its own.
+    if place.rank:
+        word = uuid.uuid4().hex
+        store.set(f"{_ASKS}/{place.rank}", word)
+        name = store.get(word).decode()  # waits for the answer
+        store.set(f"{name}/{place.rank}", "")
+        return dist.PrefixStore(name, store)
+    name, end = uuid.uuid4().hex, time.monotonic() + seconds
+    asking = set(range(1, place.size))
+    while asking and time.monotonic() < end:
+        for rank in sorted(asking):
+            if store.check([f"{name}/{rank}"]):
+                asking.remove(rank)
+            elif store.check([f"{_ASKS}/{rank}"]):
+                store.set(store.get(f"{_ASKS}/{rank}").decode(), name)
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)  # whoever has not come is told by ``_meet``
 
 
 def _meet(store: dist.Store, place: Place, own: dict[str, Any], seconds: float) -> None:

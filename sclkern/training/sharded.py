@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
@@ -30,11 +31,9 @@ _ALLOWED = ("torch.distributed.checkpoint.", "collections.", "pathlib.")
 _ALLOWED_NAMES = {"torch.Size", "torch.serialization._get_layout", "torch.storage._load_from_bytes"}
 
 
-def is_sharded(state: Any) -> bool:
-    """Whether nested dicts, lists and tuples hold a tensor that lies in parts in several processes."""
-    if isinstance(state, dict):
-        return any(map(is_sharded, state.values()))
-    return any(map(is_sharded, state)) if isinstance(state, (list, tuple)) else isinstance(state, DTensor)
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def save_sharded(

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -39,16 +39,19 @@ class StopSignals:
     Attributes:
         alone: whether this process may stop by itself; of many that train together, none leaves what all take part in.
         quiet: whether signals are not answered by a line.
+        checked: called wherever the run passes a place at which it may stop: it is alive.
         count: signals that have come.
         number: the first of them; None before.
     """
 
     alone: bool
     quiet: bool
+    checked: Callable[[], object]
     count: int
     number: signal.Signals | None
 
     def __init__(self) -> None:
+        self.checked = lambda: None
         self.alone = True
         self.quiet = False
         self.count = 0
@@ -76,6 +79,10 @@ class StopSignals:
     def requested(self) -> bool:
         """Whether a signal has come."""
         return self.count > 0
+
+    def request(self) -> None:
+        """Stop as after a first signal."""
+        self.count = max(self.count, 1)
 
     @contextmanager
     def stage(self, awaited: str, *, patience: int | None, anywhere: bool = False) -> Iterator[None]:
@@ -107,6 +114,7 @@ class StopSignals:
         Raises:
             Interrupted: they have.
         """
+        self.checked()
         patience = self._stage.patience
         if self.number is not None and patience is not None and self.count > patience:
             raise Interrupted(self.number)

@@ -14,6 +14,7 @@ from sclkern.data.undecodable import UndecodableImages, undecodable_limit
 from sclkern.errors import UserError
 from sclkern.model import SCLModel
 from sclkern.training.optim import steps_taken
+from sclkern.training.sharded import local_part
 
 
 class TrainingState:
@@ -117,7 +118,7 @@ class TrainingState:
         for name, parameter in self.model.named_parameters():
             moments = self.optimizer.state.get(parameter, {})
             values = [parameter, *(value for key, value in moments.items() if key != "step")]
-            if any(value.shape != parameter.shape or not torch.isfinite(_local(value)).all() for value in values):
+            if any(value.shape != parameter.shape or not torch.isfinite(local_part(value)).all() for value in values):
                 raise UserError(f"is damaged: {name} or its moments are not finite, or of another shape")
         taken = steps_taken(self.optimizer)
         if taken != self.step or self.best != self.best:
@@ -138,7 +139,3 @@ def _cut(whole: Mapping[str, Any], into: Mapping[str, Tensor]) -> dict[str, Any]
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
     return {name: cut(name, value) for name, value in whole.items()}
-
-
-def _local(value: Tensor) -> Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value

@@ -80,28 +80,28 @@ class Watchdog:
         # Of each other process: its last report, and when it came.
         self._heard: dict[int, tuple[Report, float]] = {}
         self._left = threading.Event()
-        self._exchanging: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Self:
         if self.seconds:
             self._thread_id = threading.get_ident()
             self.beat()
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            self._look()
+            self._threads = [threading.Thread(target=self._watch, daemon=True)]
             if self._store is not None:
                 # By itself, because a store whose process hangs does not answer.
-                self._exchanging = threading.Thread(
-                    target=self._exchange, args=(self._store,), name="watchdog store", daemon=True
-                )
-                self._exchanging.start()
+                self._threads.append(threading.Thread(target=self._exchange, args=(self._store,), daemon=True))
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._left.set()
-        if self._exchanging is not None:
-            # The interpreter aborts if it ends while a thread is within a call of the store.
-            self._exchanging.join(timeout=10)
+        # An interpreter that ends while one of them is in the store would end in an abort.
+        for thread in self._threads:
+            thread.join(5.0)
 
     def beat(self) -> None:
         """Report progress; takes no time."""
@@ -110,11 +110,14 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._left.wait(self._interval):
             self._still += self._interval
-            where, waits = describe(sys._current_frames().get(self._thread_id))
-            self._own = Report(self._own.tick + 1, self.step() + 1, self._still, where, waits)
+            self._look()
             if self._still > self.seconds:
                 self._end_run()
                 return
+
+    def _look(self) -> None:
+        where, waits = describe(sys._current_frames().get(self._thread_id))
+        self._own = Report(self._own.tick + 1, self.step() + 1, self._still, where, waits)
 
     def _exchange(self, store: dist.Store) -> None:
         others = [rank for rank in range(self.size) if rank != self.rank]

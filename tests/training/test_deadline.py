@@ -23,22 +23,25 @@ def test_the_last_step_is_the_one_after_which_none_fits():
     assert not Deadline(None).is_near(1e9)
 
 
-def test_times_are_local_and_seconds_are_of_the_job():
+def test_times_are_local_and_seconds_are_of_the_job(monkeypatch):
     later = (datetime.now() + timedelta(hours=1)).replace(microsecond=0)
     for text in (str(later), later.isoformat(), later.astimezone().isoformat()):
-        assert deadline_of(text, {}).end == later.timestamp()
+        assert deadline_of(text).end == later.timestamp()
     end = int(time.time()) + 3600
-    assert deadline_of(300, {"SLURM_JOB_END_TIME": str(end)}).end == end - 300
-    assert deadline_of(None, {}).end is None
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(end))
+    assert deadline_of(300).end == end - 300
+    assert deadline_of(None).end is None
 
 
-def test_what_cannot_be_kept_is_refused():
+def test_what_cannot_be_kept_is_refused(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
     with pytest.raises(UserError, match=r"stop_before: got 300 seconds .* but SLURM_JOB_END_TIME is not set; give a l"):
-        deadline_of(300, {})
+        deadline_of(300)
     with pytest.raises(UserError, match=r"got '2020-01-01 08:00', or 2020-01-01 08:00:00, which is past; give a later"):
-        deadline_of("2020-01-01 08:00", {})
+        deadline_of("2020-01-01 08:00")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 100))
     with pytest.raises(UserError, match=r"which is past"):
-        deadline_of(300, {"SLURM_JOB_END_TIME": str(int(time.time()) + 100)})
+        deadline_of(300)
 
 
 @pytest.mark.parametrize("value", ["8 o'clock", "-1", "12:30"])

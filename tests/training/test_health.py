@@ -41,3 +41,15 @@ def test_the_cause_is_named_from_losses_to_parameters(layer):
     assert "the parameter bias is not finite" in message_of(check, 7, -1)
     layer.weight.grad[0, 1] = torch.inf
     assert "the gradient of weight is not finite" in message_of(check, 7, -1)
+
+
+def test_a_tensor_of_the_batch_is_named_first(layer):
+    check = FiniteCheck(layer, torch.device("cpu"))
+    check.observe(torch.tensor(float("nan")))
+    batch = {"image": torch.tensor([0.0, torch.inf]), "text_ids": torch.tensor([1]), "text_tokens": 3}
+    values = {"itm": torch.tensor(torch.nan)}
+    with pytest.raises(UserError, match=r"step 7: image of the batch is not finite; .* kept; look at the images of"):
+        check.require(7, 4, values, batch)
+    batch["image"] = torch.zeros(2)
+    with pytest.raises(UserError, match=r"step 7: itm is not finite; the checkpoint of step 4 is kept; lower"):
+        check.require(7, 4, values, batch)

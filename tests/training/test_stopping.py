@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from sclkern.evaluation import retrieval
 from sclkern.training import loop, saving
 from sclkern.training.checkpoint import load_checkpoint, save_checkpoint
 from sclkern.training.config import load_config
+from sclkern.training.deadline import Deadline
 from sclkern.training.loop import Pretraining
 from tiny_run import NO_LAYERS, overrides, small_data
 
@@ -306,3 +308,34 @@ def test_a_worker_that_dies_in_validation(pretraining, monkeypatch, tmp_path):
     with pytest.raises(WorkerError, match=r"a data worker died; the checkpoint of step 1 is kept; go on with --resume"):
         run.run()
     assert latest(tmp_path / "run")["step"] == 1
+
+
+def test_the_run_is_saved_before_its_time_is_over(pretraining, tmp_path, caplog):
+    options = {"run__max_steps": 20, "run__save_every": 0}
+    run = pretraining(**options, run__stop_before="2999-12-31 08:00")
+    clock = count(0, 10)
+    run.deadline = Deadline(65.0, lambda: next(clock))  # a step takes 10 s
+    assert not run.run()
+    # At 50 s the sixth begins; a seventh would end at 70 s.
+    assert latest(tmp_path / "run")["step"] == 6
+    assert "run.stop_before: step 6 is the last that fits" in caplog.text
+    assert "stopped at step 6, saved; go on with --resume" in caplog.text
+    assert pretraining(**options, run__stop_at=8, resume=True).state.step == 6
+
+
+def test_data_that_vanish_stop_nothing_that_runs(pretraining, tmp_path):
+    data = small_data(tmp_path)
+    run = pretraining(**data, run__stop_at=3)
+    original = run.optimizer.step
+
+    def step():
+        original()
+        (tmp_path / "t.arrow").unlink(missing_ok=True)
+
+    run.optimizer.step = step
+    assert not run.run()
+    assert latest(tmp_path / "run")["step"] == 3
+    with pytest.raises(UserError, match=r"no data of a known format, expected \*\.arrow"):
+        pretraining(**data, resume=True)
+    small_data(tmp_path)
+    assert pretraining(**data, resume=True).run()
