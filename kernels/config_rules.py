@@ -68,6 +68,12 @@ def by_keys(most: int, few: Rule, many: Rule) -> Rule:
     return lambda itemsize, **shapes: (few if shapes["keys"] <= most else many)(itemsize, **shapes)
 
 
+def split_keys(two: Fields, four: Fields, most: int = 16) -> Rule:
+    """As ``by_itemsize``, with SPLIT where there are more than ``most`` keys."""
+    whole = by_itemsize(two, four)
+    return lambda itemsize, **shapes: {**whole(itemsize), "SPLIT": int(shapes["keys"] > most)}  # type: ignore[dict-item]
+
+
 def whole_rows(block: str, *, least_columns: int = 16, columns_per_warp: int = 256, **fields: int) -> Rule:
     """A program holds rows of a power of two of columns, named ``block``, on 4 warps and more."""
 

@@ -25,6 +25,7 @@ from sclkern.kernels.config_rules import (
     rows_for_programs,
     rows_of_warps,
     single_tile_holds_all,
+    split_keys,
     whole_programs,
     whole_rows,
 )
@@ -65,7 +66,9 @@ _ATTENTION = ("BLOCK_QUERIES", "BLOCK_KEYS", "TRANSPOSED")
 _BACKWARD = (*_ATTENTION, "SINGLE_TILE")
 _SIDES = ("BLOCK_ROWS", "BLOCK_KEYS")
 _FRAMES = {(2, 64): (64, 64, 4), (2, 128): (64, 32, 4), (4, 64): (32, 32, 8), (4, 128): (16, 32, 8)}
-_CROSS = ("ROWS", "COLUMNS", "CHANNELS")
+_CROSS = ("ROWS", "COLUMNS", "CHANNELS", "SPLIT")
+_CROSS_HALF = {"ROWS": 64, "COLUMNS": 64, "CHANNELS": 32, "num_warps": 8}
+_CROSS_FLOAT32 = {"ROWS": 16, "COLUMNS": 64, "CHANNELS": 16, "num_warps": 8}
 _DOTS = ("BLOCK_X", "BLOCK_Y", "BLOCK_K")
 _GELU = fixed(BLOCK_ROWS=8, BLOCK_COLUMNS=256, BUILTIN_ERF=0, num_warps=4)
 _GELU_NAMES = ("BLOCK_ROWS", "BLOCK_COLUMNS", "BUILTIN_ERF")
@@ -114,21 +117,17 @@ SM_90: Table = {
         _SIDES,
     ),
     "cross_attention_forward_kernel": Entry(
-        by_itemsize(
-            {"ROWS": 64, "COLUMNS": 64, "CHANNELS": 32, "num_warps": 8},
-            {"ROWS": 16, "COLUMNS": 64, "CHANNELS": 16, "num_warps": 8},
-        ),
-        "predicted: 64 rows fill wgmma; float32 operands lie in registers; 4 warps would spill",
+        split_keys(_CROSS_HALF, _CROSS_FLOAT32),
+        "predicted: 64 rows fill wgmma; float32 operands lie in registers; 4 warps would spill; a sample of at most 16 "
+        "keys computes half of what one of 32 does",
         _CROSS,
+        ("SPLIT",),
     ),
     "cross_attention_backward_kernel": Entry(
-        by_itemsize(
-            {"ROWS": 64, "COLUMNS": 64, "CHANNELS": 32, "HELD": 3, "num_warps": 8},
-            {"ROWS": 16, "COLUMNS": 64, "CHANNELS": 16, "HELD": 3, "num_warps": 8},
-        ),
+        split_keys({**_CROSS_HALF, "HELD": 3}, {**_CROSS_FLOAT32, "HELD": 3}),
         "predicted: as the forward; three score tiles at once, beside gradients that the forward does not have",
         (*_CROSS, "HELD"),
-        ("HELD",),
+        ("SPLIT", "HELD"),
     ),
     "cross_attention_softmax_forward_kernel": Entry(
         rows_of_warps(most_rows=8),
@@ -251,18 +250,17 @@ def _with(table: Table, reason: str, **rules: Rule) -> Table:
 # Everything in ``SM_90`` fits 163 KB; without wgmma, whose operands stay in shared memory, some kernels would spill.
 _SMALLER_QUERY = {**_BY_QUERY.largest, (2, 128): (32, 32)}
 _SMALLER_KEY = {**_BY_KEY.largest, (2, 64): (32, 32), (2, 128): (32, 32)}
-_CROSS_FLOAT32 = {"ROWS": 16, "COLUMNS": 64, "CHANNELS": 16, "num_warps": 8}
-_CROSS_HALF = {"ROWS": 32, "COLUMNS": 64, "CHANNELS": 32, "num_warps": 8}
+_CROSS_SMALL = {**_CROSS_HALF, "ROWS": 32}
 SM_80: Table = _with(
     _with(
         SM_90,
         "predicted: half of the rows, because without wgmma 64 rows spill up to 1 KB; two stages forward and two score "
         "tiles at once of more than 16 keys backward, because otherwise 32 rows spill 0.2 KB on sm_80",
-        cross_attention_forward=by_itemsize({**_CROSS_HALF, "num_stages": 2}, _CROSS_FLOAT32),
+        cross_attention_forward=split_keys({**_CROSS_SMALL, "num_stages": 2}, _CROSS_FLOAT32),
         cross_attention_backward=by_keys(
             16,
-            by_itemsize({**_CROSS_HALF, "HELD": 3}, {**_CROSS_FLOAT32, "HELD": 3}),
-            by_itemsize({**_CROSS_HALF, "HELD": 2}, {**_CROSS_FLOAT32, "HELD": 3}),
+            split_keys({**_CROSS_SMALL, "HELD": 3}, {**_CROSS_FLOAT32, "HELD": 3}),
+            split_keys({**_CROSS_SMALL, "HELD": 2}, {**_CROSS_FLOAT32, "HELD": 3}),
         ),
     ),
     "predicted: smaller tiles for head_dim 128, and by key for 64, because without wgmma 64 rows spill",
@@ -291,7 +289,7 @@ SM_100: Table = _with(
     cross_attention_backward=by_keys(
         16,
         SM_90["cross_attention_backward_kernel"].rule,
-        by_itemsize({**_CROSS_HALF, "ROWS": 64, "HELD": 2}, {**_CROSS_FLOAT32, "HELD": 3}),
+        split_keys({**_CROSS_HALF, "HELD": 2}, {**_CROSS_FLOAT32, "HELD": 3}),
     ),
 )
 # 99 KB, and the tensor-core instructions of sm_80.

@@ -18,11 +18,13 @@ from torch import Tensor
 from sclkern.kernels.config import LaunchConfig, resolve, select
 from sclkern.kernels.config_rules import ceil_div
 from sclkern.kernels.cross_attention_tiles import (
+    all_keys,
     columns_of,
     columns_times_rows,
     rows_times_columns,
     score_offsets,
     softmax_by_head,
+    store_scores,
     sum_by_head,
     tile_keep_mask,
 )
@@ -31,6 +33,33 @@ from sclkern.reference import attention_dropout_threshold
 
 # A program holds up to 6 tiles of 64 columns: 12 heads of 32 keys or 24 of 16.
 MIN_KEYS, MAX_KEYS = 16, 32
+
+
+@triton.jit
+def forward_tile(
+    x_ptr, score_weight_ptr, score_bias_ptr, value_weight_ptr, out_bias_ptr, mask_ptr, seed_ptr, ids_ptr, out_ptr, batch,
+    batches, heads, queries, keys, threshold, keep_scale, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+):  # fmt: skip
+    """The rows of a program, which attend to the first BLOCK_KEYS keys at most."""
+    row = tl.program_id(0) % tl.cdiv(queries, ROWS) * ROWS + tl.arange(0, ROWS)
+    token, inside = batch * queries + row, row < queries
+    # fmt: off
+    scores = rows_times_columns(x_ptr, score_weight_ptr, token, inside, batch, batches, heads, keys,
+                                0, GROUPS, WIDTH, ROWS, COLUMNS, CHANNELS, BLOCK_KEYS)
+    p_dropped = ()
+    for group in tl.static_range(GROUPS):
+        column, exists, valid = columns_of(group, batch, batches, heads, keys, mask_ptr, COLUMNS, BLOCK_KEYS)
+        bias = tl.load(score_bias_ptr + column, mask=exists, other=0.0).to(tl.float32)
+        p = softmax_by_head(scores[group] + bias[None, :], valid, BLOCK_KEYS)
+        if seed_ptr is not None:
+            keep = tile_keep_mask(tl.load(seed_ptr), ids_ptr, batch, heads, row, group, threshold,
+                                  COLUMNS, BLOCK_KEYS)
+            p = tl.where(keep, p * keep_scale, 0.0)
+        p_dropped = p_dropped + (tl.reshape(p, (ROWS, COLUMNS)).to(value_weight_ptr.dtype.element_ty),)  # type: ignore[assignment]  # noqa: RUF005
+    columns_times_rows(p_dropped, value_weight_ptr, out_bias_ptr, out_ptr, token, inside, batch, batches, heads, keys,
+                       WIDTH, GROUPS, ROWS, COLUMNS, CHANNELS, BLOCK_KEYS)
+    # fmt: on
 
 
 @triton.jit(do_not_specialize=["batches", "heads", "queries", "keys", "threshold"])
@@ -56,25 +85,68 @@ def cross_attention_forward_kernel(
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    SPLIT: tl.constexpr,  # samples that attend to none of the last half of BLOCK_KEYS compute the first half alone
 ):
-    blocks = tl.cdiv(queries, ROWS)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    batch = (tl.program_id(0) // tl.cdiv(queries, ROWS)).to(tl.int64)
+    # fmt: off
+    if all_keys(mask_ptr, batch, keys, BLOCK_KEYS, SPLIT):
+        forward_tile(x_ptr, score_weight_ptr, score_bias_ptr, value_weight_ptr, out_bias_ptr, mask_ptr, seed_ptr, ids_ptr,
+                     out_ptr, batch, batches, heads, queries, keys, threshold, keep_scale, WIDTH, GROUPS,
+                     ROWS, COLUMNS, CHANNELS, BLOCK_KEYS)
+    else:
+        forward_tile(x_ptr, score_weight_ptr, score_bias_ptr, value_weight_ptr, out_bias_ptr, mask_ptr, seed_ptr, ids_ptr,
+                     out_ptr, batch, batches, heads, queries, keys, threshold, keep_scale, WIDTH, (GROUPS + 1) // 2,
+                     ROWS, COLUMNS, CHANNELS, BLOCK_KEYS // 2)
+    # fmt: on
+
+
+@triton.jit
+def backward_tile(
+    grad_out_ptr, x_ptr, score_weight_ptr, score_bias_ptr, value_weight_ptr, mask_ptr, seed_ptr, ids_ptr, grad_x_ptr,
+    grad_scores_ptr, p_dropped_ptr, batch, batches, heads, queries, keys, threshold, keep_scale, WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr, HELD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, STORED_KEYS: tl.constexpr,
+):  # fmt: skip
+    """As ``forward_tile``; the keys of a head are STORED_KEYS in memory, of which the last are zeros."""
+    row = tl.program_id(0) % tl.cdiv(queries, ROWS) * ROWS + tl.arange(0, ROWS)
     token, inside = batch * queries + row, row < queries
     # fmt: off
-    scores = rows_times_columns(x_ptr, score_weight_ptr, token, inside, batch, batches, heads, keys,
-                                0, GROUPS, WIDTH, ROWS, COLUMNS, CHANNELS, BLOCK_KEYS)
-    p_dropped = ()
-    for group in tl.static_range(GROUPS):
-        column, exists, valid = columns_of(group, batch, batches, heads, keys, mask_ptr, COLUMNS, BLOCK_KEYS)
-        bias = tl.load(score_bias_ptr + column, mask=exists, other=0.0).to(tl.float32)
-        p = softmax_by_head(scores[group] + bias[None, :], valid, BLOCK_KEYS)
-        if seed_ptr is not None:
-            keep = tile_keep_mask(tl.load(seed_ptr), ids_ptr, batch, heads, row, group, threshold,
-                                  COLUMNS, BLOCK_KEYS)
-            p = tl.where(keep, p * keep_scale, 0.0)
-        p_dropped = p_dropped + (tl.reshape(p, (ROWS, COLUMNS)).to(value_weight_ptr.dtype.element_ty),)  # type: ignore[assignment]  # noqa: RUF005
-    columns_times_rows(p_dropped, value_weight_ptr, out_bias_ptr, out_ptr, token, inside, batch, batches, heads, keys,
+    for first in tl.static_range(0, GROUPS, HELD):
+        scores = rows_times_columns(x_ptr, score_weight_ptr, token, inside, batch, batches, heads, keys,
+                                    first, first + HELD, WIDTH, ROWS, COLUMNS, CHANNELS, BLOCK_KEYS)
+        for group in tl.static_range(first, first + HELD):
+            column, exists, valid = columns_of(group, batch, batches, heads, keys, mask_ptr, COLUMNS, BLOCK_KEYS)
+            bias = tl.load(score_bias_ptr + column, mask=exists, other=0.0).to(tl.float32)
+            p = softmax_by_head(scores[group - first] + bias[None, :], valid, BLOCK_KEYS)
+            if seed_ptr is not None:
+                # The sign remembers what is dropped, so that nothing is drawn twice.
+                keep = tile_keep_mask(tl.load(seed_ptr), ids_ptr, batch, heads, row, group, threshold,
+                                      COLUMNS, BLOCK_KEYS)
+                p = tl.where(keep, p, -p)
+            # Parked where the dropped probabilities will be, because the next product needs their registers.
+            offset, mask = score_offsets(token, inside, group, heads, COLUMNS, BLOCK_KEYS, STORED_KEYS)
+            p = tl.reshape(p, (ROWS, COLUMNS)).to(p_dropped_ptr.dtype.element_ty)
+            store_scores(p_dropped_ptr, p, offset, mask, BLOCK_KEYS, STORED_KEYS)
+    # Other threads may read them than wrote them.
+    tl.debug_barrier()
+    grad_scores = ()
+    for first in tl.static_range(0, GROUPS, HELD):
+        grad_p_dropped = rows_times_columns(grad_out_ptr, value_weight_ptr, token, inside, batch, batches, heads, keys,
+                                       first, first + HELD, WIDTH, ROWS, COLUMNS, CHANNELS, BLOCK_KEYS)
+        for group in tl.static_range(first, first + HELD):
+            offset, mask = score_offsets(token, inside, group, heads, COLUMNS, BLOCK_KEYS, STORED_KEYS)
+            p = tl.load(p_dropped_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+            grad_p = grad_p_dropped[group - first]
+            if seed_ptr is not None:
+                p_dropped = tl.maximum(p, 0.0) * keep_scale
+                tl.store(p_dropped_ptr + offset, p_dropped.to(p_dropped_ptr.dtype.element_ty), mask=mask)
+                grad_p = tl.where(p > 0.0, grad_p * keep_scale, 0.0)
+                p = tl.abs(p)
+            grad = p * (grad_p - sum_by_head(p * grad_p, BLOCK_KEYS))
+            grad = grad.to(grad_scores_ptr.dtype.element_ty)
+            store_scores(grad_scores_ptr, grad, offset, mask, BLOCK_KEYS, STORED_KEYS)
+            grad_scores = grad_scores + (grad,)  # type: ignore[assignment]  # noqa: RUF005
+    columns_times_rows(grad_scores, score_weight_ptr, None, grad_x_ptr, token, inside, batch, batches, heads, keys,
                        WIDTH, GROUPS, ROWS, COLUMNS, CHANNELS, BLOCK_KEYS)
     # fmt: on
 
@@ -105,49 +177,18 @@ def cross_attention_backward_kernel(
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    SPLIT: tl.constexpr,  # as of the forward
 ):
-    blocks = tl.cdiv(queries, ROWS)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    token, inside = batch * queries + row, row < queries
+    batch = (tl.program_id(0) // tl.cdiv(queries, ROWS)).to(tl.int64)
     # fmt: off
-    for first in tl.static_range(0, GROUPS, HELD):
-        scores = rows_times_columns(x_ptr, score_weight_ptr, token, inside, batch, batches, heads, keys,
-                                    first, first + HELD, WIDTH, ROWS, COLUMNS, CHANNELS, BLOCK_KEYS)
-        for group in tl.static_range(first, first + HELD):
-            column, exists, valid = columns_of(group, batch, batches, heads, keys, mask_ptr, COLUMNS, BLOCK_KEYS)
-            bias = tl.load(score_bias_ptr + column, mask=exists, other=0.0).to(tl.float32)
-            p = softmax_by_head(scores[group - first] + bias[None, :], valid, BLOCK_KEYS)
-            if seed_ptr is not None:
-                # The sign remembers what is dropped, so that nothing is drawn twice.
-                keep = tile_keep_mask(tl.load(seed_ptr), ids_ptr, batch, heads, row, group, threshold,
-                                      COLUMNS, BLOCK_KEYS)
-                p = tl.where(keep, p, -p)
-            # Parked where the dropped probabilities will be, because the next product needs their registers.
-            offset, mask = score_offsets(token, inside, group, heads, COLUMNS, BLOCK_KEYS)
-            p = tl.reshape(p, (ROWS, COLUMNS)).to(p_dropped_ptr.dtype.element_ty)
-            tl.store(p_dropped_ptr + offset, p, mask=mask)
-    # Other threads may read them than wrote them.
-    tl.debug_barrier()
-    grad_scores = ()
-    for first in tl.static_range(0, GROUPS, HELD):
-        grad_p_dropped = rows_times_columns(grad_out_ptr, value_weight_ptr, token, inside, batch, batches, heads, keys,
-                                       first, first + HELD, WIDTH, ROWS, COLUMNS, CHANNELS, BLOCK_KEYS)
-        for group in tl.static_range(first, first + HELD):
-            offset, mask = score_offsets(token, inside, group, heads, COLUMNS, BLOCK_KEYS)
-            p = tl.load(p_dropped_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-            grad_p = grad_p_dropped[group - first]
-            if seed_ptr is not None:
-                p_dropped = tl.maximum(p, 0.0) * keep_scale
-                tl.store(p_dropped_ptr + offset, p_dropped.to(p_dropped_ptr.dtype.element_ty), mask=mask)
-                grad_p = tl.where(p > 0.0, grad_p * keep_scale, 0.0)
-                p = tl.abs(p)
-            grad = p * (grad_p - sum_by_head(p * grad_p, BLOCK_KEYS))
-            grad = grad.to(grad_scores_ptr.dtype.element_ty)
-            tl.store(grad_scores_ptr + offset, grad, mask=mask)
-            grad_scores = grad_scores + (grad,)  # type: ignore[assignment]  # noqa: RUF005
-    columns_times_rows(grad_scores, score_weight_ptr, None, grad_x_ptr, token, inside, batch, batches, heads, keys,
-                       WIDTH, GROUPS, ROWS, COLUMNS, CHANNELS, BLOCK_KEYS)
+    if all_keys(mask_ptr, batch, keys, BLOCK_KEYS, SPLIT):
+        backward_tile(grad_out_ptr, x_ptr, score_weight_ptr, score_bias_ptr, value_weight_ptr, mask_ptr, seed_ptr, ids_ptr,
+                      grad_x_ptr, grad_scores_ptr, p_dropped_ptr, batch, batches, heads, queries, keys, threshold,
+                      keep_scale, WIDTH, GROUPS, HELD, ROWS, COLUMNS, CHANNELS, BLOCK_KEYS, BLOCK_KEYS)
+    else:
+        backward_tile(grad_out_ptr, x_ptr, score_weight_ptr, score_bias_ptr, value_weight_ptr, mask_ptr, seed_ptr, ids_ptr,
+                      grad_x_ptr, grad_scores_ptr, p_dropped_ptr, batch, batches, heads, queries, keys, threshold,
+                      keep_scale, WIDTH, (GROUPS + 1) // 2, HELD, ROWS, COLUMNS, CHANNELS, BLOCK_KEYS // 2, BLOCK_KEYS)
     # fmt: on
 
 

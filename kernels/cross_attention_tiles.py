@@ -125,8 +125,36 @@ def tile_keep_mask(seed, ids_ptr, batch, heads, row, group, threshold, COLUMNS: 
 
 
 @triton.jit
-def score_offsets(token, inside, group, heads, COLUMNS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
-    """Offsets of one tile (ROWS, COLUMNS) in a (B, Lq, H, BLOCK_KEYS), and which of them exist."""
+def score_offsets(
+    token, inside, group, heads, COLUMNS: tl.constexpr, BLOCK_KEYS: tl.constexpr, STORED_KEYS: tl.constexpr
+):
+    """Offsets of one tile (ROWS, COLUMNS) in a (B, Lq, H, STORED_KEYS), and which of them exist."""
     column = group * COLUMNS + tl.arange(0, COLUMNS)
-    width = heads * BLOCK_KEYS
-    return token[:, None] * width + column[None, :], inside[:, None] & (column < width)[None, :]
+    exists = column < heads * BLOCK_KEYS
+    if STORED_KEYS != BLOCK_KEYS:
+        column = column // BLOCK_KEYS * STORED_KEYS + column % BLOCK_KEYS
+    return token[:, None] * (heads * STORED_KEYS) + column[None, :], inside[:, None] & exists[None, :]
+
+
+@triton.jit
+def store_scores(
+    ptr, values, offset, mask, BLOCK_KEYS: tl.constexpr, STORED_KEYS: tl.constexpr
+):  # fmt: skip
+    """Store a tile at its ``score_offsets``, with zeros for the keys from BLOCK_KEYS on."""
+    tl.store(ptr + offset, values.to(ptr.dtype.element_ty), mask=mask)
+    if STORED_KEYS != BLOCK_KEYS:
+        tl.static_assert(STORED_KEYS == 2 * BLOCK_KEYS)
+        tl.store(ptr + offset + BLOCK_KEYS, tl.zeros(values.shape, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def all_keys(mask_ptr, batch, keys, BLOCK_KEYS: tl.constexpr, SPLIT: tl.constexpr):
+    """Whether a program computes all BLOCK_KEYS keys of its sample: with SPLIT only where it attends to one of the last
+    half of them. Read on the device, so that nothing waits."""
+    found = tl.constexpr(True)
+    if SPLIT:
+        if mask_ptr is not None:
+            key = BLOCK_KEYS // 2 + tl.arange(0, BLOCK_KEYS // 2)
+            attended = tl.load(mask_ptr + batch * keys + key, mask=key < keys, other=0)
+            found = tl.max((attended != 0).to(tl.int32), 0) > 0
+    return found

@@ -181,6 +181,51 @@ def test_runs_are_equal_to_the_bit():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def short_and_long(dtype=torch.float32):
+    """Arguments of the core: a sample of 16 keys, one of 17 to 20, one that attends to the last key alone, one to none;
+    what the first and the last must not read is NaN."""
+    tensors, _, grad = inputs(4, 17, 20, 48, dtype)
+    absorbed = absorb_into_keys(*tensors[1:5], num_heads=6, scale=0.3, mask=None)
+    mask = torch.zeros(4, 20, dtype=torch.bool, device=DEVICE)
+    mask[0, 1:16], mask[1, ::3], mask[1, 18], mask[2, 19] = True, True, True, True
+    absorbed = [tensor.clone() for tensor in absorbed]
+    for tensor in absorbed:
+        tensor[:, ::3, 16:] = math.nan
+    seed, ids = torch.tensor([2**40 + 5], device=DEVICE), torch.tensor([3, 2**33, 0, 9], device=DEVICE)
+    return (tensors[0], *absorbed), tensors[-1], (mask, seed, 0.2, ids), grad
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_samples_of_few_keys_compute_half_of_the_columns(dtype):
+    from sclkern.kernels.config import override
+    from sclkern.kernels.cross_attention import cross_attention_backward, cross_attention_forward
+
+    tensors, out_bias, rest, grad = short_and_long(dtype)
+    out = cross_attention_forward(*tensors, out_bias, *rest)
+    results = cross_attention_backward(grad, *tensors, *rest)
+    assert all(result.isfinite().all() for result in (out, *results))
+    # What the products over the queries read of the other keys.
+    assert all((result.unflatten(-1, (2, 16))[::3, :, :, 1] == 0).all() for result in results[1:])
+    whole = [tensor.nan_to_num() for tensor in tensors]
+    with override(("cross_attention_forward_kernel", "cross_attention_backward_kernel"), SPLIT=0):
+        expected = cross_attention_forward(*whole, out_bias, *rest)
+        of_backward = cross_attention_backward(grad, *whole, *rest)
+        assert cross_attention_forward(*tensors, out_bias, *rest).isnan().any()
+    # Sums of the same numbers, and the same probabilities dropped.
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    for ours, theirs in zip((out, *results), (expected, *of_backward), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
+    torch.testing.assert_close(out[3], out_bias.expand(17, -1), rtol=0, atol=0)
+
+
+@needs_kernels
+def test_samples_of_few_and_of_many_keys_equal_the_definition():
+    tensors, _, grad = inputs(4, 33, 20, 48)
+    mask = short_and_long()[2][0]
+    compare_with_eager(tensors, grad, num_heads=6, key_padding_mask=mask, dropout_p=0.2, seed=2**40 + 5)
+
+
 def core(dropout_p=0.0, masked=False):
     """Arguments of the op itself."""
     (x, context, in_weight, in_bias, out_weight, out_bias), mask, _ = inputs(2, 5, 7, 24)
