@@ -16,9 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sclkern.kernels.attention_dropout import attention_dropout
+from sclkern.kernels.attention_statistics import keep_bits, rows_with_bits
 from sclkern.kernels.config import Features, LaunchConfig, resolve, select, settled
 from sclkern.kernels.config_rules import ceil_div
-from sclkern.kernels.dropout import dropout_keep_mask, sequence_head
+from sclkern.kernels.dropout import dropout_keep_mask, load_keep_mask, sequence_head
 from sclkern.kernels.launch import Prepared, static_entry
 from sclkern.reference import attention_dropout_threshold
 
@@ -105,6 +107,7 @@ def attention_forward_kernel(
     cu_seqlens_k_ptr,  # (B + 1,) int32, or None
     seed_ptr,  # (1,) int64, or None without dropout
     ids_ptr,  # (B,) int64, which key the dropout mask in place of the index, or None
+    bits_ptr,  # (H, T, words of 32 keys) int32: the dropout mask if it was drawn before, or None
     out_ptr,  # as query, contiguous
     lse_ptr,  # (H, T) float32, base 2
     heads,
@@ -139,6 +142,7 @@ def attention_forward_kernel(
             zero_tail(out_ptr, cu_seqlens_q_ptr, batch, query_rows, tile, tiles, head, heads, HEAD_DIM, BLOCK_QUERIES)
             empty_tail_lse(lse_ptr, cu_seqlens_q_ptr, batch, query_rows, tile, tiles, head, BLOCK_QUERIES)
             return
+    words = tl.cdiv(keys, 32)
     first_query, queries = sequence_bounds(cu_seqlens_q_ptr, batch, queries)
     first_key, keys = sequence_bounds(cu_seqlens_k_ptr, batch, keys)
     if tile * BLOCK_QUERIES >= queries:
@@ -179,8 +183,14 @@ def attention_forward_kernel(
         l_i = l_i * alpha + tl.sum(p, KEY_AXIS)
         if seed_ptr is not None:
             group = start // 8 + tl.arange(0, BLOCK_KEYS // 8)
-            keep = dropout_keep_mask(seed, batch_head, row[:, None], group[None, :], threshold)
-            p = tl.where(tl.trans(keep) if TRANSPOSED else keep, p, 0.0)
+            if bits_ptr is not None:
+                stats = head * query_rows + first_query + row
+                keep = load_keep_mask(bits_ptr, stats, row < queries, start, words, BLOCK_KEYS, TRANSPOSED)
+            else:
+                keep = dropout_keep_mask(seed, batch_head, row[:, None], group[None, :], threshold)
+                if TRANSPOSED:
+                    keep = tl.trans(keep)
+            p = tl.where(keep, p, 0.0)
         out = out * tl.expand_dims(alpha, KEY_AXIS)
         if not TRANSPOSED:
             out = tl.dot(p.to(value.dtype), value, out, input_precision="ieee")
@@ -271,17 +281,28 @@ def attention_forward(
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """query (B, Lq, H, D), key and value (B, Lk, H, D), packed (T, H, D), channels contiguous, dropout_ids (B,)
-    contiguous: out, and the base-2 log-sum-exp (H, T) of the queries."""
+    contiguous: out, and the statistics of ``attention_statistics``, base-2 log-sum-exps (H, T) first."""
     shape = query.shape
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse = query.new_empty((shape[-2], math.prod(shape[:-2])), dtype=torch.float32)
     numbers = bounds(packing), dropout_p, softmax_scale
     launch = _prepare(
         config, query.dtype, query.device, shape, key.shape, *numbers, query.stride(), key.stride(),
         value.stride(),
     )  # fmt: skip
     cu_seqlens_q, cu_seqlens_k = packing[:2] if packing else (None, None)
-    launch(query, key, value, mask, cu_seqlens_q, cu_seqlens_k, seed, dropout_ids, out, lse)
+    rows, drawn = shape[-2], launch.config["KEEP_BITS"] and seed is not None
+    if drawn:
+        count, *lengths = sizes(shape, key.shape, bounds(packing))
+        rows = rows_with_bits(rows, lengths[1])
+    lse = query.new_empty((rows, math.prod(shape[:-2])), dtype=torch.float32)
+    if drawn and lse.numel():
+        bits = keep_bits(lse, shape[-2], torch.uint8)
+        # Of packed sequences the last has no rows.
+        counts = count - (packing is not None), shape[-2], *lengths, attention_dropout_threshold(dropout_p)[0]
+        like = Features(query.dtype, query.device)
+        attention_dropout(bits, cu_seqlens_q, cu_seqlens_k, seed, dropout_ids, *counts, like)
+    bits = keep_bits(lse, shape[-2], torch.int32)
+    launch(query, key, value, mask, cu_seqlens_q, cu_seqlens_k, seed, dropout_ids, bits, out, lse)
     return out, lse
 
 

@@ -34,9 +34,10 @@ from sclkern.kernels.attention import (
     store_rows,
     zero_tail,
 )
+from sclkern.kernels.attention_statistics import keep_bits
 from sclkern.kernels.config import Configs, Features, LaunchConfig, resolve, select, settled
 from sclkern.kernels.config_rules import ceil_div
-from sclkern.kernels.dropout import dropout_keep_mask, sequence_head
+from sclkern.kernels.dropout import dropout_keep_mask, load_keep_mask, sequence_head
 from sclkern.kernels.launch import Prepared
 
 DYNAMIC_ARGS = [*FORWARD_ARGS, "grad_query_heads", "grad_key_heads"]
@@ -44,8 +45,8 @@ DYNAMIC_ARGS = [*FORWARD_ARGS, "grad_query_heads", "grad_key_heads"]
 
 @triton.jit
 def score_gradients(
-    query, key, value, grad_out, lse_2, delta, valid, seed, batch_head, row, first_key, scale, threshold, keep_scale,
-    DROPOUT: tl.constexpr, BLOCK_KEYS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    query, key, value, grad_out, lse_2, delta, valid, seed, bits_ptr, words, stats, inside, batch_head, row, first_key,
+    scale, threshold, keep_scale, DROPOUT: tl.constexpr, BLOCK_KEYS: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """Probabilities after dropout and the gradient of the scores, in the dtype of the operands.
 
@@ -63,10 +64,13 @@ def score_gradients(
     p = tl.exp2(tl.where(tl.expand_dims(valid, 1 - KEY_AXIS), scores, -float("inf")))
     p_dropped = p
     if DROPOUT:
-        group = first_key // 8 + tl.arange(0, BLOCK_KEYS // 8)
-        keep = dropout_keep_mask(seed, batch_head, row[:, None], group[None, :], threshold)
-        if TRANSPOSED:
-            keep = tl.trans(keep)
+        if bits_ptr is not None:
+            keep = load_keep_mask(bits_ptr, stats, inside, first_key, words, BLOCK_KEYS, TRANSPOSED)
+        else:
+            group = first_key // 8 + tl.arange(0, BLOCK_KEYS // 8)
+            keep = dropout_keep_mask(seed, batch_head, row[:, None], group[None, :], threshold)
+            if TRANSPOSED:
+                keep = tl.trans(keep)
         p_dropped = tl.where(keep, p, 0.0)
         grad_p = tl.where(keep, grad_p * keep_scale, 0.0)
     grad_scores = p * (grad_p - tl.expand_dims(delta, KEY_AXIS))
@@ -84,6 +88,7 @@ def attention_backward_query_kernel(
     cu_seqlens_k_ptr,  # (B + 1,) int32, or None
     seed_ptr,  # (1,) int64, or None without dropout
     ids_ptr,  # (B,) int64, which key the dropout mask in place of the index, or None
+    bits_ptr,  # (H, T, words of 32 keys) int32: the dropout mask if it was drawn before the forward, or None
     out_ptr,  # as query, contiguous
     lse_ptr,  # (H, T) float32, base 2
     delta_ptr,  # (H, T) float32: rowsum(grad_out * out), written for the other kernel
@@ -133,6 +138,7 @@ def attention_backward_query_kernel(
                 zero_tail(grad_value_ptr, cu_seqlens_k_ptr, batch, key_rows, tile, tiles, head, grad_key_heads,
                           HEAD_DIM, BLOCK_KEYS)
             return
+    words = tl.cdiv(keys, 32)
     first_query, queries = sequence_bounds(cu_seqlens_q_ptr, batch, queries)
     first_key, keys = sequence_bounds(cu_seqlens_k_ptr, batch, keys)
     # The first tile stays: as a single tile it owes zeros to the other side of an empty sequence.
@@ -167,8 +173,8 @@ def attention_backward_query_kernel(
         key = load_rows(key_ptr, column, valid, key_row_stride, HEAD_DIM)
         value = load_rows(value_ptr, column, valid, value_row_stride, HEAD_DIM)
         p_dropped, grad_scores = score_gradients(
-            query, key, value, grad_out, lse_2, delta, valid, seed, batch_head, row, start, scale, threshold,
-            keep_scale, seed_ptr is not None, BLOCK_KEYS, TRANSPOSED,
+            query, key, value, grad_out, lse_2, delta, valid, seed, bits_ptr, words, stats, inside, batch_head, row,
+            start, scale, threshold, keep_scale, seed_ptr is not None, BLOCK_KEYS, TRANSPOSED,
         )  # fmt: skip
         if not TRANSPOSED:
             grad_query = tl.dot(grad_scores, key, grad_query, input_precision="ieee")
@@ -188,7 +194,7 @@ def attention_backward_query_kernel(
 @triton.jit(do_not_specialize=DYNAMIC_ARGS)
 def attention_backward_key_kernel(
     grad_out_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seed_ptr, ids_ptr,
-    out_ptr, lse_ptr, delta_ptr, grad_query_ptr, grad_key_ptr, grad_value_ptr, heads, grad_query_heads,
+    bits_ptr, out_ptr, lse_ptr, delta_ptr, grad_query_ptr, grad_key_ptr, grad_value_ptr, heads, grad_query_heads,
     grad_key_heads, queries, keys, query_rows, key_rows,
     grad_out_batch_stride, grad_out_row_stride, grad_out_head_stride,
     query_batch_stride, query_row_stride, query_head_stride,
@@ -213,6 +219,7 @@ def attention_backward_key_kernel(
                 zero_tail(grad_query_ptr, cu_seqlens_q_ptr, batch, query_rows, tile, tiles, head, grad_query_heads,
                           HEAD_DIM, BLOCK_QUERIES)
             return
+    words = tl.cdiv(keys, 32)
     first_query, queries = sequence_bounds(cu_seqlens_q_ptr, batch, queries)
     first_key, keys = sequence_bounds(cu_seqlens_k_ptr, batch, keys)
     # The first tile stays: as a single tile it owes zeros to the other side of an empty sequence.
@@ -249,8 +256,8 @@ def attention_backward_key_kernel(
         else:
             delta = tl.load(delta_ptr + stats, mask=inside, other=0.0)
         p_dropped, grad_scores = score_gradients(
-            query, key, value, grad_out, lse_2, delta, valid, seed, batch_head, row, tile * BLOCK_KEYS, scale,
-            threshold, keep_scale, seed_ptr is not None, BLOCK_KEYS, TRANSPOSED,
+            query, key, value, grad_out, lse_2, delta, valid, seed, bits_ptr, words, stats, inside, batch_head, row,
+            tile * BLOCK_KEYS, scale, threshold, keep_scale, seed_ptr is not None, BLOCK_KEYS, TRANSPOSED,
         )  # fmt: skip
         if not TRANSPOSED:
             grad_value = tl.dot(tl.trans(grad_out), p_dropped, grad_value, input_precision="ieee")
@@ -363,7 +370,7 @@ def attention_backward(
     # A kernel that runs alone does not follow this pointer.
     delta = lse if len(launches) == 1 else torch.empty_like(lse)
     cu_seqlens_q, cu_seqlens_k = packing[:2] if packing else (None, None)
-    masks = mask, cu_seqlens_q, cu_seqlens_k, seed, dropout_ids
+    masks = mask, cu_seqlens_q, cu_seqlens_k, seed, dropout_ids, keep_bits(lse, query.shape[-2], torch.int32)
     for launch in launches:
         launch(grad_out, query, key, value, *masks, out, lse, delta, *apart)
     return tuple(gradients)

@@ -33,10 +33,11 @@ SHARED_MEMORY = {
 }
 ARCHITECTURES = tuple(SHARED_MEMORY)
 
-# The kernels of an op's pass. ``packed_attention`` has those of ``attention``, and ``cross_attention_queries`` is the
-# form of ``cross_attention`` for few queries.
+# The kernels of an op's pass. ``packed_attention`` has those of ``attention``, ``attention_dropout`` is launched
+# before them where KEEP_BITS is set, and ``cross_attention_queries`` is the form of ``cross_attention`` for few queries.
 KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
     ("attention", "forward"): ("attention_forward_kernel",),
+    ("attention_dropout", "forward"): ("attention_dropout_kernel",),
     ("attention", "backward"): ("attention_backward_query_kernel", "attention_backward_key_kernel"),
     ("frame_attention", "forward"): ("frame_attention_forward_kernel",),
     ("frame_attention", "backward"): ("frame_attention_backward_query_kernel", "frame_attention_backward_key_kernel"),
@@ -88,7 +89,7 @@ def register(op: str, pass_: str, **entries: Entry) -> None:
 
 
 # Numbers that the launcher reads (for its grid or its workspaces), and no constants of the kernel.
-LAUNCHER_NUMBERS = ("PROGRAMS", "COLUMN_SUMS", "WORKSPACE")
+LAUNCHER_NUMBERS = ("PROGRAMS", "COLUMN_SUMS", "WORKSPACE", "KEEP_BITS")
 
 
 @dataclass(frozen=True)
@@ -396,7 +397,8 @@ def check(config: LaunchConfig, shapes: Mapping[str, int]) -> None:
         problems.append(f"num_warps {config.num_warps}, expected at most 32")
     if config.num_stages is not None and config.num_stages < 1:
         problems.append(f"num_stages {config.num_stages}, expected at least 1")
-    problems += [f"{name} {value}, expected at least 1" for name, value in config.numbers if value < 1]
+    numbers = [(name, value) for name, value in config.numbers if name not in entry.flags]
+    problems += [f"{name} {value}, expected at least 1" for name, value in numbers if value < 1]
     if not problems and (problem := entry.problem(config.fields, shapes)):
         problems.append(problem)
     if problems:

@@ -186,6 +186,7 @@ class AttentionForward:
             "BLOCK_KEYS": block_keys,
             # Few queries and many keys: the keys are the rows of the products, see WGMMA_M.
             "TRANSPOSED": int(block_queries < WGMMA_M <= block_keys),
+            "KEEP_BITS": 0,
             "num_warps": _warps(block_queries, block_keys, head_dim, itemsize, self.per_warp),
             **({} if self.num_stages is None else {"num_stages": self.num_stages}),
         }

@@ -83,8 +83,13 @@ SM_90: Table = {
     "attention_forward_kernel": Entry(
         _FORWARD,
         "predicted: the largest tiles that keep the accumulators in registers; float32 runs on the ordinary cores",
-        _ATTENTION,
-        ("TRANSPOSED",),
+        (*_ATTENTION, "KEEP_BITS"),
+        ("TRANSPOSED", "KEEP_BITS"),
+    ),
+    "attention_dropout_kernel": Entry(
+        fixed(ROWS=32, GROUPS=16, num_warps=4),
+        "predicted: four Philox calls a thread and step, whose bytes are one store",
+        ("ROWS", "GROUPS"),
     ),
     "attention_backward_query_kernel": Entry(
         _BY_QUERY,

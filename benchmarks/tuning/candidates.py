@@ -22,6 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "attention forward": ("attention_forward_kernel",),
     "attention by query": ("attention_backward_query_kernel",),
     "attention by key": ("attention_backward_key_kernel",),
+    "dropout mask": ("attention_forward_kernel",),
     "bias_gelu": ("bias_gelu_forward_kernel", "bias_gelu_backward_kernel"),
     "norm forward": ("dropout_add_layer_norm_forward_kernel",),
     "norm backward": ("dropout_add_layer_norm_backward_kernel",),
@@ -36,6 +37,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "embedding": ("unfold_patches_kernel", "embed_patches_forward_kernel", "embed_patches_backward_kernel"),
     "masks": ("select_patches_kernel", "mask_text_kernel"),
 }
+# Their values change what the other pass launches as well.
+BOTH_PASSES = ("dropout mask",)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,9 @@ class Candidate:
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """Those of the choice that this pass launches."""
+        """Those of the choice whose values are set: what this pass launches, and what decides on it."""
+        if self.choice in BOTH_PASSES:
+            return CHOICES[self.choice]
         op = "attention" if self.op == "packed_attention" else self.op
         return tuple(name for name in CHOICES[self.choice] if name in KERNELS[op, self.pass_])
 
@@ -137,6 +142,8 @@ BY_QUERY_325_PLAIN: Space = [
     (_block(128, 64, 8, 2), 0.87, "11.2 a score for 384 keys, not 352; they are read half as often"),
     (_block(64, 64, 4, 2), 0.92, "12.0 a score for 384 keys, 16 warps instead of 20"),
 ]
+DRAWN_ONCE_FORWARD: Space = [({"KEEP_BITS": 1}, 1.00, "17 a score, 27 now, and 7.8 of a launch that draws the mask")]
+DRAWN_ONCE_BACKWARD: Space = [({"KEEP_BITS": 1}, 0.75, "20 and 26 a score, 30 and 38 now: the mask is read")]
 FORWARD_SHORT_KEYS: Space = [
     (_block(128, 32, 4, 1), 0.95, "one step needs no pipeline"),
     (_block(64, 32, 4), 1.05, "a third more instructions; twice the warps to hide what memory bounds"),
@@ -210,12 +217,14 @@ NORM_BACKWARD: Space = [
     ({"ROWS_PER_PROGRAM": 16}, 1.00, "1300 programs instead of 650, which do not fill six a multiprocessor"),
 ]
 CROSS_FORWARD: Space = [
+    ({"SPLIT": 0}, 1.85, "a sample of up to 16 keys computes 384 columns, as one of 18 does, and not 192"),
     ({"CHANNELS": 64, "num_stages": 2}, 0.92, "half of the steps over 768 channels, lines of 128 bytes"),
     ({"num_stages": 4}, 0.97, "a stage more in flight: one program of 8 warps hides little"),
     ({"CHANNELS": 16, "num_stages": 4}, 1.10, "twice the steps, in lines of 32 bytes"),
     ({"COLUMNS": 128}, 0.95, "half of the products, each twice as wide"),
 ]
 CROSS_BACKWARD: Space = [
+    ({"SPLIT": 0}, 1.80, "a sample of up to 16 keys computes 384 columns, as one of 18 does, and not 192"),
     ({"CHANNELS": 64, "num_stages": 2}, 0.92, "half of the steps over 768 channels, lines of 128 bytes"),
     ({"num_stages": 4}, 0.97, "a stage more in flight: one program of 8 warps hides little"),
     ({"HELD": 6}, 0.95, "x and the output's gradient read once"),
@@ -280,6 +289,8 @@ _TABLE = [
     ("attention", "325", "backward", "attention by key", BY_KEY_325),
     ("attention", "325", "backward", "attention by query", BY_QUERY_325),
     ("attention", "325", "forward", "attention forward", FORWARD_325),
+    ("attention", "325", "backward", "dropout mask", DRAWN_ONCE_BACKWARD),
+    ("attention", "325", "forward", "dropout mask", DRAWN_ONCE_FORWARD),
     ("packed_attention", "325 without dropout", "backward", "attention by key", BY_KEY_325_PLAIN),
     ("packed_attention", "325 without dropout", "backward", "attention by query", BY_QUERY_325_PLAIN),
     ("packed_attention", "325 without dropout", "forward", "attention forward", FORWARD_325_PLAIN),

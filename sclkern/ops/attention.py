@@ -12,6 +12,7 @@ from sclkern import reference
 from sclkern.cpu import attention as cpu_attention
 from sclkern.cpu import dropout as cpu_dropout
 from sclkern.kernels.attention_gradients import fake_gradients, neighbours, padded_gradients, separate_gradients
+from sclkern.kernels.attention_statistics import fake_statistics
 from sclkern.ops import _attention, _checks
 from sclkern.ops._registration import choose, kernels, public_op, register
 from sclkern.ops.dispatch import Choice, autocast_all, select_backend
@@ -76,8 +77,8 @@ def attention(
         out, lse = run_kernel(query, key, value, mask, None, seed, dropout_ids, dropout_p, scale)
         if not return_lse:
             return out
-        # (H, B * Lq) in the kernel.
-        lse = lse.detach().view(query.shape[2], *query.shape[:2]).transpose(0, 1)
+        # (H, B * Lq) in the kernel, with a dropout mask after them if one was drawn.
+        lse = lse.detach()[: query.shape[2]].view(query.shape[2], *query.shape[:2]).transpose(0, 1)
         return out, lse * math.log(2)
     options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "dropout_ids": dropout_ids}
     if path in _attention.THEIRS:
@@ -149,8 +150,8 @@ def run_kernel(
         scale: factor of the scores.
 
     Returns:
-        Like query; and the log-sum-exp, (H, rows of query) float32, without a gradient, in base 2, the kernel's own: a
-        conversion would round a score of 1000 twice more.
+        Like query; and the log-sum-exp, (H or more, rows of query) float32, without a gradient, in base 2, the kernel's
+        own: a conversion would round a score of 1000 twice more.
     """
     seed = seed_tensor(seed, query.device) if dropout_p > 0 else None
     ids = None if seed is None or dropout_ids is None else dropout_ids.contiguous()
@@ -191,10 +192,8 @@ def _backward(
     return padded_gradients(*kernels.attention_backward.attention_backward(*tensors, *options))
 
 
-def _fake(query: Tensor, **_: object) -> tuple[Tensor, Tensor]:
-    # Not numel(), which would tie a compiled graph to this length.
-    rows = math.prod(query.shape[:-2])
-    return query.new_empty(query.shape), query.new_empty((query.shape[-2], rows), dtype=torch.float32)
+def _fake(query: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), fake_statistics(query, **others)
 
 
 _op = register(

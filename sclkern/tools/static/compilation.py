@@ -44,6 +44,7 @@ COLD_KERNELS = (
     "position_gradient_kernel", "select_patches_kernel", "select_tokens_kernel",
 )  # fmt: skip
 MOST_COLD_STACK = 256
+OPTIONAL = ("ids_ptr", "bits_ptr")
 MODULES = tuple(dict.fromkeys(module for spec in SPECS.values() for module in spec.kernels))
 
 
@@ -76,7 +77,7 @@ def kernels(target: str = "sm_90") -> list[dict[str, Any]]:
     ``sclkern.kernels``.
 
     An entry has ``kernel``, ``signature`` (types of the pointers and of scalars that are not int32), ``constants``
-    (None for an absent pointer; ``ids_ptr`` is absent where it has no type), ``num_warps`` and ``num_stages``;
+    (None for an absent pointer; those of ``OPTIONAL`` are absent where they have no type), ``num_warps`` and ``num_stages``;
     ``divisible`` may name integers that are multiples of 16 at the real shapes, such as strides; ``features`` may name
     the float types, where the narrowest does not tell two entries apart.
     """
@@ -104,8 +105,8 @@ def is_hot(entry: dict[str, Any]) -> bool:
 def compile_entry(entry: dict[str, Any], target: str) -> Any:
     """Compile one entry for a name of ``TARGETS``; pointers are taken as 16-byte aligned, as torch's are."""
     function, constants = entry["kernel"], dict(entry["constants"])
-    if "ids_ptr" in function.arg_names and "ids_ptr" not in entry["signature"]:
-        constants["ids_ptr"] = None
+    optional = [name for name in OPTIONAL if name in function.arg_names and name not in entry["signature"]]
+    constants |= dict.fromkeys(optional)
     signature = {
         name: "constexpr" if name in constants else entry["signature"].get(name, "i32") for name in function.arg_names
     }
