@@ -11,13 +11,14 @@ from torch import Tensor
 from sclkern import reference
 from sclkern.cpu import cross_attention as cpu_cross_attention
 from sclkern.cpu import dropout as cpu_dropout
+from sclkern.kernels.cross_attention_keys import absorb_into_keys
 from sclkern.ops import _attention, _checks
 from sclkern.ops._registration import choose, kernels, public_op, register
 from sclkern.ops.attention import attention
 from sclkern.ops.attention import plan as plan_attention
 from sclkern.ops.dispatch import Choice, autocast_all, autocast_like, resolve_backend, select_backend
 from sclkern.random import seed_tensor
-from sclkern.reference.cross_attention import absorb_into_keys, absorbed_into_queries, cheapest_form, relative_costs
+from sclkern.reference.cross_attention import absorbed_into_queries, cheapest_form, relative_costs
 
 FORMS = ("auto", "never", "keys", "queries")
 # Of the kernel: keys that one tile holds, and padded columns of heads times keys that a program holds.
@@ -123,8 +124,8 @@ def cross_attention(
         if path == "triton-absorbed-queries":
             softmax = lambda scores: _softmax(scores.contiguous(), *rest)  # noqa: E731
             return absorbed_into_queries(x, context, *cast[2:], num_heads=num_heads, scale=scale, softmax=softmax)
-        absorbed = absorb_into_keys(*cast[1:5], num_heads=num_heads, scale=scale, mask=key_padding_mask)
-        out: Tensor = _op(*[t.contiguous() for t in (x, *absorbed, out_bias)], *rest)
+        absorbed = absorb_into_keys(*[t.contiguous() for t in cast[1:5]], num_heads, scale, rest[0])
+        out: Tensor = _op(x.contiguous(), *absorbed, out_bias.contiguous(), *rest)
         return out
     query_weight, context_weight = in_weight.split((width, 2 * width))
     query_bias, context_bias = in_bias.split((width, 2 * width))
