@@ -12,6 +12,7 @@ from sclkern.cli.config_files import load
 from sclkern.errors import Interrupted
 from sclkern.ops.dispatch import TRITON_INSTALLED, interpreted
 from sclkern.tools import warmup
+from sclkern.training.data import caption_widths
 from sclkern.training.loop import Pretraining
 from sclkern.training.memory import memory_of_run
 from sclkern.training.preflight import join_world
@@ -78,7 +79,7 @@ def _compile(training: Pretraining) -> None:
     if training.device.type != "cuda" or not TRITON_INSTALLED or interpreted():
         return
     try:
-        outcome = warmup.warm_up(training.config, log.info)
+        outcome = warmup.warm_up(training.config, log.info, caption_widths(training.config))
     except Exception as error:  # the first step compiles what it needs
         log.warning("not compiled ahead: %s: %s", type(error).__name__, str(error).partition("\n")[0])
         return

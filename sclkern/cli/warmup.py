@@ -11,6 +11,7 @@ import torch
 from sclkern.cli.config_files import load
 from sclkern.errors import UserError
 from sclkern.tools import warmup
+from sclkern.training.data import caption_widths
 
 
 def run(options: argparse.Namespace) -> int:
@@ -20,8 +21,9 @@ def run(options: argparse.Namespace) -> int:
     if options.target is None and not torch.cuda.is_available():
         names = ", ".join(warmup.TARGETS)
         raise UserError(f"warmup: torch sees no GPU; name the one that will train by --target, one of {names}")
+    widths = caption_widths(config)
     with warmup.selected_for(options.target):
-        found = warmup.kernels_of_run(config)
+        found = warmup.kernels_of_run(config, widths)
         target = warmup.this_target() if options.target is None else warmup.TARGETS[options.target]
     outcome = warmup.compile_ahead(found, target, lambda text: print(text, file=sys.stderr))
     report = {
@@ -32,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
         "failed": list(outcome.failed),
         "seconds": round(outcome.seconds, 1),
         "cache": str(outcome.cache),
-        "widths": list(warmup.widths_of(config)),
+        "widths": list(widths),
         "rows": config.run.batch_size,
     }
     print(json.dumps(report, indent=1) if options.json else _text(report))

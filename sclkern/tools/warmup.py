@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     # It needs more packages than compiling does.
     from sclkern.training.config import PretrainConfig
 
+# Padded captions where the data is not known: a multiple of 16, one of 8, and the longest.
+WIDTHS = (16, 24, 50)
 # Backend, architecture and warp size, as Triton names them.
 Target: TypeAlias = tuple[str, int | str, int]
 TARGETS: dict[str, Target] = {f"sm_{number}": ("cuda", number, 32) for number in (80, 86, 89, 90, 100, 120)}
@@ -145,7 +147,7 @@ def kernels_of(
     step: StepConfig,
     *,
     rows: int,
-    widths: Sequence[int] = (16, 24, 50),
+    widths: Sequence[int] = WIDTHS,
     num_frames: int = 1,
     precision: torch.dtype | None = torch.bfloat16,
 ) -> list[Kernel]:
@@ -174,17 +176,12 @@ def kernels_of(
     return list(found.kernels)
 
 
-def widths_of(config: PretrainConfig) -> tuple[int, ...]:
-    """Lengths to which captions are padded in a run: multiples of 16 and not of 16, and the longest."""
-    longest = config.model.max_text_len
-    return tuple(dict.fromkeys(min(width, longest) for width in (16, 24, longest)))
-
-
-def kernels_of_run(config: PretrainConfig) -> list[Kernel]:
+def kernels_of_run(config: PretrainConfig, widths: Sequence[int] = WIDTHS) -> list[Kernel]:
     """``kernels_of`` for a run.
 
     Args:
         config: of the run.
+        widths: lengths to which its captions are padded, such as ``sclkern.training.data.caption_widths``.
 
     Returns:
         The kernels; none where the run takes none.
@@ -196,7 +193,7 @@ def kernels_of_run(config: PretrainConfig) -> list[Kernel]:
         config.objectives,
         config.step,
         rows=config.run.batch_size,
-        widths=widths_of(config),
+        widths=widths,
         num_frames=max(1, config.model.max_frames),
         precision=torch.bfloat16 if config.run.precision == "bfloat16" else None,
     )
@@ -297,30 +294,33 @@ def cache_folder() -> Path:
     return Path(triton.knobs.cache.dir)
 
 
-def _stamp(config: PretrainConfig, target: Target) -> Path:
+def _stamp(config: PretrainConfig, target: Target, widths: Sequence[int]) -> Path:
     """A file in the cache that stands for the kernels of this run, as the sources are now."""
     import triton
 
     package = Path(sys.modules["sclkern"].__file__ or "").parent
     sources = [file.read_bytes() for file in sorted(package.rglob("*.py"))]
     content = [triton.__version__, target, config.model, config.objectives, config.step, config.run.precision]
-    content += [config.run.batch_size, config.run.backend, *sources]
+    content += [config.run.batch_size, config.run.backend, tuple(widths), *sources]
     return cache_folder() / f"sclkern-{hashlib.sha256(repr(content).encode()).hexdigest()[:16]}.warm"
 
 
-def warm_up(config: PretrainConfig, say: Callable[[str], object]) -> Outcome | None:
+def warm_up(
+    config: PretrainConfig, say: Callable[[str], object], widths: Sequence[int] = WIDTHS
+) -> Outcome | None:
     """Compile what this machine's cache may lack of a run; nothing where that was done before.
 
     Args:
         config: of the run, on a GPU.
         say: as of ``compile_ahead``.
+        widths: as of ``kernels_of_run``.
 
     Returns:
         What became of it; None where there was nothing to do.
     """
     target = this_target()
-    stamp = _stamp(config, target)
-    if stamp.exists() or not (found := kernels_of_run(config)):
+    stamp = _stamp(config, target, widths)
+    if stamp.exists() or not (found := kernels_of_run(config, widths)):
         return None
     outcome = compile_ahead(found, target, say)
     workers.close()

@@ -176,6 +176,30 @@ def _check_batch(config: PretrainConfig, world_size: int, train: PairSource, val
         )
 
 
+def caption_widths(config: PretrainConfig) -> tuple[int, ...]:
+    """Lengths that ``open_data`` pads the captions of a run to on a GPU, those of training and of held-out batches.
+
+    Args:
+        config: configuration of the run.
+
+    Returns:
+        Tokens, ascending; where the data cannot be read here a multiple of 16, one of 8, and the longest.
+    """
+    data, longest = config.data, config.model.max_text_len
+    if config.objectives.mlm_mask == "published":
+        return (longest,)
+    widths: set[int] = set()
+    try:
+        tokenizer = CaptionTokenizer.from_pretrained(data.tokenizer)
+        for tables, split in ((data.train_tables, data.train_split), (data.val_tables, data.val_split)):
+            source = open_pairs(data.root, tables, split, format=data.format)
+            rows = min(config.run.batch_size, source.num_pairs)
+            widths |= set(Buckets.from_lengths(_caption_lengths(source, tokenizer, longest), rows, longest).widths)
+    except UserError:
+        widths = {min(width, longest) for width in (16, 24, longest)}
+    return tuple(sorted(widths))
+
+
 def data_difference(saved: dict[str, Any], current: dict[str, Any]) -> str | None:
     """Find what would make a resumed run one over other data.
 

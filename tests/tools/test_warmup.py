@@ -147,6 +147,7 @@ def test_a_run_compiles_once(compiled, monkeypatch):
     assert warmup.warm_up(config, said.append).compiled > 10
     assert said[0].startswith("compiling")
     assert warmup.warm_up(config, said.append) is None and len(compiled) == 1
+    assert warmup.warm_up(config, said.append, (16,)) is not None
     # Other sizes of a step are other kernels; eager ops have none.
     assert warmup.warm_up(load(TINY[1], [*TINY[2:], "run.precision=bfloat16"]), said.append) is not None
     assert warmup.warm_up(load(TINY[1], [*TINY[2:], "run.backend=eager"]), said.append) is None

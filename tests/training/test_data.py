@@ -7,7 +7,7 @@ import torch
 
 from sclkern.errors import UserError
 from sclkern.training.config import load_config
-from sclkern.training.data import _check_same, open_data
+from sclkern.training.data import _check_same, caption_widths, open_data
 
 CPU = torch.device("cpu")
 
@@ -17,6 +17,18 @@ def test_a_gpu_gets_few_sizes_and_a_cpu_exact_ones(arguments):
     for name in ("train_loader", "val_loader"):
         assert getattr(open_data(config, CPU), name).buckets is None
         assert getattr(open_data(config, torch.device("cuda")), name).buckets.widths[-1] == config.model.max_text_len
+
+
+def test_the_widths_of_a_run_are_those_of_its_buckets(arguments):
+    config = load_config(None, arguments())
+    data = open_data(config, torch.device("cuda"))
+    expected = {*data.train_loader.buckets.widths, *data.val_loader.buckets.widths}
+    assert caption_widths(config) == tuple(sorted(expected)) != (16, 24, config.model.max_text_len)
+    longest = config.model.max_text_len
+    assert caption_widths(load_config(None, arguments(objectives__mlm_mask="published"))) == (longest,)
+    # Another machine may compile what this one has no data for.
+    elsewhere = load_config(None, arguments(data__root="/nowhere"))
+    assert caption_widths(elsewhere) == tuple(sorted({16, min(24, longest), longest}))
 
 
 def test_training_is_shuffled_and_augmented_and_validation_is_not(arguments):
