@@ -8,7 +8,7 @@ so that reruns are equal to the bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sclkern.kernels.completion_loss_tiles import EXCLUDED, dots, entry, rows_taking_part, tile
-from sclkern.kernels.config import Configs, of_kernel, resolve, select
+from sclkern.kernels.config import Configs, Features, LaunchConfig, of_kernel, resolve, select, settled
 from sclkern.kernels.config_rules import ceil_div
-from sclkern.kernels.launch import launch
+from sclkern.kernels.launch import Prepared
 
 
 @triton.jit
@@ -214,56 +214,72 @@ def completion_loss_forward(
     Returns float32 losses (G, rows), positive (G, N), lse (directions, G, rows), mean spread (directions or 0, G,
     rows) and rnorm (2, G, N).
     """
-    groups, length, width = recovered.shape
-    names = ("completion_loss_norm_kernel", "completion_loss_statistics_kernel", "completion_loss_merge_kernel")
-    configs = resolve(config, names, recovered)
-    norm, statistics, merging = (of_kernel(configs, name) for name in names)
-    directions = 2 if both else 1
-    kwargs: dict[str, Any] = {"dtype": torch.float32, "device": recovered.device}
-    losses, positive = torch.empty((groups, rows), **kwargs), torch.empty((groups, length), **kwargs)
-    lse, rnorm = torch.empty((directions, groups, rows), **kwargs), torch.empty((2, groups, length), **kwargs)
-    mean_spread = torch.empty((directions if spread else 0, groups, rows), **kwargs)
+    groups, length, _ = recovered.shape
+    shape = groups, rows
+    kwargs: dict[str, Any] = {"dtype": torch.float32}
+    losses, positive = recovered.new_empty(shape, **kwargs), recovered.new_empty((groups, length), **kwargs)
+    lse = recovered.new_empty((2 if both else 1, *shape), **kwargs)
+    rnorm = recovered.new_empty((2, groups, length), **kwargs)
+    mean_spread = recovered.new_empty((len(lse) if spread else 0, *shape), **kwargs)
     if not losses.numel():
         return losses, positive, lse, mean_spread, rnorm
     valid = None if valid is None else valid.view(torch.uint8)
-    common: dict[str, Any] = {"valid_ptr": valid, "temperature_ptr": temperature, "WIDTH": width}
-    launch(
-        completion_loss_norm_kernel,
-        (ceil_div(groups * length, norm["BLOCK_ROWS"]),),
-        norm,
-        recovered_ptr=recovered,
-        complete_ptr=complete,
-        rnorm_ptr=rnorm,
-        positive_ptr=positive,
-        rows=groups * length,
-        eps=eps,
-        **common,
-    )
-
+    given = config if config is None or isinstance(config, LaunchConfig) else tuple(config)
+    sizes = recovered.shape, both, spread, eps, offset, rows
+    plan = _prepare(given, recovered.dtype, recovered.device, *sizes)
     # Each of them once: a view takes as long as a launch.
-    lse_of, spread_of = lse.unbind(), mean_spread.unbind() if spread else ()
-    norms = rnorm.unbind()
+    lse_of, norms = lse.unbind(), rnorm.unbind()
+    spread_of: Sequence[Any] = mean_spread.unbind() if spread else (None, None)
+    absent = () if spread else (None,)
+    partial: Sequence[Any] = (*recovered.new_empty(plan.partial, **kwargs).unbind(), *absent)
+    columns: Sequence[Any] = (None, None, None)
+    merged = columns
+    if plan.columns is not None:
+        sums = recovered.new_empty(plan.columns, **kwargs)
+        columns = (*sums.unbind(), *absent)
+        merged = columns
+        if plan.strips == 1:
+            # Slot 0 is for what earlier launches have left, of which there are none.
+            merged = (*sums[:, 1:].unbind(), *absent)
+        else:
+            columns[0][0].fill_(EXCLUDED.value)
+            sums[1:, 0].zero_()
+    plan.norm(recovered, complete, valid, temperature, rnorm, positive)
+    for launch, direction, merges in plan.launches:
+        x, y = (recovered, complete) if direction == 0 else (complete, recovered)
+        launch(x, y, valid, temperature, norms[direction], norms[1 - direction], *partial, *columns)
+        for merge, of_columns, side, last in merges:
+            previous, of_side = losses if side else None, lse_of[side] if last else None
+            merge(*(merged if of_columns else partial), positive, previous, of_side, spread_of[side], losses)
+    return losses, positive, lse, mean_spread, rnorm
 
-    def merge(sums: Sequence[Tensor], splits: int, direction: int, last: bool = True) -> None:
-        count = groups * rows
-        launch(
-            completion_loss_merge_kernel,
-            (ceil_div(count, merging["BLOCK_ROWS"]),),
-            merging,
-            maximum_ptr=sums[0],
-            total_ptr=sums[1],
-            spread_ptr=sums[2] if spread else None,
-            positive_ptr=positive,
-            previous_ptr=losses if direction else None,
-            lse_ptr=lse_of[direction] if last else None,
-            mean_spread_ptr=spread_of[direction] if spread else None,
-            losses_ptr=losses,
-            count=count,
-            length=length,
-            offset=offset,
-            rows=rows,
-            splits=splits,
-        )
+
+class _Plan(NamedTuple):
+    """The launches of the forward: of each of the statistics its direction and its merges, which are of the columns or
+    not, of a direction, and the last of it or not; shapes of the partial sums, and how many strips rows are cut into."""
+
+    norm: Prepared
+    launches: list[tuple[Prepared, int, list[tuple[Prepared, bool, int, bool]]]]
+    partial: tuple[int, ...]
+    columns: tuple[int, ...] | None
+    strips: int
+
+
+@settled
+def _prepare(
+    config: Configs, dtype: torch.dtype, device: torch.device, shape: torch.Size, both: bool, spread: bool, eps: float,
+    offset: int, rows: int,
+) -> _Plan:  # fmt: skip
+    groups, length, width = shape
+    names = ("completion_loss_norm_kernel", "completion_loss_statistics_kernel", "completion_loss_merge_kernel")
+    configs = resolve(config, names, Features(dtype, device))
+    norm, statistics, merging = (of_kernel(configs, name) for name in names)
+    count, kinds = groups * rows, 3 if spread else 2
+
+    def merge(splits: int) -> Prepared:
+        grid = (ceil_div(count, merging["BLOCK_ROWS"]),)
+        sizes = {"count": count, "length": length, "offset": offset, "rows": rows, "splits": splits}
+        return Prepared(completion_loss_merge_kernel, grid, merging, **sizes)
 
     # Where the window is everything, the tiles of one direction are those of the other.
     shared = both and rows == length
@@ -272,47 +288,23 @@ def completion_loss_forward(
     # Columns are split until there are so many programs; a constant of the table, so that sums have a fixed order.
     most_splits = min(column_blocks, ceil_div(statistics["PROGRAMS"], strip * groups))
     split_blocks = ceil_div(column_blocks, most_splits)
-    splits = ceil_div(column_blocks, split_blocks)
-    kinds = 3 if spread else 2
-    partial = torch.empty((kinds, splits, groups * rows), **kwargs).unbind()
-    columns: Sequence[Any] = (None,) * kinds
-    if shared:
-        sums = torch.empty((kinds, 1 + strip, groups * length), **kwargs)
-        columns = sums.unbind()
-        columns[0][0].fill_(EXCLUDED.value)
-        sums[1:, 0].zero_()
-    for direction in range(1 if shared else directions):
-        x, y = (recovered, complete) if direction == 0 else (complete, recovered)
+    splits, strips = ceil_div(column_blocks, split_blocks), ceil_div(blocks, strip)
+    launches = []
+    for direction in range(1 if shared or not both else 2):
         for first in range(0, blocks, strip):
             here = min(strip, blocks - first)
-            launch(
-                completion_loss_statistics_kernel,
-                (here * groups, splits),
-                statistics,
-                x_ptr=x,
-                y_ptr=y,
-                x_rnorm_ptr=norms[direction],
-                y_rnorm_ptr=norms[1 - direction],
-                maximum_ptr=partial[0],
-                total_ptr=partial[1],
-                spread_ptr=partial[2] if spread else None,
-                column_maximum_ptr=columns[0],
-                column_total_ptr=columns[1],
-                column_spread_ptr=columns[2] if spread else None,
-                groups=groups,
-                length=length,
-                offset=offset,
-                rows=rows,
-                first_block=first,
-                blocks=here,
-                split_columns=split_blocks * statistics["BLOCK_Y"],
-                **common,
-            )
-            if first + here == blocks:
-                merge(partial, splits, direction)
+            last = first + here == blocks
+            sizes = {"groups": groups, "length": length, "offset": offset, "rows": rows, "WIDTH": width}
+            sizes |= {"first_block": first, "blocks": here, "split_columns": split_blocks * statistics["BLOCK_Y"]}
+            one = Prepared(completion_loss_statistics_kernel, (here * groups, splits), statistics, **sizes)
+            merges = [(merge(splits), False, direction, True)] if last else []
             if shared:
-                merge(columns, 1 + here, 1, last=first + here == blocks)
-    return losses, positive, lse, mean_spread, rnorm
+                merges.append((merge(here if strips == 1 else 1 + here), True, 1, last))
+            launches.append((one, direction, merges))
+    grid = (ceil_div(groups * length, norm["BLOCK_ROWS"]),)
+    first_launch = Prepared(completion_loss_norm_kernel, grid, norm, rows=groups * length, eps=eps, WIDTH=width)
+    columns = (kinds, 1 + strip, groups * length) if shared else None
+    return _Plan(first_launch, launches, (kinds, splits, count), columns, strips)
 
 
 def ahead_of_time(arch: str) -> list[dict[str, Any]]:

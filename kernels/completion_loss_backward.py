@@ -9,6 +9,7 @@ multiplies it. Each element of a similarity is computed once for each side, what
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sclkern.kernels.completion_loss_tiles import dots, entry, rows_taking_part
-from sclkern.kernels.config import Configs, LaunchConfig, of_kernel, resolve, select
+from sclkern.kernels.config import Configs, Features, LaunchConfig, of_kernel, resolve, select, settled
 from sclkern.kernels.config_rules import ceil_div
-from sclkern.kernels.launch import launch
+from sclkern.kernels.launch import Prepared
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -187,21 +188,18 @@ def completion_loss_anchors(
     grad: Tensor, valid: Tensor | None, positive: Tensor, lse: Tensor, config: LaunchConfig | None = None
 ) -> Tensor:
     """(directions, G, N) float32: how far each term of the loss is from 0 as its gradient sees it."""
-    (chosen,) = resolve(config, ("completion_loss_anchor_kernel",), lse)
     weight = torch.empty_like(lse)
     if weight.numel():
-        launch(
-            completion_loss_anchor_kernel,
-            (ceil_div(grad.numel(), chosen["BLOCK_ROWS"]), len(lse)),
-            chosen,
-            grad_ptr=grad,
-            valid_ptr=None if valid is None else valid.view(torch.uint8),
-            positive_ptr=positive,
-            lse_ptr=lse,
-            weight_ptr=weight,
-            count=grad.numel(),
-        )
+        launch = _prepare_anchors(config, lse.device, grad.numel(), len(lse))
+        launch(grad, None if valid is None else valid.view(torch.uint8), positive, lse, weight)
     return weight
+
+
+@settled
+def _prepare_anchors(config: LaunchConfig | None, device: torch.device, count: int, directions: int) -> Prepared:
+    (chosen,) = resolve(config, ("completion_loss_anchor_kernel",), Features(torch.float32, device))
+    grid = ceil_div(count, chosen["BLOCK_ROWS"]), directions
+    return Prepared(completion_loss_anchor_kernel, grid, chosen, count=count)
 
 
 def completion_loss_gradient(
@@ -224,67 +222,59 @@ def completion_loss_gradient(
     wanted are None. For float32, ``torch.backends.cuda.matmul`` decides on TF32 in the product of weights and features
     alone."""
     groups, length, width = x.shape
-    grad_x = torch.empty((groups, rows, width), dtype=x.dtype, device=x.device)
+    grad_x = x.new_empty((groups, rows, width))
     if not grad_x.numel():
         return grad_x
-    names = ("completion_loss_weights_kernel", "completion_loss_finish_kernel")
-    configs = resolve(config, names, x)
-    weighing, finish = (of_kernel(configs, name) for name in names)
+    given = config if config is None or isinstance(config, LaunchConfig) else tuple(config)
     scale = _row_scale(x_weight, y_weight, y_rnorm) if x.dtype == torch.float16 else None
-    workspace, block_x = weighing["WORKSPACE"], weighing["BLOCK_X"]
-    strip = min(rows, max(1, workspace // length // block_x) * block_x)
-    together = min(groups, max(1, workspace // (strip * length)))
-    # Rows of the workspace on 16 bytes, for cuBLAS.
-    eighths = ceil_div(length, 8)
-    weights = torch.empty((together, strip, eighths * 8), dtype=x.dtype, device=x.device)
+    workspace, parts = _prepare(given, x.dtype, x.device, x.shape, eps, offset, rows)
+    weights = x.new_empty(workspace)
     # Weights of 0 do not silence NaN in a row that takes no part.
     features = y if valid is None else y.masked_fill(~valid[..., None], 0.0)
+    mask = None if valid is None else valid.view(torch.uint8)
+    for group, count, height, weigh, finish in parts:
+        # A view takes as long as a launch.
+        per_row: Sequence[Any] = x, y, mask, x_rnorm, y_rnorm, x_weight, y_weight, scale, x_lse, y_lse, features, grad_x
+        if count < groups:
+            per_row = [None if tensor is None else tensor[group : group + count] for tensor in per_row]
+        left, right, valid_of, left_rnorm, right_rnorm, *rest, of_y, out = per_row
+        left_weight, right_weight, scale_of, left_lse, right_lse = rest
+        common = left, right, valid_of, temperature, left_rnorm, right_rnorm, left_weight, right_weight
+        weigh(*common, left_lse, right_lse, scale_of, weights)
+        written = weights if weights.shape == (count, height, length) else weights[:count, :height, :length]
+        finish(*common, scale_of, _product(written, of_y), out)
+    return grad_x
+
+
+@settled
+def _prepare(
+    config: Configs, dtype: torch.dtype, device: torch.device, shape: torch.Size, eps: float, offset: int, rows: int
+) -> tuple[tuple[int, ...], list[tuple[int, int, int, Prepared, Prepared]]]:
+    """Shape of the workspace; of each part its first group, its groups, its rows, and the two launches."""
+    groups, length, width = shape
+    names = ("completion_loss_weights_kernel", "completion_loss_finish_kernel")
+    configs = resolve(config, names, Features(dtype, device))
+    weighing, finish = (of_kernel(configs, name) for name in names)
+    block_x = weighing["BLOCK_X"]
+    strip = min(rows, max(1, weighing["WORKSPACE"] // length // block_x) * block_x)
+    together = min(groups, max(1, weighing["WORKSPACE"] // (strip * length)))
+    # Rows of the workspace on 16 bytes, for cuBLAS.
+    eighths = ceil_div(length, 8)
+    parts = []
     for group in range(0, groups, together):
         count = min(together, groups - group)
-
-        def here(tensor: Tensor, first: int = group, count: int = count) -> Tensor:
-            # A view takes as long as a launch.
-            return tensor if count == groups else tensor[first : first + count]
-
-        per_row = {
-            "x_ptr": x, "y_ptr": y, "valid_ptr": None if valid is None else valid.view(torch.uint8),
-            "x_rnorm_ptr": x_rnorm, "y_rnorm_ptr": y_rnorm, "x_weight_ptr": x_weight, "y_weight_ptr": y_weight,
-            "scale_ptr": scale,
-        }  # fmt: skip
-        common: dict[str, Any] = {n: None if tensor is None else here(tensor) for n, tensor in per_row.items()}
-        common |= {"temperature_ptr": temperature, "length": length, "WIDTH": width}
         for start in range(0, rows, strip):
             height = min(strip, rows - start)
             blocks = ceil_div(height, block_x)
-            launch(
-                completion_loss_weights_kernel,
-                (blocks * count, ceil_div(length, weighing["BLOCK_Y"])),
-                weighing,
-                x_lse_ptr=None if x_lse is None else here(x_lse),
-                y_lse_ptr=None if y_lse is None else here(y_lse),
-                weights_ptr=weights,
-                offset=offset + start,
-                rows=height,
-                blocks=blocks,
-                strip=strip,
-                eighths=eighths,
-                **common,
-            )
-            launch(
-                completion_loss_finish_kernel,
-                (ceil_div(count * height, finish["BLOCK_ROWS"]),),
-                finish,
-                push_ptr=_product(weights[:count, :height, :length], here(features)),
-                grad_x_ptr=here(grad_x),
-                count=count * height,
-                offset=offset + start,
-                rows=height,
-                window=rows,
-                window_offset=start,
-                eps=eps,
-                **common,
-            )
-    return grad_x
+            sizes = {"length": length, "WIDTH": width, "offset": offset + start, "rows": height}
+            grid = blocks * count, ceil_div(length, weighing["BLOCK_Y"])
+            of_strip = {"blocks": blocks, "strip": strip, "eighths": eighths}
+            weigh = Prepared(completion_loss_weights_kernel, grid, weighing, **sizes, **of_strip)
+            in_window = {"count": count * height, "window": rows, "window_offset": start, "eps": eps}
+            rows_grid = (ceil_div(count * height, finish["BLOCK_ROWS"]),)
+            write = Prepared(completion_loss_finish_kernel, rows_grid, finish, **sizes, **in_window)
+            parts.append((group, count, height, weigh, write))
+    return (together, strip, eighths * 8), parts
 
 
 def ahead_of_time(arch: str) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -83,6 +84,11 @@ def is_autocast(tensor: Tensor) -> bool:
     """Whether autocast is on for the device of this tensor."""
     kind = tensor.device.type
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context in which products of float32 are not rounded; entering one takes as long as a launch."""
+    return torch.autocast(tensor.device.type, enabled=False) if is_autocast(tensor) else nullcontext()
 
 
 def autocast(tensor: Tensor) -> Tensor:

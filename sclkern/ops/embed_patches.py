@@ -10,7 +10,7 @@ from torch import Tensor
 from sclkern import reference
 from sclkern.ops import _checks
 from sclkern.ops._registration import choose, kernels, public_op, register
-from sclkern.ops.dispatch import KERNEL_DTYPES, Choice, autocast, is_autocast, may_read, select_backend
+from sclkern.ops.dispatch import KERNEL_DTYPES, Choice, autocast, is_autocast, may_read, select_backend, without_autocast
 
 # The kernels hold whole rows in registers; see sclkern.kernels.embed_patches.
 MAX_COLUMNS, MAX_ELEMENTS = 4096, 8192
@@ -151,7 +151,7 @@ def _forward(
     parameters = {"position": position, "cls": cls, "temporal": temporal, "keep": keep, "replace": replace}
     parameters |= {"mask_token": mask_token, "norm_weight": norm_weight, "norm_bias": norm_bias}
     # Autocast would round the product of float32 patches; the dtypes are settled already.
-    with torch.autocast(images.device.type, enabled=False):
+    with without_autocast(images):
         patches = launchers.unfold_patches(images, weight.shape[-1], weight.dtype, keep, replace)
         tokens = patches @ weight.flatten(1).T
         out, mean, rstd = launchers.add_and_normalise(tokens, parameters, *images.shape[:2], eps, dtype)
@@ -166,7 +166,7 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     parameters = {"position": position, "cls": cls, "temporal": temporal, "keep": keep, "replace": replace}
     parameters |= {"mask_token": mask_token, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    with torch.autocast(images.device.type, enabled=False):
+    with without_autocast(images):
         launch = kernels.embed_patches_backward.add_and_normalise_backward
         sums = launch(grad_out.contiguous(), tokens, parameters, mean, rstd, images.shape[1])
         patches = kernels.embed_patches.unfold_patches(images, weight.shape[-1], weight.dtype, keep, replace)

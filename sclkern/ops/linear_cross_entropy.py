@@ -11,7 +11,7 @@ from sclkern import reference
 from sclkern.kernels import linear_cross_entropy_cpu
 from sclkern.ops import _checks
 from sclkern.ops._registration import choose, interpretable, kernels, public_op, register
-from sclkern.ops.dispatch import Choice, autocast, autocast_like, may_read, select_backend, takes_cpu_form
+from sclkern.ops.dispatch import Choice, autocast, autocast_like, may_read, select_backend, takes_cpu_form, without_autocast
 
 REDUCTIONS = ("mean", "sum", "none")
 # Logits in memory at once. On a GPU 134 MB in bfloat16, less than the weight's own float32 gradient at V = 50265 and
@@ -133,7 +133,7 @@ def _forward(
     hits = torch.empty(count, dtype=torch.int32, device=hidden.device)
     step = max(1, MAX_LOGITS[hidden.device.type] // vocabulary)
     logits = hidden.new_empty((min(count, step), _padded(vocabulary)))
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         if bias is not None:
             # Padded, so that its loads are wide as those of the logits.
             bias = hidden.new_empty(_padded(vocabulary)).narrow(0, 0, vocabulary).copy_(bias)
@@ -167,7 +167,7 @@ def _backward(
         logits = hidden.new_empty((count, _padded(columns)))
         total = torch.zeros(hidden.shape if needs_hidden else 0, dtype=saved.dtype, device=hidden.device)
     grad_logits = torch.empty_like(logits)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         # Zero times what an ignored row holds may be NaN.
         inputs = hidden.masked_fill((labels == ignore_index)[:, None], 0.0) if needs_weight else hidden
         for first in range(0, vocabulary, columns):
