@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sclkern.kernels.config import LaunchConfig, resolve, select
-from sclkern.kernels.launch import launch, static_entry
+from sclkern.kernels.config import Features, LaunchConfig, resolve, select, settled
+from sclkern.kernels.launch import Prepared, static_entry
 
 # Integers that differ from batch to batch: one compiled kernel serves them all.
 DYNAMIC_ARGS = ["samples", "frames", "kept", "patches"]
@@ -140,32 +140,30 @@ def unfold_patches(
     config: LaunchConfig | None = None,
 ) -> Tensor:
     """images (B, F, C, S, S), any strides: (B * F * K, C * size * size) of ``dtype``, zero where ``replace`` (B, P)."""
-    samples, frames, channels, height, width = images.shape
+    launch, shape = _prepare_unfold(
+        config, dtype, images.device, images.shape, images.stride(), size, None if keep is None else keep.shape[1]
+    )
+    out = images.new_empty(shape, dtype=dtype)
+    launch(images, keep, replace, out)
+    return out
+
+
+@settled
+def _prepare_unfold(
+    config: LaunchConfig | None, dtype: torch.dtype, device: torch.device, images: torch.Size,
+    strides: tuple[int, ...], size: int, kept: int | None,
+) -> tuple[Prepared, tuple[int, int]]:  # fmt: skip
+    samples, frames, channels, height, width = images
     per_line = width // size
     patches = height // size * per_line
-    kept = patches if keep is None else keep.shape[1]
+    kept = patches if kept is None else kept
     elements = channels * size * size
-    out = torch.empty((samples * frames * kept, elements), dtype=dtype, device=images.device)
-    if out.numel():
-        strides = zip(("sample", "frame", "channel", "y", "x"), images.stride(), strict=True)
-        (chosen,) = resolve(config, ("unfold_patches_kernel",), out, columns=elements)
-        launch(
-            unfold_patches_kernel,
-            (out.shape[0],),
-            chosen,
-            images_ptr=images,
-            keep_ptr=keep,
-            replace_ptr=replace,
-            patches_ptr=out,
-            frames=frames,
-            kept=kept,
-            patches=patches,
-            patches_per_line=per_line,
-            CHANNELS=channels,
-            SIZE=size,
-            **{f"{name}_stride": stride for name, stride in strides},
-        )
-    return out
+    (chosen,) = resolve(config, ("unfold_patches_kernel",), Features(dtype, device), columns=elements)
+    numbers = {"frames": frames, "kept": kept, "patches": patches, "patches_per_line": per_line}
+    named = zip(("sample", "frame", "channel", "y", "x"), strides, strict=True)
+    numbers |= {"CHANNELS": channels, "SIZE": size} | {f"{name}_stride": stride for name, stride in named}
+    rows = samples * frames * kept
+    return Prepared(unfold_patches_kernel, (rows,), chosen, **numbers), (rows, elements)
 
 
 def add_and_normalise(
@@ -193,30 +191,31 @@ def add_and_normalise(
         (B, F * (1 + K), D) of ``dtype``; mean and 1 / deviation of its rows (rows,) float32, empty without
         normalisation.
     """
-    columns, patches = tokens.shape[1], parameters["position"].shape[0] - 1
-    kept = patches if parameters["keep"] is None else parameters["keep"].shape[1]
-    rows = samples * frames * (kept + 1)
-    out = torch.empty((samples, frames * (kept + 1), columns), dtype=dtype, device=tokens.device)
-    statistics = 0 if parameters["norm_weight"] is None else rows
-    mean, rstd = (torch.empty((statistics,), dtype=torch.float32, device=tokens.device) for _ in range(2))
-    if rows:
-        (chosen,) = resolve(config, ("embed_patches_forward_kernel",), tokens, columns=columns)
-        launch(
-            embed_patches_forward_kernel,
-            (rows,),
-            chosen,
-            tokens_ptr=tokens,
-            out_ptr=out,
-            mean_ptr=mean,
-            rstd_ptr=rstd,
-            frames=frames,
-            kept=kept,
-            patches=patches,
-            columns=columns,
-            eps=eps,
-            **{f"{name}_ptr": tensor for name, tensor in parameters.items()},
-        )
+    keep = parameters["keep"]
+    shapes = samples, frames, parameters["position"].shape, None if keep is None else keep.shape[1]
+    launch, shape = _prepare_forward(config, tokens.dtype, tokens.device, *shapes, eps)
+    out = tokens.new_empty(shape, dtype=dtype)
+    statistics = 0 if parameters["norm_weight"] is None else launch.grid[0]
+    mean, rstd = (tokens.new_empty((statistics,), dtype=torch.float32) for _ in range(2))
+    launch(tokens, *[parameters[name] for name in PARAMETERS], out, mean, rstd)
     return out, mean, rstd
+
+
+# As the kernels take them.
+PARAMETERS = ("position", "cls", "temporal", "keep", "replace", "mask_token", "norm_weight", "norm_bias")
+
+
+@settled
+def _prepare_forward(
+    config: LaunchConfig | None, dtype: torch.dtype, device: torch.device, samples: int, frames: int,
+    position: torch.Size, kept: int | None, eps: float,
+) -> tuple[Prepared, tuple[int, int, int]]:  # fmt: skip
+    patches, columns = position[0] - 1, position[1]
+    kept = patches if kept is None else kept
+    (chosen,) = resolve(config, ("embed_patches_forward_kernel",), Features(dtype, device), columns=columns)
+    numbers = {"frames": frames, "kept": kept, "patches": patches, "columns": columns, "eps": eps}
+    launch = Prepared(embed_patches_forward_kernel, (samples * frames * (kept + 1),), chosen, **numbers)
+    return launch, (samples, frames * (kept + 1), columns)
 
 
 def entry(kernel: Any, config: LaunchConfig, absent: set[str], tokens: str, **constants: Any) -> dict[str, Any]:

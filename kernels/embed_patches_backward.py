@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sclkern.kernels.config import Configs, of_kernel, resolve, select
+from sclkern.kernels.config import Configs, Features, LaunchConfig, of_kernel, resolve, select, settled
 from sclkern.kernels.config_rules import ceil_div
-from sclkern.kernels.embed_patches import CLIP, DYNAMIC_ARGS, IMAGE, embedded, entry, patch_of
-from sclkern.kernels.launch import launch
+from sclkern.kernels.embed_patches import CLIP, DYNAMIC_ARGS, IMAGE, PARAMETERS, embedded, entry, patch_of
+from sclkern.kernels.launch import Prepared
 
 
 @triton.jit(do_not_specialize=DYNAMIC_ARGS)
@@ -151,7 +151,7 @@ def add_and_normalise_backward(
     rstd: Tensor,
     frames: int,
     config: Configs = None,
-) -> dict[str, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Launch the backward of ``add_and_normalise``.
 
     Args:
@@ -164,71 +164,61 @@ def add_and_normalise_backward(
         config: launch configurations, None for the selected ones.
 
     Returns:
-        Gradients by name, float32 except that of the tokens, which has their dtype: "tokens" (B * F * K, D), "position"
-        (1 + P, D), whose row 0 is that of the CLS as well, "temporal" (F, D), "mask_token", "norm_weight" and
-        "norm_bias" (D,), None where there is no such parameter. Each is summed in an order that depends on the shapes
-        alone.
+        Gradients: of the tokens (B * F * K, D) in their dtype; of the position (1 + P, D), whose row 0 is that of the
+        CLS as well; of temporal (F, D) or None; and as rows (.., D) of one tensor those of mask_token, norm_weight and
+        norm_bias, as far as there are such parameters. All but the first are float32, each summed in an order that
+        depends on the shapes alone.
     """
-    samples, _, columns = grad_out.shape
-    keep, patches = parameters["keep"], parameters["position"].shape[0] - 1
-    kept = patches if keep is None else keep.shape[1]
-    names = ("embed_patches_backward_kernel", "invert_keep_kernel", "position_gradient_kernel")
-    configs = resolve(config, names, tokens, columns=columns)
-    row, invert, gradient = (of_kernel(configs, name) for name in names)
-    programs_per_group = ceil_div(kept + 1, row["SLOTS"])
-    programs = samples * frames * programs_per_group
-    normalised = parameters["norm_weight"] is not None
-    sums = {
-        name: torch.empty((programs, columns), dtype=torch.float32, device=tokens.device)
-        if parameters[name] is not None
-        else None
-        for name in ("norm_weight", "norm_bias", "temporal", "mask_token")
-    }
-    grad_tokens = torch.empty((samples * frames * kept, columns), dtype=tokens.dtype, device=tokens.device)
+    keep, samples, columns = parameters["keep"], grad_out.shape[0], grad_out.shape[2]
+    summed = tuple(name for name in SUMMED if parameters[name] is not None)
+    given = config if config is None or isinstance(config, LaunchConfig) else tuple(config)
+    shapes = samples, frames, parameters["position"].shape, None if keep is None else keep.shape[1]
+    launch, invert, gradient, groups = _prepare(given, tokens.dtype, tokens.device, *shapes)
+    partial = tokens.new_empty((len(summed), launch.grid[0], columns), dtype=torch.float32)
+    sums: dict[str, Any] = dict.fromkeys(SUMMED) | dict(zip(summed, partial.unbind(), strict=True))
+    grad_tokens = tokens.new_empty((grad_out.shape[0] * (grad_out.shape[1] - frames), columns))
     # Of the dtype that autograd would hold it in; without normalisation it is grad_out.
-    grad_total = torch.empty_like(grad_out) if normalised else grad_out
-    grad_position = torch.empty((patches + 1, columns), dtype=torch.float32, device=tokens.device)
-    counts = {"kept": kept, "patches": patches}
-    if programs:
-        launch(
-            embed_patches_backward_kernel,
-            (programs,),
-            row,
-            grad_out_ptr=grad_out,
-            tokens_ptr=tokens,
-            mean_ptr=mean,
-            rstd_ptr=rstd,
-            grad_tokens_ptr=grad_tokens,
-            grad_total_ptr=grad_total if normalised else None,
-            frames=frames,
-            columns=columns,
-            **{f"{name}_sum_ptr": tensor for name, tensor in sums.items()},
-            **{f"{name}_ptr": tensor for name, tensor in parameters.items() if name != "norm_bias"},
-            **counts,
-        )
+    grad_total = grad_out if parameters["norm_weight"] is None else torch.empty_like(grad_out)
+    grad_position = tokens.new_empty(shapes[2], dtype=torch.float32)
+    inputs = grad_out, tokens, *[parameters[name] for name in PARAMETERS[:-1]], mean, rstd, grad_tokens
+    launch(*inputs, None if grad_total is grad_out else grad_total, *[sums[name] for name in KERNEL_SUMS])
     slots = None
     if keep is not None:
-        slots = torch.empty((samples, patches + 1), dtype=torch.int32, device=tokens.device)
-        if samples:
-            grid = (samples, ceil_div(patches + 1, invert["BLOCK"]))
-            launch(invert_keep_kernel, grid, invert, keep_ptr=keep, slots_ptr=slots, **counts)
-    launch(
-        position_gradient_kernel,
-        (patches + 1, ceil_div(columns, gradient["BLOCK_COLUMNS"])),
-        gradient,
-        grad_total_ptr=grad_total,
-        slots_ptr=slots,
-        grad_position_ptr=grad_position,
-        samples=samples,
-        frames=frames,
-        columns=columns,
-        **counts,
+        slots = keep.new_empty((samples, shapes[2][0]), dtype=torch.int32)
+        invert(keep, slots)
+    gradient(grad_total, slots, grad_position)
+    if sums["temporal"] is None:
+        return grad_tokens, grad_position, None, partial.sum(1)
+    of_frames = sums["temporal"].view(samples, frames, groups, columns).sum((0, 2))
+    return grad_tokens, grad_position, of_frames, partial[:-1].sum(1)
+
+
+# Parameters whose gradients are partial sums, in the order of ``partial``; and as the kernel takes these.
+SUMMED = ("mask_token", "norm_weight", "norm_bias", "temporal")
+KERNEL_SUMS = ("norm_weight", "norm_bias", "temporal", "mask_token")
+
+
+@settled
+def _prepare(
+    config: Configs, dtype: torch.dtype, device: torch.device, samples: int, frames: int, position: torch.Size,
+    kept: int | None,
+) -> tuple[Prepared, Prepared, Prepared, int]:  # fmt: skip
+    """The three launches, and how many programs share the slots of a frame."""
+    patches, columns = position[0] - 1, position[1]
+    kept = patches if kept is None else kept
+    names = ("embed_patches_backward_kernel", "invert_keep_kernel", "position_gradient_kernel")
+    configs = resolve(config, names, Features(dtype, device), columns=columns)
+    row, invert, gradient = (of_kernel(configs, name) for name in names)
+    counts = {"kept": kept, "patches": patches}
+    of_rows = {**counts, "frames": frames, "columns": columns}
+    groups = ceil_div(kept + 1, row["SLOTS"])
+    grid = patches + 1, ceil_div(columns, gradient["BLOCK_COLUMNS"])
+    return (
+        Prepared(embed_patches_backward_kernel, (samples * frames * groups,), row, **of_rows),
+        Prepared(invert_keep_kernel, (samples, ceil_div(patches + 1, invert["BLOCK"])), invert, **counts),
+        Prepared(position_gradient_kernel, grid, gradient, samples=samples, **of_rows),
+        groups,
     )
-    of_frames = sums.pop("temporal")
-    if of_frames is not None:
-        of_frames = of_frames.view(samples, frames, programs_per_group, columns).sum((0, 2))
-    gradients = {name: None if tensor is None else tensor.sum(0) for name, tensor in sums.items()}
-    return gradients | {"tokens": grad_tokens, "position": grad_position, "temporal": of_frames}
 
 
 def ahead_of_time(arch: str) -> list[dict[str, Any]]:

@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sclkern.kernels.completion_loss import softplus
-from sclkern.kernels.config import LaunchConfig, resolve, select
+from sclkern.kernels.config import Features, LaunchConfig, resolve, select, settled
 from sclkern.kernels.config_rules import ceil_div
-from sclkern.kernels.launch import launch, static_entry
+from sclkern.kernels.launch import Prepared, static_entry
 
 # Columns of 128 bytes in bfloat16. V itself may be odd: cuBLAS then takes its kernels for unaligned operands, and
 # Triton loads of 2 bytes.
@@ -175,47 +175,39 @@ def statistics(
     config: LaunchConfig | None = None,
 ) -> None:
     """Fill losses, lse, margin (R,) float32 and hits (R,) int32 from logits (R, W) contiguous, bias (W,) and labels."""
-    (chosen,) = resolve(config, ("linear_cross_entropy_rows_kernel",), logits)
-    if len(logits):
-        launch(
-            linear_cross_entropy_rows_kernel,
-            (len(logits),),
-            chosen,
-            logits_ptr=logits,
-            bias_ptr=bias,
-            labels_ptr=labels,
-            losses_ptr=losses,
-            lse_ptr=lse,
-            margin_ptr=margin,
-            hits_ptr=hits,
-            columns=columns,
-            width=logits.shape[1],
-            ignore_index=ignore_index,
-        )
+    if logits.shape[0]:
+        launch = _prepare_rows(config, logits.dtype, logits.device, logits.shape, columns, ignore_index)
+        launch(logits, bias, labels, losses, lse, margin, hits)
+
+
+@settled
+def _prepare_rows(
+    config: LaunchConfig | None, dtype: torch.dtype, device: torch.device, shape: torch.Size, columns: int,
+    ignore_index: int,
+) -> Prepared:  # fmt: skip
+    (chosen,) = resolve(config, ("linear_cross_entropy_rows_kernel",), Features(dtype, device))
+    numbers = {"columns": columns, "width": shape[1], "ignore_index": ignore_index}
+    return Prepared(linear_cross_entropy_rows_kernel, (shape[0],), chosen, **numbers)
 
 
 def reduce(
     losses: Tensor, hits: Tensor, labels: Tensor, ignore_index: int, mean: bool, config: LaunchConfig | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss () float32, the rows that are not ignored (at least 1) () float32, the hits () int64; in fixed order."""
-    loss, count = (torch.empty((), dtype=torch.float32, device=losses.device) for _ in range(2))
-    hit_count = torch.empty((), dtype=torch.int64, device=losses.device)
-    (chosen,) = resolve(config, ("linear_cross_entropy_reduce_kernel",), losses)
-    launch(
-        linear_cross_entropy_reduce_kernel,
-        (1,),
-        chosen,
-        losses_ptr=losses,
-        hits_ptr=hits,
-        labels_ptr=labels,
-        loss_ptr=loss,
-        count_ptr=count,
-        hit_count_ptr=hit_count,
-        rows=len(losses),
-        ignore_index=ignore_index,
-        MEAN=mean,
-    )
+    loss, count = losses.new_empty((), dtype=torch.float32), losses.new_empty((), dtype=torch.float32)
+    hit_count = labels.new_empty(())
+    launch = _prepare_reduce(config, losses.dtype, losses.device, losses.shape[0], ignore_index, mean)
+    launch(losses, hits, labels, loss, count, hit_count)
     return loss, count, hit_count
+
+
+@settled
+def _prepare_reduce(
+    config: LaunchConfig | None, dtype: torch.dtype, device: torch.device, rows: int, ignore_index: int, mean: bool
+) -> Prepared:
+    (chosen,) = resolve(config, ("linear_cross_entropy_reduce_kernel",), Features(dtype, device))
+    numbers = {"rows": rows, "ignore_index": ignore_index, "MEAN": mean}
+    return Prepared(linear_cross_entropy_reduce_kernel, (1,), chosen, **numbers)
 
 
 def gradient(
@@ -237,30 +229,25 @@ def gradient(
 
     grad is that of the loss (), divided by count, or of the losses (R,) of any stride.
     """
-    (chosen,) = resolve(config, ("linear_cross_entropy_gradient_kernel",), logits)
-    if len(logits):
-        launch(
-            linear_cross_entropy_gradient_kernel,
-            (ceil_div(logits.shape[1], chosen["BLOCK_COLUMNS"]),),
-            chosen,
-            grad_ptr=grad,
-            count_ptr=count,
-            logits_ptr=logits,
-            bias_ptr=bias,
-            labels_ptr=labels,
-            lse_ptr=lse,
-            margin_ptr=margin,
-            grad_logits_ptr=grad_logits,
-            grad_bias_ptr=grad_bias,
-            rows=len(logits),
-            columns=columns,
-            first_column=first_column,
-            width=logits.shape[1],
-            grad_stride=grad.stride(0) if grad.ndim else 0,
-            ignore_index=ignore_index,
-        )
+    if logits.shape[0]:
+        numbers = columns, first_column, grad.stride(0) if grad.ndim else 0, ignore_index
+        launch = _prepare_gradient(config, logits.dtype, logits.device, logits.shape, *numbers)
+        launch(grad, count, logits, bias, labels, lse, margin, grad_logits, grad_bias)
     elif grad_bias is not None:
         grad_bias.zero_()
+
+
+@settled
+def _prepare_gradient(
+    config: LaunchConfig | None, dtype: torch.dtype, device: torch.device, shape: torch.Size, columns: int,
+    first_column: int, grad_stride: int, ignore_index: int,
+) -> Prepared:  # fmt: skip
+    (chosen,) = resolve(config, ("linear_cross_entropy_gradient_kernel",), Features(dtype, device))
+    rows, width = shape
+    numbers = {"rows": rows, "columns": columns, "first_column": first_column, "width": width}
+    numbers |= {"grad_stride": grad_stride, "ignore_index": ignore_index}
+    grid = (ceil_div(width, chosen["BLOCK_COLUMNS"]),)
+    return Prepared(linear_cross_entropy_gradient_kernel, grid, chosen, **numbers)
 
 
 def _entry(kernel: Any, config: LaunchConfig, logits: str, **constants: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -168,16 +169,23 @@ def _backward(
     parameters |= {"mask_token": mask_token, "norm_weight": norm_weight, "norm_bias": norm_bias}
     with without_autocast(images):
         launch = kernels.embed_patches_backward.add_and_normalise_backward
-        sums = launch(grad_out.contiguous(), tokens, parameters, mean, rstd, images.shape[1])
+        grad_tokens, grad_position, of_frames, sums = launch(
+            grad_out.contiguous(), tokens, parameters, mean, rstd, images.shape[1]
+        )
         patches = kernels.embed_patches.unfold_patches(images, weight.shape[-1], weight.dtype, keep, replace)
-        grad_weight = (sums["tokens"].T @ patches).reshape(weight.shape)
-    sums["cls"] = sums["position"][0]
-    if temporal is not None:
-        unused = temporal.shape[0] - images.shape[1]
-        sums["temporal"] = torch.nn.functional.pad(sums["temporal"], (0, 0, 0, unused))
-    # A copy of the row that is the gradient of cls: the results of an op share no memory.
-    learned = [(name, parameters[name]) for name in GRADIENTS.split()[1:]]
-    return [grad_weight] + [sums[n].to(t.dtype, copy=n == "cls") for n, t in learned if t is not None]
+        grad_weight = (grad_tokens.T @ patches).view(weight.shape)
+    if temporal is None:
+        return [grad_weight, grad_position, sums]
+    unused = temporal.shape[0] - images.shape[1]
+    padded = torch.nn.functional.pad(of_frames, (0, 0, 0, unused)) if unused else of_frames
+    return [grad_weight, grad_position, padded, sums]
+
+
+def _finish(results: Sequence[Tensor]) -> Sequence[Tensor]:
+    # Autograd casts sums to the dtypes of the parameters. A copy of the row that is the gradient of cls: in place,
+    # both could be scaled.
+    grad_weight, grad_position, *of_frames, sums = results
+    return [grad_weight, grad_position, grad_position[0].clone(), *of_frames, *sums.unbind()]
 
 
 def _fake(
@@ -192,11 +200,17 @@ def _fake(
     return out, tokens, *(images.new_empty((rows,), dtype=torch.float32) for _ in range(2))
 
 
-def _fake_backward(**tensors: Any) -> list[Tensor]:
-    return [tensors[n].new_empty(tensors[n].shape) for n in GRADIENTS.split() if tensors[n] is not None]
+def _fake_backward(
+    weight: Tensor, position: Tensor, temporal: Tensor | None, mask_token: Tensor | None, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, **_: Any,
+) -> list[Tensor]:  # fmt: skip
+    sums = sum(tensor is not None for tensor in (mask_token, norm_weight, norm_bias))
+    shapes = position.shape, *([] if temporal is None else [temporal.shape]), (sums, position.shape[1])
+    return [weight.new_empty(weight.shape), *(weight.new_empty(shape, dtype=torch.float32) for shape in shapes)]
 
 
 GRADIENTS = "weight position cls temporal mask_token norm_weight norm_bias"
 _op = register(
-    "embed_patches", _forward, _fake, _backward, _fake_backward, outputs="out tokens mean rstd", gradients=GRADIENTS
+    "embed_patches", _forward, _fake, _backward, _fake_backward, outputs="out tokens mean rstd", gradients=GRADIENTS,
+    finish=_finish,
 )

@@ -68,8 +68,12 @@ def linear_cross_entropy(
     if path == "eager":
         options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction, "return_hits": return_hits}
         return reference.linear_cross_entropy(hidden, weight, bias, labels, **options)
-    rows = hidden.reshape(labels.numel(), hidden.shape[-1])
-    loss, hits, *_ = _op(rows, weight, bias, labels.reshape(-1).contiguous(), ignore_index, reduction)
+    if hidden.ndim != 2:
+        # Not a view of two dimensions as two: autograd would record it.
+        hidden, labels_of_rows = hidden.reshape(labels.numel(), hidden.shape[-1]), labels.reshape(-1)
+    else:
+        labels_of_rows = labels
+    loss, hits, *_ = _op(hidden, weight, bias, labels_of_rows.contiguous(), ignore_index, reduction)
     loss = loss.reshape(labels.shape) if reduction == "none" else loss
     return (loss, hits) if return_hits else loss
 
