@@ -295,12 +295,12 @@ def attention_forward(
         count, *lengths = sizes(shape, key.shape, bounds(packing))
         rows = rows_with_bits(rows, lengths[1])
     lse = query.new_empty((rows, math.prod(shape[:-2])), dtype=torch.float32)
-    if drawn and lse.numel():
-        bits = keep_bits(lse, shape[-2], torch.uint8)
+    bits = keep_bits(lse, shape[-2], torch.uint8)
+    if bits is not None and seed is not None and lse.numel():
         # Of packed sequences the last has no rows.
-        counts = count - (packing is not None), shape[-2], *lengths, attention_dropout_threshold(dropout_p)[0]
+        counts = (count - (packing is not None), shape[-2], *lengths)
         like = Features(query.dtype, query.device)
-        attention_dropout(bits, cu_seqlens_q, cu_seqlens_k, seed, dropout_ids, *counts, like)
+        attention_dropout(bits, cu_seqlens_q, cu_seqlens_k, seed, dropout_ids, counts, dropout_p, like)
     bits = keep_bits(lse, shape[-2], torch.int32)
     launch(query, key, value, mask, cu_seqlens_q, cu_seqlens_k, seed, dropout_ids, bits, out, lse)
     return out, lse

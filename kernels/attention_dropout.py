@@ -17,6 +17,7 @@ from sclkern.kernels.config import Features, LaunchConfig, resolve, select
 from sclkern.kernels.config_rules import ceil_div
 from sclkern.kernels.dropout import dropout_keep_bits, sequence_head
 from sclkern.kernels.launch import launch, static_entry
+from sclkern.reference import attention_dropout_threshold
 
 
 @triton.jit(do_not_specialize=["heads", "queries", "keys", "query_rows", "threshold"])
@@ -61,16 +62,14 @@ def attention_dropout(
     cu_seqlens_k: Tensor | None,
     seed: Tensor,
     dropout_ids: Tensor | None,
-    sequences: int,
-    heads: int,
-    queries: int,
-    keys: int,
-    threshold: int,
+    counts: tuple[int, ...],
+    dropout_p: float,
     like: Features,
     config: LaunchConfig | None = None,
 ) -> None:
-    """Fill the bits (of ``attention_statistics``, as uint8) of ``sequences`` sequences of at most so many queries and
-    keys; ``like`` are the features of attention."""
+    """Fill the bits (of ``attention_statistics``, as uint8); ``counts`` are sequences, heads, and the queries and keys
+    of the longest sequence, ``like`` are the features of attention."""
+    sequences, heads, queries, keys = counts
     (chosen,) = resolve(config, ("attention_dropout_kernel",), like)
     words = ceil_div(keys, 32)
     launch(
@@ -86,7 +85,7 @@ def attention_dropout(
         queries=queries,
         keys=keys,
         query_rows=bits.numel() // max(1, heads * words * 4),
-        threshold=threshold,
+        threshold=attention_dropout_threshold(dropout_p)[0],
     )
 
 

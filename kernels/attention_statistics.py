@@ -1,4 +1,5 @@
-"""What attention's forward leaves for its backward beside the output: log-sum-exps, and the dropout mask if it was drawn.
+"""What the forward of attention leaves for its backward beside the output: log-sum-exps, and a dropout mask if one was
+drawn.
 
 They are one float32 tensor, so that a call without a mask allocates nothing for it: (H, T) of the queries, then, where
 the configuration of the forward sets KEEP_BITS, as many rows of T as hold (H, T, words) of bits, a word for 32 keys.

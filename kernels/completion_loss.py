@@ -255,8 +255,8 @@ def completion_loss_forward(
 
 
 class _Plan(NamedTuple):
-    """The launches of the forward: of each of the statistics its direction and its merges, which are of the columns or
-    not, of a direction, and the last of it or not; shapes of the partial sums, and how many strips rows are cut into."""
+    """What the forward launches: the norms; the statistics, each with its direction and its merges, which are of the
+    columns or not, of a direction, and the last of it or not; shapes of the partial sums; the strips of rows."""
 
     norm: Prepared
     launches: list[tuple[Prepared, int, list[tuple[Prepared, bool, int, bool]]]]
@@ -267,8 +267,8 @@ class _Plan(NamedTuple):
 
 @settled
 def _prepare(
-    config: Configs, dtype: torch.dtype, device: torch.device, shape: torch.Size, both: bool, spread: bool, eps: float,
-    offset: int, rows: int,
+    config: Configs, dtype: torch.dtype, device: torch.device, shape: torch.Size, both: bool, spread: bool,
+    eps: float, offset: int, rows: int,
 ) -> _Plan:  # fmt: skip
     groups, length, width = shape
     names = ("completion_loss_norm_kernel", "completion_loss_statistics_kernel", "completion_loss_merge_kernel")

@@ -33,8 +33,8 @@ SHARED_MEMORY = {
 }
 ARCHITECTURES = tuple(SHARED_MEMORY)
 
-# The kernels of an op's pass. ``packed_attention`` has those of ``attention``, ``attention_dropout`` is launched
-# before them where KEEP_BITS is set, and ``cross_attention_queries`` is the form of ``cross_attention`` for few queries.
+# The kernels of an op's pass. ``packed_attention`` has those of ``attention``; ``attention_dropout`` is launched before
+# them where KEEP_BITS is set; ``cross_attention_queries`` is the form of ``cross_attention`` for few queries.
 KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
     ("attention", "forward"): ("attention_forward_kernel",),
     ("attention_dropout", "forward"): ("attention_dropout_kernel",),

@@ -37,8 +37,8 @@ MIN_KEYS, MAX_KEYS = 16, 32
 
 @triton.jit
 def forward_tile(
-    x_ptr, score_weight_ptr, score_bias_ptr, value_weight_ptr, out_bias_ptr, mask_ptr, seed_ptr, ids_ptr, out_ptr, batch,
-    batches, heads, queries, keys, threshold, keep_scale, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
+    x_ptr, score_weight_ptr, score_bias_ptr, value_weight_ptr, out_bias_ptr, mask_ptr, seed_ptr, ids_ptr, out_ptr,
+    batch, batches, heads, queries, keys, threshold, keep_scale, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """The rows of a program, which attend to the first BLOCK_KEYS keys at most."""
@@ -90,13 +90,13 @@ def cross_attention_forward_kernel(
     batch = (tl.program_id(0) // tl.cdiv(queries, ROWS)).to(tl.int64)
     # fmt: off
     if all_keys(mask_ptr, batch, keys, BLOCK_KEYS, SPLIT):
-        forward_tile(x_ptr, score_weight_ptr, score_bias_ptr, value_weight_ptr, out_bias_ptr, mask_ptr, seed_ptr, ids_ptr,
-                     out_ptr, batch, batches, heads, queries, keys, threshold, keep_scale, WIDTH, GROUPS,
+        forward_tile(x_ptr, score_weight_ptr, score_bias_ptr, value_weight_ptr, out_bias_ptr, mask_ptr, seed_ptr,
+                     ids_ptr, out_ptr, batch, batches, heads, queries, keys, threshold, keep_scale, WIDTH, GROUPS,
                      ROWS, COLUMNS, CHANNELS, BLOCK_KEYS)
     else:
-        forward_tile(x_ptr, score_weight_ptr, score_bias_ptr, value_weight_ptr, out_bias_ptr, mask_ptr, seed_ptr, ids_ptr,
-                     out_ptr, batch, batches, heads, queries, keys, threshold, keep_scale, WIDTH, (GROUPS + 1) // 2,
-                     ROWS, COLUMNS, CHANNELS, BLOCK_KEYS // 2)
+        forward_tile(x_ptr, score_weight_ptr, score_bias_ptr, value_weight_ptr, out_bias_ptr, mask_ptr, seed_ptr,
+                     ids_ptr, out_ptr, batch, batches, heads, queries, keys, threshold, keep_scale, WIDTH,
+                     (GROUPS + 1) // 2, ROWS, COLUMNS, CHANNELS, BLOCK_KEYS // 2)
     # fmt: on
 
 
@@ -182,13 +182,14 @@ def cross_attention_backward_kernel(
     batch = (tl.program_id(0) // tl.cdiv(queries, ROWS)).to(tl.int64)
     # fmt: off
     if all_keys(mask_ptr, batch, keys, BLOCK_KEYS, SPLIT):
-        backward_tile(grad_out_ptr, x_ptr, score_weight_ptr, score_bias_ptr, value_weight_ptr, mask_ptr, seed_ptr, ids_ptr,
-                      grad_x_ptr, grad_scores_ptr, p_dropped_ptr, batch, batches, heads, queries, keys, threshold,
-                      keep_scale, WIDTH, GROUPS, HELD, ROWS, COLUMNS, CHANNELS, BLOCK_KEYS, BLOCK_KEYS)
+        backward_tile(grad_out_ptr, x_ptr, score_weight_ptr, score_bias_ptr, value_weight_ptr, mask_ptr, seed_ptr,
+                      ids_ptr, grad_x_ptr, grad_scores_ptr, p_dropped_ptr, batch, batches, heads, queries, keys,
+                      threshold, keep_scale, WIDTH, GROUPS, HELD, ROWS, COLUMNS, CHANNELS, BLOCK_KEYS, BLOCK_KEYS)
     else:
-        backward_tile(grad_out_ptr, x_ptr, score_weight_ptr, score_bias_ptr, value_weight_ptr, mask_ptr, seed_ptr, ids_ptr,
-                      grad_x_ptr, grad_scores_ptr, p_dropped_ptr, batch, batches, heads, queries, keys, threshold,
-                      keep_scale, WIDTH, (GROUPS + 1) // 2, HELD, ROWS, COLUMNS, CHANNELS, BLOCK_KEYS // 2, BLOCK_KEYS)
+        backward_tile(grad_out_ptr, x_ptr, score_weight_ptr, score_bias_ptr, value_weight_ptr, mask_ptr, seed_ptr,
+                      ids_ptr, grad_x_ptr, grad_scores_ptr, p_dropped_ptr, batch, batches, heads, queries, keys,
+                      threshold, keep_scale, WIDTH, (GROUPS + 1) // 2, HELD, ROWS, COLUMNS, CHANNELS,
+                      BLOCK_KEYS // 2, BLOCK_KEYS)
     # fmt: on
 
 

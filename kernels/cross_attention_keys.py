@@ -1,6 +1,6 @@
 """``absorb_into_keys`` of the reference with its backward written out: one node of autograd in place of thirty.
 
-Products write into the gradients of whole weights, so that nothing is concatenated or summed. Nothing here needs Triton.
+Products write into the gradients of whole weights, so that nothing is concatenated. Nothing here needs Triton.
 """
 
 from __future__ import annotations
@@ -15,17 +15,11 @@ from torch import Tensor
 from sclkern.reference.cross_attention import absorb_into_keys as reference_absorb
 
 
-def absorb_into_keys(
-    context: Tensor, in_weight: Tensor, in_bias: Tensor, out_weight: Tensor, heads: int, scale: float,
-    mask: Tensor | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def absorb_into_keys(tensors: tuple[Tensor, ...], heads: int, scale: float, mask: Tensor | None) -> tuple[Tensor, ...]:
     """As ``reference.cross_attention.absorb_into_keys``, contiguous, without a second derivative.
 
     Args:
-        context: (B, Lk, W).
-        in_weight: (3 W, W).
-        in_bias: (3 W,).
-        out_weight: (W, W).
+        tensors: context (B, Lk, W), in_weight (3 W, W), in_bias (3 W,) and out_weight (W, W), contiguous.
         heads: H.
         scale: of the scores.
         mask: (B, Lk) bool, True = attend, or None.
@@ -34,10 +28,9 @@ def absorb_into_keys(
         score_weight (H, B, Lk, W), score_bias (H, B, Lk) and value_weight (H, B, Lk, W).
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        tensors = context, in_weight, in_bias, out_weight
         absorbed = reference_absorb(*tensors, num_heads=heads, scale=scale, mask=mask)
         return tuple(tensor.contiguous() for tensor in absorbed)
-    found: tuple[Tensor, ...] = _Absorb.apply(context, in_weight, in_bias, out_weight, heads, scale, mask)
+    found: tuple[Tensor, ...] = _Absorb.apply(*tensors, heads, scale, mask)
     return found
 
 
@@ -123,4 +116,8 @@ def _gradients(
         if padding is not None:
             grad_context.masked_fill_(padding, 0.0)
     of_weights = (grad_in_weight, grad_in_bias, grad_out_weight)
-    return (grad_context, *(g if needed else None for g, needed in zip(of_weights, needs[1:4], strict=True)), *[None] * 3)
+    return (
+        grad_context,
+        *(g if needed else None for g, needed in zip(of_weights, needs[1:4], strict=True)),
+        *[None] * 3,
+    )

@@ -137,9 +137,7 @@ def score_offsets(
 
 
 @triton.jit
-def store_scores(
-    ptr, values, offset, mask, BLOCK_KEYS: tl.constexpr, STORED_KEYS: tl.constexpr
-):  # fmt: skip
+def store_scores(ptr, values, offset, mask, BLOCK_KEYS: tl.constexpr, STORED_KEYS: tl.constexpr):
     """Store a tile at its ``score_offsets``, with zeros for the keys from BLOCK_KEYS on."""
     tl.store(ptr + offset, values.to(ptr.dtype.element_ty), mask=mask)
     if STORED_KEYS != BLOCK_KEYS:
@@ -152,7 +150,7 @@ def all_keys(mask_ptr, batch, keys, BLOCK_KEYS: tl.constexpr, SPLIT: tl.constexp
     """Whether a program computes all BLOCK_KEYS keys of its sample: with SPLIT only where it attends to one of the last
     half of them. Read on the device, so that nothing waits."""
     found = tl.constexpr(True)
-    if SPLIT:
+    if SPLIT:  # noqa: SIM102, None has no operator
         if mask_ptr is not None:
             key = BLOCK_KEYS // 2 + tl.arange(0, BLOCK_KEYS // 2)
             attended = tl.load(mask_ptr + batch * keys + key, mask=key < keys, other=0)

@@ -6,7 +6,7 @@ frame of a sample, and a row one slot of a group. Arithmetic in float32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -168,7 +168,7 @@ def _prepare_unfold(
 
 def add_and_normalise(
     tokens: Tensor,
-    parameters: Mapping[str, Any],
+    parameters: Sequence[Tensor | None],
     samples: int,
     frames: int,
     eps: float,
@@ -179,8 +179,8 @@ def add_and_normalise(
 
     Args:
         tokens: (B * F * K, D).
-        parameters: position, cls, temporal, keep, replace, mask_token, norm_weight and norm_bias by name, each
-            contiguous or None.
+        parameters: position, cls, temporal, keep, replace, mask_token, norm_weight and norm_bias, each contiguous or
+            None where it may be absent.
         samples: B.
         frames: F.
         eps: added to the variance.
@@ -191,18 +191,15 @@ def add_and_normalise(
         (B, F * (1 + K), D) of ``dtype``; mean and 1 / deviation of its rows (rows,) float32, empty without
         normalisation.
     """
-    keep = parameters["keep"]
-    shapes = samples, frames, parameters["position"].shape, None if keep is None else keep.shape[1]
+    position, _, _, keep, _, _, norm_weight, _ = parameters
+    assert position is not None
+    shapes = samples, frames, position.shape, None if keep is None else keep.shape[1]
     launch, shape = _prepare_forward(config, tokens.dtype, tokens.device, *shapes, eps)
     out = tokens.new_empty(shape, dtype=dtype)
-    statistics = 0 if parameters["norm_weight"] is None else launch.grid[0]
+    statistics = 0 if norm_weight is None else launch.grid[0]
     mean, rstd = (tokens.new_empty((statistics,), dtype=torch.float32) for _ in range(2))
-    launch(tokens, *[parameters[name] for name in PARAMETERS], out, mean, rstd)
+    launch(tokens, *parameters, out, mean, rstd)
     return out, mean, rstd
-
-
-# As the kernels take them.
-PARAMETERS = ("position", "cls", "temporal", "keep", "replace", "mask_token", "norm_weight", "norm_bias")
 
 
 @settled

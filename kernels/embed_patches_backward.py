@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sclkern.kernels.config import Configs, Features, LaunchConfig, of_kernel, resolve, select, settled
 from sclkern.kernels.config_rules import ceil_div
-from sclkern.kernels.embed_patches import CLIP, DYNAMIC_ARGS, IMAGE, PARAMETERS, embedded, entry, patch_of
+from sclkern.kernels.embed_patches import CLIP, DYNAMIC_ARGS, IMAGE, embedded, entry, patch_of
 from sclkern.kernels.launch import Prepared
 
 
@@ -146,7 +146,7 @@ def position_gradient_kernel(
 def add_and_normalise_backward(
     grad_out: Tensor,
     tokens: Tensor,
-    parameters: Mapping[str, Any],
+    parameters: Sequence[Tensor | None],
     mean: Tensor,
     rstd: Tensor,
     frames: int,
@@ -169,33 +169,31 @@ def add_and_normalise_backward(
         norm_bias, as far as there are such parameters. All but the first are float32, each summed in an order that
         depends on the shapes alone.
     """
-    keep, samples, columns = parameters["keep"], grad_out.shape[0], grad_out.shape[2]
-    summed = tuple(name for name in SUMMED if parameters[name] is not None)
+    position, _, temporal, keep, _, mask_token, norm_weight, norm_bias = parameters
+    assert position is not None
+    samples, columns = grad_out.shape[0], grad_out.shape[2]
     given = config if config is None or isinstance(config, LaunchConfig) else tuple(config)
-    shapes = samples, frames, parameters["position"].shape, None if keep is None else keep.shape[1]
+    shapes = samples, frames, position.shape, None if keep is None else keep.shape[1]
     launch, invert, gradient, groups = _prepare(given, tokens.dtype, tokens.device, *shapes)
-    partial = tokens.new_empty((len(summed), launch.grid[0], columns), dtype=torch.float32)
-    sums: dict[str, Any] = dict.fromkeys(SUMMED) | dict(zip(summed, partial.unbind(), strict=True))
+    summed = [tensor is not None for tensor in (mask_token, norm_weight, norm_bias, temporal)]
+    partial = tokens.new_empty((sum(summed), launch.grid[0], columns), dtype=torch.float32)
+    parts = iter(partial.unbind())
+    of_mask_token, of_weight, of_bias, of_temporal = [next(parts) if given else None for given in summed]
     grad_tokens = tokens.new_empty((grad_out.shape[0] * (grad_out.shape[1] - frames), columns))
     # Of the dtype that autograd would hold it in; without normalisation it is grad_out.
-    grad_total = grad_out if parameters["norm_weight"] is None else torch.empty_like(grad_out)
-    grad_position = tokens.new_empty(shapes[2], dtype=torch.float32)
-    inputs = grad_out, tokens, *[parameters[name] for name in PARAMETERS[:-1]], mean, rstd, grad_tokens
-    launch(*inputs, None if grad_total is grad_out else grad_total, *[sums[name] for name in KERNEL_SUMS])
+    grad_total = grad_out if norm_weight is None else torch.empty_like(grad_out)
+    grad_position = tokens.new_empty(position.shape, dtype=torch.float32)
+    outputs = grad_tokens, None if norm_weight is None else grad_total, of_weight, of_bias, of_temporal, of_mask_token
+    launch(grad_out, tokens, *parameters[:-1], mean, rstd, *outputs)
     slots = None
     if keep is not None:
-        slots = keep.new_empty((samples, shapes[2][0]), dtype=torch.int32)
+        slots = keep.new_empty((samples, position.shape[0]), dtype=torch.int32)
         invert(keep, slots)
     gradient(grad_total, slots, grad_position)
-    if sums["temporal"] is None:
+    if of_temporal is None:
         return grad_tokens, grad_position, None, partial.sum(1)
-    of_frames = sums["temporal"].view(samples, frames, groups, columns).sum((0, 2))
+    of_frames = of_temporal.view(samples, frames, groups, columns).sum((0, 2))
     return grad_tokens, grad_position, of_frames, partial[:-1].sum(1)
-
-
-# Parameters whose gradients are partial sums, in the order of ``partial``; and as the kernel takes these.
-SUMMED = ("mask_token", "norm_weight", "norm_bias", "temporal")
-KERNEL_SUMS = ("norm_weight", "norm_bias", "temporal", "mask_token")
 
 
 @settled

@@ -162,8 +162,7 @@ def run_kernel(
     # A compiler may keep the parts of a tensor as tensors of their own.
     if key.stride(-3) > key.shape[-2] * key.shape[-1] and not torch.compiler.is_compiling():
         shared = 3 if neighbours(*tensors) else 2 if neighbours(*tensors[1:]) else 0
-    result: tuple[Tensor, Tensor] = _op(*tensors, mask, *lengths, float(dropout_p), scale, shared)
-    return result
+    return _op(*tensors, mask, *lengths, float(dropout_p), scale, shared)
 
 
 def _packing(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_q: int, max_k: int) -> Packing | None:

@@ -14,7 +14,7 @@ from sclkern.distributed import gather as gather_rows
 from sclkern.kernels import completion_loss_cpu as tiled
 from sclkern.ops import _checks
 from sclkern.ops._registration import choose, kernels, public_op, register, second_derivative_error
-from sclkern.ops.dispatch import Choice, select_backend, takes_cpu_form, without_autocast
+from sclkern.ops.dispatch import Choice, no_autocast, select_backend, takes_cpu_form
 
 DIRECTIONS = ("both", "recovered_to_complete")
 REDUCTIONS = ("mean", "sum", "none")
@@ -80,9 +80,8 @@ def completion_loss(
     """
     options = temperature, directions, reduction, valid, eps, group, gather, backend
     path = choose("completion_loss", check, plan, recovered, complete, *options)
-    dtype = recovered.dtype
-    if dtype != complete.dtype:
-        dtype = torch.promote_types(dtype, complete.dtype)
+    dtype = torch.promote_types(recovered.dtype, complete.dtype)
+    if recovered.dtype != complete.dtype:
         recovered, complete = recovered.to(dtype), complete.to(dtype)
     precise = torch.promote_types(dtype, torch.float32)
     world = 1 if gather is None else world_size(group)
@@ -207,7 +206,7 @@ def _backward(
     launchers = kernels.completion_loss_backward
     gradients = [recovered.new_empty(0), complete.new_empty(0)]
     # Backward may be called under autocast, which would round the product of float32 features.
-    with without_autocast(recovered):
+    with no_autocast(recovered):
         weight = launchers.completion_loss_anchors(grad_losses.contiguous(), valid, positive, lse)
         # A view takes as long as a launch.
         pairs = [(*t.unbind(), None)[:2] for t in (weight, lse)] + [rnorm.unbind()]

@@ -120,13 +120,12 @@ def cross_attention(
     if path.startswith("triton-absorbed"):
         scale = _attention.resolve_scale(width // num_heads, softmax_scale)
         keyed = (options["seed"], dropout_ids) if dropout_p > 0 else (None, None)
-        rest = *[None if t is None else t.contiguous() for t in (key_padding_mask, *keyed)], float(dropout_p)
+        masks = [None if t is None else t.contiguous() for t in (key_padding_mask, *keyed)]
         if path == "triton-absorbed-queries":
-            softmax = lambda scores: _softmax(scores.contiguous(), *rest)  # noqa: E731
+            softmax = lambda scores: _softmax(scores.contiguous(), *masks, float(dropout_p))  # noqa: E731
             return absorbed_into_queries(x, context, *cast[2:], num_heads=num_heads, scale=scale, softmax=softmax)
-        absorbed = absorb_into_keys(*[t.contiguous() for t in cast[1:5]], num_heads, scale, rest[0])
-        out: Tensor = _op(x.contiguous(), *absorbed, out_bias.contiguous(), *rest)
-        return out
+        absorbed = absorb_into_keys(tuple(t.contiguous() for t in cast[1:5]), num_heads, scale, masks[0])
+        return _op(x.contiguous(), *absorbed, out_bias.contiguous(), *masks, float(dropout_p))
     query_weight, context_weight = in_weight.split((width, 2 * width))
     query_bias, context_bias = in_bias.split((width, 2 * width))
     query = F.linear(x, query_weight, query_bias)

@@ -86,7 +86,7 @@ def is_autocast(tensor: Tensor) -> bool:
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 
-def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     """A context in which products of float32 are not rounded; entering one takes as long as a launch."""
     return torch.autocast(tensor.device.type, enabled=False) if is_autocast(tensor) else nullcontext()
 

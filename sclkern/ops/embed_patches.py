@@ -11,7 +11,7 @@ from torch import Tensor
 from sclkern import reference
 from sclkern.ops import _checks
 from sclkern.ops._registration import choose, kernels, public_op, register
-from sclkern.ops.dispatch import KERNEL_DTYPES, Choice, autocast, is_autocast, may_read, select_backend, without_autocast
+from sclkern.ops.dispatch import KERNEL_DTYPES, Choice, autocast, is_autocast, may_read, no_autocast, select_backend
 
 # The kernels hold whole rows in registers; see sclkern.kernels.embed_patches.
 MAX_COLUMNS, MAX_ELEMENTS = 4096, 8192
@@ -149,10 +149,9 @@ def _forward(
     eps: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     launchers = kernels.embed_patches
-    parameters = {"position": position, "cls": cls, "temporal": temporal, "keep": keep, "replace": replace}
-    parameters |= {"mask_token": mask_token, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    parameters = position, cls, temporal, keep, replace, mask_token, norm_weight, norm_bias
     # Autocast would round the product of float32 patches; the dtypes are settled already.
-    with without_autocast(images):
+    with no_autocast(images):
         patches = launchers.unfold_patches(images, weight.shape[-1], weight.dtype, keep, replace)
         tokens = patches @ weight.flatten(1).T
         out, mean, rstd = launchers.add_and_normalise(tokens, parameters, *images.shape[:2], eps, dtype)
@@ -165,20 +164,16 @@ def _backward(
     keep: Tensor | None, replace: Tensor | None, mask_token: Tensor | None, norm_weight: Tensor | None,
     norm_bias: Tensor | None, tokens: Tensor, mean: Tensor, rstd: Tensor,
 ) -> list[Tensor]:  # fmt: skip
-    parameters = {"position": position, "cls": cls, "temporal": temporal, "keep": keep, "replace": replace}
-    parameters |= {"mask_token": mask_token, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    with without_autocast(images):
+    parameters = position, cls, temporal, keep, replace, mask_token, norm_weight, norm_bias
+    with no_autocast(images):
         launch = kernels.embed_patches_backward.add_and_normalise_backward
-        grad_tokens, grad_position, of_frames, sums = launch(
-            grad_out.contiguous(), tokens, parameters, mean, rstd, images.shape[1]
-        )
+        inputs = grad_out.contiguous(), tokens, parameters, mean, rstd, images.shape[1]
+        grad_tokens, grad_position, of_frames, sums = launch(*inputs)
         patches = kernels.embed_patches.unfold_patches(images, weight.shape[-1], weight.dtype, keep, replace)
         grad_weight = (grad_tokens.T @ patches).view(weight.shape)
-    if temporal is None:
-        return [grad_weight, grad_position, sums]
-    unused = temporal.shape[0] - images.shape[1]
-    padded = torch.nn.functional.pad(of_frames, (0, 0, 0, unused)) if unused else of_frames
-    return [grad_weight, grad_position, padded, sums]
+    unused = 0 if temporal is None else temporal.shape[0] - images.shape[1]
+    of_frames = torch.nn.functional.pad(of_frames, (0, 0, 0, unused)) if unused else of_frames
+    return [tensor for tensor in (grad_weight, grad_position, of_frames, sums) if tensor is not None]
 
 
 def _finish(results: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -200,11 +195,8 @@ def _fake(
     return out, tokens, *(images.new_empty((rows,), dtype=torch.float32) for _ in range(2))
 
 
-def _fake_backward(
-    weight: Tensor, position: Tensor, temporal: Tensor | None, mask_token: Tensor | None, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, **_: Any,
-) -> list[Tensor]:  # fmt: skip
-    sums = sum(tensor is not None for tensor in (mask_token, norm_weight, norm_bias))
+def _fake_backward(weight: Tensor, position: Tensor, temporal: Tensor | None, **tensors: Any) -> list[Tensor]:
+    sums = sum(tensors[name] is not None for name in GRADIENTS.split()[4:])
     shapes = position.shape, *([] if temporal is None else [temporal.shape]), (sums, position.shape[1])
     return [weight.new_empty(weight.shape), *(weight.new_empty(shape, dtype=torch.float32) for shape in shapes)]
 
@@ -213,4 +205,4 @@ GRADIENTS = "weight position cls temporal mask_token norm_weight norm_bias"
 _op = register(
     "embed_patches", _forward, _fake, _backward, _fake_backward, outputs="out tokens mean rstd", gradients=GRADIENTS,
     finish=_finish,
-)
+)  # fmt: skip

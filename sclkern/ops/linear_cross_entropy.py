@@ -11,7 +11,7 @@ from sclkern import reference
 from sclkern.kernels import linear_cross_entropy_cpu
 from sclkern.ops import _checks
 from sclkern.ops._registration import choose, interpretable, kernels, public_op, register
-from sclkern.ops.dispatch import Choice, autocast, autocast_like, may_read, select_backend, takes_cpu_form, without_autocast
+from sclkern.ops.dispatch import Choice, autocast, autocast_like, may_read, no_autocast, select_backend, takes_cpu_form
 
 REDUCTIONS = ("mean", "sum", "none")
 # Logits in memory at once. On a GPU 134 MB in bfloat16, less than the weight's own float32 gradient at V = 50265 and
@@ -68,12 +68,9 @@ def linear_cross_entropy(
     if path == "eager":
         options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction, "return_hits": return_hits}
         return reference.linear_cross_entropy(hidden, weight, bias, labels, **options)
-    if hidden.ndim != 2:
-        # Not a view of two dimensions as two: autograd would record it.
-        hidden, labels_of_rows = hidden.reshape(labels.numel(), hidden.shape[-1]), labels.reshape(-1)
-    else:
-        labels_of_rows = labels
-    loss, hits, *_ = _op(hidden, weight, bias, labels_of_rows.contiguous(), ignore_index, reduction)
+    # Not a view of two dimensions as two: autograd would record it.
+    rows = hidden if hidden.ndim == 2 else hidden.reshape(labels.numel(), hidden.shape[-1])
+    loss, hits, *_ = _op(rows, weight, bias, labels.reshape(-1).contiguous(), ignore_index, reduction)
     loss = loss.reshape(labels.shape) if reduction == "none" else loss
     return (loss, hits) if return_hits else loss
 
@@ -137,7 +134,7 @@ def _forward(
     hits = torch.empty(count, dtype=torch.int32, device=hidden.device)
     step = max(1, MAX_LOGITS[hidden.device.type] // vocabulary)
     logits = hidden.new_empty((min(count, step), _padded(vocabulary)))
-    with without_autocast(hidden):
+    with no_autocast(hidden):
         if bias is not None:
             # Padded, so that its loads are wide as those of the logits.
             bias = hidden.new_empty(_padded(vocabulary)).narrow(0, 0, vocabulary).copy_(bias)
@@ -149,8 +146,8 @@ def _forward(
             torch.mm(inputs, weight.T, out=piece.narrow(1, 0, vocabulary))
             launchers.statistics(piece, bias, targets, ignore_index, *results, vocabulary)
         loss, divisor, hit_count = launchers.reduce(losses, hits, labels, ignore_index, reduction == "mean")
-    loss = losses if reduction == "none" else loss
-    return loss, hit_count, divisor, saved, logits if count <= step else logits.new_empty((0, 0))
+    kept = logits if count <= step else logits.new_empty((0, 0))
+    return losses if reduction == "none" else loss, hit_count, divisor, saved, kept
 
 
 def _backward(
@@ -171,7 +168,7 @@ def _backward(
         logits = hidden.new_empty((count, _padded(columns)))
         total = torch.zeros(hidden.shape if needs_hidden else 0, dtype=saved.dtype, device=hidden.device)
     grad_logits = torch.empty_like(logits)
-    with without_autocast(hidden):
+    with no_autocast(hidden):
         # Zero times what an ignored row holds may be NaN.
         inputs = hidden.masked_fill((labels == ignore_index)[:, None], 0.0) if needs_weight else hidden
         for first in range(0, vocabulary, columns):
@@ -190,16 +187,13 @@ def _backward(
                 torch.mm(of_width, weight, out=grad_hidden)
             elif needs_hidden:
                 total += of_width @ part_weight
-    grad_hidden = grad_hidden if saved_logits else total.to(hidden.dtype)
-    return [grad_hidden, grad_weight] + ([] if bias is None else [grad_bias])
+    gradients = [grad_hidden if saved_logits else total.to(hidden.dtype), grad_weight]
+    return gradients + ([] if bias is None else [grad_bias])
 
 
 def _launchers(hidden: Tensor) -> Any:
-    return (
-        kernels.linear_cross_entropy
-        if hidden.device.type != "cpu" or interpretable(hidden)
-        else linear_cross_entropy_cpu
-    )
+    on_kernels = hidden.device.type != "cpu" or interpretable(hidden)
+    return kernels.linear_cross_entropy if on_kernels else linear_cross_entropy_cpu
 
 
 def _fake(hidden: Tensor, weight: Tensor, reduction: str, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

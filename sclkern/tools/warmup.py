@@ -305,9 +305,7 @@ def _stamp(config: PretrainConfig, target: Target, widths: Sequence[int]) -> Pat
     return cache_folder() / f"sclkern-{hashlib.sha256(repr(content).encode()).hexdigest()[:16]}.warm"
 
 
-def warm_up(
-    config: PretrainConfig, say: Callable[[str], object], widths: Sequence[int] = WIDTHS
-) -> Outcome | None:
+def warm_up(config: PretrainConfig, say: Callable[[str], object], widths: Sequence[int] = WIDTHS) -> Outcome | None:
     """Compile what this machine's cache may lack of a run; nothing where that was done before.
 
     Args:

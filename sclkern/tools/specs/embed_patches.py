@@ -68,8 +68,7 @@ def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None) -> Backward:
     launchers = kernels("embed_patches")
     launchers.unfold_patches(images, weight.shape[-1], weight.dtype, keep, None)
     tokens = weight.new_empty((len(images) * keep.shape[1], len(weight)))
-    parameters = {"keep": keep, **dict.fromkeys(("temporal", "replace", "mask_token"))}
-    parameters |= {name: inputs[name] for name in ("position", "cls", "norm_weight", "norm_bias")}
+    parameters = inputs["position"], inputs["cls"], None, keep, None, None, inputs["norm_weight"], inputs["norm_bias"]
     out, *statistics = launchers.add_and_normalise(tokens, parameters, len(images), 1, 1e-5, weight.dtype)
     backward = kernels("embed_patches_backward").add_and_normalise_backward
     return lambda: backward(out, tokens, parameters, *statistics, 1)

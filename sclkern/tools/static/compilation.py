@@ -77,9 +77,9 @@ def kernels(target: str = "sm_90") -> list[dict[str, Any]]:
     ``sclkern.kernels``.
 
     An entry has ``kernel``, ``signature`` (types of the pointers and of scalars that are not int32), ``constants``
-    (None for an absent pointer; those of ``OPTIONAL`` are absent where they have no type), ``num_warps`` and ``num_stages``;
-    ``divisible`` may name integers that are multiples of 16 at the real shapes, such as strides; ``features`` may name
-    the float types, where the narrowest does not tell two entries apart.
+    (None for an absent pointer; those of ``OPTIONAL`` are absent where they have no type), ``num_warps`` and
+    ``num_stages``; ``divisible`` may name integers that are multiples of 16 at the real shapes, such as strides;
+    ``features`` may name the float types, where the narrowest does not tell two entries apart.
     """
     arch = TABLE_OF.get(target, target)
     modules = (importlib.import_module(f"sclkern.kernels.{name}") for name in MODULES)
