@@ -216,8 +216,8 @@ SM_90: Table = {
         ("BUILTIN_ERF",),
     ),
     "bias_gelu_backward_kernel": Entry(
-        _GELU,
-        "predicted: 16-byte loads, and 1/8 of the partial sums that single rows would leave; the polynomial issues 34 "
+        fixed(BLOCK_ROWS=32, BLOCK_COLUMNS=128, BUILTIN_ERF=0, num_warps=8),
+        "predicted: 16-byte loads, and 1/32 of the partial sums that single rows would leave; the polynomial issues 35 "
         "instructions an element, tl.erf 59",
         _GELU_NAMES,
         ("BUILTIN_ERF",),
