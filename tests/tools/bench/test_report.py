@@ -87,6 +87,8 @@ def test_the_command_writes_tables_and_plots(tmp_path, capsys):
     step = {"rows": 2, "dtype": "float32", "median_seconds": 1.5, "pairs_per_second": 1.3, "phases": phases}
     step |= {"activation_bytes": 2.5e9}
     records.append("step/base/planned", results=tmp_path / "results", **step)
+    ratio = {"rows": 2, "dtype": "float32", "ratio": 2.4, "flops_ratio": 2.18, "quotient": 1.1}
+    records.append("step_ratio/base/dataset", results=tmp_path / "results", **ratio)
     document = tmp_path / "page.md"
     begin = "<!-- sclkern bench report: begin -->"
     document.write_text(f"before\n{begin}\nold\n{report.END}\nafter\n")
@@ -94,10 +96,11 @@ def test_the_command_writes_tables_and_plots(tmp_path, capsys):
     assert main(["bench", "report", str(tmp_path / "results"), "--output", str(out), "--update", str(document)]) == 0
     printed = capsys.readouterr().out
     assert "base/planned | 2 | float32 | 1.5 s | 1.3 | 2.5 GB |" in printed
+    assert "| base/dataset | 2 | 2.40x | 2.18x | 1.10 |" in printed
     assert document.read_text() == f"before\n{begin}\n{printed.strip()}\n{report.END}\nafter\n"
     device = records.device_name()
     shown = plots.digests(records.read([tmp_path / "results"]))[device]
-    for name in ("times", "roofline", "step", "loss-memory"):
+    for name in ("times", "roofline", "step", "step-ratio", "loss-memory"):
         assert (out / f"{device}-{name}.png").stat().st_size > 5000
         assert f"]({device}-{name}.png)" in (out / "report.md").read_text()
         assert Image.open(out / f"{device}-{name}.png").info["Comment"] == shown
@@ -146,7 +149,7 @@ def test_a_document_chooses_its_tables(tmp_path):
     assert "base/planned" in report.embed(page.format(" step"), rows)
     assert "base/planned" not in report.embed(page.format(" ops memory"), rows)
     with pytest.raises(
-        UserError, match=r"the tables \['speed'\], expected some of step, models, training, ops, memory"
+        UserError, match=r"the tables \['speed'\], expected some of step, ratio, models, training, ops, memory"
     ):
         report.embed(page.format(" speed"), rows)
 
