@@ -50,12 +50,30 @@ def _recomputed_once() -> Iterator[None]:
             setattr(module, name, function)
 
 
+class _Probe(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+
+def _python_owns_nodes() -> bool:
+    node = _Probe.apply(torch.zeros(1, requires_grad=True)).grad_fn
+    try:
+        return len(node._input_metadata) == 1
+    except RuntimeError:
+        return False
+
+
+# Whether a node can outlive what leads to it. In torch 2.11 the object of a function of Python does not hold its node.
+FREES_NODES = _python_owns_nodes()
+
+
 def backward(loss: Tensor, sums: dict[Tensor, Tensor] | None = None) -> dict[Tensor, Tensor]:
     """Run every node of a loss's graph as ``loss.backward()`` does, without setting ``.grad``.
 
     Gradients that meet are added, and cast to the dtype of what they are gradients of, as torch's engine does. A
     gradient whose strides are not those of its parameter is copied, as the engine would copy it. Each node is freed
-    with what it saved once it has run; for that, the loss loses its graph.
+    with what it saved once it has run; for that, the loss loses its graph. Without ``FREES_NODES`` all stay to the end.
 
     Args:
         loss: 0-d, with its graph.
@@ -68,7 +86,8 @@ def backward(loss: Tensor, sums: dict[Tensor, Tensor] | None = None) -> dict[Ten
         found = {} if sums is None else sums
         roots, seed = [loss.grad_fn], torch.ones_like(loss)
         graph = _Graph(roots[0])
-        loss.detach_()
+        if FREES_NODES:
+            loss.detach_()
         _run_graph(graph, roots, seed, found)
     return found
 
@@ -133,6 +152,7 @@ def _run(node: Any, gradients: list[Tensor | None]) -> list[tuple[Any, int, Tens
     else:
         # A function of Python returns a gradient of every argument; only tensors have an edge.
         outputs = node.apply(*gradients)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         found = iter([gradient for gradient, needed in zip(outputs, node.needs_input_grad, strict=True) if needed])
         results = [None if child is None else next(found) for child, _ in edges]
     return [(child, number, g) for (child, number), g in zip(edges, results, strict=True) if child is not None]
