@@ -42,7 +42,7 @@ def select_patches(
         batch: B, 0 or more.
         seed: int, or int64 tensor of one element on ``device``, which is never read back: a captured CUDA graph can be
             replayed with another.
-        row_ids: (B,) int64 on ``device``, contiguous, 0 to 2**32 - 1: a sample draws by its id in place of its index,
+        row_ids: (B,) int64 on ``device``, 0 to 2**32 - 1: a sample draws by its id in place of its index,
             so that it keeps its mask in another batch and at another place; None are the indices.
         device: where the draw happens; "cuda" without a number is the device of a seed tensor.
         backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.select_backend``).
@@ -59,6 +59,7 @@ def select_patches(
     device = _device(seed, device)
     if path == "eager":
         return reference.select_patches(num_patches, keep_ratio, batch, seed=seed, row_ids=row_ids, device=device)
+    row_ids = None if row_ids is None else row_ids.contiguous()
     return _select_patches_op(seed_tensor(seed, device), num_patches, float(keep_ratio), batch, row_ids)
 
 
@@ -95,6 +96,7 @@ def select_tokens(
     device = _device(seed, device)
     if path == "eager":
         return reference.select_tokens(num_patches, ratio, batch, seed=seed, row_ids=row_ids, device=device)
+    row_ids = None if row_ids is None else row_ids.contiguous()
     return _select_tokens_op(seed_tensor(seed, device), num_patches, float(ratio), batch, row_ids)
 
 
@@ -125,7 +127,7 @@ def mask_text(
         mask_id: id of ``<mask>``, in [0, vocab_size).
         vocab_size: at least 1 and below 2**31; random tokens are below it.
         seed: int, or int64 tensor of one element on the device of ids, never read back.
-        row_ids: (B,) int64 on the device of ids, contiguous, as in ``select_patches``.
+        row_ids: (B,) int64 on the device of ids, as in ``select_patches``.
         published: draw as the published code does: "mlm" of all padded positions, so that a caption may get no target;
             "completion" with replacement.
         backend: "auto", "triton" or "eager" (see ``sclkern.ops.dispatch.select_backend``).
@@ -141,7 +143,7 @@ def mask_text(
         options: dict[str, Any] = {"mask_id": mask_id, "vocab_size": vocab_size, "seed": seed, "row_ids": row_ids}
         return reference.mask_text(ids, lengths, kind=kind, ratio=ratio, published=published, **options)
     ids = ids if ids.stride(1) == 1 else ids.contiguous()
-    seed = seed_tensor(seed, ids.device)
+    seed, row_ids = seed_tensor(seed, ids.device), None if row_ids is None else row_ids.contiguous()
     words = seed, kind == "completion", float(ratio), mask_id, vocab_size, published, row_ids
     return MaskedText(*_mask_text_op(ids, lengths.contiguous(), *words))
 
@@ -194,7 +196,7 @@ def check_select_tokens(
     _checks.probability("ratio", ratio)
     _checks.integer("batch", batch, 0)
     _checks.seed(seed, torch.device(device), optional=False)
-    _check_row_ids(batch, row_ids)
+    _check_row_ids(batch, row_ids, _device(seed, device))
 
 
 def check_mask_text(
@@ -211,8 +213,7 @@ def check_mask_text(
     _checks.integer("vocab_size", vocab_size, 1, 2**31 - 1)
     _checks.integer("mask_id", mask_id, 0, vocab_size - 1)
     _checks.seed(seed, ids.device, optional=False)
-    _check_row_ids(ids.shape[0], row_ids)
-    _checks.same_device("ids", ids, row_ids=row_ids)
+    _check_row_ids(ids.shape[0], row_ids, ids.device)
     _checks.boolean("published", published)
     if may_read(lengths) and lengths.numel():
         lowest, highest = (int(bound) for bound in lengths.aminmax())
@@ -220,10 +221,12 @@ def check_mask_text(
             raise ValueError(f"lengths: got {lowest} to {highest}, expected 0 to L = {ids.shape[1]}")
 
 
-def _check_row_ids(rows: int, row_ids: Tensor | None) -> None:
+def _check_row_ids(rows: int, row_ids: Tensor | None, device: torch.device) -> None:
     if row_ids is not None:
         _checks.dtype(torch.int64, row_ids=row_ids)
         _checks.shape("(B,)", (rows,), row_ids=row_ids)
+        if row_ids.device.type != device.type or device.index not in (None, row_ids.device.index):
+            raise ValueError(f"row_ids: got device {row_ids.device}, expected {device}")
 
 
 def _select_patches(seed: Tensor, num_patches: int, keep_ratio: float, batch: int, row_ids: Tensor | None) -> Tensor:

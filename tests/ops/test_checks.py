@@ -75,6 +75,7 @@ WRONG = {
     "return_hits": BOOLEAN,
     "return_lse": BOOLEAN,
     "return_sum": BOOLEAN,
+    "row_ids": [*IDS, (TWO.to("meta"), ValueError, "got (shape|device) ")],
     "seed": SEED,
     "softmax_scale": NUMBER,
     "temperature": [*NUMBER, (0.0, ValueError, "got 0.0, expected a positive number")],

@@ -256,6 +256,9 @@ def test_a_row_keeps_its_masks_in_another_batch(backend):
     part = masks_of_rows(torch.tensor([3, 1], device=DEVICE), [20, 12], backend)
     for ours, theirs in zip(part, whole, strict=True):
         assert torch.equal(ours, theirs[[3, 1]])
+    apart = torch.tensor([[3, 8], [1, 8]], device=DEVICE)[:, 0]
+    for ours, theirs in zip(masks_of_rows(apart, [20, 12], backend), part, strict=True):
+        assert torch.equal(ours, theirs)
     # The largest ids have masks of their own, the same on every backend.
     far = torch.tensor([2**32 - 1, 2**31], device=DEVICE)
     ours, theirs = (masks_of_rows(far, [20, 12], path) for path in (backend, "eager"))
@@ -265,7 +268,8 @@ def test_a_row_keeps_its_masks_in_another_batch(backend):
 
 
 def test_ids_of_rows_are_checked():
-    for wrong, kind in ((torch.zeros(3), TypeError), (torch.zeros(3, dtype=torch.int64), ValueError)):
+    ids = torch.zeros(3, dtype=torch.int64)
+    for wrong, kind in ((torch.zeros(3), TypeError), (ids, ValueError), (ids[:2].to("meta"), ValueError)):
         with pytest.raises(kind, match="row_ids: got"):
             ops.select_patches(9, 0.5, 2, seed=0, row_ids=wrong)
         with pytest.raises(kind, match="row_ids: got"):
