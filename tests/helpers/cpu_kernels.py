@@ -122,9 +122,17 @@ def _attention_results(gradients, arguments):
     return [*gradients[: 3 - shared], *joint, *(gradients[0].new_zeros((0,)) for _ in range(max(0, shared - 1)))]
 
 
+def _embed_patches_results(gradients, arguments):
+    """That of cls is a row of that of position; those of small parameters are in one tensor."""
+    weight, position, _, *others = gradients
+    frames, small = ([], others) if arguments["temporal"] is None else (others[:1], others[1:])
+    return [weight, position, *frames, torch.stack(small) if small else position.new_empty((0, position.shape[1]))]
+
+
 # Where the backward does not return the gradients of the inputs one by one.
 RESULTS: dict[str, Callable[[list, dict], list]] = {
     "attention": _attention_results,
+    "embed_patches": _embed_patches_results,
     "dropout_add_layer_norm": lambda gradients, _: [*gradients[:2], torch.stack([g.float() for g in gradients[2:]])],
 }
 
