@@ -18,6 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from op_testing import run_in_interpreter
 from sclkern import ops, reference
+from sclkern.cpu import attention as cpu_attention
+from sclkern.cpu import cross_attention as cpu_cross_attention
+from sclkern.cpu import dropout_add as cpu_dropout_add
 from sclkern.ops import dispatch
 from sclkern.ops.dispatch import TRITON_INSTALLED, interpreted
 
@@ -133,9 +136,10 @@ CALLS = [
     Call("attention", attention(dtype=DOUBLE), "sdpa", "sdpa", "float64 has no kernel", "float64 has no kernel"),
     Call("attention", attention(softmax_scale=-1.0), "sdpa", "sdpa", "softmax_scale -1.0", "softmax_scale -1.0"),
     Call("attention", attention(**masked(5)), "sdpa", "triton"),
-    Call("attention", attention(dropout_p=0.5), "sdpa", "triton"),
-    Call("attention", attention(**SEED), "eager", "triton", "cannot draw the dropout mask of a seed"),
-    Call("attention", attention(head_dim=48, **SEED), "eager", "eager", "head dim 48", "cannot draw the dropout mask"),
+    Call("attention", attention(dropout_p=0.5), "cpu", "triton", "for dropout on a CPU"),
+    Call("attention", attention(**SEED), "cpu", "triton", "for dropout on a CPU"),
+    Call("attention", attention(head_dim=48, **SEED), "cpu", "cpu", "head dim 48", "for dropout on a CPU"),
+    Call("attention", attention(**SEED, **masked(5)), "eager", "triton", "cannot draw the dropout mask of a seed"),
     Call("attention", attention(lengths=(4, 0)), "eager", "triton", "no keys"),
     Call("attention", attention(return_lse=True), "sdpa", "triton"),
     Call("attention", attention(backend="eager"), "eager", "eager", "requested by backend", "requested by backend"),
@@ -143,7 +147,7 @@ CALLS = [
     Call("packed_attention", packed(), "grouped", "triton", "sequences of equal lengths"),
     Call("packed_attention", packed(ends=(0, 2, 4)), "grouped", "triton"),
     Call("packed_attention", packed(dropout_p=0.5), "grouped", "triton"),
-    Call("packed_attention", packed(**SEED), "grouped", "triton", "for the dropout mask of a seed"),
+    Call("packed_attention", packed(**SEED), "grouped", "triton", "a cache holds, for dropout"),
     Call("packed_attention", packed(head_dim=20), "grouped", "grouped", "head dim 20", "head dim 20"),
     Call("packed_attention", packed(ends=(0,)), "eager", "triton", "no sequences"),
     Call("packed_attention", packed(backend="eager"), "eager", "eager"),
@@ -156,7 +160,7 @@ CALLS = [
     Call("cross_attention", cross(), "absorbed-keys", "triton-absorbed-keys", "absorbed into the 3 keys"),
     Call("cross_attention", cross(queries=3, keys=40), "absorbed-queries", "triton-absorbed-queries"),
     Call("cross_attention", cross(absorb="never"), "sdpa", "triton", "nothing absorbed, as requested"),
-    Call("cross_attention", cross(absorb="never", **SEED), "eager", "triton"),
+    Call("cross_attention", cross(absorb="never", **SEED), "cpu", "triton"),
     Call("cross_attention", cross(queries=20, keys=20), "sdpa", "triton", "nothing absorbed"),
     Call("cross_attention", cross(dtype=DOUBLE), "absorbed-keys", "absorbed-keys"),
     Call("cross_attention", cross(backend="eager"), "absorbed-keys", "absorbed-keys"),
@@ -172,7 +176,7 @@ CALLS = [
     Call("linear_cross_entropy", cross_entropy(dtype=DOUBLE), "eager", "eager"),
     Call("dropout_add_layer_norm", layer_norm(), "eager", "triton", NO_GPU),
     Call("dropout_add_layer_norm", layer_norm(return_sum=True), "eager", "triton"),
-    Call("dropout_add_layer_norm", layer_norm(**SEED), "eager", "triton"),
+    Call("dropout_add_layer_norm", layer_norm(**SEED), "cpu", "triton"),
     Call(
         "dropout_add_layer_norm", layer_norm(width=4097), "eager", "eager", "rows of 4097 columns", "4096 in registers"
     ),
@@ -208,6 +212,15 @@ class OurOps(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+# What computes on a CPU beside the definitions, and the name of its path.
+CPU_PATHS = [
+    (cpu_attention, "attention", "cpu"),
+    (cpu_attention, "packed_attention", "grouped"),
+    (cpu_dropout_add, "dropout_add_layer_norm", "cpu"),
+    (cpu_cross_attention, "cross_attention", "absorbed-{absorb}"),
+]
+
+
 def path_taken(call, monkeypatch):
     """Run the op and name its path from what ran."""
     seen = []
@@ -220,14 +233,16 @@ def path_taken(call, monkeypatch):
             return definition(*args, **kwargs)
 
         monkeypatch.setattr(reference, name, spied)
-    by_lengths = sys.modules["sclkern.ops.packed_attention"]._attend_by_lengths
+    for module, name, path in CPU_PATHS:
+        computed = getattr(module, name)
+
+        def on_cpu(*args, computed=computed, path=path, **kwargs):
+            seen.append(path.format(**kwargs))
+            return computed(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, on_cpu)
     sdpa = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: (seen.append("sdpa"), sdpa(*a, **k))[1])
-    monkeypatch.setattr(
-        sys.modules["sclkern.ops.packed_attention"],
-        "_attend_by_lengths",
-        lambda *a, **k: (seen.append("grouped"), by_lengths(*a, **k))[1],
-    )
     if interpreted():
         from triton.runtime.interpreter import InterpretedFunction
 
