@@ -106,8 +106,8 @@ def test_a_candidate_computes_the_same_in_the_interpreter():
     command = [sys.executable, "-c", INTERPRETED]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    # 5 rows in tiles of 8 and of 2, 3072 columns in tiles of 256 and of 1024.
-    assert done.stdout.split("\n")[:2] == ["(1, 12)", "(3, 3)"]
+    # 5 rows in tiles of 32 and of 2, 3072 columns in tiles of 128 and of 1024.
+    assert done.stdout.split("\n")[:2] == ["(1, 24)", "(3, 3)"]
 
 
 def test_the_plan_has_every_candidate():
