@@ -213,10 +213,11 @@ class Pretraining:
     @contextmanager
     def _watched(self) -> Iterator[None]:
         """Training in which a process that hangs ends the run."""
-        world = self.world
+        # Not by ``self``, which would live on in a cycle and hold the lock of its folder.
+        world, state = self.world, self.state
         watchdog = Watchdog(
             self.config.run.watchdog_seconds,
-            lambda: self.state.step,
+            lambda: state.step,
             store=world.store,
             rank=world.rank,
             size=world.size,
