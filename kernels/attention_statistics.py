@@ -49,10 +49,12 @@ def fake_statistics(
 ) -> Tensor:
     """Statistics as the selected configuration of the forward has them; arguments of the op by name."""
     heads = query.shape[-2]
-    features = Features(query.dtype, query.device)
-    # KEEP_BITS is the same at all lengths, which may be no numbers here.
-    (config,) = resolve(None, ("attention_forward_kernel",), features, queries=64, keys=64, head_dim=64)
-    if config["KEEP_BITS"] and seed is not None:
-        heads = rows_with_bits(heads, key.shape[1] if cu_seqlens_k is None else max(max_seqlen_k, 1))
+    # Float64 has no kernel, and so no configuration.
+    if seed is not None and query.dtype != torch.float64:
+        features = Features(query.dtype, query.device)
+        # KEEP_BITS is the same at all lengths, which may be no numbers here.
+        (config,) = resolve(None, ("attention_forward_kernel",), features, queries=64, keys=64, head_dim=64)
+        if config["KEEP_BITS"]:
+            heads = rows_with_bits(heads, key.shape[1] if cu_seqlens_k is None else max(max_seqlen_k, 1))
     # Not numel(), which would tie a compiled graph to this length.
     return query.new_empty((heads, math.prod(query.shape[:-2])), dtype=torch.float32)
