@@ -201,7 +201,9 @@ def _backward(op, backward, definition, prepare, collect):
             (out, grad) for out, grad in zip(_tuple(definition(**values)), grads, strict=False) if grad is not None
         ]
         grads = [_like(grad, out) for out, grad in outputs]
-        return torch.autograd.grad([out for out, _ in outputs], [values[name] for name in leaves], grads)
+        # Of one output alone some inputs may have none.
+        inputs = [values[name] for name in leaves]
+        return torch.autograd.grad([out for out, _ in outputs], inputs, grads, materialize_grads=True)
 
     return run
 
