@@ -122,13 +122,16 @@ class Watchdog:
     def _exchange(self, store: dist.Store) -> None:
         others = [rank for rank in range(self.size) if rank != self.rank]
         with contextlib.suppress(dist.DistError, RuntimeError):  # the process that holds the store has gone
-            while not self._left.wait(self._interval):
+            # At once, so that a process that stops early has said something.
+            while True:
                 store.set(f"{_ALIVE}/{self.rank}", json.dumps(asdict(self._own)))
                 for rank in others:
                     if store.check([key := f"{_ALIVE}/{rank}"]):
                         report = Report(**json.loads(store.get(key)))
                         if rank not in self._heard or self._heard[rank][0].tick != report.tick:
                             self._heard[rank] = report, time.monotonic()
+                if self._left.wait(self._interval):
+                    return
 
     def _end_run(self) -> None:
         """End all processes, with the name of the one that hangs."""
