@@ -61,10 +61,11 @@ class _Absorb(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        context = ctx.saved_tensors[0]
+        # Once: what a checkpoint recomputes is given once.
+        context, *saved = ctx.saved_tensors
         if torch.is_grad_enabled():
             raise RuntimeError('cross_attention: the kernel has no second derivative; backend="eager" has')
-        kind, arguments = context.device.type, (grads, *ctx.saved_tensors, ctx.scale, ctx.needs_input_grad)
+        kind, arguments = context.device.type, (grads, context, *saved, ctx.scale, ctx.needs_input_grad)
         # It would round the products of float32 gradients; the context takes as long as a launch.
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             return _gradients(*arguments)

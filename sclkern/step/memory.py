@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -252,6 +252,8 @@ def _peak_of_step(
     **sizes: int,
 ) -> dict[str, float]:
     """Bytes by part at the peak of forward and backward."""
+    # Among processes too: tensors without values cannot be exchanged, and what others send has a part of its own.
+    objectives = replace(objectives, gather=None)
     with _recorded() as allocations:
         allocations.section = "weights"
         network = _network(config, step, backend)

@@ -337,3 +337,22 @@ def test_autocast_computes_in_its_dtype():
 
 def test_in_the_interpreter():
     run_in_interpreter(__file__)
+
+
+def test_folding_projections_unpacks_what_it_saved_once():
+    """A checkpoint recomputes what a backward unpacks, once."""
+    from torch.utils.checkpoint import checkpoint
+
+    from sclkern.kernels.cross_attention_keys import absorb_into_keys
+
+    torch.manual_seed(0)
+    shapes = (2, 3, 64), (192, 64), (192,), (64, 64)
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+    def total(*tensors):
+        return sum(tensor.square().sum() for tensor in absorb_into_keys(tensors, 2, 0.3, None))
+
+    kept = torch.autograd.grad(total(*tensors), tensors)
+    recomputed = torch.autograd.grad(checkpoint(total, *tensors, use_reentrant=False), tensors)
+    for ours, theirs in zip(recomputed, kept, strict=True):
+        assert torch.equal(ours, theirs)
