@@ -60,6 +60,7 @@ setup(
         "safetensors",
         "numpy",
         "pyarrow",
+        "fsspec",
         "pillow>=10.1",
         "pydantic>=2",
         "pyyaml",

@@ -1,8 +1,10 @@
-"""Where data lies: the embedded folder, or one of the user's."""
+"""Where data lies: the embedded folder, or one of the user's, local or behind a URL."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from sclkern.data.files import is_url
 
 
 def demo_root() -> Path:
@@ -10,6 +12,15 @@ def demo_root() -> Path:
     return Path(__file__).parent / "demo"
 
 
-def resolve_root(root: str | Path) -> Path:
-    """``root`` as a path; the string ``"demo"`` is the embedded folder, ``"./demo"`` a folder of the user's."""
-    return demo_root() if root == "demo" else Path(root)
+def resolve_root(root: str | Path) -> Path | str:
+    """``root`` as a local path, or an fsspec URL as it is.
+
+    Args:
+        root: local folder or URL; the string ``"demo"`` is the embedded folder, ``"./demo"`` a folder of the user's.
+
+    Returns:
+        What a reader is given, and ``DataFolder`` takes.
+    """
+    if root == "demo":
+        return demo_root()
+    return str(root) if is_url(root) else Path(root)

@@ -4,7 +4,9 @@ A new format is one file, ``sclkern/data/sources/<name>.py``, with a class that 
 
     @register_source("tsv", pattern="{table}.tsv")
     class TsvPairs:
-        def __init__(self, root: Path, tables: Sequence[str], split: str | None) -> None: ...
+        def __init__(self, root: Path | str, tables: Sequence[str], split: str | None) -> None: ...
+
+``root`` is a local path, or a URL as a str: ``sclkern.data.files.DataFolder`` opens and lists the files of either.
 
 A class outside the package needs no registration: ``data.format=my_package.my_module:MyPairs`` names it.
 """
@@ -15,12 +17,14 @@ import glob
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from sclkern.data.files import DataFolder, expand_names
 from sclkern.data.roots import resolve_root
 from sclkern.errors import UserError
 
@@ -57,7 +61,7 @@ class PairSource(Protocol):
         """Where an image comes from, for messages: ``"pairs.arrow row 17"``. Names are unique."""
 
 
-Reader = Callable[[Path, Sequence[str], str | None], PairSource]
+Reader = Callable[[Any, Sequence[str], str | None], PairSource]
 _R = TypeVar("_R", bound=Callable[..., PairSource])
 
 
@@ -67,23 +71,40 @@ class SourceFormat:
 
     Attributes:
         read: opens a source, called with the folder, the names of the tables and the split.
-        pattern: glob pattern, relative to the folder, of the files of a table.
+        patterns: glob patterns, relative to the folder, of the files of a table.
+        never: patterns of names of files that are no data of this format, although they fit.
     """
 
     read: Reader
-    pattern: str
+    patterns: tuple[str, ...]
+    never: tuple[str, ...] = ()
+
+    def files(self, folder: DataFolder, table: str | None = None) -> list[str]:
+        """Find the files of a table.
+
+        Args:
+            folder: where to look.
+            table: name or glob pattern; None is every table.
+
+        Returns:
+            Names of the files, sorted.
+        """
+        found = {name for pattern in self.patterns for name in folder.glob(pattern.format(table=table or "*"))}
+        return sorted(name for name in found if not any(fnmatch(name.rpartition("/")[2], one) for one in self.never))
 
 
 SOURCES: dict[str, SourceFormat] = {}
 
 
-def register_source(name: str, *, pattern: str) -> Callable[[_R], _R]:
+def register_source(name: str, *, pattern: str | Sequence[str], never: Sequence[str] = ()) -> Callable[[_R], _R]:
     """Decorate the class or function that opens a data format.
 
     Args:
         name: value of ``data.format``.
-        pattern: glob pattern, relative to the folder, of the files of a table, such as ``"{table}.arrow"``. A folder
-            that has such files is taken to be of this format when ``data.format`` is "auto".
+        pattern: glob pattern, or several, relative to the folder, of the files of a table, such as
+            ``"{table}.arrow"``. A folder that has such files is taken to be of this format when ``data.format`` is
+            "auto".
+        never: patterns of names of files that are no data of this format, although they fit.
 
     Returns:
         The decorator, which returns its argument unchanged.
@@ -95,7 +116,7 @@ def register_source(name: str, *, pattern: str) -> Callable[[_R], _R]:
     def register(read: _R) -> _R:
         if name in SOURCES:
             raise ValueError(f"name: got {name!r}, which {SOURCES[name].read} has; choose another name")
-        SOURCES[name] = SourceFormat(read, pattern)
+        SOURCES[name] = SourceFormat(read, (pattern,) if isinstance(pattern, str) else tuple(pattern), tuple(never))
         return read
 
     return register
@@ -107,8 +128,9 @@ def open_pairs(
     """Open a source of pairs.
 
     Args:
-        root: folder of the data; ``"demo"`` is the embedded one.
-        tables: names of the files or folders below ``root`` to read, without their suffix, in this order.
+        root: folder of the data, local or an fsspec URL; ``"demo"`` is the embedded one.
+        tables: names of the files or folders below ``root`` to read, without their suffix, in this order; also
+            patterns, see ``DataFolder.tables``.
         split: part of the tables to read, such as ``"train"``; None reads all of it.
         format: a name of ``SOURCES``, or ``"module:Class"`` for a reader outside this package; ``"auto"`` looks for
             the files of the tables.
@@ -121,7 +143,7 @@ def open_pairs(
     """
     folder = resolve_root(root)
     if format == "auto":
-        format = _detect(folder, tables)
+        format = detect_format(DataFolder(folder), tables)
     if ":" in format:
         return _load_reader(format)(folder, tables, split)
     if format not in SOURCES:
@@ -146,25 +168,38 @@ def index_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], np.nda
     return texts, pair_image, np.array([groups[text] for text in texts], dtype=np.int64)
 
 
-def _detect(root: Path, tables: Sequence[str]) -> str:
-    """The only format whose files of these tables lie in ``root``, else the only one that has any file there."""
-    for names in ([glob.escape(table) for table in tables], ["*"]):
-        fitting = [
-            name
-            for name, known in SOURCES.items()
-            if any(any(root.glob(known.pattern.format(table=table))) for table in names)
-        ]
+def detect_format(folder: DataFolder, tables: Sequence[str] = ()) -> str:
+    """Find the format of data: the only one that has files of the tables, else the only one that has any file.
+
+    Args:
+        folder: of the data.
+        tables: names, as ``open_pairs`` takes them.
+
+    Returns:
+        A name of ``SOURCES``.
+
+    Raises:
+        UserError: several formats or none fit.
+    """
+    exact = [glob.escape(name) for table in tables for name in (table, *expand_names(table))]
+    for names in (exact, [name for table in tables for name in expand_names(table)], [None]):
+        fitting = [name for name, known in SOURCES.items() if any(known.files(folder, table) for table in names)]
         if len(fitting) == 1:
             return fitting[0]
         if fitting:
             raise UserError(
-                f"{root}: holds data of several formats ({', '.join(fitting)}), expected one; set data.format to the "
-                "one to read"
+                f"{folder.shown()}: holds data of several formats ({', '.join(fitting)}), expected one; set "
+                "data.format to the one to read"
             )
-    expected = ", ".join(f"{known.pattern.format(table='*')} ({name})" for name, known in SOURCES.items())
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder, expected one with {expected}; correct data.root")
-    raise UserError(f"{root}: no data of a known format, expected {expected}; correct data.root or set data.format")
+    expected = ", ".join(
+        f"{' or '.join(pattern.format(table='*') for pattern in known.patterns)} ({name})"
+        for name, known in SOURCES.items()
+    )
+    if not folder.is_dir():
+        raise UserError(f"{folder.shown()}: no such folder, expected one with {expected}; correct data.root")
+    raise UserError(
+        f"{folder.shown()}: no data of a known format, expected {expected}; correct data.root or set data.format"
+    )
 
 
 def _load_reader(path: str) -> Reader:

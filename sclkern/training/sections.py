@@ -76,7 +76,7 @@ class DataConfig:
     """Training and held-out data.
 
     Attributes:
-        root: folder of the data; "demo" is the embedded one.
+        root: folder of the data, local or an fsspec URL; "demo" is the embedded one.
         format: data format, a name of ``sclkern.data.SOURCES`` or ``module:Class``; "auto" looks at ``root``.
         train_tables: names of the files to train on, without their suffix.
         val_tables: names of the held-out files, without their suffix.

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from sclkern.data.digest import digest_pairs, first_pairs
+from sclkern.data.files import DataFolder
 from sclkern.data.images import decode_image
 from sclkern.data.source import register_source
 from sclkern.data.text import one_line
@@ -42,8 +43,8 @@ class ArrowPairs:
     Equal captions of one image count once, at the place of the first.
 
     Args:
-        root: Folder of the files.
-        tables: File names without ``.arrow``, in order.
+        root: Folder of the files, or an fsspec URL, whose files are copied to ``cache_folder`` once, to be mapped.
+        tables: File names without ``.arrow``, in order; also patterns, see ``DataFolder.tables``.
         split: Value of the ``split`` column to keep; None keeps every row.
 
     Attributes:
@@ -65,11 +66,15 @@ class ArrowPairs:
     pair_group: np.ndarray
     digest: str
 
-    def __init__(self, root: Path, tables: Sequence[str], split: str | None = None) -> None:
-        if not tables:
-            raise UserError("no table is named: give the names of one or more .arrow files, without the suffix")
+    def __init__(self, root: Path | str, tables: Sequence[str], split: str | None = None) -> None:
         self.split = split
-        self._paths = [root / f"{table}.arrow" for table in tables]
+        folder = DataFolder(root)
+        names = folder.tables(tables, [".arrow"])
+        for name in names:
+            if folder.info(name) is None:
+                there = ", ".join(folder.glob(f"{'/'.join([*name.split('/')[:-1], '*.arrow'])}")) or "none"
+                raise UserError(f"{folder.shown(name)} does not exist; the .arrow files there: {there}")
+        self._paths = [folder.local_copy(name) for name in names]
         self._open()
         self._index()
 
@@ -286,9 +291,6 @@ def _record_batch(path: Path, start: int, rows: list[dict[str, Any]], schema: pa
 
 
 def _read_batches(path: Path) -> list[pa.RecordBatch]:
-    if not path.is_file():
-        there = ", ".join(sorted(file.name for file in path.parent.glob("*.arrow"))) or "none"
-        raise UserError(f"{path} does not exist; the .arrow files there: {there}")
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         return [reader.get_batch(number) for number in range(reader.num_record_batches)]
