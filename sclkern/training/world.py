@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -85,7 +87,8 @@ class World:
             return
         if error is None:
             try:
-                self.barrier()  # whoever holds the store must not end before the others have read from it
+                # Whoever holds the store must not end before the others have read from it.
+                _part(self.control)
                 dist.destroy_process_group()
             except RuntimeError as broken:
                 error = broken
@@ -186,6 +189,27 @@ class Agreement:
             self._work.wait()
         self._work = None
         return [bool(flag) for flag in self._said.tolist()]
+
+
+def _part(group: dist.ProcessGroup | None, works: int = 8, patience: float = 5.0) -> None:
+    """Wait for all, and until the threads of a gloo group hold no tensor.
+
+    Letting go of one takes the interpreter's lock, and aborts the process if the interpreter is about to end. Works
+    follow one another in each of the group's two threads, so that earlier ones are over when these are.
+
+    Args:
+        group: of the processes.
+        works: collectives, several for each thread.
+        patience: seconds that are waited for the threads.
+    """
+    tensors = [torch.zeros(1) for _ in range(works)]
+    for work in [dist.all_reduce(tensor, group=group, async_op=True) for tensor in tensors]:
+        work.wait()
+    held = [weakref.ref(tensor) for tensor in tensors]
+    del tensors, work
+    end = time.monotonic() + patience
+    while any(tensor() is not None for tensor in held) and time.monotonic() < end:
+        time.sleep(0.001)
 
 
 # -- tensors in a message ----------------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 """One process by itself, and what a process takes from its environment; tests/processes has many."""
 
 import signal
+import threading
 
 import pytest
 import torch
 
 from sclkern.errors import Interrupted, UserError, WorkerError
 from sclkern.objectives import ObjectiveConfig
-from sclkern.training import preflight
+from sclkern.training import preflight, world
 from sclkern.training.config import build_config
 from sclkern.training.failures import Failure, left_alone
 from sclkern.training.parallel import check_parallel, reached_parameters
@@ -145,3 +146,26 @@ def test_parameters_that_no_loss_reaches(make_model, make_batch, recipe):
     model(make_batch(), seed=0).total.backward()
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert reached_parameters(model.config, model.objectives) == with_gradient
+
+
+def test_the_end_waits_for_threads_that_hold_tensors(monkeypatch):
+    """The interpreter aborts if one of them lets go while it ends."""
+    released = []
+
+    class Work:
+        def __init__(self, tensor):
+            self.ended = threading.Event()
+            self.thread = threading.Thread(target=self.hold, args=[tensor])
+            self.thread.start()
+
+        def hold(self, tensor):
+            self.ended.wait()
+            threading.Event().wait(0.05)
+            released.append(float(tensor))
+
+        def wait(self):
+            self.ended.set()
+
+    monkeypatch.setattr(world.dist, "all_reduce", lambda tensor, group, async_op: Work(tensor))
+    world._part(None, works=3)
+    assert len(released) == 3
