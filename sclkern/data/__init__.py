@@ -2,12 +2,13 @@
 
 from sclkern.data import sources
 from sclkern.data.roots import demo_root, resolve_root
-from sclkern.data.source import SOURCES, PairSource, index_captions, open_pairs, register_source
+from sclkern.data.source import SOURCES, PairSource, image_ids, index_captions, open_pairs, register_source
 
 __all__ = [
     "SOURCES",
     "PairSource",
     "demo_root",
+    "image_ids",
     "index_captions",
     "open_pairs",
     "register_source",

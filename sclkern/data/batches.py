@@ -64,6 +64,7 @@ class PairBatches(Dataset[Batch | UserError]):
             "text_mask": mask,
             "text_tokens": tokens,
             "pair": torch.tensor([sample["pair"] for sample in samples]),
+            "image_id": torch.tensor([sample["image_id"] for sample in samples]),
             "undecodable": undecodable,
             **{name: torch.tensor(values, dtype=torch.int64) for name, values in request.keys.items()},
         }

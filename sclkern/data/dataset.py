@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from sclkern.data.order import data_seed
-from sclkern.data.source import PairSource
+from sclkern.data.source import PairSource, image_ids
 from sclkern.data.text import one_line
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.undecodable import read_image
@@ -38,8 +38,8 @@ class PairDataset(Dataset[dict[str, Any]]):
     """Decoded and transformed samples; each depends on (``seed``, epoch, pair) alone.
 
     Indices are ``SampleIndex``. A sample is a dict with ``image`` (3, S, S) float32, ``caption`` (str), ``pair`` (int),
-    ``undecodable`` (dict of image names and reasons, see below) and, where the index asks for it, ``false_image``
-    (3, S, S) float32: another image of the source, never the same one.
+    ``image_id`` (int, of ``sclkern.data.image_ids``), ``undecodable`` (dict of image names and reasons, see below) and,
+    where the index asks for it, ``false_image`` (3, S, S) float32: an image of the source of another picture.
 
     An image that cannot be read or decoded, or is smaller than a patch, is skipped: the next pair of another image
     takes its place, and the name of the skipped image goes into ``undecodable``, with the reason.
@@ -83,13 +83,17 @@ class PairDataset(Dataset[dict[str, Any]]):
             following = (int(source.pair_image[(pair + step) % source.num_pairs]) for step in range(source.num_pairs))
             step, decoded = self._first_decodable(following, undecodable)
             pair = (pair + step) % source.num_pairs
-            sample = {"image": self.transform(decoded), "caption": source.caption(pair), "pair": pair}
+            image = int(source.pair_image[pair])
+            picture = int(image_ids(source, image))
+            sample = {
+                "image": self.transform(decoded), "caption": source.caption(pair), "pair": pair, "image_id": picture
+            }  # fmt: skip
             if false_image:
-                image = int(source.pair_image[pair])
                 count = source.num_images - 1
                 drawn = int(torch.randint(count, ()))
                 others = ((image + 1 + (drawn + step) % count) % source.num_images for step in range(count))
-                _, decoded = self._first_decodable(others, undecodable)
+                different = (other for other in others if int(image_ids(source, other)) != picture)
+                _, decoded = self._first_decodable(different, undecodable)
                 sample["false_image"] = self.transform(decoded)
         sample["undecodable"] = {source.image_name(image): reason for image, reason in undecodable.items()}
         return sample

@@ -7,6 +7,7 @@ from contextlib import closing
 from itertools import count
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -14,6 +15,7 @@ from sclkern.data.batches import Batch, BatchRequest, PairBatches
 from sclkern.data.buckets import Buckets
 from sclkern.data.dataset import PairDataset, SampleIndex
 from sclkern.data.order import PairOrder
+from sclkern.data.source import PairSource, image_ids
 from sclkern.data.workers import ignore_signals, iterate
 from sclkern.errors import UserError
 from sclkern.random import step_seed
@@ -26,17 +28,20 @@ class PairLoader:
     """Batches of one rank from a ``PairDataset``, the same for any number of workers and after a resumption.
 
     A batch is a dict with ``image`` (B, 3, S, S) float32, ``text_ids`` (B, L) int64, ``text_mask`` (B, L)
-    bool, ``text_tokens`` (int: the tokens of all captions, rounded up with ``buckets``), ``pair`` (B,) int64 and
-    ``undecodable`` (dict of image names and reasons). The tensors are in host memory, pinned where there is a GPU.
+    bool, ``text_tokens`` (int: the tokens of all captions, rounded up with ``buckets``), ``pair`` (B,) int64,
+    ``image_id`` (B,) int64 (equal ones are the same picture) and ``undecodable`` (dict of image names and reasons). The
+    tensors are in host memory, pinned where there is a GPU.
 
     The global batch of a step has G = ``world_size * batch_size * accumulation`` pairs, the same ones for all factors
     of G (see ``PairOrder``): row j of micro-batch m of a rank stands at place ``(m * world_size + rank) * batch_size +
     j``. Batches of ``steps`` have ``place`` (B,) int64, too, and for image-text matching
 
     - ``match_labels`` (B,) int64: 1 where the row keeps its own image, 0 where it gets a negative one;
-    - with ``negatives`` "dataset", ``false_image`` (N, 3, S, S) float32: another image of the source for each label 0,
-      in the order of the rows;
-    - with "in_batch", ``false_place`` (N,) int64: for each label 0, the place in the global batch whose image it gets.
+    - with ``negatives`` "dataset", ``false_image`` (N, 3, S, S) float32: another picture of the source for each label
+      0, in the order of the rows;
+    - with "in_batch", ``false_place`` (N,) int64: for each label 0, the place in the global batch whose image it gets,
+      which is one of another picture. Where the global batch has one picture only, it is the place plus G, and the
+      image that of the next pair of the source with another picture.
       Where one of them is not in this batch, also ``false_image`` (N, 3, S, S): the images at these places, augmented
       as they are there.
 
@@ -84,8 +89,8 @@ class PairLoader:
                 f"a batch of {batch_size} pairs is larger than the data, which have {dataset.source.num_pairs}; make "
                 "the batch smaller or use more data"
             )
-        if negatives == "dataset" and dataset.source.num_images < 2:
-            raise UserError("the data have 1 image, expected 2 or more for negative images; use more data")
+        if negatives is not None:
+            _check_pictures(image_ids(dataset.source))
         self.dataset = dataset
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -167,12 +172,26 @@ class PairLoader:
             return BatchRequest(
                 [index._replace(false_image=row) for index, row in zip(rows, wanted, strict=True)], keys
             )
-        false = false_places(seed, place[labels == 0], self.global_batch)
+        false, indices = self._other_pictures(step, place[labels == 0], seed)
         keys["false_place"] = false.tolist()
         if bool(((false >= place[0]) & (false <= place[-1])).all()):
             return BatchRequest(rows, keys)
-        indices = [SampleIndex(*at) for at in self.order.at(step, false)]
         return BatchRequest(rows, keys, list(zip(keys["false_place"], indices, strict=True)))
+
+    def _other_pictures(self, step: int, place: torch.Tensor, seed: int) -> tuple[torch.Tensor, list[SampleIndex]]:
+        """The place of the false image of each place, and its sample: the first of another picture from the drawn place
+        on. What they depend on is the same for every rank."""
+        source, own = self.dataset.source, self.order.at(step, place)
+        pictures = image_ids(source, source.pair_image[[pair for _, pair in own]])
+        false = false_places(seed, place, self.global_batch)
+        for _ in range(self.global_batch):
+            found = self.order.at(step, false)
+            same = torch.from_numpy(image_ids(source, source.pair_image[[pair for _, pair in found]]) == pictures)
+            if not same.any():
+                return false, [SampleIndex(*at) for at in found]
+            false = torch.where(same, (false + 1) % self.global_batch, false)
+        indices = [SampleIndex(epoch, _next_picture(source, pair)) for epoch, pair in own]
+        return place + self.global_batch, indices
 
     def _load(self, requests: Iterator[BatchRequest]) -> Generator[Batch]:
         loader: DataLoader[Any] = DataLoader(
@@ -190,6 +209,20 @@ class PairLoader:
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch
+
+
+def _check_pictures(pictures: np.ndarray) -> None:
+    if (pictures == pictures[:1]).all():
+        images = "1 image" if len(pictures) == 1 else f"{len(pictures)} images of one picture"
+        raise UserError(
+            f"the data have {images}, expected 2 pictures or more for the negative images of ITM; use more data"
+        )
+
+
+def _next_picture(source: PairSource, pair: int) -> int:
+    own = image_ids(source, source.pair_image[pair])
+    following = ((pair + step) % source.num_pairs for step in range(1, source.num_pairs))
+    return next(other for other in following if image_ids(source, source.pair_image[other]) != own)
 
 
 def _as_it_is(batch: Any) -> Any:

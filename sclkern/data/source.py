@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from sclkern.data.files import DataFolder, expand_names
@@ -37,6 +38,9 @@ class PairSource(Protocol):
 
     A source may have a ``digest``, a text that changes with the pairs and their captions, by which a resumed run
     notices other data; without one, it is computed from every distinct caption.
+
+    A source may have ``image_ids``, (num_images,) int64, not negative: images of equal ids are the same picture, and no
+    negatives of one another. Without them every image is a picture of its own. See ``image_ids``.
 
     Attributes:
         num_images: number of images.
@@ -150,6 +154,23 @@ def open_pairs(
         known = ", ".join(["auto", *SOURCES])
         raise UserError(f"data.format: got {format!r}, expected one of {known}, or module:Class")
     return SOURCES[format].read(folder, tables, split)
+
+
+def image_ids(source: PairSource, images: ArrayLike | None = None) -> np.ndarray:
+    """The pictures that images show.
+
+    Args:
+        source: the images.
+        images: image indices, of any shape; None stands for all.
+
+    Returns:
+        int64 of that shape: the source's ``image_ids``, or the image indices where it has none.
+    """
+    ids = getattr(source, "image_ids", None)
+    if images is None:
+        return np.arange(source.num_images) if ids is None else np.asarray(ids, dtype=np.int64)
+    indices = np.asarray(images, dtype=np.int64)
+    return indices if ids is None else np.asarray(ids[indices], dtype=np.int64)
 
 
 def index_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarray, np.ndarray]:

@@ -6,17 +6,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sclkern.data import open_pairs
+from sclkern.data import image_ids, open_pairs
 from sclkern.data.batches import Batch
 from sclkern.data.dataset import PairDataset, SampleIndex
 from sclkern.data.loader import Negatives, PairLoader
 from sclkern.data.sources.arrow import write_pairs
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import build_transform
+from sclkern.errors import UserError
 
 GLOBAL_BATCH = 12
 # World size, batch size, accumulation.
@@ -178,3 +180,76 @@ def test_dataset_negatives_are_those_of_the_runs_there_are() -> None:
     sums = [5629.94, 3156.41, 4000.32, 1058.66, 3046.20, 3331.78, 3110.77, 5327.02]
     wanted = [value for value, label in zip(sums, batch["match_labels"].tolist(), strict=True) if not label]
     assert batch["false_image"].sum((1, 2, 3)).tolist() == pytest.approx(wanted, rel=1e-3)
+
+
+def captions_of(folder: Path, of_image: list[int], ids: list[int] | None = None) -> PairDataset:
+    """Images of one colour with so many captions each, and the ids of their pictures."""
+    rows = []
+    for number, captions in enumerate(of_image):
+        Image.new("RGB", (20, 20), (number, 9, 7)).save(folder / f"{number}.png")
+        captions_here = [f"number {number} {i}" for i in range(captions)]
+        rows.append({"image": (folder / f"{number}.png").read_bytes(), "caption": captions_here})
+    write_pairs(folder / "t.arrow", rows)
+    source = open_pairs(folder, ["t"])
+    if ids is not None:
+        source.image_ids = np.array(ids)  # type: ignore[attr-defined]
+    transform = build_transform("clip_test", 8)
+    return PairDataset(source, TOKENIZER, transform, max_text_len=9, min_size=8, seed=3)
+
+
+def test_batches_say_which_pictures_they_hold(tmp_path: Path) -> None:
+    data = captions_of(tmp_path, [2, 1, 3])
+    options: dict[str, Any] = {"batch_size": 6, "shuffle": False, "seed": 0}
+    assert next(PairLoader(data, **options).steps())["image_id"].tolist() == [0, 0, 1, 2, 2, 2]
+    data.source.image_ids = np.array([7, 8, 7])  # type: ignore[attr-defined]
+    batch = next(PairLoader(data, **options).steps())
+    assert batch["image_id"].tolist() == [7, 7, 8, 7, 7, 7] and batch["image_id"].dtype == torch.int64
+    assert image_ids(data.source).tolist() == [7, 8, 7] and image_ids(data.source, [[2], [1]]).tolist() == [[7], [8]]
+    assert image_ids(open_pairs(tmp_path, ["t"])).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("ids", [None, [4, 4, 5, 5, 4, 6]])
+@pytest.mark.parametrize("negatives", ["dataset", "in_batch"])
+def test_a_false_image_is_never_of_the_same_picture(
+    tmp_path: Path, negatives: Negatives, ids: list[int] | None
+) -> None:
+    data = captions_of(tmp_path, [4, 3, 2, 5, 1, 3], ids)
+    pictures = image_ids(data.source)
+    of_colour = {round(float(data.transform(data.source.image(i))[0, 4, 4]), 4): i for i in range(6)}
+    assert len(of_colour) == 6
+    expected = steps(data, (1, 12, 1), 0, 30, negatives=negatives)
+    for rows, _ in expected:
+        for place, row in rows.items():
+            if not row["label"]:
+                false = of_colour[round(float(row["false_image"][0, 4, 4]), 4)]
+                assert pictures[false] != pictures[data.source.pair_image[row["pair"]]], place
+    assert_same(expected, steps(data, (2, 3, 2), 0, 30, negatives=negatives))
+
+
+def test_a_global_batch_of_one_picture_takes_another_of_the_data(tmp_path: Path) -> None:
+    data = captions_of(tmp_path, [12, 3, 4], [1, 1, 0])
+    loaders = [
+        PairLoader(data, batch_size=4, world_size=3, rank=rank, shuffle=False, seed=5, negatives="in_batch")
+        for rank in range(3)
+    ]
+    other = data.transform(data.source.image(2))
+    for loader in loaders:
+        batch = next(loader.steps())
+        assert batch["image_id"].tolist() == [1] * 4
+        own = batch["place"][batch["match_labels"] == 0]
+        assert batch["false_place"].tolist() == (own + GLOBAL_BATCH).tolist()
+        assert len(batch["false_image"]) == 2 and all(torch.equal(image, other) for image in batch["false_image"])
+
+
+@pytest.mark.parametrize("negatives", ["dataset", "in_batch"])
+@pytest.mark.parametrize(
+    ("of_image", "ids", "images"), [([6], None, "1 image"), ([3, 3], [2, 2], "2 images of one picture")]
+)
+def test_data_of_one_picture_have_no_false_image(
+    tmp_path: Path, negatives: Negatives, of_image: list[int], ids: list[int] | None, images: str
+) -> None:
+    data = captions_of(tmp_path, of_image, ids)
+    options: dict[str, Any] = {"batch_size": 2, "shuffle": True, "seed": 0}
+    with pytest.raises(UserError, match=f"the data have {images}, expected 2 pictures"):
+        PairLoader(data, negatives=negatives, **options)
+    PairLoader(data, **options)

@@ -84,7 +84,16 @@ def test_batch_layout(make: Make) -> None:
     batches = list(loader.epoch(0))
     assert len(batches) == len(loader.batches_of_epoch()) == 7
     for batch in batches:
-        assert batch.keys() == {"image", "text_ids", "text_mask", "text_tokens", "pair", "undecodable", "false_image"}
+        assert batch.keys() == {
+            "image",
+            "text_ids",
+            "text_mask",
+            "text_tokens",
+            "pair",
+            "image_id",
+            "undecodable",
+            "false_image",
+        }
         assert batch["image"].shape == batch["false_image"].shape == (8, 3, 8, 8)
         assert batch["image"].dtype == batch["false_image"].dtype == torch.float32
         assert batch["text_ids"].dtype == batch["pair"].dtype == torch.int64
