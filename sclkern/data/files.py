@@ -102,15 +102,15 @@ class DataFolder:
         self._check_name(name)
         if self.local_root is None:
             raise UserError(f"{self.shown(name)}: is behind a URL, expected a local file; copy it to a local disk")
-        path = self.local_root / name
+        local = self.local_root / name
         # Costs a few microseconds, beside milliseconds for the picture that is read then.
-        real, real_root = os.path.realpath(path), os.path.realpath(self.local_root)
+        real, real_root = os.path.realpath(local), os.path.realpath(self.local_root)
         if real != real_root and not real.startswith(os.path.join(real_root, "")):
             raise UserError(
                 f"{self.shown(name)}: a symbolic link leads out of the folder, to {one_line(real, 200)}, expected a "
                 "file in it; copy the file there, or set data.root to a folder that holds both"
             )
-        return path
+        return local
 
     def open(self, name: str) -> BinaryIO:
         """Open a file for reading.
@@ -162,10 +162,10 @@ class DataFolder:
     def info(self, name: str) -> FileInfo | None:
         """Size and version of a file; None where there is no such file."""
         if self.local_root is not None:
-            path = self.path(name)
-            if not path.is_file():
+            local = self.path(name)
+            if not local.is_file():
                 return None
-            status = path.stat()
+            status = local.stat()
             return FileInfo(status.st_size, str(status.st_mtime_ns))
         with self._reading(name):
             filesystem, path = self._remote(name)
@@ -193,11 +193,12 @@ class DataFolder:
             filesystem, path = self._remote(name)
             return bool(filesystem.isdir(path))
 
-    def names_in(self, name: str = "") -> set[str]:
+    def names_in(self, name: str = "", *, folders: bool = False) -> set[str]:
         """Names of the files in a folder, without those in folders below it; empty where there is no such folder.
 
         Args:
             name: folder relative to the root; by default the root.
+            folders: whether to give the names of the folders in it instead, but for those that begin with ".".
 
         Returns:
             The names, without the folder.
@@ -210,10 +211,14 @@ class DataFolder:
         with self._reading(name):
             if self.local_root is not None:
                 with os.scandir(self.path(name) if name else self.local_root) as entries:
-                    return {entry.name for entry in entries if not entry.is_dir()}
-            filesystem, path = self._remote(name)
-            found = filesystem.ls(path, detail=True)
-            return {entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] != "directory"}
+                    listed = [(entry.name, entry.is_dir()) for entry in entries]
+            else:
+                filesystem, path = self._remote(name)
+                listed = [
+                    (entry["name"].rstrip("/").rpartition("/")[2], entry["type"] == "directory")
+                    for entry in filesystem.ls(path, detail=True)
+                ]
+        return {entry for entry, is_dir in listed if is_dir == folders and not (folders and entry.startswith("."))}
 
     def glob(self, pattern: str) -> list[str]:
         """Names of the files that fit a pattern, sorted; files whose own name begins with "." are left out.
@@ -234,9 +239,9 @@ class DataFolder:
             ]
         else:
             with self._reading(pattern):
-                filesystem, path = self._remote(pattern)
+                filesystem, remote = self._remote(pattern)
                 skip = len(self._remote("")[1].rstrip("/")) + 1
-                entries = filesystem.glob(path, detail=True).items()
+                entries = filesystem.glob(remote, detail=True).items()
                 found = [name.rstrip("/")[skip:] for name, entry in entries if entry["type"] != "directory"]
         return sorted(name for name in found if not name.rpartition("/")[2].startswith("."))
 

@@ -35,3 +35,31 @@ def escape_markdown(text: str) -> str:
     escaped = re.sub(r"([\\`*_{}\[\]<>#|~$&!]|:(?=//))", r"\\\1", one_line(text))
     # At the start of a line these begin a list or a rule.
     return re.sub(r"^(\d*)([-+=.)])", r"\1\\\2", escaped)
+
+
+def read_caption(content: bytes | object) -> str:
+    """A caption as a data file holds it, without white space around it.
+
+    Args:
+        content: bytes of a text file, in UTF-8 with or without a byte order mark, or a value of a table.
+
+    Returns:
+        Text that is not blank.
+
+    Raises:
+        ValueError: it is no text, or blank. The message is the reason.
+    """
+    if isinstance(content, bytes):
+        try:
+            content = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the caption is not in UTF-8 (byte {error.start})") from error
+    if not isinstance(content, str):
+        raise ValueError(f"the caption is of type {type(content).__name__}, expected text")
+    if "\0" in content:
+        raise ValueError("the caption has null bytes, as text in UTF-16 and binary files have")
+    if any("\ud800" <= character <= "\udfff" for character in content):
+        raise ValueError("the caption has half a surrogate pair, which is no text")
+    if not content.strip():
+        raise ValueError("the caption is blank")
+    return content.strip()

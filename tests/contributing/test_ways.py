@@ -108,7 +108,7 @@ for table, count in (("train", 12), ("val", 4)):
     for i in range(count):
         Image.new("RGB", (40, 40), (20 * i, 40, 90)).save(root / f"{table}{i}.png")
         lines.append(f"{table}{i}.png\\tan image of number {i}\\n")
-    (root / f"{table}.tsv").write_text("".join(lines))
+    (root / f"{table}.txt").write_text("".join(lines))
 source = open_pairs(root, ["train"])
 print(type(source).__name__, source.num_images, source.caption(3))
 settings = (
@@ -120,7 +120,7 @@ print(main(["pretrain", *settings.split()]), Path("run/model/model.safetensors")
 """,
     )
     lines = output.splitlines()
-    assert (lines[0], lines[-1]) == ("TsvPairs 12 an image of number 3", "0 True")
+    assert (lines[0], lines[-1]) == ("TextPairs 12 an image of number 3", "0 True")
 
 
 def test_an_objective(copy):

@@ -93,7 +93,8 @@ def test_a_missing_table_is_named_by_the_only_reader_that_fits(tmp_path: Path, l
 
 def test_a_folder_without_data_is_refused(tmp_path: Path, lines: None) -> None:
     message = message_of(tmp_path, ["t"])
-    assert "no data of a known format, expected *.arrow (arrow), *.txt (lines); correct data.root or set" in message
+    assert "no data of a known format, expected *.arrow (arrow), " in message
+    assert "*.txt (lines); correct data.root or set" in message
     assert "nowhere: no such folder" in message_of(tmp_path / "nowhere", ["t"])
 
 
@@ -106,7 +107,7 @@ def test_a_name_with_wildcards_is_a_name(tmp_path: Path, lines: None) -> None:
 @pytest.mark.parametrize("format", ["parquet", "Arrow", ""])
 def test_an_unknown_format_is_refused(tmp_path: Path, format: str) -> None:
     message = message_of(tmp_path, ["t"], format=format)
-    assert message == f"data.format: got {format!r}, expected one of auto, arrow, or module:Class"
+    assert message == f"data.format: got {format!r}, expected one of auto, {', '.join(SOURCES)}, or module:Class"
 
 
 def test_a_reader_outside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from sclkern.data.digest import digest_pairs, first_pairs
 from sclkern.data.files import DataFolder
 from sclkern.data.images import decode_image
+from sclkern.data.indexed import number_pairs
 from sclkern.data.source import register_source
 from sclkern.data.text import one_line
 from sclkern.data.undecodable import undecodable_limit
@@ -162,23 +162,10 @@ class ArrowPairs:
                 "expected text; remove it from the list"
             )
 
-        kept_rows = np.flatnonzero(keep_row)
-        image = np.searchsorted(kept_rows, row[keep])
-        groups, group = np.unique(code[keep], return_inverse=True)
-        _, first = np.unique(image * len(groups) + group, return_index=True)
-        first.sort()
-        self.pair_image = image[first].astype(np.int64)
-        self.pair_group = group[first].astype(np.int64)
-        self._pair_item = item[keep][first].astype(np.int32)
-        self._image_row = kept_rows.astype(np.int64)
-        self.num_images = len(kept_rows)
-        self.num_pairs = len(first)
-        distinct = code[keep][first][first_pairs(self.pair_group)]
-        dictionary = encoded.chunk(0).dictionary
-        parts = (dictionary.take(pa.array(distinct[i : i + 65536])) for i in range(0, len(distinct), 65536))
-        self.digest = digest_pairs(
-            self.pair_image, self.pair_group, (text for part in parts for text in part.to_pylist())
-        )
+        numbers = number_pairs(length, encoded.chunk(0).dictionary, keep_row, code)
+        self.pair_image, self.pair_group = numbers.pair_image, numbers.pair_group
+        self._pair_item, self._image_row, self.digest = numbers.pair_item, numbers.image_row, numbers.digest
+        self.num_images, self.num_pairs = len(self._image_row), len(self.pair_image)
 
     def _check_columns(self, number: int) -> None:
         schema = self._batches[number].schema
