@@ -37,9 +37,9 @@ class SampleIndex(NamedTuple):
 class PairDataset(Dataset[dict[str, Any]]):
     """Decoded and transformed samples; each depends on (``seed``, epoch, pair) alone.
 
-    Indices are ``SampleIndex``. A sample is a dict with ``image`` (3, S, S) float32, ``caption`` (str), ``pair`` (int),
+    Indices are ``SampleIndex``. A sample is a dict with ``image`` (3, S, S), ``caption`` (str), ``pair`` (int),
     ``image_id`` (int, of ``sclkern.data.image_ids``), ``undecodable`` (dict of image names and reasons, see below) and,
-    where the index asks for it, ``false_image`` (3, S, S) float32: an image of the source of another picture.
+    where the index asks for it, ``false_image`` (3, S, S): an image of the source of another picture.
 
     An image that cannot be read or decoded, or is smaller than a patch, is skipped: the next pair of another image
     takes its place, and the name of the skipped image goes into ``undecodable``, with the reason.
@@ -47,7 +47,8 @@ class PairDataset(Dataset[dict[str, Any]]):
     Args:
         source: The pairs.
         tokenizer: Tokenizes the captions of a batch.
-        transform: Maps a PIL image (RGB) to a float32 tensor (3, S, S); random only through torch's default generator.
+        transform: Maps a PIL image (RGB) to a tensor (3, S, S), uint8 or normalised float32; random only through
+            torch's default generator.
         max_text_len: Longest row of token ids, special tokens included.
         min_size: Least height and width of an image in pixels: the side of a patch.
         seed: Seed of all random draws, not negative.

@@ -27,17 +27,18 @@ Negatives = Literal["in_batch", "dataset"]
 class PairLoader:
     """Batches of one rank from a ``PairDataset``, the same for any number of workers and after a resumption.
 
-    A batch is a dict with ``image`` (B, 3, S, S) float32, ``text_ids`` (B, L) int64, ``text_mask`` (B, L)
-    bool, ``text_tokens`` (int: the tokens of all captions, rounded up with ``buckets``), ``pair`` (B,) int64,
-    ``image_id`` (B,) int64 (equal ones are the same picture) and ``undecodable`` (dict of image names and reasons). The
-    tensors are in host memory, pinned where there is a GPU.
+    A batch is a dict with ``image`` (B, 3, S, S), of the dtype that the dataset's transform gives (uint8 is to be
+    normalised by ``normalize_images``), ``text_ids`` (B, L) int64, ``text_mask`` (B, L) bool, ``text_tokens`` (int: the
+    tokens of all captions, rounded up with ``buckets``), ``pair`` (B,) int64, ``image_id`` (B,) int64 (equal ones are
+    the same picture) and ``undecodable`` (dict of image names and reasons). The tensors are in host memory, pinned
+    where there is a GPU.
 
     The global batch of a step has G = ``world_size * batch_size * accumulation`` pairs, the same ones for all factors
     of G (see ``PairOrder``): row j of micro-batch m of a rank stands at place ``(m * world_size + rank) * batch_size +
     j``. Batches of ``steps`` have ``place`` (B,) int64, too, and for image-text matching
 
     - ``match_labels`` (B,) int64: 1 where the row keeps its own image, 0 where it gets a negative one;
-    - with ``negatives`` "dataset", ``false_image`` (N, 3, S, S) float32: another picture of the source for each label
+    - with ``negatives`` "dataset", ``false_image`` (N, 3, S, S): another picture of the source for each label
       0, in the order of the rows;
     - with "in_batch", ``false_place`` (N,) int64: for each label 0, the place in the global batch whose image it gets,
       which is one of another picture. Where the global batch has one picture only, it is the place plus G, and the

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torchvision.transforms import v2
 
@@ -30,11 +32,10 @@ def _clip_test(size: int) -> list[v2.Transform]:
 _GEOMETRY = {"clip": _clip, "clip_randaug": _clip_randaug, "clip_test": _clip_test}
 
 
-def build_transform(name: str, size: int) -> v2.Compose:
-    """Build the transform from a PIL image (mode RGB) to a float32 tensor (3, ``size``, ``size``).
+def build_transform(name: str, size: int, *, normalize: bool = True) -> v2.Compose:
+    """Build the transform from a PIL image (mode RGB) to a tensor (3, ``size``, ``size``).
 
-    Every transform ends with the normalisation by CLIP's mean and standard deviation, and draws from torch's default
-    generator.
+    Every transform draws from torch's default generator.
 
     - ``"clip"``: random crop of 80 to 100 % of the area, resized (bicubic), and a horizontal flip.
     - ``"clip_randaug"``: RandAugment, 2 operations of magnitude 9, then a crop of 90 to 100 %; no flip.
@@ -47,6 +48,8 @@ def build_transform(name: str, size: int) -> v2.Compose:
     Args:
         name: One of the three names.
         size: Side of the output in pixels.
+        normalize: Whether the output is float32, normalised by CLIP's mean and standard deviation; else it is uint8,
+            which ``normalize_images`` makes the same floats of.
 
     Returns:
         The transform.
@@ -58,12 +61,36 @@ def build_transform(name: str, size: int) -> v2.Compose:
         raise UserError(f"transform '{name}' is unknown, expected one of {', '.join(_GEOMETRY)}")
     if size < 1:
         raise UserError(f"image size is {size}, expected 1 pixel or more")
-    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(CLIP_MEAN, CLIP_STD)]
-    return v2.Compose([*_GEOMETRY[name](size), *to_tensor, v2.ToPureTensor()])
+    to_tensor = [*_GEOMETRY[name](size), v2.ToImage(), v2.ToPureTensor()]
+    return v2.Compose([*to_tensor, normalize_images] if normalize else to_tensor)
+
+
+def normalize_images(images: torch.Tensor) -> torch.Tensor:
+    """Scale images to [0, 1] and normalise them by CLIP's mean and standard deviation, on the device they are on.
+
+    Every operation rounds to the nearest float32 on every device, so the result is the same to the bit on all of them,
+    and that of torchvision's ``ToDtype(scale=True)`` and ``Normalize``.
+
+    Args:
+        images: (..., 3, H, W) uint8; floats are returned as they are, for they have been normalised already.
+
+    Returns:
+        float32 of the same shape and device.
+    """
+    if images.is_floating_point():
+        return images
+    mean, std = _statistics(images.device)
+    return images.to(torch.float32).mul_(1 / 255).sub_(mean).div_(std)
+
+
+@cache
+def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """CLIP's mean and standard deviation (3, 1, 1), copied to a device once, as each copy would wait for it."""
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return mean, std
 
 
 def denormalize(images: torch.Tensor) -> torch.Tensor:
     """Undo CLIP's normalisation: (..., 3, H, W) floats to values in [0, 1], same shape, dtype and device."""
-    mean = images.new_tensor(CLIP_MEAN).view(3, 1, 1)
-    std = images.new_tensor(CLIP_STD).view(3, 1, 1)
+    mean, std = (values.to(images.dtype) for values in _statistics(images.device))
     return (images * std + mean).clamp(0, 1)

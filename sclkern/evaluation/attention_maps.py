@@ -17,7 +17,7 @@ from torch import Tensor
 from sclkern.data import PairSource
 from sclkern.data.text import one_line
 from sclkern.data.tokenizer import CaptionTokenizer
-from sclkern.data.transforms import denormalize
+from sclkern.data.transforms import denormalize, normalize_images
 from sclkern.data.undecodable import read_image
 from sclkern.io import write_atomically
 from sclkern.models import SCLNetwork
@@ -67,7 +67,7 @@ def word_attention(
 
     Args:
         model: in eval mode, with one fusion layer at least.
-        pixels: (3, S, S) transformed image.
+        pixels: (3, S, S) transformed image, normalised.
         caption: text of the image.
         tokenizer: the model's.
 
@@ -106,7 +106,7 @@ def plot_attention(
         source: the pairs.
         pairs: pair numbers to draw, one or more, with images that can be decoded.
         tokenizer: the model's.
-        transform: maps a PIL image to (3, S, S).
+        transform: maps a PIL image to (3, S, S), uint8 or normalised floats.
         words_shown: words of a caption to draw at most.
     """
     model.eval()
@@ -119,7 +119,7 @@ def plot_attention(
             axis.axis("off")
         for row, pair in zip(axes, pairs, strict=True):
             caption = source.caption(pair)
-            pixels = transform(source.image(int(source.pair_image[pair])))
+            pixels = normalize_images(transform(source.image(int(source.pair_image[pair]))))
             shown = denormalize(pixels).permute(1, 2, 0).numpy()
             row[0].imshow(shown)
             row[0].set_title(one_line(caption, 24), fontsize=7)

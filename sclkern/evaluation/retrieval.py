@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sclkern.data import PairSource
 from sclkern.data.tokenizer import CaptionTokenizer
+from sclkern.data.transforms import normalize_images
 from sclkern.data.undecodable import UndecodableImages, read_image
 from sclkern.distributed import gather_parts, merge, world_size
 from sclkern.errors import UserError
@@ -164,7 +165,7 @@ def evaluate_retrieval(
         model: put into eval mode meanwhile.
         source: images and captions.
         tokenizer: the model's.
-        transform: maps a PIL image to (3, S, S).
+        transform: maps a PIL image to (3, S, S), uint8 or normalised floats.
         batch_size: images or captions encoded at a time.
         rerank: candidates of ITC that the matching head re-ranks, in each direction; 0 does not re-rank.
         max_images: images to retrieve from, spread evenly over the source; None takes all.
@@ -231,7 +232,7 @@ def _encode_images(
             pixels.append(transform(decoded))
             images.setdefault(number, []).append(image)
         if pixels:
-            encoded[number] = model.encode_image(torch.stack(pixels).to(device)).tokens
+            encoded[number] = model.encode_image(normalize_images(torch.stack(pixels).to(device))).tokens
     images = batches.merged(images)
     undecodable.add(batches.merged(left_out))
     if not images:

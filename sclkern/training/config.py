@@ -63,7 +63,7 @@ RESUMABLE_CHANGES = {
     "run.stop_at", "run.device", "run.cuda_graphs",
     "run.log_every", "run.tracker", "run.save_every", "run.keep", "run.val_every",
     "run.stop_before", "run.watchdog_seconds",
-    "data.format", "data.num_workers",
+    "data.format", "data.normalize", "data.num_workers",
     "weights.pretrained", "weights.reference", "weights.text", "weights.vision", "weights.strict",
     "evaluation.batch_size", "evaluation.train_images", "evaluation.attention_images",
 }  # fmt: skip

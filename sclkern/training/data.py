@@ -75,7 +75,8 @@ def open_data(config: PretrainConfig, device: torch.device, *, rank: int = 0, wo
     check_tokenizer(config, tokenizer)
     lengths = _caption_lengths(train_source, tokenizer, config.model.max_text_len)
     transform, val_transform = (
-        build_transform(name, config.model.image_size) for name in (data.transform, data.val_transform)
+        build_transform(name, config.model.image_size, normalize=data.normalize == "host")
+        for name in (data.transform, data.val_transform)
     )
     train_buckets = val_buckets = None
     train_batch, val_batch = config.run.batch_size, min(config.run.batch_size, val_source.num_pairs)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sclkern.data.transforms import normalize_images
 from sclkern.model import SCLModel
 from sclkern.profiling import phase
 from sclkern.step import CapturedStep, SCLLosses, contrast_batch, target_counts
@@ -128,10 +129,10 @@ class Passes:
 
 
 def copied(batch: dict[str, Any], device: torch.device, stream: torch.cuda.Stream | None) -> dict[str, Any]:
-    """A batch on the device, copied from pinned memory on a stream of its own.
+    """A batch on the device, copied from pinned memory on a stream of its own, its images normalised there.
 
     Args:
-        batch: tensors and other values by name.
+        batch: tensors and other values by name; an ``image`` or ``false_image`` of uint8 becomes float32.
         device: where the tensors are wanted.
         stream: of the copies; None copies on the current one.
 
@@ -139,14 +140,17 @@ def copied(batch: dict[str, Any], device: torch.device, stream: torch.cuda.Strea
         The batch. What the current stream runs from now on waits for the copies.
     """
 
-    def copy(value: Any) -> Any:
-        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    def copy(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        moved = value.to(device, non_blocking=True)
+        return normalize_images(moved) if name in ("image", "false_image") else moved
 
     if stream is None:
-        return {name: copy(value) for name, value in batch.items()}
+        return {name: copy(name, value) for name, value in batch.items()}
     current = torch.cuda.current_stream(device)
     with torch.cuda.stream(stream):
-        moved = {name: copy(value) for name, value in batch.items()}
+        moved = {name: copy(name, value) for name, value in batch.items()}
     current.wait_stream(stream)
     for name, value in moved.items():
         # Its memory belongs to the other stream, which must not reuse it while this one reads it.

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
-from sclkern.data.transforms import CLIP_MEAN, CLIP_STD, build_transform, denormalize
+from sclkern.data.transforms import CLIP_MEAN, CLIP_STD, build_transform, denormalize, normalize_images
 from sclkern.errors import UserError
 
 NAMES = ["clip", "clip_randaug", "clip_test"]
@@ -33,6 +34,29 @@ def test_normalisation(name: str) -> None:
     restored = denormalize(image[None])
     torch.testing.assert_close(restored[0, :, 0, 0], torch.tensor(colour) / 255)
     assert denormalize(torch.tensor([9.0, -9.0, 0.0]).view(3, 1, 1)).aminmax() == (0.0, 1.0)
+
+
+def every_level() -> torch.Tensor:
+    """(3, 16, 16) uint8: each value once in each channel."""
+    return torch.arange(256, dtype=torch.uint8).view(16, 16).expand(3, -1, -1).contiguous()
+
+
+def test_normalising_later_gives_the_bits_of_torchvision() -> None:
+    published = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(CLIP_MEAN, CLIP_STD)])
+    expected = published(every_level())
+    assert torch.equal(normalize_images(every_level()), expected)
+    clips = every_level().expand(2, 4, -1, -1, -1)
+    assert torch.equal(normalize_images(clips), expected.expand(2, 4, -1, -1, -1))
+    assert normalize_images(expected) is expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_forms_of_a_transform_are_the_same_picture(name: str) -> None:
+    images = []
+    for normalize in (True, False):
+        torch.manual_seed(3)
+        images.append(build_transform(name, 16, normalize=normalize)(gradient(64, 40)))
+    assert images[1].dtype == torch.uint8 and torch.equal(images[0], normalize_images(images[1]))
 
 
 def test_clip_test_keeps_everything_but_the_aspect_ratio() -> None:

@@ -80,7 +80,7 @@ def test_resuming_may_change_how_often_but_not_what():
 def test_every_key_is_described_with_its_default():
     keys = {key.name: key for key in config_keys()}
     assert keys["run.batch_size"].default == 64 and keys["optimizer.betas"].default == [0.9, 0.98]
-    assert keys["data.root"].meaning == 'folder of the data; "demo" is the embedded one.'
+    assert keys["data.root"].meaning == 'folder of the data, local or an fsspec URL; "demo" is the embedded one.'
     # An entry that goes on in a second line is one line here.
     assert keys["optimizer.no_decay"].meaning.endswith(
         "decays the temperature and the LayerNorms of CLIP and the projections."

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import torch
 
+from sclkern.data.transforms import normalize_images
 from sclkern.training.passes import copied
 
 CPU = torch.device("cpu")
@@ -53,3 +54,10 @@ def test_the_step_waits_for_the_copies_and_keeps_their_memory(monkeypatch):
 def test_on_a_cpu_nothing_is_copied():
     batch = {"image": torch.randn(2, 3, 4, 4), "text_tokens": 5}
     assert copied(batch, CPU, None) == batch
+
+
+def test_images_of_bytes_are_normalised_where_they_are_moved():
+    image = torch.randint(256, (2, 4, 3, 4, 4), dtype=torch.uint8)
+    moved = copied({"image": image, "false_image": image[:1], "match_labels": torch.tensor([0, 1])}, CPU, None)
+    assert torch.equal(moved["image"], normalize_images(image))
+    assert torch.equal(moved["false_image"], moved["image"][:1]) and moved["match_labels"].tolist() == [0, 1]

@@ -8,6 +8,7 @@ import torch
 from sclkern.errors import UserError
 from sclkern.training.config import load_config
 from sclkern.training.data import _check_same, caption_widths, open_data
+from sclkern.training.passes import copied
 
 CPU = torch.device("cpu")
 
@@ -37,6 +38,16 @@ def test_training_is_shuffled_and_augmented_and_validation_is_not(arguments):
     assert data.val_loader.dataset.transform is data.val_transform is not data.train_loader.dataset.transform
     assert (data.train_source.num_images, data.val_source.num_images) == (1015, 119)
     assert 900 < len(data.caption_lengths) <= 2000 and min(data.caption_lengths) >= 3
+
+
+def test_where_images_are_normalised_changes_no_bit(arguments):
+    batches = {}
+    for normalize in ("device", "host"):
+        data = open_data(load_config(None, arguments(data__normalize=normalize)), CPU)
+        batches[normalize] = next(data.train_loader.steps()), next(data.val_loader.epoch())
+    for device, host in zip(*batches.values(), strict=True):
+        assert device["image"].dtype == torch.uint8 and host["image"].dtype == torch.float32
+        assert torch.equal(copied(device, CPU, None)["image"], host["image"])
 
 
 @pytest.mark.parametrize(("mask", "padded"), [("at_least_one", False), ("published", True)])
