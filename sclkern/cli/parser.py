@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sclkern", description="Vision-language pre-training with SCL.")
     parser.add_argument("--version", action="version", version=f"sclkern {__version__}")
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
-    for add in (_pretrain, _plan, _configs, _convert, _export, _parity, _bench, _profile, _warmup, _doctor):
+    for add in (_pretrain, _plan, _configs, _data, _convert, _export, _parity, _bench, _profile, _warmup, _doctor):
         add(commands)
     return parser
 
@@ -87,6 +87,48 @@ def _configs(commands: Commands) -> None:
     )
     command.add_argument("config", nargs="?", metavar="NAME", help="print this configuration")
     command.add_argument("--keys", action="store_true", help="print every key with its default and its meaning")
+
+
+def _data(commands: Commands) -> None:
+    data = commands.add_parser("data", help="convert and check data sets", description="Convert and check data sets.")
+    tasks = data.add_subparsers(dest="data", required=True, metavar="TASK")
+    for add in (_data_check,):
+        add(tasks)
+
+
+def _data_check(tasks: Commands) -> None:
+    command = _add(
+        tasks,
+        "check",
+        module="data.check",
+        help="count what a data set has, and find what is broken",
+        description="Read every picture and every caption: count images, pairs and splits, measure sizes, and list "
+        "tables and pictures that cannot be read, samples that were left out, ids and pictures in two splits. Exit "
+        "status: 0 if nothing is wrong, 1 if something is, 2 if there is no such data.",
+    )
+    command.add_argument(
+        "source", metavar="FOLDER|SOURCE", help="folder of the data, local or a URL, or one file of it"
+    )
+    command.add_argument("--format", default="auto", help="as data.format (default: auto)")
+    command.add_argument(
+        "--tables", nargs="+", metavar="NAME", help="as data.train_tables (default: all that are there)"
+    )
+    command.add_argument("--split", metavar="NAME", help="read this split only")
+    command.add_argument("--tokenizer", default="demo", metavar="FOLDER|NAME", help="as data.tokenizer (default: demo)")
+    command.add_argument(
+        "--max-text-len", type=int, default=50, metavar="TOKENS", help="captions are cut to this (default: 50)"
+    )
+    command.add_argument(
+        "--min-size",
+        type=int,
+        default=16,
+        metavar="PIXELS",
+        help="side of a patch: least side of a picture (default: 16)",
+    )
+    command.add_argument("--json", metavar="FILE", help="write everything that was found as JSON")
+    command.add_argument("--html", metavar="FILE", help="write a page of samples with their captions to look through")
+    command.add_argument("--samples", type=int, default=60, metavar="N", help="pictures on the page (default: 60)")
+    command.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
 
 
 def _convert(commands: Commands) -> None:

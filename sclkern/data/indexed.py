@@ -35,6 +35,7 @@ class IndexedPairs:
         root: folder of the files, or an fsspec URL.
         tables: names of the files without their suffix, in order; also patterns, see ``DataFolder.tables``.
         split: value of the ``split`` column to keep, or several joined by "+"; None keeps every row.
+        lenient: whether any number of samples may be left out, and none is logged: for an examination.
 
     Attributes:
         suffixes: of the files of a table.
@@ -61,7 +62,7 @@ class IndexedPairs:
     dropped: dict[str, int]
     defects: list[tuple[str, str]]
 
-    def __init__(self, root: Any, tables: Sequence[str], split: str | None = None) -> None:
+    def __init__(self, root: Any, tables: Sequence[str], split: str | None = None, *, lenient: bool = False) -> None:
         self.folder = DataFolder(root)
         self.files = self.folder.tables(tables, self.suffixes)
         self.split = split
@@ -70,7 +71,8 @@ class IndexedPairs:
         for file, index in zip(self.files, indices, strict=True):
             self.dropped = dict(Counter(self.dropped) + Counter(index.dropped))
             self.defects += [(f"{file} {sample}", reason) for sample, reason in index.defects]
-        self._report(indices)
+        if not lenient:
+            self._report(indices)
         keep = self._in_split()
         if not keep.any():
             raise self._nothing_kept()
@@ -97,6 +99,10 @@ class IndexedPairs:
 
     def image_bytes(self, image: int) -> bytes:
         """Image ``image`` as its file holds it; raises ``UserError`` if it cannot be read."""
+        raise NotImplementedError
+
+    def image_name(self, image: int) -> str:
+        """Where image ``image`` comes from, for messages; unique."""
         raise NotImplementedError
 
     def caption(self, pair: int) -> str:

@@ -103,6 +103,25 @@ class ArrowPairs:
         batch, row = self._locate(int(self.pair_image[pair]))
         return self._batches[batch].column("caption")[row].values[int(self._pair_item[pair])].as_py()
 
+    def column(self, name: str) -> pa.ChunkedArray | None:
+        """Values of a column for each image, such as ``split`` or ``image_id``; null in files without it.
+
+        Args:
+            name: of the column.
+
+        Returns:
+            (num_images,) texts; None if no file has the column.
+        """
+        parts = [
+            batch.column(name).cast(pa.large_string())
+            if name in batch.schema.names
+            else pa.nulls(batch.num_rows, pa.large_string())
+            for batch in self._batches
+        ]
+        if not any(name in batch.schema.names for batch in self._batches):
+            return None
+        return pa.chunked_array(parts).take(pa.array(self._image_row))
+
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_batches"}
 

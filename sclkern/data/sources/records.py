@@ -33,6 +33,7 @@ class RecordPairs(IndexedPairs):
         root: folder of tables and pictures, or an fsspec URL.
         tables: names of the tables without their suffix.
         split: value of the split to keep, or several joined by "+"; None keeps every row.
+        lenient: see ``IndexedPairs``.
 
     Attributes:
         image_ids: (num_images,) int64, equal where tables name the same picture.
@@ -55,8 +56,10 @@ class RecordPairs(IndexedPairs):
         ]
     )
 
-    def __init__(self, root: Path | str, tables: Sequence[str], split: str | None = None) -> None:
-        super().__init__(root, tables, split)
+    def __init__(
+        self, root: Path | str, tables: Sequence[str], split: str | None = None, *, lenient: bool = False
+    ) -> None:
+        super().__init__(root, tables, split, lenient=lenient)
         paths = self.column("image")
         assert paths is not None
         self.image_ids = paths.combine_chunks().dictionary_encode().indices.to_numpy().astype("int64")
