@@ -307,12 +307,14 @@ def attention_forward(
 
 
 def entry(kernel: Any, config: LaunchConfig, dtype: torch.dtype, head_dim: int, packed: bool) -> dict[str, Any]:
-    """What the static checks compile: with dropout, and with a mask where padded, which needs the most registers."""
+    """What the static checks compile: with dropout keyed by ids, as training has it, and with a mask where
+    padded, which needs the most registers."""
     name = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
     tensors = ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value")
     absent = ("mask_ptr",) if packed else ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr")
     signature = {f"{tensor}_ptr": name for tensor in tensors}
-    signature |= {"mask_ptr": "*i1", "cu_seqlens_q_ptr": "*i32", "cu_seqlens_k_ptr": "*i32", "seed_ptr": "*i64"}
+    signature |= {"mask_ptr": "*i1", "cu_seqlens_q_ptr": "*i32", "cu_seqlens_k_ptr": "*i32"}
+    signature |= {"seed_ptr": "*i64", "ids_ptr": "*i64"}
     signature |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32", "keep_scale": "fp32"}
     strides = [name for name in kernel.arg_names if name.endswith("_stride")]
     return static_entry(kernel, config, signature, divisible=strides, HEAD_DIM=head_dim, **dict.fromkeys(absent))

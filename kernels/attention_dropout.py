@@ -92,5 +92,5 @@ def attention_dropout(
 def ahead_of_time(arch: str) -> list[dict[str, Any]]:
     """What the static checks compile for an architecture."""
     (config,) = select("attention_dropout", "forward", torch.bfloat16, arch)
-    signature = {"seed_ptr": "*i64", "bits_ptr": "*u8"}
+    signature = {"seed_ptr": "*i64", "ids_ptr": "*i64", "bits_ptr": "*u8"}
     return [static_entry(attention_dropout_kernel, config, signature, cu_seqlens_q_ptr=None, cu_seqlens_k_ptr=None)]

@@ -172,23 +172,24 @@ class AttentionForward:
     Attributes:
         largest: largest tiles.
         per_warp: elements of scores and operands for each warp, by bytes of an element; more would spill.
-        num_stages: of the loop over keys, None for Triton's default.
+        turned_stages: stages of the loop over keys where keys are the rows of the products, None for Triton's default.
     """
 
     largest: LargestTiles
     per_warp: Mapping[int, int]
-    num_stages: int | None = None
+    turned_stages: int | None = None
 
     def __call__(self, itemsize: int, *, queries: int, keys: int, head_dim: int) -> Fields:
         block_queries, block_keys = _tiles(queries, keys, itemsize, head_dim, self.largest)
+        # Few queries and many keys: the keys are the rows of the products, see WGMMA_M.
+        turned = block_queries < WGMMA_M <= block_keys
         return {
             "BLOCK_QUERIES": block_queries,
             "BLOCK_KEYS": block_keys,
-            # Few queries and many keys: the keys are the rows of the products, see WGMMA_M.
-            "TRANSPOSED": int(block_queries < WGMMA_M <= block_keys),
+            "TRANSPOSED": int(turned),
             "KEEP_BITS": 0,
             "num_warps": _warps(block_queries, block_keys, head_dim, itemsize, self.per_warp),
-            **({} if self.num_stages is None else {"num_stages": self.num_stages}),
+            **({"num_stages": self.turned_stages} if turned and self.turned_stages else {}),
         }
 
 

@@ -122,9 +122,13 @@ SM_90: Table = {
         _SIDES,
     ),
     "cross_attention_forward_kernel": Entry(
-        split_keys(_CROSS_HALF, _CROSS_FLOAT32),
+        by_keys(
+            16,
+            split_keys(_CROSS_HALF, _CROSS_FLOAT32),
+            split_keys({**_CROSS_HALF, "num_stages": 2}, _CROSS_FLOAT32),
+        ),
         "predicted: 64 rows fill wgmma; float32 operands lie in registers; 4 warps would spill; a sample of at most 16 "
-        "keys computes half of what one of 32 does",
+        "keys computes half of what one of 32 does; two stages of 32 keys, because three take 242 registers with ids",
         _CROSS,
         ("SPLIT",),
     ),
@@ -268,8 +272,12 @@ SM_80: Table = _with(
             split_keys({**_CROSS_SMALL, "HELD": 2}, {**_CROSS_FLOAT32, "HELD": 3}),
         ),
     ),
-    "predicted: smaller tiles for head_dim 128, and by key for 64, because without wgmma 64 rows spill",
-    attention_backward_query=replace(_BY_QUERY, largest=_SMALLER_QUERY),
+    "predicted: smaller tiles for head_dim 128, and by key for 64, because without wgmma 64 rows spill; with dropout "
+    "ids and Triton 3.6 also 3 stages of 13 queries and 64 keys, and 4 warps by query for head_dim 128",
+    attention_forward=replace(_FORWARD, turned_stages=2),
+    attention_backward_query=replace(
+        _BY_QUERY, largest=_SMALLER_QUERY, one_warpgroup={**_BY_QUERY.one_warpgroup, (False, 128): (64,)}
+    ),
     attention_backward_key=replace(
         _BY_KEY,
         largest=_SMALLER_KEY,

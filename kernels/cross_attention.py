@@ -294,7 +294,7 @@ def _entry(kernel: Any, config: LaunchConfig, name: str, keys: int) -> dict[str,
         "p_dropped",
     )  # fmt: skip
     signature = {f"{tensor}_ptr": f"*{name}" for tensor in tensors}
-    signature |= {"mask_ptr": "*i1", "seed_ptr": "*i64", "keep_scale": "fp32"}
+    signature |= {"mask_ptr": "*i1", "seed_ptr": "*i64", "ids_ptr": "*i64", "keep_scale": "fp32"}
     return static_entry(kernel, config, signature, **_constants(config, 12, keys, 768))
 
 

@@ -182,7 +182,7 @@ def ahead_of_time(arch: str) -> list[dict[str, Any]]:
     """What the static checks compile: rows of 325 keys, with mask and dropout."""
     names = ("scores", "out", "total", "grad_out", "grad_total", "grad_scores")
     signature = {f"{name}_ptr": "*bf16" for name in names}
-    signature |= {"mask_ptr": "*i1", "seed_ptr": "*i64", "keep_scale": "fp32"}
+    signature |= {"mask_ptr": "*i1", "seed_ptr": "*i64", "ids_ptr": "*i64", "keep_scale": "fp32"}
     entries = []
     for pass_, kernel in (
         ("forward", cross_attention_softmax_forward_kernel),

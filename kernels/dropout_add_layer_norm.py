@@ -281,6 +281,8 @@ def _entries(
     singles = ("weight_ptr", "bias_ptr", "x_bias_ptr", "mean_ptr", "rstd_ptr", "partial_ptr")
     signature = dict.fromkeys(branch, "*bf16") | dict.fromkeys(streams, f"*{stream or 'bf16'}")
     signature |= dict.fromkeys(singles, "*fp32") | {"seed_ptr": "*i64", "scale": "fp32", "eps": "fp32"}
+    if "seed_ptr" not in absent:
+        signature["ids_ptr"] = "*i64"
     entries = []
     for pass_, kernel, names in (
         ("forward", dropout_add_layer_norm_forward_kernel, absent),

@@ -184,14 +184,14 @@ def _bench(commands: Commands) -> None:
         "static",
         module="bench.static",
         help="compile every kernel ahead of time and read its machine code",
-        description="Compile every kernel for sm_80, sm_86, sm_89, sm_90, sm_100, sm_120 and gfx942, without a GPU, in "
+        description="Compile every kernel for sm_80, sm_86, sm_89, sm_90, sm_100 and sm_120, without a GPU, in "
         "the configuration that its launcher selects there, and print what the code for sm_90 uses.",
     )
     static.add_argument("--check", action="store_true", help="compare with the budget; exit 1 if anything got worse")
     static.add_argument("--update", action="store_true", help="write the budget anew and keep its reasons")
     static.add_argument("--json", action="store_true", help="print every figure as JSON")
     static.add_argument(
-        "--target", action="append", default=[], metavar="NAME", help="compile for gfx950 too; repeatable"
+        "--target", action="append", default=[], metavar="NAME", help="compile for gfx942 or gfx950 too; repeatable"
     )
     static.add_argument(
         "--all-targets",

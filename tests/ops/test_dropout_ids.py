@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from op_testing import BACKENDS, DEVICE, KERNELS_RUN, run_in_interpreter
 from sclkern import ops, reference
-from sclkern.ops.dispatch import TRITON_INSTALLED, interpreted
+from sclkern.ops.dispatch import interpreted
 from sclkern.random import STREAM_ATTENTION, STREAM_FEATURES, philox
 
 # "auto" on a CPU takes forms of its own.
@@ -219,21 +217,6 @@ def test_ids_on_another_device_are_refused(op):
     tensors, others = arguments(op)
     with pytest.raises(ValueError, match="dropout_ids: got device meta, expected that of"):
         call(op, tensors, others, torch.empty(4, dtype=torch.int64, device="meta"))
-
-
-@pytest.mark.skipif(interpreted() or not TRITON_INSTALLED, reason="Triton compiles")
-@pytest.mark.parametrize(
-    "module",
-    ["attention", "attention_backward", "cross_attention", "cross_attention_queries", "dropout_add_layer_norm"],
-)
-def test_kernels_compile_with_ids(module):
-    """In the configuration of the first launch with dropout, which ids bring no spills."""
-    from sclkern.tools.static.compilation import compile_entry, resources
-
-    entries = importlib.import_module(f"sclkern.kernels.{module}").ahead_of_time("sm_90")
-    entry = next(entry for entry in entries if entry["signature"].get("seed_ptr") == "*i64")
-    entry["signature"]["ids_ptr"] = "*i64"
-    assert resources(compile_entry(entry, "sm_90")).spills == 0
 
 
 def test_in_the_interpreter():

@@ -32,7 +32,7 @@ TARGETS = {
 # Whose launch configurations a target has that has no table of its own.
 TABLE_OF = {"gfx950": "gfx942"}
 # What every kernel must compile for; the others on request.
-REQUIRED_TARGETS = ARCHITECTURES
+REQUIRED_TARGETS = tuple(name for name in ARCHITECTURES if name.startswith("sm_"))
 # These have the tensor-core instructions of the target beside them, and Triton takes as much shared memory. Registers
 # differ, but for sm_86 and sm_89, so that a kernel that must not spill is compiled once for those two alone.
 STAND_INS = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80"}
