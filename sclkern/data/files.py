@@ -152,7 +152,12 @@ class DataFolder:
             else:
                 filesystem, path = self._remote(name)
                 content = filesystem.cat_file(path, start=start, end=None if length is None else start + length)
-        if length is not None and len(content) != length:
+        if length is not None and len(content) > length:
+            raise UserError(
+                f"{self.shown(name)}: the server gave {len(content)} bytes, expected the {length} from byte {start}, "
+                "as it cannot give a range of a file; copy the folder to a local disk, or use another server"
+            )
+        if length is not None and len(content) < length:
             raise UserError(
                 f"{self.shown(name)}: ends at byte {start + len(content)}, expected {start + length} or more; it has "
                 "changed since it was indexed, or was cut short: copy it again"

@@ -55,6 +55,14 @@ def test_a_range_that_is_not_there_is_an_error(folder: DataFolder) -> None:
     assert "x.tar: no such file" in message_of(folder.open, "x.tar")
 
 
+def test_a_server_that_gives_no_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = f"memory://{uuid.uuid4().hex}"
+    memory = fsspec.filesystem("memory")
+    memory.pipe(f"{root}/a.tar", b"0123456789")
+    monkeypatch.setattr(type(memory), "cat_file", lambda self, path, start, end: b"0123456789")
+    assert "as it cannot give a range of a file; copy" in message_of(DataFolder(root).read, "a.tar", 2, 3)
+
+
 def test_size_and_version(folder: DataFolder) -> None:
     info = folder.info("a.tar")
     assert isinstance(info, FileInfo) and info.size == 10 and info.stamp
