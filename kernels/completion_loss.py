@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sclkern.kernels.completion_loss_tiles import EXCLUDED, dots, entry, rows_taking_part, tile
+from sclkern.kernels.completion_loss_tiles import EXCLUDED, dots, entry, negatives, rows_taking_part, tile
 from sclkern.kernels.config import Configs, Features, LaunchConfig, of_kernel, resolve, select, settled
 from sclkern.kernels.config_rules import ceil_div
 from sclkern.kernels.launch import Prepared
@@ -75,6 +75,7 @@ def completion_loss_statistics_kernel(
     x_ptr,  # (G N, D), of which the window are the anchors
     y_ptr,  # (G N, D)
     valid_ptr,  # (G N,) uint8 or None
+    same_ptr,  # (N,) int64 or None: pairs of one id, other than positives, are left out
     temperature_ptr,  # (1,) float32
     x_rnorm_ptr,  # (G N,) float32
     y_rnorm_ptr,  # (G N,) float32
@@ -122,6 +123,7 @@ def completion_loss_statistics_kernel(
         similarity = dots(x_ptr, y_tile_ptr, x_in, y_in, WIDTH, BLOCK_X, BLOCK_Y, BLOCK_K)
         similarity = similarity * x_scale[:, None] * y_scale[None, :]
         counts = (x_scale > 0)[:, None] & (y_scale > 0)[None, :] & ((offset + x)[:, None] != y[None, :])
+        counts = negatives(same_ptr, offset + x, y, x < rows, y < length, counts)
         similarity = tl.where(counts, similarity, EXCLUDED)
         raised = tl.maximum(maximum, tl.max(similarity, axis=1))
         shrink = tl.exp(maximum - raised)
@@ -202,6 +204,7 @@ def completion_loss_forward(
     complete: Tensor,
     temperature: Tensor,
     valid: Tensor | None,
+    same: Tensor | None,
     both: bool,
     spread: bool,
     eps: float,
@@ -209,7 +212,8 @@ def completion_loss_forward(
     rows: int,
     config: Configs = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """recovered, complete (G, N, D) contiguous; temperature () float32; valid (G, N) bool, contiguous.
+    """recovered, complete (G, N, D) contiguous; temperature () float32; valid (G, N) bool and same (N,)
+    int64, contiguous: pairs of one id are no negatives.
 
     Returns float32 losses (G, rows), positive (G, N), lse (directions, G, rows), mean spread (directions or 0, G,
     rows) and rnorm (2, G, N).
@@ -247,7 +251,7 @@ def completion_loss_forward(
     plan.norm(recovered, complete, valid, temperature, rnorm, positive)
     for launch, direction, merges in plan.launches:
         x, y = (recovered, complete) if direction == 0 else (complete, recovered)
-        launch(x, y, valid, temperature, norms[direction], norms[1 - direction], *partial, *columns)
+        launch(x, y, valid, same, temperature, norms[direction], norms[1 - direction], *partial, *columns)
         for merge, of_columns, side, last in merges:
             previous, of_side = losses if side else None, lse_of[side] if last else None
             merge(*(merged if of_columns else partial), positive, previous, of_side, spread_of[side], losses)
@@ -316,6 +320,9 @@ def ahead_of_time(arch: str) -> list[dict[str, Any]]:
         entry(completion_loss_norm_kernel, norm, "bf16"),
         entry(completion_loss_merge_kernel, merge, "bf16"),
         entry(completion_loss_merge_kernel, merge, "bf16", lse_ptr=None),
+        entry(completion_loss_statistics_kernel, half, "bf16", same_ptr=None),
+        entry(completion_loss_statistics_kernel, half, "bf16", same_ptr=None, **without_columns),
+        entry(completion_loss_statistics_kernel, single, "fp32", same_ptr=None),
         entry(completion_loss_statistics_kernel, half, "bf16"),
         entry(completion_loss_statistics_kernel, half, "bf16", **without_columns),
         entry(completion_loss_statistics_kernel, single, "fp32"),

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sclkern.kernels.completion_loss_tiles import dots, entry, rows_taking_part
+from sclkern.kernels.completion_loss_tiles import dots, entry, negatives, rows_taking_part
 from sclkern.kernels.config import Configs, Features, LaunchConfig, of_kernel, resolve, select, settled
 from sclkern.kernels.config_rules import ceil_div
 from sclkern.kernels.launch import Prepared
@@ -47,6 +47,7 @@ def completion_loss_weights_kernel(
     x_ptr,  # (G, N, D), whose gradient this is
     y_ptr,  # (G, N, D)
     valid_ptr,  # (G, N) uint8 or None
+    same_ptr,  # (N,) int64 or None
     temperature_ptr,  # (1,) float32
     x_rnorm_ptr,  # (G, N) float32
     y_rnorm_ptr,  # (G, N) float32
@@ -93,6 +94,7 @@ def completion_loss_weights_kernel(
         y_lse = tl.load(y_lse_ptr + y_row, mask=y < length, other=0.0)
         weight += y_weight[None, :] * tl.exp(similarity - y_lse[None, :])
     counts = (x_scale > 0)[:, None] & (y_rnorm > 0)[None, :] & ((offset + x)[:, None] != y[None, :])
+    counts = negatives(same_ptr, offset + x, y, x < rows, y < length, counts)
     weight = tl.where(counts, weight * y_rnorm[None, :], 0.0)
     if scale_ptr is not None:
         # Those of a feature of zeros may be larger than float16 holds, and are multiplied by its zeros.
@@ -207,6 +209,7 @@ def completion_loss_gradient(
     y: Tensor,
     temperature: Tensor,
     valid: Tensor | None,
+    same: Tensor | None,
     x_weight: Tensor | None,
     y_weight: Tensor | None,
     x_lse: Tensor | None,
@@ -239,10 +242,10 @@ def completion_loss_gradient(
             per_row = [None if tensor is None else tensor[group : group + count] for tensor in per_row]
         left, right, valid_of, left_rnorm, right_rnorm, *rest, of_y, out = per_row
         left_weight, right_weight, scale_of, left_lse, right_lse = rest
-        common = left, right, valid_of, temperature, left_rnorm, right_rnorm, left_weight, right_weight
-        weigh(*common, left_lse, right_lse, scale_of, weights)
+        features_of, common = (left, right, valid_of), (temperature, left_rnorm, right_rnorm, left_weight, right_weight)
+        weigh(*features_of, same, *common, left_lse, right_lse, scale_of, weights)
         written = weights if weights.shape == (count, height, length) else weights[:count, :height, :length]
-        finish(*common, scale_of, _product(written, of_y), out)
+        finish(*features_of, *common, scale_of, _product(written, of_y), out)
     return grad_x
 
 
@@ -283,6 +286,9 @@ def ahead_of_time(arch: str) -> list[dict[str, Any]]:
     _, single, _ = select("completion_loss", "backward", torch.float32, arch)
     return [
         entry(completion_loss_anchor_kernel, anchor, "bf16"),
+        entry(completion_loss_weights_kernel, half, "bf16", valid_ptr=None, same_ptr=None, scale_ptr=None),
+        entry(completion_loss_weights_kernel, half, "fp16", same_ptr=None),
+        entry(completion_loss_weights_kernel, single, "fp32", same_ptr=None, scale_ptr=None),
         entry(completion_loss_weights_kernel, half, "bf16", valid_ptr=None, scale_ptr=None),
         entry(completion_loss_weights_kernel, half, "fp16"),
         entry(completion_loss_weights_kernel, single, "fp32", scale_ptr=None),

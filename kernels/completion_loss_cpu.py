@@ -20,8 +20,8 @@ _PLAIN_EXPONENTIALS = 40.0
 
 @torch.autocast("cpu", enabled=False)
 def forward(
-    recovered: Tensor, complete: Tensor, temperature: Tensor, valid: Tensor | None, both: bool, learnable: bool,
-    eps: float, offset: int, rows: int,
+    recovered: Tensor, complete: Tensor, temperature: Tensor, valid: Tensor | None, same: Tensor | None, both: bool,
+    learnable: bool, eps: float, offset: int, rows: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The op ``sclkern::completion_loss`` (see its launcher), in float32 or the wider dtype of the temperature."""
     shape, precise = recovered.shape[:2], temperature.dtype
@@ -42,7 +42,7 @@ def forward(
     if plain:
         lse.zero_()
     for first, dims in _passes(len(lse), shape[1], rows):
-        for group, block, _, _, similarity in _tiles(sides, temperature, valid, rnorm, first, window):
+        for group, block, _, _, similarity in _tiles(sides, temperature, valid, same, rnorm, first, window):
             exponentials = similarity.exp() if plain else None
             for dim in dims:
                 reduced = slice(block.start - offset, block.stop - offset) if dim else slice(None)
@@ -69,8 +69,8 @@ def forward(
 
 @torch.autocast("cpu", enabled=False)
 def backward(
-    recovered: Tensor, complete: Tensor, temperature: Tensor, valid: Tensor | None, weight: Tensor, lse: Tensor,
-    rnorm: Tensor, eps: float, offset: int, rows: int, *needed: bool,
+    recovered: Tensor, complete: Tensor, temperature: Tensor, valid: Tensor | None, same: Tensor | None,
+    weight: Tensor, lse: Tensor, rnorm: Tensor, eps: float, offset: int, rows: int, *needed: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients (G, rows, D) of the window of both sides, empty where not needed; weight and lse (directions, G, N)
     as in the kernels."""
@@ -83,7 +83,7 @@ def backward(
         targets = [(dim, target) for dim, target in targets if needed[target]]
         if not targets:
             continue
-        for group, block, x, y, similarity in _tiles(features, temperature, valid, rnorm, first, window):
+        for group, block, x, y, similarity in _tiles(features, temperature, valid, same, rnorm, first, window):
             at = [(d, group, block, None) if d == first else (d, group) for d in range(len(lse))]
             shares = [(lse[index], weight[index]) for index in at]
             if plain:
@@ -122,11 +122,11 @@ def _passes(directions: int, length: int, rows: int) -> list[tuple[int, tuple[in
 
 
 def _tiles(
-    features: tuple[Tensor, Tensor], temperature: Tensor, valid: Tensor | None, rnorm: Tensor, first: int,
-    window: slice,
+    features: tuple[Tensor, Tensor], temperature: Tensor, valid: Tensor | None, same: Tensor | None, rnorm: Tensor,
+    first: int, window: slice,
 ) -> Iterator[tuple[int, slice, Tensor, Tensor, Tensor]]:  # fmt: skip
     """Row blocks of the window, group by group: group, rows, both sides normalised, and the similarities, of which the
-    diagonal and invalid rows are excluded."""
+    diagonal, invalid rows and pairs of one id are excluded."""
     groups, length, _ = features[0].shape
     step = max(1, min(1024, TILE // max(length, 1)))
     inverse = temperature.reciprocal().item()
@@ -139,6 +139,8 @@ def _tiles(
             similarity.diagonal(start).fill_(_EXCLUDED)
             if valid is not None:
                 similarity.masked_fill_(~(valid[group, rows, None] & valid[group]), _EXCLUDED)
+            if same is not None:
+                similarity.masked_fill_(same[rows, None] == same, _EXCLUDED)
             yield group, rows, x, y, similarity
 
 

@@ -22,6 +22,16 @@ def rows_taking_part(valid_ptr, row, inside):
 
 
 @triton.jit
+def negatives(same_ptr, x, y, x_in, y_in, counts):
+    """``counts`` (X, Y) without the pairs of rows x and y of one id; every group has the same ids."""
+    if same_ptr is not None:
+        x_id = tl.load(same_ptr + x, mask=x_in, other=0)
+        y_id = tl.load(same_ptr + y, mask=y_in, other=0)
+        counts = counts & (x_id[:, None] != y_id[None, :])
+    return counts
+
+
+@triton.jit
 def tile(ptr, inside, start, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """(ROWS, COLUMNS) of the rows from ptr on; rows outside are zeros, whatever they hold.
 
@@ -54,7 +64,7 @@ _FLOATS = (
 def entry(kernel: Any, config: LaunchConfig, features: str, **constants: Any) -> dict[str, Any]:
     """What the static checks compile, at the model's width."""
     names = ("recovered_ptr", "complete_ptr", "x_ptr", "y_ptr", "weights_ptr", "grad_x_ptr")
-    signature = {name: "*fp32" for name in _FLOATS} | {"valid_ptr": "*u8", "eps": "fp32"}
+    signature = {name: "*fp32" for name in _FLOATS} | {"valid_ptr": "*u8", "same_ptr": "*i64", "eps": "fp32"}
     signature |= {name: f"*{features}" for name in names}
     constants |= {"WIDTH": 768} if "WIDTH" in kernel.arg_names else {}
     signature = {name: kind for name, kind in signature.items() if name not in constants}

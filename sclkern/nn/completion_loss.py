@@ -72,13 +72,16 @@ class CompletionLoss(nn.Module):
         self.directions, self.reduction, self.eps = directions, reduction, eps
         self.group, self.gather, self.backend = group, gather, backend
 
-    def forward(self, recovered: Tensor, complete: Tensor, valid: Tensor | None = None) -> Tensor:
+    def forward(
+        self, recovered: Tensor, complete: Tensor, valid: Tensor | None = None, same: Tensor | None = None
+    ) -> Tensor:
         """Contrast row i of ``recovered`` with row i of ``complete`` against the other rows.
 
         Args:
             recovered: (N, D), or (G, N, D) for G separate contrasts.
             complete: like recovered.
             valid: (N,) or (G, N) bool; invalid rows are left out.
+            same: (N,) int64: rows of one id, such as captions of the same image, are no negatives of one another.
 
         Returns:
             Scalar, or the losses of all rows with ``reduction="none"``.
@@ -90,6 +93,7 @@ class CompletionLoss(nn.Module):
             directions=self.directions,
             reduction=self.reduction,
             valid=valid,
+            same=same,
             eps=self.eps,
             group=self.group,
             gather=self.gather,

@@ -32,6 +32,7 @@ def completion_loss(
     directions: Literal["both", "recovered_to_complete"] = "both",
     reduction: Literal["mean", "sum", "none"] = "mean",
     valid: Tensor | None = None,
+    same: Tensor | None = None,
     eps: float = 1e-8,
     group: dist.ProcessGroup | None = None,
     gather: Literal["exact", "published"] | None = "exact",
@@ -60,6 +61,8 @@ def completion_loss(
         reduction: "mean" over the valid rows of a group and then over groups, "sum" over all, or "none".
         valid: (N,) or (G, N) bool; the other rows take no part, whatever they hold, and contribute zero loss and
             gradient.
+        same: (N,) int64 ids of what counts as equal, such as the image that a row shows, for all groups and across
+            ranks: pairs of rows of one id, other than positives, are no negatives, in either direction.
         eps: smallest norm of a feature.
         group: process group whose rows are negatives too, if torch.distributed is initialised.
         gather: gradient of the features of this rank: "exact" is W times that of the loss of all rows, so that DDP's
@@ -74,11 +77,11 @@ def completion_loss(
         have no negatives.
 
     Raises:
-        TypeError: features or temperature not floating, ``valid`` not bool. ValueError: wrong shape, device or value;
-            on every rank, if ranks differ in shape, dtype or options (see ``sclkern.distributed.compare``).
-            RuntimeError: second derivatives other than by ``backend="eager"``.
+        TypeError: features or temperature not floating, ``valid`` not bool, ``same`` not int64. ValueError: wrong
+            shape, device or value; on every rank, if ranks differ in shape, dtype or options (see
+            ``sclkern.distributed.compare``). RuntimeError: second derivatives other than by ``backend="eager"``.
     """
-    options = temperature, directions, reduction, valid, eps, group, gather, backend
+    options = temperature, directions, reduction, valid, same, eps, group, gather, backend
     path = choose("completion_loss", check, plan, recovered, complete, *options)
     dtype = torch.promote_types(recovered.dtype, complete.dtype)
     if recovered.dtype != complete.dtype:
@@ -88,10 +91,10 @@ def completion_loss(
     if path == "eager":
         if world > 1:
             recovered, complete = (_gather_rows(x, -2, group, gather) for x in (recovered, complete))
-            valid = None if valid is None else _gather_rows(valid, -1, group, gather)
-        named: dict[str, Any] = {"directions": directions, "reduction": reduction, "valid": valid, "eps": eps}
+            valid, same = (None if x is None else _gather_rows(x, -1, group, gather) for x in (valid, same))
+        named: dict[str, Any] = {"directions": directions, "reduction": reduction, "valid": valid, "same": same}
         recovered, complete = recovered.to(precise), complete.to(precise)
-        return reference.completion_loss(recovered, complete, temperature=temperature, **named)
+        return reference.completion_loss(recovered, complete, temperature=temperature, eps=eps, **named)
     learnable = isinstance(temperature, Tensor) and temperature.requires_grad and torch.is_grad_enabled()
     if not isinstance(temperature, Tensor):
         temperature = torch.full((), temperature, dtype=precise, device=recovered.device)
@@ -99,12 +102,14 @@ def completion_loss(
     shape = (recovered.shape[:-2].numel(), *recovered.shape[-2:])
     features = [x.reshape(shape).contiguous() for x in (recovered, complete)]
     mask = None if valid is None else valid.reshape(shape[:2]).contiguous()
+    ids = None if same is None else same.contiguous()
     if world > 1:
-        compare("recovered", recovered, group, {"both": both, "learnable": learnable, "valid": valid is not None})
+        given = {"valid": valid is not None, "same": same is not None}
+        compare("recovered", recovered, group, {"both": both, "learnable": learnable, **given})
         scale = world if gather == "exact" else 1
-        losses, mask = _AcrossRanks.apply(*features, temperature, mask, both, learnable, eps, group, scale)
+        losses, mask = _AcrossRanks.apply(*features, temperature, mask, ids, both, learnable, eps, group, scale)
     else:
-        losses = _op(*features, temperature, mask, both, learnable, float(eps), 0, rows)[0]
+        losses = _op(*features, temperature, mask, ids, both, learnable, float(eps), 0, rows)[0]
     if recovered.ndim == 2:
         losses, mask = losses[0], None if mask is None else mask[0]
     return reference.reduce_rows(losses, mask, reduction)
@@ -130,7 +135,7 @@ def plan(
 
 def check(
     recovered: Tensor, complete: Tensor, temperature: float | Tensor, directions: str, reduction: str,
-    valid: Tensor | None, eps: float, group: dist.ProcessGroup | None, gather: str | None,
+    valid: Tensor | None, same: Tensor | None, eps: float, group: dist.ProcessGroup | None, gather: str | None,
 ) -> None:  # fmt: skip
     """Raise for arguments that no path takes."""
     _checks.floating(recovered=recovered, complete=complete)
@@ -144,7 +149,11 @@ def check(
     if valid is not None:
         _checks.dtype(torch.bool, valid=valid)
         _checks.shape("(N,) or (G, N)", recovered.shape[:-1], valid=valid)
-    _checks.same_device("recovered", recovered, complete=complete, temperature=temperature, valid=valid)
+    if same is not None:
+        _checks.dtype(torch.int64, same=same)
+        _checks.shape("(N,)", recovered.shape[-2:-1], same=same)
+    others = {"complete": complete, "temperature": temperature, "valid": valid, "same": same}
+    _checks.same_device("recovered", recovered, **others)
     _checks.positive("eps", eps)
     _checks.choice("directions", directions, DIRECTIONS)
     _checks.choice("reduction", reduction, REDUCTIONS)
@@ -160,19 +169,20 @@ class _AcrossRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, recovered: Tensor, complete: Tensor, temperature: Tensor, valid: Tensor | None, both: bool,
-        learnable: bool, eps: float, group: dist.ProcessGroup | None, scale: int,
+        ctx: Any, recovered: Tensor, complete: Tensor, temperature: Tensor, valid: Tensor | None, same: Tensor | None,
+        both: bool, learnable: bool, eps: float, group: dist.ProcessGroup | None, scale: int,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         rows = recovered.shape[1]
         ctx.offset, ctx.eps, ctx.scale, ctx.learnable = dist.get_rank(group) * rows, eps, scale, learnable
         features = stack(torch.stack([recovered, complete]), group).permute(1, 2, 0, 3, 4).flatten(2, 3)
         valid = None if valid is None else stack(valid, group).transpose(0, 1).flatten(1, 2)
-        arguments = temperature, valid, both, learnable, eps, ctx.offset, rows
+        same = None if same is None else stack(same, group).flatten()
+        arguments = temperature, valid, same, both, learnable, eps, ctx.offset, rows
         losses, positive, lse, spread, rnorm = torch.ops.sclkern.completion_loss(*features.unbind(), *arguments)
         # The gradient of a row needs the log-sum-exp of every column, that of the temperature the sums of all rows.
         statistics = stack(torch.cat([losses[None], lse, spread]), group).permute(1, 2, 0, 3).flatten(2, 3)
         all_losses, lse, spread = statistics.split([1, len(lse), len(spread)])
-        ctx.save_for_backward(*features.unbind(), temperature, valid, positive, lse, spread, rnorm)
+        ctx.save_for_backward(*features.unbind(), temperature, valid, same, positive, lse, spread, rnorm)
         ctx.rows = rows
         if valid is not None:
             ctx.mark_non_differentiable(valid)
@@ -187,21 +197,21 @@ class _AcrossRanks(torch.autograd.Function):
         gradients = torch.ops.sclkern.completion_loss_backward(grad, *ctx.saved_tensors, *numbers)
         factors = ctx.scale, ctx.scale, 1
         scaled = (g * factor if need else None for g, factor, need in zip(gradients, factors, needs, strict=True))
-        return *scaled, None, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None, None
 
 
 def _forward(
-    recovered: Tensor, complete: Tensor, temperature: Tensor, valid: Tensor | None, both: bool, learnable: bool,
-    eps: float, offset: int, rows: int,
+    recovered: Tensor, complete: Tensor, temperature: Tensor, valid: Tensor | None, same: Tensor | None, both: bool,
+    learnable: bool, eps: float, offset: int, rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     launch = kernels.completion_loss.completion_loss_forward
-    return launch(recovered, complete, temperature, valid, both, learnable, eps, offset, rows)
+    return launch(recovered, complete, temperature, valid, same, both, learnable, eps, offset, rows)
 
 
 def _backward(
     grad_losses: Tensor, recovered: Tensor, complete: Tensor, temperature: Tensor, valid: Tensor | None,
-    positive: Tensor, lse: Tensor, spread: Tensor, rnorm: Tensor, eps: float, offset: int, rows: int,
-    needs_recovered: bool, needs_complete: bool,
+    same: Tensor | None, positive: Tensor, lse: Tensor, spread: Tensor, rnorm: Tensor, eps: float, offset: int,
+    rows: int, needs_recovered: bool, needs_complete: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     launchers = kernels.completion_loss_backward
     gradients = [recovered.new_empty(0), complete.new_empty(0)]
@@ -215,7 +225,7 @@ def _backward(
                 x, y = (recovered, complete) if i == 0 else (complete, recovered)
                 statistics = [pair[j] for pair in pairs for j in (i, 1 - i)]
                 launch = launchers.completion_loss_gradient
-                gradients[i] = launch(x, y, temperature, valid, *statistics, eps, offset, rows)
+                gradients[i] = launch(x, y, temperature, valid, same, *statistics, eps, offset, rows)
     return gradients[0], gradients[1], _temperature_gradient(weight, temperature, spread)
 
 
@@ -227,12 +237,12 @@ def _temperature_gradient(weight: Tensor, temperature: Tensor, spread: Tensor) -
 
 def _tiled_backward(
     grad_losses: Tensor, recovered: Tensor, complete: Tensor, temperature: Tensor, valid: Tensor | None,
-    positive: Tensor, lse: Tensor, spread: Tensor, rnorm: Tensor, *arguments: Any,
+    same: Tensor | None, positive: Tensor, lse: Tensor, spread: Tensor, rnorm: Tensor, *arguments: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     weight = grad_losses * torch.sigmoid(lse - positive)
     if valid is not None:
         weight.masked_fill_(~valid, 0.0)
-    gradients = tiled.backward(recovered, complete, temperature, valid, weight, lse, rnorm, *arguments)
+    gradients = tiled.backward(recovered, complete, temperature, valid, same, weight, lse, rnorm, *arguments)
     return *gradients, _temperature_gradient(weight, temperature, spread)
 
 

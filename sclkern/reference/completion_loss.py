@@ -17,6 +17,7 @@ def completion_loss(
     directions: Literal["both", "recovered_to_complete"] = "both",
     reduction: Literal["mean", "sum", "none"] = "mean",
     valid: Tensor | None = None,
+    same: Tensor | None = None,
     eps: float = 1e-8,
 ) -> Tensor:
     r"""Cosine InfoNCE: each recovered feature must find its own complete feature among those of the batch.
@@ -35,6 +36,8 @@ def completion_loss(
         reduction: "mean" over the valid rows of a group and then over groups, "sum" over all, or
             "none": (N,) or (G, N).
         valid: (N,) or (G, N) bool; the other rows are neither anchors nor negatives, whatever they hold.
+        same: (N,) int64 ids, those of every group: other pairs of rows of one id, such as two captions of the same
+            image, are no negatives of one another, in either direction.
         eps: smallest norm of a feature.
 
     Returns:
@@ -52,6 +55,8 @@ def completion_loss(
         similarity = recovered @ complete.mT / temperature
     size = similarity.shape[-1]
     excluded = torch.eye(size, dtype=torch.bool, device=similarity.device)
+    if same is not None:
+        excluded = excluded | (same[:, None] == same)
     if valid is not None:
         excluded = excluded | ~(valid[..., :, None] & valid[..., None, :])
     positive = similarity.diagonal(dim1=-2, dim2=-1)

@@ -116,6 +116,51 @@ class TestCompletionLoss:
         assert loss.item() == 0
         assert all((g == 0).all() for g in torch.autograd.grad(loss, inputs))
 
+    @pytest.mark.parametrize("directions", DIRECTIONS)
+    def test_pairs_of_one_id_are_no_negatives(self, directions):
+        same, inputs = torch.tensor([4, 2, 4, 9, 2, 4]), pairs()
+        loss = completion_loss(*inputs, temperature=0.3, same=same, directions=directions)
+        r, c = (F.normalize(x, dim=-1).tolist() for x in inputs)
+        cosine = [[sum(a * b for a, b in zip(x, y, strict=True)) for y in c] for x in r]
+        expected = 0.0
+        for i in range(6):
+            others = [j for j in range(6) if j == i or same[j] != same[i]]
+            rows, columns = (
+                [math.exp(s / 0.3) for s in of]
+                for of in ([cosine[i][j] for j in others], [cosine[j][i] for j in others])
+            )
+            positive = math.exp(cosine[i][i] / 0.3)
+            expected -= math.log(positive / sum(rows)) / 6
+            if directions == "both":
+                expected -= math.log(positive / sum(columns)) / 6
+        assert loss.item() == pytest.approx(expected)
+        different = completion_loss(*inputs, temperature=0.3, same=torch.arange(6), directions=directions)
+        assert torch.equal(different, completion_loss(*inputs, temperature=0.3, directions=directions))
+
+    def test_rows_whose_others_are_of_their_id_lose_nothing(self):
+        inputs = pairs(groups=(2,))
+        valid = torch.tensor([True, True, False, True, False, False])
+        same = torch.tensor([1, 1, 2, 1, 3, 4])
+        for mask in (None, valid.expand(2, 6)):
+            ids = torch.ones(6, dtype=torch.int64) if mask is None else same
+            losses = completion_loss(*inputs, temperature=0.03, valid=mask, same=ids, reduction="none")
+            assert (losses == 0).all()
+            assert all((g == 0).all() for g in torch.autograd.grad(losses.sum(), inputs))
+        # One row of another id is enough.
+        losses = completion_loss(*inputs, temperature=0.1, same=torch.tensor([1, 1, 2, 1, 1, 1]), reduction="none")
+        assert (losses > 0).all()
+
+    def test_gradients_of_both_orders_with_ids(self):
+        inputs = (*pairs(rows=4, width=2, groups=(2,)), torch.tensor(0.7, dtype=torch.float64))
+        inputs[2].requires_grad_()
+        for same in ([1, 2, 1, 3], [1, 1, 1, 1]):
+
+            def function(recovered, complete, temperature, same=same):
+                return completion_loss(recovered, complete, temperature=temperature, same=torch.tensor(same))
+
+            assert torch.autograd.gradcheck(function, inputs)
+            assert torch.autograd.gradgradcheck(function, inputs)
+
     def test_groups_are_averaged(self):
         recovered, complete = pairs(groups=(3,))
         valid = torch.tensor([[True] * 6, [True, True, False, False, True, False], [False] * 6])

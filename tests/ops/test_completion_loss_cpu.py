@@ -69,10 +69,10 @@ def test_nothing_of_n_by_n_on_a_cpu(monkeypatch):
     temperature = torch.tensor(0.1)
     with Largest() as largest:
         losses, _, lse, _, rnorm = completion_loss_cpu.forward(
-            recovered, complete, temperature, None, True, True, 1e-8, 0, n
+            recovered, complete, temperature, None, None, True, True, 1e-8, 0, n
         )
         sides = completion_loss_cpu.backward(
-            recovered, complete, temperature, None, torch.ones_like(lse), lse, rnorm, 1e-8, 0, n, True, True
+            recovered, complete, temperature, None, None, torch.ones_like(lse), lse, rnorm, 1e-8, 0, n, True, True
         )
     assert all(side.isfinite().all() for side in (losses, *sides))
     assert n < largest.elements <= 2**20 < n * n
@@ -99,6 +99,13 @@ X = torch.zeros(4, 3)
         ({"temperature": torch.tensor(1)}, TypeError, r"temperature: got torch\.int64"),
         ({"valid": torch.ones(4)}, TypeError, r"valid: got torch\.float32, expected torch\.bool"),
         ({"valid": torch.ones(3, dtype=torch.bool)}, ValueError, r"valid: got shape \(3,\), expected .* = \(4,\)"),
+        ({"same": torch.zeros(4)}, TypeError, r"same: got torch\.float32, expected torch\.int64"),
+        ({"same": torch.zeros(3, dtype=torch.int64)}, ValueError, r"same: got shape \(3,\), expected \(N,\) = \(4,\)"),
+        (
+            {"same": torch.zeros(4, dtype=torch.int64, device="meta")},
+            ValueError,
+            r"same: got device meta, expected that",
+        ),
         ({"eps": 0.0}, ValueError, r"eps: got 0\.0, expected a positive number"),
         ({"directions": "rows"}, ValueError, r"directions: got 'rows', expected one of both"),
         ({"reduction": "max"}, ValueError, r"reduction: got 'max', expected one of mean"),

@@ -95,6 +95,36 @@ def test_reductions_directions_groups_and_valid_rows(groups, directions, reducti
 
 
 @pytest.mark.parametrize("directions", ["both", "recovered_to_complete"])
+@pytest.mark.parametrize("groups", [(3,)] if interpreted() else [(), (3,)], ids=str)
+def test_pairs_of_one_id_are_no_negatives(groups, directions):
+    # The last row is the only negative of the others, in the second.
+    several = torch.randint(-5, 5, (21,), device=DEVICE)
+    for same in (several, torch.arange(21, device=DEVICE) // 20 + 2**40):
+        options = {"same": same, "directions": directions, "reduction": "none"}
+        options["upstream"] = torch.randn(*groups, 21, device=DEVICE)
+        assert_as_good_as_eager(features((*groups, 21, 12)), **options)
+        valid = torch.rand(*groups, 21, device=DEVICE) > 0.3
+        assert_as_good_as_eager(features((*groups, 21, 12)), valid=valid, **options)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
+def test_a_row_whose_others_are_of_its_id_loses_nothing(temperature):
+    inputs = confident(torch.float32, 40, 16, 0.9)
+    ours = run(completion_loss, inputs, temperature, same=torch.full((40,), -7, device=DEVICE))
+    assert all((x == 0).all() for x in ours)
+    # Ids that differ in their upper halves alone.
+    same = torch.arange(40, device=DEVICE) << 32
+    different, without = (run(completion_loss, inputs, temperature, same=ids) for ids in (same, None))
+    assert all(torch.equal(a, b) for a, b in zip(different, without, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_ids_and_half_precision(dtype):
+    inputs = features((65, 24), dtype)
+    assert_as_good_as_eager(inputs, same=torch.arange(65, device=DEVICE) // 2)
+
+
+@pytest.mark.parametrize("directions", ["both", "recovered_to_complete"])
 @pytest.mark.parametrize("cosine", [0.99, 0.9999])
 def test_confident_positives_are_right(cosine, directions):
     inputs = confident(torch.float32, 40, 48, cosine)
@@ -217,9 +247,10 @@ def small_workspaces():
         yield
 
 
+@pytest.mark.parametrize("with_same", [False, True])
 @pytest.mark.parametrize("both", [True, False])
 @pytest.mark.usefixtures("small_workspaces")
-def test_a_window_has_its_part_of_the_whole(both):
+def test_a_window_has_its_part_of_the_whole(both, with_same):
     """What one rank computes."""
     groups, length, width = 2, 150, 5
     inputs, temperature = features((groups, length, width)), torch.tensor(0.1, device=DEVICE, requires_grad=True)
@@ -227,13 +258,13 @@ def test_a_window_has_its_part_of_the_whole(both):
     recovered, complete, tau = (x.detach() for x in (*inputs, temperature))
     leaves = [x.detach().double().requires_grad_() for x in (*inputs, temperature)]
     directions = "both" if both else "recovered_to_complete"
-    truth = reference.completion_loss(
-        *leaves[:2], temperature=leaves[2], valid=valid, directions=directions, reduction="none"
-    )
+    same = torch.randint(40, (length,), device=DEVICE) if with_same else None
+    options = {"valid": valid, "same": same, "directions": directions, "reduction": "none"}
+    truth = reference.completion_loss(*leaves[:2], temperature=leaves[2], **options)
     gradients = torch.autograd.grad(truth, leaves, upstream.double())
-    _, *saved = torch.ops.sclkern.completion_loss(recovered, complete, tau, valid, both, True, 1e-8, 0, length)
+    _, *saved = torch.ops.sclkern.completion_loss(recovered, complete, tau, valid, same, both, True, 1e-8, 0, length)
     for offset, rows in ((0, length), (30, 70)):
-        window, common = slice(offset, offset + rows), (recovered, complete, tau, valid)
+        window, common = slice(offset, offset + rows), (recovered, complete, tau, valid, same)
         own = torch.ops.sclkern.completion_loss(*common, both, True, 1e-8, offset, rows)
         torch.testing.assert_close(
             own[0].masked_fill(~valid[:, window], 0).double(), truth[:, window], rtol=1e-5, atol=1e-5
@@ -269,12 +300,13 @@ def test_dtypes_are_promoted_and_the_loss_is_float32():
 
 
 @pytest.mark.parametrize("both", [True, False])
-@pytest.mark.parametrize("with_valid", [True, False])
-def test_registration(with_valid, both):
+@pytest.mark.parametrize(("with_valid", "with_same"), [(True, False), (False, False), (False, True)])
+def test_registration(with_valid, with_same, both):
     recovered, complete = features((2, 6, 10))
     temperature = torch.tensor(0.1, device=DEVICE, requires_grad=True)
     valid = torch.tensor([[True] * 5 + [False]] * 2, device=DEVICE) if with_valid else None
-    arguments = (recovered, complete, temperature, valid, both, True, 1e-8, 0, 6)
+    same = torch.tensor([3, 1, 3, 4, 1, 5], device=DEVICE) if with_same else None
+    arguments = (recovered, complete, temperature, valid, same, both, True, 1e-8, 0, 6)
     # Only the losses have a gradient; the statistics beside them are for the backward alone.
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.sclkern.completion_loss, arguments, test_utils=tests)
@@ -283,7 +315,7 @@ def test_registration(with_valid, both):
     losses, *saved = torch.ops.sclkern.completion_loss(*detached)
     torch.library.opcheck(
         torch.ops.sclkern.completion_loss_backward,
-        (torch.ones_like(losses), *detached[:4], *saved, 1e-8, 0, 6, True, both),
+        (torch.ones_like(losses), *detached[:5], *saved, 1e-8, 0, 6, True, both),
     )
 
 
@@ -294,7 +326,16 @@ def test_compiles_whole(dynamic):
     def function(recovered, complete, temperature):
         shape = (1, *recovered.shape)
         losses = torch.ops.sclkern.completion_loss(
-            2 * recovered.view(shape), complete.view(shape), temperature, None, True, True, 1e-8, 0, len(recovered)
+            2 * recovered.view(shape),
+            complete.view(shape),
+            temperature,
+            None,
+            None,
+            True,
+            True,
+            1e-8,
+            0,
+            len(recovered),
         )[0]
         return losses.mean() + 1
 

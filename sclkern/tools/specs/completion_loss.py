@@ -35,12 +35,12 @@ def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None) -> Backward:
     x, y = inputs["recovered"][None], inputs["complete"][None]
     temperature, rows = torch.empty((), device=x.device), x.shape[1]
     forward = kernels("completion_loss").completion_loss_forward
-    losses, positive, lse, _, rnorm = forward(x, y, temperature, None, True, False, 1e-8, 0, rows)
+    losses, positive, lse, _, rnorm = forward(x, y, temperature, None, None, True, False, 1e-8, 0, rows)
 
     def backward() -> None:
         launchers = kernels("completion_loss_backward")
         weight = launchers.completion_loss_anchors(losses, None, positive, lse)
-        launchers.completion_loss_gradient(x, y, temperature, None, *weight, *lse, *rnorm, 1e-8, 0, rows)
+        launchers.completion_loss_gradient(x, y, temperature, None, None, *weight, *lse, *rnorm, 1e-8, 0, rows)
 
     return backward
 
