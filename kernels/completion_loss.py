@@ -320,10 +320,10 @@ def ahead_of_time(arch: str) -> list[dict[str, Any]]:
         entry(completion_loss_norm_kernel, norm, "bf16"),
         entry(completion_loss_merge_kernel, merge, "bf16"),
         entry(completion_loss_merge_kernel, merge, "bf16", lse_ptr=None),
-        entry(completion_loss_statistics_kernel, half, "bf16", same_ptr=None),
-        entry(completion_loss_statistics_kernel, half, "bf16", same_ptr=None, **without_columns),
-        entry(completion_loss_statistics_kernel, single, "fp32", same_ptr=None),
         entry(completion_loss_statistics_kernel, half, "bf16"),
         entry(completion_loss_statistics_kernel, half, "bf16", **without_columns),
         entry(completion_loss_statistics_kernel, single, "fp32"),
+        entry(completion_loss_statistics_kernel, half, "bf16", same=True),
+        entry(completion_loss_statistics_kernel, half, "bf16", same=True, **without_columns),
+        entry(completion_loss_statistics_kernel, single, "fp32", same=True),
     ]

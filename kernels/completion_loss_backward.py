@@ -286,11 +286,11 @@ def ahead_of_time(arch: str) -> list[dict[str, Any]]:
     _, single, _ = select("completion_loss", "backward", torch.float32, arch)
     return [
         entry(completion_loss_anchor_kernel, anchor, "bf16"),
-        entry(completion_loss_weights_kernel, half, "bf16", valid_ptr=None, same_ptr=None, scale_ptr=None),
-        entry(completion_loss_weights_kernel, half, "fp16", same_ptr=None),
-        entry(completion_loss_weights_kernel, single, "fp32", same_ptr=None, scale_ptr=None),
         entry(completion_loss_weights_kernel, half, "bf16", valid_ptr=None, scale_ptr=None),
         entry(completion_loss_weights_kernel, half, "fp16"),
         entry(completion_loss_weights_kernel, single, "fp32", scale_ptr=None),
+        entry(completion_loss_weights_kernel, half, "bf16", same=True, valid_ptr=None, scale_ptr=None),
+        entry(completion_loss_weights_kernel, half, "fp16", same=True),
+        entry(completion_loss_weights_kernel, single, "fp32", same=True, scale_ptr=None),
         entry(completion_loss_finish_kernel, finish, "bf16", scale_ptr=None),
     ]

@@ -61,11 +61,13 @@ _FLOATS = (
 )  # fmt: skip
 
 
-def entry(kernel: Any, config: LaunchConfig, features: str, **constants: Any) -> dict[str, Any]:
-    """What the static checks compile, at the model's width."""
+def entry(kernel: Any, config: LaunchConfig, features: str, same: bool = False, **constants: Any) -> dict[str, Any]:
+    """What the static checks compile, at the model's width, with ids of pairs that are no negatives or without."""
     names = ("recovered_ptr", "complete_ptr", "x_ptr", "y_ptr", "weights_ptr", "grad_x_ptr")
-    signature = {name: "*fp32" for name in _FLOATS} | {"valid_ptr": "*u8", "same_ptr": "*i64", "eps": "fp32"}
+    signature = {name: "*fp32" for name in _FLOATS} | {"valid_ptr": "*u8", "eps": "fp32"}
+    signature |= {"same_ptr": "*i64"} if same else {}
     signature |= {name: f"*{features}" for name in names}
     constants |= {"WIDTH": 768} if "WIDTH" in kernel.arg_names else {}
     signature = {name: kind for name, kind in signature.items() if name not in constants}
-    return static_entry(kernel, config, signature, **constants)
+    found = static_entry(kernel, config, signature, **constants)
+    return found | {"features": f"{features},same"} if same else found

@@ -140,7 +140,8 @@ class SCLModel(SCLNetwork):
             batch: ``image`` (B, 3, S, S) or (B, F, 3, S, S) float; ``text_ids`` (B, L) int64; ``text_mask`` (B, L)
                 bool or 0/1, True or 1 = a token, with padding anywhere; ``false_image``, like ``image``, when
                 ``itm_negatives`` is "dataset"; optionally ``text_tokens``, an int at least the number of tokens in
-                ``text_mask``: the texts are packed into that many tokens (without it into all B * L). Of a part of a
+                ``text_mask``: the texts are packed into that many tokens (without it into all B * L), and ``image_id``
+                (B,) int64, equal where rows show the same picture (without it each shows its own). Of a part of a
                 global batch also ``place`` (B,) int64, of each row in it; with that ``match_labels`` (B,) int64, 1 for
                 the row's own image in ITM and 0 for a false one, ``false_image`` with one row for each label 0, and
                 ``false_place``, int64 for each label 0, whose image is taken where there is no ``false_image``.

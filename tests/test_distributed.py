@@ -20,8 +20,8 @@ from sclkern.ops.dispatch import TRITON_INSTALLED, interpreted
 from sclkern.reference import completion_loss as definition
 
 ROWS, FRAMES, TOKENS, WIDTH = 4, 2, 3, 5
-CASES = [*product(["itc", "mvsc", "mlsc", "mltc"], ["exact", "published"], ["all", "published"])]
-OP_CASES = [*product(["exact", "published"], ["both", "recovered_to_complete"], ["plain", "valid", "groups"])]
+CASES = [*product(["itc", "mvsc", "frames", "mlsc", "mltc"], ["exact", "published"], ["all", "published"])]
+OP_CASES = [*product(["exact", "published"], ["both", "recovered_to_complete"], ["plain", "valid", "groups", "same"])]
 NAMES = ("recovered", "complete", "temperature")
 
 
@@ -34,10 +34,15 @@ def samples(world):
     # A rank without any token: its part of the mean is empty, not wrong.
     valid[:ROWS] = False
     weight = torch.randn(2, WIDTH, WIDTH, generator=generator, dtype=torch.float64)
-    return inputs, valid, weight
+    return inputs, valid, weight, same_images(world)
 
 
-def evaluate(name, gather, negatives, inputs, valid, weight):
+def same_images(world):
+    """Ids (N,) of the images of all ranks, of which some are the same within a rank, and some on several."""
+    return (torch.arange(world * ROWS) % (ROWS + 1)) // 2
+
+
+def evaluate(name, gather, negatives, inputs, valid, weight, same):
     """The loss, and its gradients by the shared map, the temperature and the mapped features."""
     weight = weight.clone().requires_grad_()
     temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
@@ -45,11 +50,13 @@ def evaluate(name, gather, negatives, inputs, valid, weight):
     recovered, complete = features
     options = {"temperature": temperature, "gather": gather}
     if name == "itc":
-        loss = L.image_text_contrast(recovered[:, 0], complete[:, 0], temperature, gather=gather)
-    elif name == "mvsc":
+        loss = L.image_text_contrast(recovered[:, 0], complete[:, 0], temperature, same=same, gather=gather)
+    elif name in ("mvsc", "frames"):
+        options |= {"same": same, "frame_norm": "features" if name == "mvsc" else "published"}
         loss = L.masked_vision_semantic_completion(recovered[:, :FRAMES], complete[:, :FRAMES], **options)
     elif name == "mlsc":
-        loss = L.masked_language_semantic_completion(recovered[:, 0], complete[:, 0], negatives=negatives, **options)
+        options |= {"same": same, "negatives": negatives}
+        loss = L.masked_language_semantic_completion(recovered[:, 0], complete[:, 0], **options)
     else:
         loss = L.masked_local_token_completion(recovered, complete, valid, negatives=negatives, **options)
     gradients = torch.autograd.grad(loss, [weight, temperature, recovered])
@@ -59,11 +66,15 @@ def evaluate(name, gather, negatives, inputs, valid, weight):
 def op_samples(world, kind):
     """Features (N, D) or (G, N, D) of all ranks, which are valid (not as many on each rank), weights of the losses."""
     generator = torch.Generator().manual_seed(10 + world)
-    groups = (2,) * (kind == "groups")
+    groups = (2,) * (kind in ("groups", "same"))
     features = torch.randn(2, *groups, world * ROWS, WIDTH, generator=generator, dtype=torch.float64)
     valid = torch.rand(*groups, world * ROWS, generator=generator) < 0.6
     valid[..., 1:ROWS] = False
     return features, None if kind == "plain" else valid, torch.rand(valid.shape, generator=generator).double()
+
+
+def op_ids(world, kind):
+    return same_images(world) if kind == "same" else None
 
 
 def evaluate_op(function, dtype, features, valid, weights=None, **options):
@@ -81,7 +92,8 @@ def evaluate_ops(rank, world):
         features, valid, weights = op_samples(world, kind)
         own = slice(rank * ROWS, (rank + 1) * ROWS)
         features, valid = features[..., own, :], None if valid is None else valid[..., own]
-        options = {"directions": directions, "gather": mode}
+        same = op_ids(world, kind)
+        options = {"directions": directions, "gather": mode, "same": None if same is None else same[own]}
         results[mode, directions, kind] = evaluate_op(completion_loss, dtype, features, valid, **options)
         results[mode, directions, kind, "none"] = evaluate_op(
             completion_loss, dtype, features, valid, weights, reduction="none", **options
@@ -103,12 +115,13 @@ def mistakes(rank):
         torch.ones(4 if rank == 0 else 3, WIDTH),
         torch.ones(4, WIDTH).to(torch.float32 if rank else torch.float16),
     )
-    valid = torch.ones(4, dtype=torch.bool) if rank == 0 else None
+    valid, same = (torch.ones(4, dtype=torch.bool), torch.ones(4).long()) if rank == 0 else (None, None)
     calls = {
         "rows": lambda: completion_loss(x, x, temperature=0.1),
         "eager rows": lambda: completion_loss(x, x, temperature=0.1, backend="eager"),
         "dtypes": lambda: completion_loss(half, half, temperature=0.1),
         "valid": lambda: completion_loss(torch.ones(4, WIDTH), torch.ones(4, WIDTH), temperature=0.1, valid=valid),
+        "same": lambda: completion_loss(torch.ones(4, WIDTH), torch.ones(4, WIDTH), temperature=0.1, same=same),
         "gather": lambda: gather(x),
     }
     told = {}
@@ -127,9 +140,9 @@ def work(rank, world, directory):
         torch.save({"ops": ops}, directory / f"{rank}.pt")
         dist.destroy_process_group()
         return
-    inputs, valid, weight = samples(world)
+    inputs, valid, weight, same = samples(world)
     own = slice(rank * ROWS, (rank + 1) * ROWS)
-    results = {case: evaluate(*case, inputs[:, own], valid[own], weight) for case in CASES}
+    results = {case: evaluate(*case, inputs[:, own], valid[own], weight, same[own]) for case in CASES}
     results |= {"ops": ops, "mistakes": mistakes(rank)}
     results["integers"] = gather(torch.tensor([rank, 10 + rank]))
     results["bools"] = gather(torch.tensor([rank == 0]))
@@ -186,7 +199,7 @@ def close(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-LOSSES = ["itc", "mvsc", "mlsc", "mltc"]
+LOSSES = ["itc", "mvsc", "frames", "mlsc", "mltc"]
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -221,10 +234,10 @@ def test_published_feature_gradients_are_the_slices_themselves(ranks, name):
 @pytest.mark.parametrize("mode", ["exact", "published"])
 @pytest.mark.parametrize("name", ["mlsc", "mltc"])
 def test_published_negatives_are_those_of_the_rank(ranks, name, mode):
-    inputs, valid, weight = samples(len(ranks))
+    inputs, valid, weight, same = samples(len(ranks))
     for rank, results in enumerate(ranks):
         own = slice(rank * ROWS, (rank + 1) * ROWS)
-        alone = evaluate(name, "exact", "all", inputs[:, own], valid[own], weight)
+        alone = evaluate(name, "exact", "all", inputs[:, own], valid[own], weight, same[own])
         for key, value in alone.items():
             close(results[name, mode, "published"][key], value)
 
@@ -243,9 +256,8 @@ def test_rows_are_stacked_rank_by_rank(ranks):
 def check_op(results, case, none, tolerance):
     world, (mode, directions, kind) = len(results), case
     features, valid, weights = op_samples(world, kind)
-    options = (
-        {"directions": directions, "reduction": "none", "weights": weights} if none else {"directions": directions}
-    )
+    options = {"directions": directions, "same": op_ids(world, kind)}
+    options |= {"reduction": "none", "weights": weights} if none else {}
     big = evaluate_op(definition, torch.float64, features, valid, **options)
     ours = [rank["ops"][(*case, "none") if none else case] for rank in results]
     assert all(torch.equal(rank["loss"], ours[0]["loss"]) for rank in ours)
@@ -285,6 +297,7 @@ def test_a_detached_side_leaves_the_other_as_it_is_across_ranks(ranks):
         ("eager rows", ["features: got rank 0 (4, 5) float32, rank 1 (3, 5) float32"]),
         ("dtypes", ["rank 0 (4, 5) float16", "rank 1 (4, 5) float32"]),
         ("valid", ["rank 0 (4, 5) float32 both valid", "rank 1 (4, 5) float32 both"]),
+        ("same", ["rank 0 (4, 5) float32 both same", "rank 1 (4, 5) float32 both"]),
         ("gather", ["features: got rank 0 (4, 5) float32, rank 1 (3, 5) float32", "expected the same on every rank"]),
     ],
 )

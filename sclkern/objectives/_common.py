@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sclkern.objectives.config import ObjectiveConfig
 
 Directions = Literal["both", "recovered_to_complete", "published"]
 Gather = Literal["exact", "published"] | None
@@ -36,6 +39,19 @@ def op_directions(directions: Directions) -> Literal["both", "recovered_to_compl
         The argument.
     """
     return "recovered_to_complete" if directions == "recovered_to_complete" else "both"
+
+
+def same_images(batch: Mapping[str, Any], options: ObjectiveConfig) -> dict[str, Tensor]:
+    """The feature by which a contrast leaves other pairs of the same image out of its negatives.
+
+    Args:
+        batch: of the step.
+        options: ``same_image``.
+
+    Returns:
+        "same", (B,) int64; empty where such pairs are negatives, or the batch does not say which images are the same.
+    """
+    return {"same": batch["image_id"]} if options.same_image == "ignore" and "image_id" in batch else {}
 
 
 def completed_tokens(length: int, ratio: float) -> int:

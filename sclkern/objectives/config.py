@@ -36,6 +36,9 @@ class ObjectiveConfig:
         mlm_mask: "at_least_one" target in every caption; "published" as the published collator does, perhaps none.
         itm_negatives: source of ITM's negative images: "in_batch", another row's; "hard", another row's, drawn by the
             similarity of ITC; "dataset" (also "published"), ``batch["false_image"]``.
+        same_image: what ITC, MVSC and MLSC do with other pairs of one image, by ``batch["image_id"]``: "ignore" leaves
+            them out of the negatives, "negative" (also "published") does not. ITM never has the same picture as a false
+            one.
         frame_norm: MVSC of clips normalises over "features"; "published" over frames (images always over features).
         itc_temperature: "clamped" to ``itc_temperature_range``; "published" may reach 0.
         empty_selections: loss where nothing is masked: "zero"; "published" is NaN, which MLTC replaces by 0.
@@ -56,6 +59,7 @@ class ObjectiveConfig:
     text_mask: Literal["distinct", "published"] = "distinct"
     mlm_mask: Literal["at_least_one", "published"] = "at_least_one"
     itm_negatives: Literal["in_batch", "hard", "dataset", "published"] = "in_batch"
+    same_image: Literal["ignore", "negative", "published"] = "ignore"
     frame_norm: Literal["features", "published"] = "features"
     itc_temperature: Literal["clamped", "published"] = "clamped"
     empty_selections: Literal["zero", "published"] = "zero"

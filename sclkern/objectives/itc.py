@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from sclkern import ops
 from sclkern.models.config import SCLConfig
-from sclkern.objectives._common import Gather
+from sclkern.objectives._common import Gather, same_images
 from sclkern.objectives.config import ObjectiveConfig
 from sclkern.objectives.inputs import LossInputs
 from sclkern.objectives.objective import LossOutput, Objective
@@ -21,6 +21,7 @@ def image_text_contrast(
     text: Tensor,
     temperature: Tensor,
     *,
+    same: Tensor | None = None,
     group: ProcessGroup | None = None,
     gather: Gather = "exact",
     backend: str = "auto",
@@ -33,6 +34,7 @@ def image_text_contrast(
         image: (B, E).
         text: (B, E); row i belongs to row i of ``image``.
         temperature: 0-d, learnable.
+        same: (B,) int64 ids of images; other pairs of one image are no negatives. None: they are.
         group: process group whose rows are negatives too.
         gather: gradient through the all-gather, see ``ops.completion_loss``.
         backend: of the op.
@@ -40,7 +42,8 @@ def image_text_contrast(
     Returns:
         0-d loss.
     """
-    return ops.completion_loss(image, text, temperature=temperature, group=group, gather=gather, backend=backend)
+    options = {"group": group, "gather": gather, "backend": backend}
+    return ops.completion_loss(image, text, temperature=temperature, same=same, **options)
 
 
 def contrast_temperature(temperature: Tensor, options: ObjectiveConfig) -> Tensor:
@@ -78,12 +81,20 @@ def text_to_image_similarity(inputs: LossInputs) -> Tensor:
 def _features(inputs: LossInputs) -> dict[str, Tensor]:
     text, image = inputs.projections
     temperature = contrast_temperature(inputs.network.temperature, inputs.options)
-    return {"image": image, "text": text, "temperature": temperature}
+    features = {"image": image, "text": text, "temperature": temperature}
+    return features | same_images(inputs.batch, inputs.options)
 
 
 def _contrast(features: Mapping[str, Tensor], options: ObjectiveConfig, backend: str) -> LossOutput:
     temperature = features["temperature"]
-    loss = image_text_contrast(features["image"], features["text"], temperature, gather=options.gather, backend=backend)
+    loss = image_text_contrast(
+        features["image"],
+        features["text"],
+        temperature,
+        same=features.get("same"),
+        gather=options.gather,
+        backend=backend,
+    )
     return LossOutput(loss, {"itc_temperature": temperature.detach()})
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sclkern import ops
-from sclkern.objectives._common import Directions, Gather, Negatives, op_directions
+from sclkern.objectives._common import Directions, Gather, Negatives, op_directions, same_images
 from sclkern.objectives.config import ObjectiveConfig
 from sclkern.objectives.inputs import LossInputs
 from sclkern.objectives.objective import LossOutput, Objective
@@ -21,6 +21,7 @@ def masked_language_semantic_completion(
     *,
     temperature: float = 0.03,
     directions: Directions = "both",
+    same: Tensor | None = None,
     group: ProcessGroup | None = None,
     gather: Gather = "exact",
     negatives: Negatives = "all",
@@ -34,6 +35,7 @@ def masked_language_semantic_completion(
         complete: (B, D), fused CLS of the view with dropped patches; detached here.
         temperature: of the InfoNCE.
         directions: as in ``ObjectiveConfig``.
+        same: (B,) int64 ids of images; other pairs of one image are no negatives. None: they are.
         group: process group whose rows are negatives too.
         gather: gradient through the all-gather, see ``ops.completion_loss``.
         negatives: "published" contrasts within the rank.
@@ -47,6 +49,7 @@ def masked_language_semantic_completion(
         complete.detach(),
         temperature=temperature,
         directions=op_directions(directions),
+        same=same,
         group=group,
         gather=gather if negatives == "all" else None,
         backend=backend,
@@ -54,7 +57,8 @@ def masked_language_semantic_completion(
 
 
 def _features(inputs: LossInputs) -> dict[str, Tensor]:
-    return {"recovered": inputs.text(MASKED_TEXT)[:, 0], "complete": inputs.text(MASKED_IMAGE)[:, 0].detach()}
+    features = {"recovered": inputs.text(MASKED_TEXT)[:, 0], "complete": inputs.text(MASKED_IMAGE)[:, 0].detach()}
+    return features | same_images(inputs.batch, inputs.options)
 
 
 def _contrast(features: Mapping[str, Tensor], options: ObjectiveConfig, backend: str) -> LossOutput:
@@ -63,6 +67,7 @@ def _contrast(features: Mapping[str, Tensor], options: ObjectiveConfig, backend:
         features["complete"],
         temperature=options.temperature,
         directions=options.directions,
+        same=features.get("same"),
         gather=options.gather,
         negatives=options.negatives,
         backend=backend,

@@ -11,7 +11,14 @@ from torch.distributed import ProcessGroup
 
 from sclkern import ops
 from sclkern.distributed import gather as gather_rows
-from sclkern.objectives._common import Directions, Gather, at_least_float32, mean_cross_entropy, op_directions
+from sclkern.objectives._common import (
+    Directions,
+    Gather,
+    at_least_float32,
+    mean_cross_entropy,
+    op_directions,
+    same_images,
+)
 from sclkern.objectives.config import ObjectiveConfig
 from sclkern.objectives.inputs import LossInputs
 from sclkern.objectives.objective import LossOutput, Objective
@@ -25,6 +32,7 @@ def masked_vision_semantic_completion(
     temperature: float = 0.03,
     directions: Directions = "both",
     frame_norm: Literal["features", "published"] = "features",
+    same: Tensor | None = None,
     group: ProcessGroup | None = None,
     gather: Gather = "exact",
     backend: str = "auto",
@@ -38,6 +46,7 @@ def masked_vision_semantic_completion(
         temperature: of the InfoNCE.
         directions: as in ``ObjectiveConfig``.
         frame_norm: "published" normalises over frames instead of features, as compute_scl_video does.
+        same: (B,) int64 ids of images; other pairs of one image are no negatives. None: they are.
         group: process group whose rows are negatives too.
         gather: gradient through the all-gather, see ``ops.completion_loss``.
         backend: of the op.
@@ -52,6 +61,7 @@ def masked_vision_semantic_completion(
             complete.transpose(0, 1),
             temperature=temperature,
             directions=op_directions(directions),
+            same=same,
             group=group,
             gather=gather,
             backend=backend,
@@ -61,7 +71,12 @@ def masked_vision_semantic_completion(
     recovered = recovered / recovered.norm(dim=0, keepdim=True).clamp_min(1e-8)
     complete = complete / complete.norm(dim=0, keepdim=True).clamp_min(1e-8)
     similarity = recovered @ complete.mT / temperature
-    diagonal = torch.arange(similarity.shape[1], device=similarity.device).expand(similarity.shape[:2])
+    own = torch.arange(similarity.shape[1], device=similarity.device)
+    if same is not None:
+        ids = gather_rows(same, group, gather)
+        others = (ids[:, None] == ids) & (own[:, None] != own)
+        similarity = similarity.masked_fill(others, -torch.inf)
+    diagonal = own.expand(similarity.shape[:2])
     loss = mean_cross_entropy(similarity.mT, diagonal)
     if op_directions(directions) == "recovered_to_complete":
         return loss
@@ -69,7 +84,8 @@ def masked_vision_semantic_completion(
 
 
 def _features(inputs: LossInputs) -> dict[str, Tensor]:
-    return {"recovered": inputs.image(MASKED_IMAGE), "complete": inputs.image(MASKED_TEXT).detach()}
+    features = {"recovered": inputs.image(MASKED_IMAGE), "complete": inputs.image(MASKED_TEXT).detach()}
+    return features | same_images(inputs.batch, inputs.options)
 
 
 def _contrast(features: Mapping[str, Tensor], options: ObjectiveConfig, backend: str) -> LossOutput:
@@ -81,6 +97,7 @@ def _contrast(features: Mapping[str, Tensor], options: ObjectiveConfig, backend:
         directions=options.directions,
         # The published code normalises over frames for clips alone: of one frame, every feature would become a sign.
         frame_norm=options.frame_norm if recovered.shape[1] > 1 else "features",
+        same=features.get("same"),
         gather=options.gather,
         backend=backend,
     )

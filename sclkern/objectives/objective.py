@@ -49,10 +49,10 @@ class Objective:
         unimodal_texts: variants whose encoding before fusion it reads.
         weight: factor in the total: a number, or the field of ``ObjectiveConfig`` that holds it.
         heads: the heads of ``SCLConfig`` that it uses.
-        features: what the loss contrasts, from a ``LossInputs``: by name, floating tensors and masks with a row for
-            each sample, and 0-d parameters such as a temperature. With ``contrast`` it lets the loss see every pair of
-            an accumulated batch over all ranks (``sclkern.step.contrastive``); an objective without sees those of its
-            micro-batch over all ranks.
+        features: what the loss contrasts, from a ``LossInputs``: by name, floating tensors, masks and ids with a row
+            for each sample, and 0-d parameters such as a temperature. With ``contrast`` it lets the loss see every pair
+            of an accumulated batch over all ranks (``sclkern.step.contrastive``); an objective without sees those of
+            its micro-batch over all ranks.
         contrast: computes the loss from such features of any number of samples, an ``ObjectiveConfig`` and the backend
             of ops; across ranks it gathers them.
         contrast_tokens: the kinds of tokens of which each is compared with each; () is one row a sample. It bounds how

@@ -46,6 +46,7 @@ def prepare_batch(config: SCLConfig, objectives: ObjectiveConfig, batch: Mapping
     rows = captions.mask.shape[0]
     batch = _without_unread(objectives, batch, brought)
     placed = check_places(batch, rows, captions.mask.device)
+    _check_image_ids(batch, rows, captions.mask.device)
     of_all_rows = images[:1] if placed else images
     if any(batch[name].shape[0] != rows for name in of_all_rows):
         all_rows = {name: batch[name].shape[0] for name in (*of_all_rows, *CAPTIONS)}
@@ -107,16 +108,9 @@ def check_places(batch: Mapping[str, Any], rows: int, device: torch.device) -> b
             if name in batch:
                 raise ValueError(f"{name}: got it without 'place', expected the place of each row in the global batch")
         return False
-    given = {name: batch[name] for name in ("place", *WITH_PLACE) if name in batch}
-    for name, value in given.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
-        if value.dtype != torch.int64:
-            raise TypeError(f"{name}: got {value.dtype}, expected torch.int64; give {name}.long()")
-        if value.ndim != 1 or (name != "false_place" and len(value) != rows):
-            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected (B,) = ({rows},)")
-        if value.device != device:
-            raise ValueError(f"{name}: got device {value.device}, expected that of text_ids, {device}")
+    for name in ("place", *WITH_PLACE):
+        if name in batch:
+            _check_integers(name, batch[name], None if name == "false_place" else rows, device)
     negatives = {name: len(batch[name]) for name in ("false_image", "false_place") if name in batch}
     if negatives and "match_labels" not in batch:
         raise ValueError(
@@ -126,6 +120,23 @@ def check_places(batch: Mapping[str, Any], rows: int, device: torch.device) -> b
     if may_read(batch["place"]):
         _check_place_values(batch, negatives)
     return True
+
+
+def _check_image_ids(batch: Mapping[str, Any], rows: int, device: torch.device) -> None:
+    if "image_id" in batch:
+        _check_integers("image_id", batch["image_id"], rows, device)
+
+
+def _check_integers(name: str, value: Any, rows: int | None, device: torch.device) -> None:
+    """One integer for each row; for any number of rows with None."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor")
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name}: got {value.dtype}, expected torch.int64; give {name}.long()")
+    if value.ndim != 1 or rows not in (None, len(value)):
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected (B,) = ({rows},)")
+    if value.device != device:
+        raise ValueError(f"{name}: got device {value.device}, expected that of text_ids, {device}")
 
 
 def _check_place_values(batch: Mapping[str, Any], negatives: Mapping[str, int]) -> None:

@@ -37,6 +37,7 @@ class StepMasks:
         itm_keys: (B,) int64 random words that choose the negative image in the batch.
         num_negatives: how many labels are 0.
         false_rows: (B,) int64, the row of the batch whose image each row is matched with, where the batch says so.
+        image_id: (B,) int64, equal where rows show the same picture, where the batch says so.
         place: (B,) int64, of each row in the global batch, where the batch says so.
         seed: of the step, from which modules with dropout derive theirs; read only with ``place``.
     """
@@ -52,6 +53,7 @@ class StepMasks:
     itm_keys: Tensor | None = None
     num_negatives: int = 0
     false_rows: Tensor | None = None
+    image_id: Tensor | None = None
     place: Tensor | None = None
     seed: int | Tensor | None = None
 
@@ -199,7 +201,7 @@ def draw_prepared(
     rows, device = ids.shape[0], ids.device
     needed, capacity = needed_masks(objectives), token_capacity(config, objectives, ids.shape[1])
     place = batch.get("place")
-    masks = StepMasks(place=place, seed=seed)
+    masks = StepMasks(image_id=batch.get("image_id"), place=place, seed=seed)
     keyed: dict[str, Any] = {"seed": seed, "row_ids": place}
     if "dropped" in needed:
         kept = 1 - objectives.image_mask_ratio
@@ -289,14 +291,16 @@ def selected_positions(selected: Tensor, capacity: int) -> tuple[Tensor, Tensor]
 
 
 def negative_images(masks: StepMasks, similarity: Tensor | None) -> Tensor:
-    """Choose a negative image for each row: another row of the batch.
+    """Choose a negative image for each row: another row of the batch that shows another picture.
 
-    Another row may hold the same image with another of its captions: rare in a batch of a large set, and accepted.
+    A row is followed by the next, and the last by the first. Without ``image_id`` every row is taken to show a picture
+    of its own, and so is a row where all show the same: then its negative image is another row's, whatever it shows.
 
     Args:
-        masks: ``itm_labels`` and ``itm_keys``.
-        similarity: (B, B) text to image, cosine over temperature: the choice has probability softmax over the other
-            rows (the hard negatives of ALBEF, arXiv 2107.07651); None draws uniformly.
+        masks: ``itm_keys``, and ``image_id`` where it is known.
+        similarity: (B, B) text to image, cosine over temperature: the choice has probability softmax over the rows
+            of other pictures (the hard negatives of ALBEF, arXiv 2107.07651); None draws another row uniformly, and
+            takes the next one of another picture from there on.
 
     Returns:
         (B,) int64 rows.
@@ -305,9 +309,18 @@ def negative_images(masks: StepMasks, similarity: Tensor | None) -> Tensor:
     rows = keys.shape[0]
     row = torch.arange(rows, device=keys.device)
     if similarity is None:
-        return (row + 1 + below(keys, rows - 1)) % rows
-    chances = similarity.detach().float().masked_fill(row[:, None] == row, -torch.inf).softmax(-1).cumsum(-1)
-    point = keys.double() * 2.0**-32 * chances[:, -1].double()
-    chosen = torch.searchsorted(chances.double(), point[:, None], right=True)[:, 0].clamp_max(rows - 1)
-    # Rounding can land on the row's own image, whose share is zero.
-    return torch.where(chosen == row, (row + 1) % rows, chosen)
+        chosen = (row + 1 + below(keys, rows - 1)) % rows
+        if masks.image_id is None:
+            return chosen
+    allowed = row[:, None] != row
+    if masks.image_id is not None:
+        different = masks.image_id[:, None] != masks.image_id
+        allowed &= different | ~different.any(1, keepdim=True)
+    if similarity is not None:
+        chances = similarity.detach().float().masked_fill(~allowed, -torch.inf).softmax(-1).cumsum(-1)
+        point = keys.double() * 2.0**-32 * chances[:, -1].double()
+        # Rounding can land on an image that is not allowed, whose share is zero.
+        chosen = torch.searchsorted(chances.double(), point[:, None], right=True)[:, 0].clamp_max(rows - 1)
+    following = (chosen[:, None] + row) % rows
+    first = allowed.gather(1, following).to(torch.uint8).argmax(1, keepdim=True)
+    return following.gather(1, first)[:, 0]

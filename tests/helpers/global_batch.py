@@ -23,7 +23,9 @@ def global_batch(make_batch, negatives, frames=None):
     batch = make_batch(ROWS, lengths=LENGTHS, width=16, frames=frames)
     place = torch.arange(ROWS)
     labels = match_labels(SEED, place)
-    batch |= {"place": place, "match_labels": labels}
+    # Images with several captions, within a micro-batch and across.
+    image_id = torch.tensor([7, 3, 7, 5, 6, 3, 9, 7])
+    batch |= {"place": place, "match_labels": labels, "image_id": image_id}
     if negatives == "in_batch":
         batch["false_place"] = false_places(SEED, place[labels == 0], ROWS)
         batch["false_image"] = batch["image"][batch["false_place"]]
@@ -41,7 +43,7 @@ def part_of(batch, rows):
     false[batch["match_labels"] == 0] = torch.arange(len(batch["false_image"]))
     false = false[rows][false[rows] >= 0]
     width = int(batch["text_mask"][rows].sum(1).max())
-    part = {name: batch[name][rows] for name in ("image", "text_ids", "text_mask", "place", "match_labels")}
+    part = {name: batch[name][rows] for name in ("image", "text_ids", "text_mask", "place", "match_labels", "image_id")}
     part |= {name: part[name][:, :width] for name in ("text_ids", "text_mask")}
     return part | {name: batch[name][false] for name in ("false_image", "false_place") if name in batch}
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sclkern import objectives as L
+from sclkern import ops
 
 TEMPERATURE = 0.3
 
@@ -73,6 +74,48 @@ def test_image_text_contrast_sums_both_directions():
     image, text = features(5, 4)
     loss = L.image_text_contrast(image, text, torch.tensor(0.07, dtype=torch.float64))
     assert_equals(loss, info_nce(image, text, 0.07))
+
+
+def test_other_pairs_of_the_same_image_are_no_negatives():
+    recovered, complete = features(4, 2, 5)
+    same, options = torch.tensor([3, 1, 3, 2]), {"temperature": TEMPERATURE}
+    # The two captions of image 3 never meet: each loss is that of the others, with one of them.
+    parts = [[0, 1, 3], [2, 1, 3]]
+
+    def average(loss):
+        """Of rows 0 and 2, each from its part; of rows 1 and 3, which see all, from the whole."""
+        per_row = [loss(recovered[part], complete[part], reduction="none") for part in parts]
+        whole = loss(recovered, complete, reduction="none")
+        return (per_row[0][..., 0] + per_row[1][..., 0] + whole[..., 1] + whole[..., 3]).mean() / 4
+
+    def of_cls(recovered, complete, **rest):
+        return ops.completion_loss(recovered[:, 0], complete[:, 0], **options, **rest)
+
+    def of_frames(recovered, complete, **rest):
+        return ops.completion_loss(recovered.transpose(0, 1), complete.transpose(0, 1), **options, **rest)
+
+    text = L.masked_language_semantic_completion(recovered[:, 0], complete[:, 0], same=same, **options)
+    assert_equals(text, average(of_cls).item())
+    contrast = L.image_text_contrast(
+        recovered[:, 0], complete[:, 0], torch.tensor(TEMPERATURE, dtype=torch.float64), same=same
+    )
+    assert_equals(contrast, average(of_cls).item())
+    image = L.masked_vision_semantic_completion(recovered, complete, same=same, **options)
+    assert_equals(image, average(of_frames).item())
+
+
+def test_the_published_norm_leaves_the_same_image_out_too():
+    recovered, complete = features(4, 3, 5)
+    options = {"temperature": TEMPERATURE, "frame_norm": "published"}
+    without = L.masked_vision_semantic_completion(recovered, complete, **options)
+    different = L.masked_vision_semantic_completion(recovered, complete, same=torch.arange(4), **options)
+    assert_equals(different, without.item())
+    alone = L.masked_vision_semantic_completion(recovered, complete, same=torch.zeros(4).long(), **options)
+    alone.backward()
+    assert alone.item() == 0 and (recovered.grad == 0).all()
+    # A pair that meets no other pair of its image has the loss of its rows alone.
+    both = L.masked_vision_semantic_completion(recovered, complete, same=torch.tensor([0, 0, 1, 1]), **options)
+    assert 0 < both < without
 
 
 DIRECTIONS = [("both", True), ("published", True), ("recovered_to_complete", False)]

@@ -23,7 +23,8 @@ def test_published_sets_every_option_that_has_it(recipe):
 
 def test_the_options_that_differ_from_the_published_code_are_these():
     assert set(HAS_PUBLISHED) == {
-        "negatives", "gather", "directions", "text_mask", "mlm_mask", "itm_negatives", "frame_norm",
+        "negatives", "gather", "directions", "text_mask", "mlm_mask", "itm_negatives", "same_image",
+            "frame_norm",
         "itc_temperature", "empty_selections",
     }  # fmt: skip
 

@@ -148,7 +148,7 @@ def test_a_batch_that_lacks_something_is_refused_before_anything_is_recorded():
     assert captured.captured == 0
 
 
-def test_places_labels_and_counts_are_copied_into_the_graph():
+def test_places_labels_images_and_counts_are_copied_into_the_graph():
     model = make()
     captured = Emulated(model)
     for start in (0, 4):
@@ -156,6 +156,7 @@ def test_places_labels_and_counts_are_copied_into_the_graph():
         place = torch.arange(start, start + 4)
         batch |= {"place": place, "match_labels": match_labels(start, place)}
         batch["false_place"] = place.flip(0)[batch["match_labels"] == 0]
+        batch["image_id"] = torch.tensor([5, 6, 5, 7]) if start else torch.tensor([6, 6, 5, 5])
         counts = {"mlm": torch.tensor(3.5 + start, dtype=torch.float64)}
         found = captured(batch, 5, counts=counts)
         model.zero_grad()

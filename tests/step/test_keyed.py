@@ -206,6 +206,20 @@ def test_a_contrastive_batch_equals_one_big_batch(make_model, make_batch, recipe
     assert_close(ours, expected)
 
 
+def test_other_pairs_of_the_same_image_are_no_negatives(make_model, make_batch):
+    batch = global_batch(make_batch, "dataset")
+    without = {name: value for name, value in batch.items() if name != "image_id"}
+    losses = {}
+    for same_image in ("ignore", "negative", "published"):
+        model = train(make_model, "glscl", "dataset", same_image=same_image)
+        losses[same_image], losses[same_image, "without"] = (one_batch(model, of)[0] for of in (batch, without))
+    for name, loss in losses["ignore"].items():
+        contrasts = name in ("itc", "mvsc", "mlsc", "total")
+        assert (loss < losses["negative"][name]) if contrasts else torch.equal(loss, losses["negative"][name]), name
+        for other in ("published", ("ignore", "without"), ("published", "without")):
+            assert torch.equal(losses["negative"][name], losses[other][name]), (name, other)
+
+
 def micro_batches(batch, accumulation):
     size = ROWS // accumulation
     return [part_of(batch, range(start, start + size)) for start in range(0, ROWS, size)]

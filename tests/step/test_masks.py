@@ -63,9 +63,10 @@ def test_half_the_pairs_belong_together(tiny, make_batch, rows):
     assert ((share - chance).abs() < bound).all(), (share, chance, bound)
 
 
-def draw_negatives(tiny, rows, draws, similarity=None):
+def draw_negatives(tiny, rows, draws, similarity=None, image_id=None):
     """(draws, rows) indices from keys of different seeds."""
     masks = masks_of(tiny, {"text_ids": torch.zeros(rows, 4).long(), "text_mask": torch.ones(rows, 4)}, 0)
+    masks = dataclasses.replace(masks, image_id=image_id)
     keys = random_words((draws, rows), seed=3, stream=9, device="cpu")[0]
     return torch.stack([negative_images(dataclasses.replace(masks, itm_keys=row), similarity) for row in keys])
 
@@ -105,3 +106,25 @@ def test_a_hard_false_image_is_never_the_own(tiny, rows, scale):
     assert (chosen != torch.arange(rows)).all()
     assert chosen.min() >= 0
     assert chosen.max() < rows
+
+
+@pytest.mark.parametrize("scale", [None, 0.0, 1e4])
+def test_a_false_image_in_the_batch_is_never_of_the_same_picture(tiny, scale):
+    torch.manual_seed(0)
+    image_id = torch.tensor([4, 9, 4, 4, 7, 9])
+    # The same picture is as similar as the own, as it is when the contrast has been learned.
+    same = image_id[:, None] == image_id
+    similarity = None if scale is None else scale * (torch.randn(6, 6) + 5 * same)
+    chosen = draw_negatives(tiny, 6, 300, similarity, image_id)
+    assert (image_id[chosen] != image_id).all()
+    if not scale:
+        assert all(set(chosen[:, i].tolist()) == set((~same[i]).nonzero()[:, 0].tolist()) for i in range(6))
+    # Without ids that are equal, the same rows as without ids.
+    different = draw_negatives(tiny, 6, 300, similarity, torch.arange(6))
+    assert torch.equal(different, draw_negatives(tiny, 6, 300, similarity))
+
+
+@pytest.mark.parametrize("similarity", [None, torch.eye(3)])
+def test_a_batch_of_one_picture_takes_another_row(tiny, similarity):
+    chosen = draw_negatives(tiny, 3, 200, similarity, torch.tensor([5, 5, 5]))
+    assert all(set(chosen[:, i].tolist()) == {0, 1, 2} - {i} for i in range(3))

@@ -56,6 +56,22 @@ def test_places_of_another_type(tiny, batch):
             check_step(tiny.config, IN_BATCH, batch | {"place": value})
 
 
+@pytest.mark.parametrize(
+    ("image_id", "error", "message"),
+    [
+        ([3, 3, 1, 2], TypeError, "image_id: got list, expected a tensor"),
+        (torch.zeros(4), TypeError, "image_id: got torch.float32, expected torch.int64; give image_id.long()"),
+        (torch.zeros(3).long(), ValueError, r"image_id: got shape \(3,\), expected \(B,\) = \(4,\)"),
+        (torch.zeros(4, device="meta").long(), ValueError, "image_id: got device meta, expected that of text_ids, cpu"),
+    ],
+)
+def test_image_ids_that_no_step_takes(tiny, make_batch, image_id, error, message):
+    batch = make_batch(4, dtype=torch.float32)
+    with pytest.raises(error, match=message):
+        check_step(tiny.config, IN_BATCH, batch | {"image_id": image_id})
+    check_step(tiny.config, IN_BATCH, batch | {"image_id": torch.zeros(4).long()})
+
+
 def test_false_images_have_a_row_for_each_label_that_is_0(tiny, batch):
     for objectives in (IN_BATCH, DATASET):
         check_step(tiny.config, objectives, batch | {"false_image": batch["image"][:2]})

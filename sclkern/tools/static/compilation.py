@@ -44,7 +44,7 @@ COLD_KERNELS = (
     "position_gradient_kernel", "select_patches_kernel", "select_tokens_kernel",
 )  # fmt: skip
 MOST_COLD_STACK = 256
-OPTIONAL = ("ids_ptr", "bits_ptr")
+OPTIONAL = ("ids_ptr", "bits_ptr", "same_ptr")
 MODULES = tuple(dict.fromkeys(module for spec in SPECS.values() for module in spec.kernels))
 
 
