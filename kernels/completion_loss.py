@@ -315,7 +315,7 @@ def ahead_of_time(arch: str) -> list[dict[str, Any]]:
     """What the static checks compile for an architecture."""
     norm, half, merge = select("completion_loss", "forward", torch.bfloat16, arch)
     _, single, _ = select("completion_loss", "forward", torch.float32, arch)
-    without_columns = dict.fromkeys(("column_maximum_ptr", "column_total_ptr", "column_spread_ptr"))
+    without_columns: dict[str, Any] = dict.fromkeys(("column_maximum_ptr", "column_total_ptr", "column_spread_ptr"))
     return [
         entry(completion_loss_norm_kernel, norm, "bf16"),
         entry(completion_loss_merge_kernel, merge, "bf16"),

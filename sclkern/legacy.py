@@ -3,6 +3,9 @@
 Configurations (YAML), the ``config.yaml`` of a run's folder and the checkpoints of a run written before version 0.1.0
 name the behaviour of the published code ``"reference"``; it is ``"published"`` now. Every reader of such a file passes
 what it read through ``translate_config`` first.
+
+A run of then had other pairs of the same image among its negatives, and no word for it: a section with all options of
+objectives, but without ``same_image``, is one of a run.
 """
 
 from __future__ import annotations
@@ -39,12 +42,16 @@ def translate_config(values: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         A new mapping with today's values; ``values`` and its sections stay as they are.
     """
-    return {
+    translated = {
         name: _translate_section(section, _PUBLISHED_OPTIONS.get(name, frozenset()))
         if isinstance(section, Mapping)
         else section
         for name, section in values.items()
     }
+    objectives = translated.get("objectives")
+    if isinstance(objectives, dict) and objectives.keys() >= _PUBLISHED_OPTIONS["objectives"]:
+        objectives.setdefault("same_image", "published")
+    return translated
 
 
 def _translate_section(section: Mapping[str, Any], options: frozenset[str]) -> dict[str, Any]:

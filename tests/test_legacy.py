@@ -24,11 +24,21 @@ OLD = {
 def test_the_old_value_is_translated_where_an_option_had_it():
     translated = translate_config(OLD)
     assert set(translated) == set(OLD)
-    choices = {key: value for key, value in translated["objectives"].items() if OLD["objectives"][key] == "reference"}
+    choices = {
+        key: value for key, value in translated["objectives"].items() if OLD["objectives"].get(key) == "reference"
+    }
     assert len(choices) == 9
     assert set(choices.values()) == {"published"}
     assert translated["objectives"]["itc_temperature_range"] == [0.01, 0.5]
     assert translated["optimizer"] == {"learning_rate": 2e-5, "no_decay": "published"}
+
+
+def test_runs_from_before_had_pairs_of_the_same_image_as_negatives():
+    assert translate_config(OLD)["objectives"]["same_image"] == "published"
+    of_a_user = {"objectives": {"recipe": "glscl", "negatives": "published"}}
+    assert translate_config(of_a_user) == of_a_user
+    given = {"objectives": OLD["objectives"] | {"same_image": "ignore"}}
+    assert translate_config(given)["objectives"]["same_image"] == "ignore"
 
 
 def test_names_that_a_user_chose_stay():

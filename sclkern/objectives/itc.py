@@ -42,8 +42,9 @@ def image_text_contrast(
     Returns:
         0-d loss.
     """
-    options = {"group": group, "gather": gather, "backend": backend}
-    return ops.completion_loss(image, text, temperature=temperature, same=same, **options)
+    return ops.completion_loss(
+        image, text, temperature=temperature, same=same, group=group, gather=gather, backend=backend
+    )
 
 
 def contrast_temperature(temperature: Tensor, options: ObjectiveConfig) -> Tensor:

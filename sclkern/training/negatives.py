@@ -9,6 +9,8 @@ from sclkern.step.contrastive import contrasted_objectives
 from sclkern.step.masks import token_capacity
 from sclkern.training.config import PretrainConfig
 
+# What leaves other pairs of the same image out of its negatives.
+_BY_IMAGE = ("itc", "mvsc", "mlsc")
 _TOKENS = {"replaced": "image tokens", "completion": "text tokens"}
 
 
@@ -21,8 +23,8 @@ def describe_negatives(config: PretrainConfig, world_size: int, num_images: int)
         num_images: images to train on.
 
     Returns:
-        Such as "ITC 31, MVSC 31, MLSC 31, ITM one of the 63 other images of a step"; empty for a recipe without
-        negatives.
+        Such as "ITC 31, MVSC 31, MLSC 31, ITM one of the 63 other images of a step", and how pairs of the same picture
+        count; empty for a recipe without negatives.
     """
     run, objectives = config.run, config.objectives
     at_once = run.batch_size * world_size
@@ -36,7 +38,10 @@ def describe_negatives(config: PretrainConfig, world_size: int, num_images: int)
         parts.append(f"ITM one of the {run.batch_size - 1} other images of a forward pass, the similar ones more often")
     elif objectives.in_batch_negatives:
         parts.append(f"ITM one of the {at_once * run.accumulation - 1} other images of a step")
-    return ", ".join(parts)
+    less = ["ITM"] if objectives.uses_negative_images else []
+    if objectives.same_image == "ignore":
+        less = [objective.name.upper() for objective in objectives.selected if objective.name in _BY_IMAGE] + less
+    return ", ".join(parts) + (f"; less those of the same picture: {', '.join(less)}" if less else "")
 
 
 def count_negatives(config: PretrainConfig, world_size: int) -> dict[str, int]:

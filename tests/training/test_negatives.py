@@ -9,7 +9,13 @@ from sclkern.training.negatives import describe_negatives
 @pytest.fixture
 def described(arguments):
     def describe(world_size=1, **changes):
-        return describe_negatives(load_config(None, arguments(run__accumulation=2, **changes)), world_size, 100)
+        config = load_config(None, arguments(run__accumulation=2, **changes))
+        numbers, _, less = describe_negatives(config, world_size, 100).partition("; less those of the same picture: ")
+        without = [
+            name for name in ("ITC", "MVSC", "MLSC") if name in numbers and config.objectives.same_image == "ignore"
+        ]
+        assert less.split(", ") == [*without, *["ITM"] * ("ITM" in numbers)] or not (less or numbers)
+        return numbers
 
     return describe
 
@@ -19,6 +25,15 @@ def test_contrasts_are_over_processes_and_matching_over_the_step(described):
     assert described(3) == "ITC 23, MVSC 23, MLSC 23, ITM one of the 47 other images of a step"
     assert described(3, run__contrastive_batch=48).startswith("ITC 47, MVSC 47, MLSC 47, ITM")
     assert described(3, objectives__negatives="published").startswith("ITC 23, MVSC 23, MLSC 7, ITM")
+
+
+def test_the_line_says_how_pairs_of_the_same_picture_count(arguments):
+    def described(**changes):
+        return describe_negatives(load_config(None, arguments(**changes)), 1, 100).partition("; ")[2]
+
+    assert described() == "less those of the same picture: ITC, MVSC, MLSC, ITM"
+    assert described(objectives__same_image="negative") == "less those of the same picture: ITM"
+    assert described(objectives__recipe="[itc]", objectives__same_image="published") == ""
 
 
 def test_hard_negatives_stay_within_a_forward_pass(described):
