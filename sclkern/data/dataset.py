@@ -48,7 +48,8 @@ class PairDataset(Dataset[dict[str, Any]]):
         source: The pairs.
         tokenizer: Tokenizes the captions of a batch.
         transform: Maps a PIL image (RGB) to a tensor (3, S, S), uint8 or normalised float32; random only through
-            torch's default generator.
+            torch's default generator. If it has a method ``reduction``, that of ``ImageTransform``, a large JPEG is
+            decoded at a part of its size.
         max_text_len: Longest row of token ids, special tokens included.
         min_size: Least height and width of an image in pixels: the side of a patch.
         seed: Seed of all random draws, not negative.
@@ -70,6 +71,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         self.source = source
         self.tokenizer = tokenizer
         self.transform = transform
+        self._reduction = getattr(transform, "reduction", None)
         self.max_text_len = max_text_len
         self.min_size = min_size
         self.seed = seed
@@ -105,7 +107,7 @@ class PairDataset(Dataset[dict[str, Any]]):
             if image in undecodable:
                 continue
             try:
-                return position, read_image(self.source, image, self.min_size)
+                return position, read_image(self.source, image, self.min_size, self._reduction)
             except ValueError as error:
                 undecodable[image] = str(error)
                 if len(undecodable) >= _MAX_UNDECODABLE_IN_A_ROW:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -20,6 +21,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ON_ITS_SIDE = 5  # turns from this one on exchange width and height
 _ORIENTATION = 0x0112  # of EXIF
 _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT, _COLOUR_MAP = 262, 258, 339, 320  # of TIFF
 # Formats whose grey of more than 8 bits Pillow scales to 16; a TIFF says its bits itself.
@@ -28,7 +30,10 @@ _SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")
 _ALPHA_MAY_BE_UNUSED = ("BMP", "DIB", "TGA", "ICO", "CUR")
 
 
-def decode_image(data: bytes | memoryview) -> Image.Image:
+Reduction = Callable[[int, int], int]
+
+
+def decode_image(data: bytes | memoryview, reduction: Reduction | None = None) -> Image.Image:
     """Decode an image file to mode RGB.
 
     - The EXIF orientation is applied; a broken EXIF block is overlooked.
@@ -40,6 +45,8 @@ def decode_image(data: bytes | memoryview) -> Image.Image:
 
     Args:
         data: content of a JPEG, PNG, WebP or other file that Pillow reads.
+        reduction: from width and height of the picture as it is shown to 1, 2, 4 or 8, the factor by which it may be
+            reduced; a JPEG in colour or grey is then decoded at that size, whatever else the file is in whole.
 
     Returns:
         The image, mode RGB.
@@ -58,6 +65,8 @@ def decode_image(data: bytes | memoryview) -> Image.Image:
             image = Image.open(io.BytesIO(data))
             # The first frame of an animation may be smaller than the picture.
             frame = image.tile[0][1] if image.format == "GIF" and image.tile else None
+            if reduction is not None and image.format == "JPEG" and image.mode in ("RGB", "L"):
+                _reduce(image, reduction)
             image.load()
             turn = _TURNS.get(_orientation(image))
             rgb = _to_rgb(image, data)
@@ -66,6 +75,14 @@ def decode_image(data: bytes | memoryview) -> Image.Image:
             return rgb if turn is None else rgb.transpose(turn)
     except Exception as error:  # Pillow's plug-ins raise errors of every kind on broken files
         raise ValueError(UNDECODABLE + _reason(error, data)) from error
+
+
+def _reduce(jpeg: Image.Image, reduction: Reduction) -> None:
+    """Have a JPEG decoded at a part of its size: the decoder leaves out the frequencies that the result cannot show."""
+    width, height = jpeg.size
+    factor = reduction(height, width) if _orientation(jpeg) >= _ON_ITS_SIDE else reduction(width, height)
+    if factor > 1:
+        jpeg.draft(jpeg.mode, (width // factor, height // factor))
 
 
 def _orientation(image: Image.Image) -> int:

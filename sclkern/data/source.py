@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from sclkern.data.files import DataFolder, expand_names
+from sclkern.data.packed import PackedTexts
 from sclkern.data.roots import resolve_root
 from sclkern.errors import UserError
 
@@ -41,6 +42,9 @@ class PairSource(Protocol):
 
     A source may have ``image_ids``, (num_images,) int64, not negative: images of equal ids are the same picture, and no
     negatives of one another. Without them every image is a picture of its own. See ``image_ids``.
+
+    A source may have ``image_bytes(image)``, the encoded file of an image. The loader then decodes it itself, a large
+    JPEG at a part of its size (see ``decode_image``); ``image`` must be ``decode_image`` of it.
 
     Attributes:
         num_images: number of images.
@@ -173,20 +177,20 @@ def image_ids(source: PairSource, images: ArrayLike | None = None) -> np.ndarray
     return indices if ids is None else np.asarray(ids[indices], dtype=np.int64)
 
 
-def index_captions(captions: Sequence[Sequence[str]]) -> tuple[list[str], np.ndarray, np.ndarray]:
+def index_captions(captions: Sequence[Sequence[str]]) -> tuple[PackedTexts, np.ndarray, np.ndarray]:
     """Number the pairs of a source whose captions fit into memory.
 
     Args:
         captions: captions of each image; equal captions of one image count once.
 
     Returns:
-        Captions of the pairs, ``pair_image`` and ``pair_group``.
+        Captions of the pairs, in memory that workers share, ``pair_image`` and ``pair_group``.
     """
     unique = [list(dict.fromkeys(of_image)) for of_image in captions]
     texts = [text for of_image in unique for text in of_image]
     groups = {text: group for group, text in enumerate(dict.fromkeys(texts))}
     pair_image = np.repeat(np.arange(len(unique)), [len(of_image) for of_image in unique])
-    return texts, pair_image, np.array([groups[text] for text in texts], dtype=np.int64)
+    return PackedTexts(texts), pair_image, np.array([groups[text] for text in texts], dtype=np.int64)
 
 
 def detect_format(folder: DataFolder, tables: Sequence[str] = ()) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from PIL import Image
 
-from sclkern.data.images import UNDECODABLE
+from sclkern.data.images import UNDECODABLE, Reduction, decode_image
 from sclkern.data.source import PairSource
 from sclkern.data.text import one_line
 from sclkern.errors import UserError
@@ -20,13 +20,14 @@ def undecodable_limit(num_images: int) -> int:
     return max(1, num_images // 100)
 
 
-def read_image(source: PairSource, image: int, min_size: int) -> Image.Image:
+def read_image(source: PairSource, image: int, min_size: int, reduction: Reduction | None = None) -> Image.Image:
     """An image of a source that a model can take.
 
     Args:
         source: the pairs.
         image: image index.
         min_size: least height and width in pixels: the side of a patch.
+        reduction: of ``decode_image``; without effect where the source has no ``image_bytes``.
 
     Returns:
         The image, mode RGB.
@@ -35,7 +36,8 @@ def read_image(source: PairSource, image: int, min_size: int) -> Image.Image:
         ValueError: The image cannot be used: the source raises an error, or it is too small. The message is the reason.
     """
     try:
-        decoded = source.image(image)
+        encoded = getattr(source, "image_bytes", None) if reduction is not None else None
+        decoded = source.image(image) if encoded is None else decode_image(encoded(image), reduction)
         if decoded.mode != "RGB":
             raise ValueError(f"its mode is {decoded.mode}, expected RGB; a reader decodes with decode_image")
         if min(decoded.size) < min_size:

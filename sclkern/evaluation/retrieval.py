@@ -215,6 +215,7 @@ def _encode_images(
 ) -> tuple[VisionFeatures, np.ndarray]:
     """Tokens of N images and image indices (N,) of those that can be decoded."""
     device = next(model.parameters()).device
+    reduction = getattr(transform, "reduction", None)
     count = min(source.num_images, max_images or source.num_images)
     chosen = np.linspace(0, source.num_images - 1, count).round().astype(int).tolist()
     encoded: dict[int, Tensor] = {}
@@ -225,7 +226,7 @@ def _encode_images(
         for image in chosen[rows]:
             batches.between()
             try:
-                decoded = read_image(source, image, model.config.patch_size)
+                decoded = read_image(source, image, model.config.patch_size, reduction)
             except ValueError as error:
                 left_out[source.image_name(image)] = str(error)
                 continue

@@ -75,7 +75,7 @@ def open_data(config: PretrainConfig, device: torch.device, *, rank: int = 0, wo
     check_tokenizer(config, tokenizer)
     lengths = _caption_lengths(train_source, tokenizer, config.model.max_text_len)
     transform, val_transform = (
-        build_transform(name, config.model.image_size, normalize=data.normalize == "host")
+        build_transform(name, config.model.image_size, normalize=data.normalize == "host", decoding=data.decoding)
         for name in (data.transform, data.val_transform)
     )
     train_buckets = val_buckets = None

@@ -85,6 +85,8 @@ class DataConfig:
         tokenizer: tokenizer directory or name on the Hugging Face hub; "demo" is the shipped one.
         transform: image transform for training: clip, clip_randaug or clip_test.
         val_transform: image transform for validation and retrieval.
+        decoding: "fast" decodes a large JPEG at a part of its size and resizes by torch; "published" decodes in full
+            and resizes by Pillow.
         normalize: "device" moves images as uint8, a quarter of the bytes, and normalises them where the model is;
             "host" normalises them where they are decoded. Both give the same floats, to the bit.
         num_workers: processes that decode images; 0 decodes in the training process.
@@ -99,6 +101,7 @@ class DataConfig:
     tokenizer: str = "demo"
     transform: str = "clip"
     val_transform: str = "clip_test"
+    decoding: Literal["fast", "published"] = "fast"
     normalize: Literal["device", "host"] = "device"
     num_workers: int = 0
 

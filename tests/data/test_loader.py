@@ -240,14 +240,14 @@ def test_undecodable_images_are_skipped_and_named(make: Make) -> None:
 @pytest.mark.parametrize("error", [ValueError("broken"), FileNotFoundError("gone")])
 def test_images_that_a_source_cannot_read_are_skipped(make: Make, error: Exception) -> None:
     dataset = make(images=3)
-    read = dataset.source.image
+    read = dataset.source.image_bytes  # type: ignore[attr-defined]
 
-    def image(index: int) -> Image.Image:
+    def image_bytes(index: int) -> memoryview:
         if index == 1:
             raise error
         return read(index)
 
-    dataset.source.image = image  # type: ignore[method-assign]
+    dataset.source.image_bytes = image_bytes  # type: ignore[attr-defined]
     sample = dataset[SampleIndex(0, 2)]
     assert sample["pair"] == 4 and sample["undecodable"] == {"t.arrow row 1": str(error)}
 

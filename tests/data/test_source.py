@@ -131,6 +131,6 @@ def test_a_name_is_registered_once() -> None:
 
 def test_captions_are_numbered() -> None:
     texts, pair_image, pair_group = index_captions([["a", "b", "a"], ["b"], ["c", "a"]])
-    assert texts == ["a", "b", "b", "c", "a"]
+    assert list(texts) == ["a", "b", "b", "c", "a"]
     assert pair_image.tolist() == [0, 0, 1, 2, 2] and pair_group.tolist() == [0, 1, 1, 2, 0]
     assert pair_image.dtype == pair_group.dtype == np.int64

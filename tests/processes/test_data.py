@@ -43,14 +43,14 @@ def train(run):
 
 def vanished(run, rank):
     """Files that only the second machine has lost."""
-    read = run.data.train_source.image
+    read = run.data.train_source.image_bytes
 
-    def image(number):
+    def image_bytes(number):
         if rank == 1 and number % 3 == 0:
             raise FileNotFoundError("No such file")
         return read(number)
 
-    run.data.train_source.image = image
+    run.data.train_source.image_bytes = image_bytes
     return run
 
 

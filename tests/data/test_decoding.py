@@ -1,0 +1,130 @@
+"""Large JPEGs decoded at a part of their size: which ones, how far, and what it changes."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+from benchmarks.harness.photographs import jpeg, photograph, resample
+from sclkern.data import open_pairs
+from sclkern.data.images import decode_image
+from sclkern.data.sources.arrow import write_pairs
+from sclkern.data.transforms import build_transform
+from sclkern.data.undecodable import read_image
+
+PHOTOGRAPH = photograph(601, 447)
+
+
+def root_mean_square(got: torch.Tensor, expected: np.ndarray) -> float:
+    return float(np.sqrt(np.square(got.permute(1, 2, 0).numpy() - expected).mean()))
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "height", "size", "factor"),
+    [
+        ("clip", 2400, 1800, 224, 2), ("clip", 2400, 1800, 384, 2), ("clip", 640, 480, 224, 1),
+        ("clip", 4000, 3000, 224, 4), ("clip_randaug", 640, 480, 128, 1), ("clip", 4000, 500, 128, 1),
+        ("clip", 4000, 512, 128, 2), ("clip_test", 895, 1000, 224, 1), ("clip_test", 896, 1000, 224, 2),
+        ("clip_test", 9000, 9000, 32, 8),
+    ],
+)  # fmt: skip
+def test_a_picture_is_reduced_as_far_as_its_smallest_crop_allows(
+    name: str, width: int, height: int, size: int, factor: int
+) -> None:
+    assert build_transform(name, size).reduction(width, height) == factor
+    assert build_transform(name, size, decoding="published").reduction(width, height) == 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(2400, 1800), (900, 700), (650, 4000), (1001, 997)])
+def test_every_crop_of_a_reduced_picture_is_twice_as_large_as_the_result(width: int, height: int) -> None:
+    torch.manual_seed(0)
+    factor = build_transform("clip", 128).reduction(width, height)
+    assert factor > 1
+    reduced = torch.empty(1, -(-height // factor), 1).expand(-1, -1, -(-width // factor))
+    for _ in range(500):
+        *_, down, across = RandomResizedCrop.get_params(reduced, [0.8, 1.0], [3 / 4, 4 / 3])
+        assert min(down, across) >= 2 * 128 - 1  # by the rounding of the crop
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_plain_jpeg_is_decoded_at_a_part_of_its_size(mode: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = jpeg(np.asarray(Image.fromarray(PHOTOGRAPH).convert(mode)), exif=exif)
+    asked = []
+
+    def reduction(width: int, height: int) -> int:
+        asked.append((width, height))
+        return 2
+
+    whole, reduced = decode_image(data), decode_image(data, reduction)
+    assert asked == [whole.size] and reduced.mode == "RGB"
+    assert reduced.size == tuple(-(-side // 2) for side in whole.size)
+    assert np.array_equal(np.asarray(decode_image(data, lambda *_: 1)), np.asarray(whole))
+    small = build_transform("clip_test", 64, normalize=False)(reduced)
+    # Its last column covers one pixel of the file more than there is, which stretches the picture a little.
+    assert root_mean_square(small, resample(np.asarray(whole), 64)) < 4
+
+
+def test_all_other_files_are_decoded_in_whole() -> None:
+    image = Image.fromarray(PHOTOGRAPH)
+    others = (image.convert("CMYK"), "JPEG"), (image, "PNG"), (image.convert("P"), "PNG"), (image, "WEBP")
+    for picture, kind in others:
+        buffer = io.BytesIO()
+        picture.save(buffer, kind)
+        whole = np.asarray(decode_image(buffer.getvalue()))
+        assert np.array_equal(np.asarray(decode_image(buffer.getvalue(), lambda *_: 4)), whole), kind
+
+
+def test_a_jpeg_that_ends_early_is_refused_at_any_size() -> None:
+    data = jpeg(PHOTOGRAPH)
+    with pytest.raises(ValueError, match="truncated"):
+        decode_image(data[: len(data) // 2], lambda *_: 2)
+
+
+@pytest.mark.parametrize(("size", "bound"), [(300, 0.6), (100, 1.5), (50, 1.5)])
+def test_the_result_is_near_the_exact_one(size: int, bound: float) -> None:
+    data = jpeg(photograph(600, 448))
+    exact = resample(np.asarray(decode_image(data)), size)
+    transform = build_transform("clip_test", size, normalize=False)
+    assert root_mean_square(transform(decode_image(data, transform.reduction)), exact) < bound
+    published = build_transform("clip_test", size, normalize=False, decoding="published")
+    in_whole = transform(decode_image(data))
+    assert (in_whole.int() - published(decode_image(data)).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", ["clip", "clip_randaug"])
+def test_both_ways_draw_the_same_crop_of_a_picture_in_whole(name: str) -> None:
+    images = []
+    for decoding in ("fast", "published"):
+        torch.manual_seed(5)
+        images.append(build_transform(name, 200, normalize=False, decoding=decoding)(Image.fromarray(PHOTOGRAPH)).int())
+    assert (images[0] - images[1]).abs().max() <= 1
+
+
+def test_a_result_keeps_no_memory_of_the_picture() -> None:
+    same = Image.fromarray(photograph(64, 64))
+    result = build_transform("clip_test", 64, normalize=False)(same)
+    assert result.is_contiguous() and torch.equal(result.permute(1, 2, 0), torch.from_numpy(np.array(same)))
+    result.zero_()
+    assert np.asarray(same).any()
+
+
+def test_how_to_decode_is_one_of_two() -> None:
+    with pytest.raises(ValueError, match="decoding: got 'exact', expected fast or published"):
+        build_transform("clip", 64, decoding="exact")  # type: ignore[arg-type]
+
+
+def test_a_source_with_encoded_images_is_read_at_a_part_of_their_size(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "t.arrow", [{"image": jpeg(PHOTOGRAPH), "caption": ["a portrait"]}])
+    source = open_pairs(tmp_path, ["t"])
+    reduction = build_transform("clip_test", 100).reduction
+    assert read_image(source, 0, 16).size == (601, 447)
+    assert read_image(source, 0, 16, reduction).size == (301, 224)
