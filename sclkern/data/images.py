@@ -107,7 +107,8 @@ def _to_rgb(image: Image.Image, data: bytes | memoryview) -> Image.Image:
         return _key_to_white(image, key, data)
     if image.has_transparency_data:
         return _lay_on_white(image)
-    return image.convert("RGB")
+    # ``convert`` would copy it.
+    return image if image.format == "JPEG" and image.mode == "RGB" else image.convert("RGB")
 
 
 def _check_tiff(image: Image.Image) -> None:

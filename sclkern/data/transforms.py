@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal, NamedTuple
@@ -117,12 +116,10 @@ def _levels(image: Image.Image) -> torch.Tensor:
     """Levels (3, H, W) of an RGB image or, without a copy where its memory is in one piece, (4, H, W) with an unused
     one; not to be written to."""
     try:
-        levels = pa.array(image).flatten().to_numpy().reshape(image.height, image.width, 4)
+        values = torch.from_dlpack(pa.array(image).values)
+        return values.view(image.height, image.width, 4).permute(2, 0, 1)
     except (TypeError, ValueError):  # a Pillow without this exchange of memory, or an image in several pieces
-        levels = np.asarray(image)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*not writable")
-        return torch.from_numpy(levels).permute(2, 0, 1)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def build_transform(name: str, size: int, *, normalize: bool = True, decoding: Decoding = "fast") -> ImageTransform:
