@@ -29,6 +29,8 @@ class SCLConfig:
         image_size: side of the square input in pixels, a multiple of ``patch_size``.
         patch_size: side of a patch in pixels.
         max_frames: rows of the temporal position table; 0 for a model of images alone.
+        image_temporal: temporal position of an image, or a clip of one frame, in a model with ``max_frames``: "first",
+            that of a first frame, as published, or "none".
         vocab_size: rows of the token embedding, and classes of the MLM head.
         max_text_len: longest caption in tokens, ``<s>`` and ``</s>`` included.
         text_positions: rows of the text position table; RoBERTa's positions start at pad_id + 1.
@@ -57,6 +59,7 @@ class SCLConfig:
     image_size: int = 288
     patch_size: int = 16
     max_frames: int = 0
+    image_temporal: Literal["first", "none"] = "first"
     vocab_size: int = 50265
     max_text_len: int = 50
     text_positions: int = 514
@@ -106,6 +109,8 @@ class SCLConfig:
             raise UserError(f"heads: got {sorted(unknown)}, expected some of {', '.join(HEADS)}")
         if self.vision_activation not in ("quick_gelu", "gelu"):
             raise UserError(f"vision_activation: got {self.vision_activation!r}, expected 'quick_gelu' or 'gelu'")
+        if self.image_temporal not in ("first", "none"):
+            raise UserError(f"image_temporal: got {self.image_temporal!r}, expected 'first' or 'none'")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout: got {self.dropout}, expected 0 <= dropout < 1")
 

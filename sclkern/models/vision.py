@@ -54,6 +54,7 @@ class VisionEncoder(nn.Module):
         self.execution = shared = execution or Execution()
         scale = config.width**-0.5
         self.max_frames, self.image_size = config.max_frames, config.image_size
+        self.image_temporal = config.image_temporal
         self.patch_embed = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
         self.cls = nn.Parameter(scale * torch.randn(config.width))
         self.position = nn.Parameter(scale * torch.randn(1 + config.num_patches, config.width))
@@ -133,7 +134,7 @@ class VisionEncoder(nn.Module):
             self.patch_embed.weight,
             self.position,
             self.cls,
-            temporal=self.temporal,
+            temporal=self._temporal_table(frames),
             keep=keep,
             replace=replace,
             mask_token=self.mask_token if replace is not None else None,
@@ -143,6 +144,13 @@ class VisionEncoder(nn.Module):
             backend=self.execution.op_backend,
         )
         return x if fused else self.norm_pre(x), frames
+
+    def _temporal_table(self, frames: int) -> Tensor | None:
+        """Temporal positions from that of the first frame on."""
+        if self.temporal is None or frames > 1 or self.image_temporal == "first":
+            return self.temporal
+        # A row of zeros in front, not None: DDP waits for a gradient of every parameter, which is 0 here.
+        return nn.functional.pad(self.temporal, (0, 0, 1, 0))
 
     def encode(self, x: Tensor, layout: Layout, probabilities: list[Tensor] | None = None) -> Tensor:
         """Run the blocks and the last norm on embedded tokens in any layout.

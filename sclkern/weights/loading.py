@@ -76,9 +76,11 @@ def part_of(name: str) -> str | None:
 def part_changes(source: SCLConfig, target: SCLConfig) -> tuple[set[str], set[str]]:
     """Parts that must be initialised, and parts that may be dropped, to fill one network from another.
 
-    The temporal table is never dropped: its first row is in the features of every image.
+    The temporal table is dropped only where ``image_temporal`` is "none": else its first row is in the features of
+    every image.
     """
-    return parts(target) - parts(source), parts(source) - parts(target) - {"vision.temporal"}
+    kept = {"vision.temporal"} if source.image_temporal == "first" else set()
+    return parts(target) - parts(source), parts(source) - parts(target) - kept
 
 
 def resize_positions(position: Tensor, grid: int) -> Tensor:

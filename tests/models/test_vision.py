@@ -18,6 +18,39 @@ def test_a_clip_of_one_frame_is_an_image(make_model):
     assert torch.equal(model.vision(frames).tokens, model.vision(frames[:, 0]).tokens)
 
 
+def test_images_have_the_temporal_position_of_a_first_frame_or_none(make_model):
+    first, none = make_model(max_frames=3), make_model(max_frames=3, image_temporal="none")
+    image, frames = clip(frames=1), clip()
+    assert torch.equal(none.vision(frames).tokens, first.vision(frames).tokens)
+    assert not torch.equal(none.vision(image).tokens, first.vision(image).tokens)
+    without = make_model(max_frames=0)
+    without.load_state_dict({k: v for k, v in none.state_dict().items() if k != "vision.temporal"})
+    assert torch.equal(none.vision(image).tokens, without.vision(image).tokens)
+
+
+def test_an_image_without_temporal_position_gives_the_table_gradients_of_zero(make_model):
+    model = make_model(max_frames=3, image_temporal="none")
+    with torch.no_grad():
+        model.vision.temporal.fill_(torch.inf)
+    model.vision(clip(frames=1)).tokens.sum().backward()
+    # Not None: among processes, every parameter has a gradient in every step.
+    assert torch.equal(model.vision.temporal.grad, torch.zeros_like(model.vision.temporal))
+    assert all(p.grad.isfinite().all() for p in model.vision.parameters() if p.grad is not None)
+
+
+def test_masks_of_a_clip_are_tubes(make_model):
+    model, frames = make_model(max_frames=3, vision_layers=0), clip()
+    keep = torch.stack([torch.randperm(16)[:5] for _ in range(2)])
+    replace = torch.zeros(2, 16, dtype=torch.bool).scatter_(1, keep, True)
+    whole = model.vision(frames).patches.unflatten(1, (3, 16))
+    kept = model.vision(frames, keep=keep).patches.unflatten(1, (3, 5))
+    replaced = model.vision(frames, replace=replace).patches.unflatten(1, (3, 16))
+    for row in range(2):
+        torch.testing.assert_close(kept[row], whole[row][:, keep[row]])
+        changed = (replaced[row] - whole[row]).abs().amax(-1) > 1e-9
+        assert torch.equal(changed, replace[row].expand(3, -1))
+
+
 def test_a_model_without_temporal_table_reads_images(make_model):
     model = make_model(max_frames=0)
     assert model.vision.temporal is None

@@ -169,6 +169,14 @@ def test_save_and_load(tmp_path: Path, tiny: SCLModel) -> None:
     assert again.load_report.loaded == len(state)
 
 
+def test_a_temporal_table_that_images_do_not_read_may_be_dropped(tmp_path: Path) -> None:
+    video = SCLModel(SCLConfig.preset("tiny").replace(max_frames=2, image_temporal="none")).eval()
+    save_pretrained(video, tmp_path)
+    images, pixels = from_pretrained(tmp_path, max_frames=0), torch.randn(1, 3, 32, 32)
+    assert images.vision.temporal is None
+    assert torch.equal(images.eval().vision(pixels).tokens, video.vision(pixels).tokens)
+
+
 def test_a_directory_of_the_first_version(tmp_path: Path, tiny: SCLModel) -> None:
     """The keys of ``config.json`` before 0.1.0 was finished; they must stay readable."""
     values = {
