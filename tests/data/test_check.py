@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -18,6 +19,7 @@ from defective_data import DEFECTIVE, HOSTILE, defective_records, defective_tars
 from sclkern.cli import main
 from sclkern.data.check import Finding, Report, examine
 from sclkern.data.check.page import page
+from sclkern.data.sources.arrow import write_pairs
 from sclkern.data.text import one_line
 from sclkern.errors import UserError
 
@@ -138,6 +140,31 @@ def test_usage(root: Path, capsys: pytest.CaptureFixture[str], arguments: list[s
         (root / "t.csv").write_text("image,caption\n")
     assert check(root / arguments[0], *arguments[1:]) == 2
     assert part in capsys.readouterr().err
+
+
+def write_columns(path: Path, columns: dict[str, pa.Array]) -> None:
+    table = pa.table(columns)
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+
+
+def test_tables_of_vqa_and_nlvr2_are_read_beside_those_of_captions(root: Path) -> None:
+    write_pairs(root / "captions.arrow", [{"image": picture(0), "caption": ["a cat"]}])
+    write_columns(
+        root / "nlvr2_dev.arrow",
+        {"image_0": pa.array([picture(1)]), "image_1": pa.array([b"x"]), "questions": pa.array([["a", "b"]])},
+    )
+    questions = pa.array([["what"], ["who"]])
+    columns = {"image": pa.array([picture(2), picture(3)]), "questions": questions, "split": pa.array(["val", "test"])}
+    write_columns(root / "vqav2_val.arrow", {**columns, "image_id": pa.array([7, 7])})
+    write_columns(root / "other.arrow", {"image": pa.array([picture(4)])})
+    report = examine(str(root), workers=1)
+    assert (report.images, report.pairs) == (5, 7)
+    assert [(one.kind, one.name) for one in report.defects] == [
+        ("table that cannot be read", "other.arrow"),
+        ("picture that cannot be used", "nlvr2_dev.arrow row 0 image_1"),
+        ("id in two splits", "vqav2_val.arrow row 1"),
+    ]
 
 
 class Page(HTMLParser):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sclkern.data.check.report import Finding
+from sclkern.data.check.tasks import TaskPictures
 from sclkern.data.files import DataFolder, is_url
 from sclkern.data.index import forget_index
 from sclkern.data.indexed import IndexedPairs
@@ -92,16 +93,17 @@ def open_tables(target: str, tables: Sequence[str], split: str | None, format: s
     with _quiet():
         try:
             opened.sources = [read(tables)]
-        except UserError as error:
+        except UserError:
             if (suffixes := _suffixes(format)) is not None:
                 tables = folder.tables(tables, suffixes)
-            if len(tables) == 1:
-                opened.defects.append(Finding(_UNREADABLE, tables[0], str(error)))
-                return opened
             for table in tables:
                 try:
                     opened.sources.append(read([table]))
                 except UserError as own:
+                    if format == "arrow":
+                        with suppress(UserError):  # the other reader's reason is the one that helps
+                            opened.sources.append(TaskPictures(root, [table]))
+                            continue
                     opened.defects.append(Finding(_UNREADABLE, table, str(own)))
     return opened
 

@@ -134,7 +134,7 @@ class ArrowPairs:
         file_rows: list[tuple[int, int]] = []
         for file, path in enumerate(self._paths):
             row = 0
-            for batch in _read_batches(path):
+            for batch in read_batches(path):
                 batches.append(batch)
                 file_rows.append((file, row))
                 row += batch.num_rows
@@ -296,7 +296,18 @@ def _record_batch(path: Path, start: int, rows: list[dict[str, Any]], schema: pa
         ) from error
 
 
-def _read_batches(path: Path) -> list[pa.RecordBatch]:
+def read_batches(path: Path) -> list[pa.RecordBatch]:
+    """Map an arrow file.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        Its record batches, whose columns lie in the mapped file.
+
+    Raises:
+        UserError: the file is no whole arrow IPC file.
+    """
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         return [reader.get_batch(number) for number in range(reader.num_record_batches)]
