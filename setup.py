@@ -61,6 +61,7 @@ setup(
         "numpy",
         "pyarrow",
         "fsspec",
+        "av",
         "pillow>=10.1",
         "pydantic>=2",
         "pyyaml",

@@ -26,7 +26,19 @@ from sclkern.data.files import DataFolder
 from sclkern.data.text import one_line
 from sclkern.errors import UserError
 
-IMAGE_NAMES = ("image", "image_path", "filepath", "file_path", "path", "file_name", "filename", "file", "img")
+IMAGE_NAMES = (
+    "image",
+    "image_path",
+    "filepath",
+    "file_path",
+    "path",
+    "file_name",
+    "filename",
+    "file",
+    "img",
+    "video",
+    "video_path",
+)
 CAPTION_NAMES = ("caption", "captions", "text", "title", "sentence", "sentences")
 _ID_NAMES = ("image_id", "cocoid", "imgid")
 _FORMS = (

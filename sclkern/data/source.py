@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -67,6 +67,24 @@ class PairSource(Protocol):
 
     def image_name(self, image: int) -> str:
         """Where an image comes from, for messages: ``"pairs.arrow row 17"``. Names are unique."""
+
+
+class ClipSource(PairSource, Protocol):
+    """A source of clips, whose images are clips: it has ``frames``, by which it is told from one of images.
+
+    Its ``image`` is the middle frame, for pictures that people look at.
+    """
+
+    def frames(self, image: int, choose: Callable[[int], Sequence[int]]) -> list[Image.Image]:
+        """Frames of a clip, mode RGB, of one size; ``choose`` gives their ascending indices for the number of frames.
+
+        Raises any error where the clip cannot be decoded.
+        """
+
+
+def has_clips(source: PairSource) -> TypeGuard[ClipSource]:
+    """Whether a source is one of clips."""
+    return hasattr(source, "frames")
 
 
 Reader = Callable[[Any, Sequence[str], str | None], PairSource]

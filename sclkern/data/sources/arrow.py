@@ -17,7 +17,6 @@ from PIL import Image
 from sclkern.data.files import DataFolder
 from sclkern.data.images import decode_image
 from sclkern.data.indexed import number_pairs
-from sclkern.data.source import register_source
 from sclkern.data.text import one_line
 from sclkern.data.undecodable import undecodable_limit
 from sclkern.errors import UserError
@@ -31,7 +30,6 @@ _COLUMNS = {
 _REWRITE = "write it again with sclkern.data.sources.arrow.write_pairs"
 
 
-@register_source("arrow", pattern="{table}.arrow")
 class ArrowPairs:
     """Pairs of one image and one of its captions, over one or more memory-mapped arrow files.
 
@@ -65,6 +63,8 @@ class ArrowPairs:
     pair_image: np.ndarray
     pair_group: np.ndarray
     digest: str
+    # The column of what a row shows, and its type; of clips another one.
+    _content = ("image", pa.binary())
 
     def __init__(self, root: Path | str, tables: Sequence[str], split: str | None = None) -> None:
         self.split = split
@@ -84,11 +84,15 @@ class ArrowPairs:
 
     def image_bytes(self, image: int) -> memoryview:
         """Image ``image`` as encoded in the file, a view of the mapped file; raises ``ValueError`` if it is null."""
+        return memoryview(self._value(image).as_buffer())
+
+    def _value(self, image: int) -> Any:
+        """What the file has of an image; raises ``ValueError`` if it is null."""
         batch, row = self._locate(image)
-        value = self._batches[batch].column("image")[row]
+        value = self._batches[batch].column(self._content[0])[row]
         if not value.is_valid:
             raise ValueError("there is no image (null)")
-        return memoryview(value.as_buffer())
+        return value
 
     def image_name(self, image: int) -> str:
         """Where image ``image`` comes from, for messages: ``"pairs.arrow row 17 (noto/1f30e)"``."""
@@ -159,7 +163,7 @@ class ArrowPairs:
         for number, (batch, mask) in enumerate(zip(self._batches, selected, strict=True)):
             captions = batch.column("caption")
             length = pc.list_value_length(captions).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-            without_image.append(mask & _nulls(batch.column("image")))
+            without_image.append(mask & _nulls(batch.column(self._content[0])))
             self._refuse(number, mask & (length == 0), "has no caption")
             lengths.append(length)
             # 32-bit offsets end at 2 GiB of text, which a large collection passes.
@@ -189,12 +193,13 @@ class ArrowPairs:
     def _check_columns(self, number: int) -> None:
         schema = self._batches[number].schema
         file = self._paths[self._batch_file_row[number][0]].name
-        for name in ("image", "caption") if self.split is None else ("image", "caption", "split"):
+        columns = {**_COLUMNS, self._content[0]: self._content[1]}
+        for name in (self._content[0], "caption", *(() if self.split is None else ("split",))):
             field = schema.get_field_index(name)
             problem = f"is of type {schema.field(field).type}" if field >= 0 else "is missing"
-            if field < 0 or not _fits(schema.field(field).type, _COLUMNS[name]):
+            if field < 0 or not _fits(schema.field(field).type, columns[name]):
                 remedy = "select no split (None)" if name == "split" else _REWRITE
-                raise UserError(f"{file}: column '{name}' {problem}, expected {_COLUMNS[name]}; {remedy}")
+                raise UserError(f"{file}: column '{name}' {problem}, expected {columns[name]}; {remedy}")
 
     def _in_split(self, batch: pa.RecordBatch) -> np.ndarray:
         if self.split is None:

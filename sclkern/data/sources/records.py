@@ -19,6 +19,19 @@ from sclkern.errors import UserError
 _SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 
 
+def record_schema(path: str) -> pa.Schema:
+    """Columns of the index of a table.
+
+    Args:
+        path: name of the first one, with the path of each record's file.
+
+    Returns:
+        The columns.
+    """
+    names = (path, "image_id", "split")
+    return pa.schema([*(pa.field(name, pa.large_string()) for name in names), CAPTION])
+
+
 @register_source("records", pattern=[f"{{table}}{suffix}" for suffix in _SUFFIXES], never=("*_stats.json",))
 class RecordPairs(IndexedPairs):
     """Pairs of files that name pictures and captions; ``sclkern.data.record_files`` lists their forms.
@@ -47,68 +60,84 @@ class RecordPairs(IndexedPairs):
 
     image_ids: np.ndarray
     suffixes = _SUFFIXES
-    schema = pa.schema(
-        [
-            pa.field("image", pa.large_string()),
-            pa.field("image_id", pa.large_string()),
-            pa.field("split", pa.large_string()),
-            CAPTION,
-        ]
-    )
+    schema = record_schema("image")
 
     def __init__(
         self, root: Path | str, tables: Sequence[str], split: str | None = None, *, lenient: bool = False
     ) -> None:
         super().__init__(root, tables, split, lenient=lenient)
-        paths = self.column("image")
+        paths = self.column(self.schema.names[0])
         assert paths is not None
         self.image_ids = paths.combine_chunks().dictionary_encode().indices.to_numpy().astype("int64")
 
     def image_bytes(self, image: int) -> bytes:
         """Image ``image`` as its file holds it; raises ``UserError`` if it cannot be read."""
-        return self.folder.read(self._place(image)[1]["image"])
+        return self.folder.read(self.path(image))
+
+    def path(self, image: int) -> str:
+        """Path of image ``image``, relative to the folder."""
+        return str(self._place(image)[1][self.schema.names[0]])
 
     def image_name(self, image: int) -> str:
         """Where image ``image`` comes from, for messages: ``"captions.json: train2014/1.jpg"``."""
         file, row = self._place(image)
-        return f"{file}: {row['image']}{'' if row['split'] is None else ' (' + row['split'] + ')'}"
+        return f"{file}: {row[self.schema.names[0]]}{'' if row['split'] is None else ' (' + row['split'] + ')'}"
 
     @staticmethod
     def build(folder: DataFolder, name: str) -> Index:
         """Index a table."""
-        finder = _Finder(folder, name)
-        rows: dict[tuple[str, str | None], tuple[str, list[str]]] = {}
-        index = Index(pa.table([]), {}, [])
-        for record in read_records(folder, name):
-            try:
-                if record.problem is not None:
-                    raise ValueError(record.problem)
-                path = finder.find(record)
-                captions = [read_caption(caption) for caption in record.captions]
-                if not captions:
-                    raise ValueError("it has no caption")
-            except ValueError as error:
-                if isinstance(error, UserError):
-                    raise
-                index.defects.append((record.place, str(error)))
-                continue
-            known = rows.setdefault((path, record.split), (record.image_id or path, []))[1]
-            known += [caption for caption in captions if caption not in known]
-        columns = [
-            [path for path, _ in rows],
-            [image_id for image_id, _ in rows.values()],
-            [split for _, split in rows],
-            [captions for _, captions in rows.values()],
-        ]
-        arrays = [pa.array(c, field.type) for c, field in zip(columns, RecordPairs.schema, strict=True)]
-        return Index(pa.table(arrays, schema=RecordPairs.schema), {}, index.defects)
+        return index_records(folder, name, RecordPairs.schema)
+
+
+def index_records(folder: DataFolder, name: str, schema: pa.Schema, *, folders: bool = False) -> Index:
+    """Index a table.
+
+    Args:
+        folder: of the data.
+        name: of the table.
+        schema: of ``record_schema``.
+        folders: whether a record may name a folder, such as one of frames.
+
+    Returns:
+        The index.
+
+    Raises:
+        UserError: the table is not of its form.
+    """
+    finder = _Finder(folder, name, folders=folders)
+    rows: dict[tuple[str, str | None], tuple[str, list[str]]] = {}
+    index = Index(pa.table([]), {}, [])
+    for record in read_records(folder, name):
+        try:
+            if record.problem is not None:
+                raise ValueError(record.problem)
+            path = finder.find(record)
+            captions = [read_caption(caption) for caption in record.captions]
+            if not captions:
+                raise ValueError("it has no caption")
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            index.defects.append((record.place, str(error)))
+            continue
+        known = rows.setdefault((path, record.split), (record.image_id or path, []))[1]
+        known += [caption for caption in captions if caption not in known]
+    columns = [
+        [path for path, _ in rows],
+        [image_id for image_id, _ in rows.values()],
+        [split for _, split in rows],
+        [captions for _, captions in rows.values()],
+    ]
+    arrays = [pa.array(c, field.type) for c, field in zip(columns, schema, strict=True)]
+    return Index(pa.table(arrays, schema=schema), {}, index.defects)
 
 
 class _Finder:
     """Finds the pictures of a table; lists each folder once, where asking for each file would take a server's time."""
 
-    def __init__(self, folder: DataFolder, table: str) -> None:
+    def __init__(self, folder: DataFolder, table: str, *, folders: bool = False) -> None:
         self._folder = folder
+        self._take_folders = folders
         self._table = table
         self._listed: dict[str, set[str] | None] = {}
         self._root = None if folder.local_root is None else PurePosixPath(folder.local_root.absolute().as_posix())
@@ -166,7 +195,8 @@ class _Finder:
 
     def _list(self, parent: str) -> set[str] | None:
         try:
-            return self._folder.names_in(parent)
+            folders = self._folder.names_in(parent, folders=True) if self._take_folders else set()
+            return self._folder.names_in(parent) | folders
         except UserError:
             if self._folder.local_root is not None:
                 raise

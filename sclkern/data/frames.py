@@ -1,0 +1,240 @@
+"""Frames of clips: which of them are read, and decoding of video files and folders of frames."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any, BinaryIO, Literal
+
+import av
+import torch
+from av.video.frame import VideoFrame
+from PIL import Image
+
+from sclkern.data.files import DataFolder
+from sclkern.data.images import decode_image
+from sclkern.data.text import one_line
+
+Choose = Callable[[int], Sequence[int]]
+Sampling = Literal["segments", "uniform", "midpoint"]
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_TURNS = {
+    90: Image.Transpose.ROTATE_90,
+    180: Image.Transpose.ROTATE_180,
+    270: Image.Transpose.ROTATE_270,
+}
+# Formats that hold one picture: FFmpeg takes a picture with the name of a clip for a clip of one frame.
+_STILL = ("image2", "png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe")
+
+
+@dataclass(frozen=True)
+class FrameSampling:
+    """Which frames of a clip are read.
+
+    - "segments": one random frame of each of F equal segments (TSN), as the published code trains.
+    - "uniform": equally spaced from the first frame to the last, as the published code tests; LSMDC always.
+    - "midpoint": the middle of each of F equal segments, as Frozen and its successors test.
+
+    A clip of fewer than F frames gives some of them more than once.
+
+    Attributes:
+        num_frames: F.
+        method: one of the three.
+    """
+
+    num_frames: int
+    method: Sampling = "uniform"
+
+    def __call__(self, count: int) -> list[int]:
+        """Choose frames; "segments" draws from torch's default generator.
+
+        Args:
+            count: frames of the clip, at least 1.
+
+        Returns:
+            F indices in ``[0, count)``, ascending.
+        """
+        frames = self.num_frames
+        if self.method == "uniform":
+            # In integers, because numpy's linspace may end a little below a whole number.
+            return [index * (count - 1) // max(frames - 1, 1) for index in range(frames)]
+        starts = [index * count // frames for index in range(frames + 1)]
+        # The last frame of each segment; a segment without a frame takes the one that it begins in.
+        lasts = [max(start, end - 1) for start, end in pairwise(starts)]
+        if self.method == "midpoint":
+            return [(start + last) // 2 for start, last in zip(starts, lasts, strict=False)]
+        return [start + int(torch.randint(last - start + 1, ())) for start, last in zip(starts, lasts, strict=False)]
+
+
+def middle(count: int) -> list[int]:
+    """Choose the middle frame, which stands for a clip where people look at one picture."""
+    return [count // 2]
+
+
+def read_frames(folder: DataFolder, name: str, choose: Choose) -> list[Image.Image]:
+    """Read frames of a clip.
+
+    Args:
+        folder: of the data.
+        name: a video file, or a folder of frames, which may end in "/".
+        choose: gives the indices of the frames that are wanted, ascending, for the number of frames.
+
+    Returns:
+        The frames, mode RGB; one that is wanted twice is there twice.
+
+    Raises:
+        ValueError: the clip is missing, or has no frame that can be decoded.
+    """
+    if name.endswith("/") or folder.is_dir(name):
+        return _of_folder(folder, name.rstrip("/"), choose)
+    with folder.open(name) as file:
+        return decode_video(file, choose)
+
+
+def _of_folder(folder: DataFolder, name: str, choose: Choose) -> list[Image.Image]:
+    names = [file for file in folder.names_in(name) if file.lower().endswith(_PICTURES)]
+    if not names:
+        raise ValueError("the folder has no frame: no JPEG, PNG, WebP or BMP")
+    names.sort(key=_natural)
+    wanted = choose(len(names))
+    decoded = {index: decode_image(folder.read(f"{name}/{names[index]}")) for index in dict.fromkeys(wanted)}
+    return frames_of_one_size([decoded[index] for index in wanted])
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts frame 2 before frame 10."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+
+
+def decode_video(file: BinaryIO, choose: Choose) -> list[Image.Image]:
+    """Decode frames of a video, in the order in which they are shown.
+
+    Packets are counted first, which decodes nothing. Then each frame is decoded from the key frame before it. Where
+    a file does not say when its frames are shown, or says it wrongly, it is decoded from its beginning, with one frame
+    in memory beside the wanted ones. Frames are turned upright; the shape of pixels is not applied, as readers of
+    videos do.
+
+    Args:
+        file: can seek.
+        choose: as in ``read_frames``.
+
+    Returns:
+        The frames, mode RGB.
+
+    Raises:
+        ValueError: there is no video, or no frame that can be decoded.
+    """
+    try:
+        with _opened(file) as (container, stream):
+            times = _times(container, stream)
+        if times is not None:
+            wanted = choose(len(times))
+            with _opened(file) as (container, stream):
+                found = _at(container, stream, [times[index] for index in wanted])
+            if found is not None:
+                return frames_of_one_size([found[times[index]] for index in wanted])
+            return _one_after_another(file, wanted, len(times))
+        with _opened(file) as (container, stream):
+            count = sum(1 for _ in _decoded(container, stream))
+        return _one_after_another(file, choose(count) if count else [], count)
+    except av.FFmpegError as error:
+        reason = one_line(error.strerror or str(error), 200)
+        raise ValueError(f"the video cannot be decoded: {reason}") from error
+
+
+@contextmanager
+def _opened(file: BinaryIO) -> Iterator[tuple[Any, Any]]:
+    file.seek(0)
+    with av.open(file) as container:
+        if not container.streams.video:
+            raise ValueError("the file has no video stream")
+        stream = container.streams.video[0]
+        if container.format.name in _STILL:
+            raise ValueError(f"the file is a picture ({container.format.name}), expected a video")
+        # Workers have a core each; more threads would wait for one another.
+        stream.codec_context.thread_count = 1
+        yield container, stream
+
+
+def _times(container: Any, stream: Any) -> list[int] | None:
+    """When each frame is shown, ascending, from the packets; None where the file does not say it of all."""
+    times: list[int] = []
+    try:
+        for packet in container.demux(stream):
+            if packet.size and not packet.is_discard:
+                if packet.pts is None:
+                    return None
+                times.append(packet.pts)
+    except av.FFmpegError:
+        pass  # cut short: what came before can be used
+    return sorted(times) if times and len(set(times)) == len(times) else None
+
+
+def _decoded(container: Any, stream: Any) -> Iterator[VideoFrame]:
+    """All frames up to the end, or to where the file is broken."""
+    try:
+        yield from container.decode(stream)
+    except (av.FFmpegError, EOFError):
+        return
+
+
+def _at(container: Any, stream: Any, wanted: Sequence[int]) -> dict[int, Image.Image] | None:
+    """Frames by the times at which they are shown; None where one does not come when its packet says."""
+    found: dict[int, Image.Image] = {}
+    frames: Iterator[VideoFrame] = iter(())
+    position: int | None = None
+    # Frames that lie closer than this are reached by decoding on: a key frame comes at most so seldom, as a rule.
+    near = _ticks(stream, Fraction(2))
+    for time in dict.fromkeys(wanted):
+        if position is None or time <= position or time - position > near:
+            container.seek(time, stream=stream, backward=True, any_frame=False)
+            frames = _decoded(container, stream)
+        for frame in frames:
+            position = frame.pts
+            if position is None or position > time:
+                return None
+            if position == time:
+                found[time] = _picture(frame)
+                break
+        else:
+            return None
+    return found
+
+
+def _ticks(stream: Any, seconds: Fraction) -> int:
+    return int(seconds / stream.time_base) if stream.time_base else 0
+
+
+def _one_after_another(file: BinaryIO, wanted: Sequence[int], count: int) -> list[Image.Image]:
+    """Frames by their number, decoded from the first on; the last one stands for those that do not come."""
+    found: dict[int, Image.Image] = {}
+    last: VideoFrame | None = None
+    if wanted:
+        with _opened(file) as (container, stream):
+            for number, last in enumerate(_decoded(container, stream)):
+                if number in wanted:
+                    found[number] = _picture(last)
+                if number >= wanted[-1]:
+                    break
+    if last is None:
+        raise ValueError(f"the video cannot be decoded: none of its {count} frames" if count else "it has no frame")
+    return frames_of_one_size([found[index] if index in found else _picture(last) for index in wanted])
+
+
+def _picture(frame: VideoFrame) -> Image.Image:
+    picture = frame.to_image().convert("RGB")
+    turn = _TURNS.get(round(frame.rotation) % 360)
+    return picture if turn is None else picture.transpose(turn)
+
+
+def frames_of_one_size(frames: list[Image.Image]) -> list[Image.Image]:
+    """Return the frames of a clip; raises ``ValueError`` if they are not of one size."""
+    sizes = {frame.size for frame in frames}
+    if len(sizes) > 1:
+        shown = " and ".join(f"{width} x {height}" for width, height in sorted(sizes)[:2])
+        raise ValueError(f"its frames have several sizes, such as {shown}, expected one")
+    return frames
