@@ -129,7 +129,7 @@ def register_source(name: str, *, pattern: str | Sequence[str], never: Sequence[
         name: value of ``data.format``.
         pattern: glob pattern, or several, relative to the folder, of the files of a table, such as
             ``"{table}.arrow"``. A folder that has such files is taken to be of this format when ``data.format`` is
-            "auto".
+            "auto"; none where only the name of the format selects it.
         never: patterns of names of files that are no data of this format, although they fit.
 
     Returns:
@@ -237,6 +237,7 @@ def detect_format(folder: DataFolder, tables: Sequence[str] = ()) -> str:
     expected = ", ".join(
         f"{' or '.join(pattern.format(table='*') for pattern in known.patterns)} ({name})"
         for name, known in SOURCES.items()
+        if known.patterns
     )
     if not folder.is_dir():
         raise UserError(f"{folder.shown()}: no such folder, expected one with {expected}; correct data.root")

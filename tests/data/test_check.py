@@ -128,7 +128,7 @@ def test_exit_status_and_files(root: Path, tmp_path: Path, capsys: pytest.Captur
     [
         (["missing"], "missing: no such folder"),
         ([""], "no data of a known format"),
-        (["", "--format", "parquet"], "--format: got 'parquet', expected one of auto, arrow"),
+        (["", "--format", "parquet"], "--format: got 'parquet', expected one of auto, "),
         (["", "--format", "tar"], "no file *.tar, expected one or more"),
         (["", "--workers", "0"], "--workers: got 0, expected 1 or more"),
         (["t.csv", "--tables", "t"], "expected a folder; leave one of them out"),
