@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Literal
 
 import av
 import torch
+from av.stream import Disposition
 from av.video.frame import VideoFrame
 from PIL import Image
 
@@ -150,9 +151,11 @@ def decode_video(file: BinaryIO, choose: Choose) -> list[Image.Image]:
 def _opened(file: BinaryIO) -> Iterator[tuple[Any, Any]]:
     file.seek(0)
     with av.open(file) as container:
-        if not container.streams.video:
+        # A cover is a stream of one picture, which may come before the video.
+        videos = [one for one in container.streams.video if not one.disposition & Disposition.attached_pic]
+        if not videos:
             raise ValueError("the file has no video stream")
-        stream = container.streams.video[0]
+        stream = videos[0]
         if container.format.name in _STILL:
             raise ValueError(f"the file is a picture ({container.format.name}), expected a video")
         # Workers have a core each; more threads would wait for one another.

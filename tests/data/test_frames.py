@@ -109,6 +109,19 @@ def test_frames_are_upright(tmp_path, angle, matrix):
     np.testing.assert_array_equal(found, expected)
 
 
+def test_the_cover_of_a_sound_is_no_clip(tmp_path):
+    with av.open(str(tmp_path / "cover.mp4"), "w") as container:
+        stream = container.add_stream("mjpeg")
+        stream.width = stream.height = SIDE
+        stream.pix_fmt = "yuvj420p"
+        stream.disposition = av.stream.Disposition.attached_pic
+        frame = av.VideoFrame.from_image(picture(0)).reformat(format="yuvj420p")
+        frame.pts = 0
+        container.mux([*stream.encode(frame), *stream.encode()])
+    with pytest.raises(ValueError, match="no video stream"):
+        read_frames(DataFolder(tmp_path), "cover.mp4", lambda count: [0])
+
+
 def test_folders_of_frames_are_in_the_order_of_their_numbers(tmp_path):
     folder = tmp_path / "clip"
     folder.mkdir()
