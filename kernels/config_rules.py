@@ -172,12 +172,12 @@ class AttentionForward:
     Attributes:
         largest: largest tiles.
         per_warp: elements of scores and operands for each warp, by bytes of an element; more would spill.
-        turned_stages: stages of the loop over keys where keys are the rows of the products, None for Triton's default.
+        turned_warps: where keys are the rows of the products, None for what ``per_warp`` gives.
     """
 
     largest: LargestTiles
     per_warp: Mapping[int, int]
-    turned_stages: int | None = None
+    turned_warps: int | None = None
 
     def __call__(self, itemsize: int, *, queries: int, keys: int, head_dim: int) -> Fields:
         block_queries, block_keys = _tiles(queries, keys, itemsize, head_dim, self.largest)
@@ -188,8 +188,8 @@ class AttentionForward:
             "BLOCK_KEYS": block_keys,
             "TRANSPOSED": int(turned),
             "KEEP_BITS": 0,
-            "num_warps": _warps(block_queries, block_keys, head_dim, itemsize, self.per_warp),
-            **({"num_stages": self.turned_stages} if turned and self.turned_stages else {}),
+            "num_warps": (turned and self.turned_warps)
+            or _warps(block_queries, block_keys, head_dim, itemsize, self.per_warp),
         }
 
 

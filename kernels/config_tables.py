@@ -273,8 +273,8 @@ SM_80: Table = _with(
         ),
     ),
     "predicted: smaller tiles for head_dim 128, and by key for 64, because without wgmma 64 rows spill; with dropout "
-    "ids and Triton 3.6 also 3 stages of 13 queries and 64 keys, and 4 warps by query for head_dim 128",
-    attention_forward=replace(_FORWARD, turned_stages=2),
+    "ids and Triton 3.6 also 4 warps of 13 queries and 64 keys, and of head_dim 128 by query",
+    attention_forward=replace(_FORWARD, turned_warps=8),
     attention_backward_query=replace(
         _BY_QUERY, largest=_SMALLER_QUERY, one_warpgroup={**_BY_QUERY.one_warpgroup, (False, 128): (64,)}
     ),
