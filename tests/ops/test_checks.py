@@ -76,6 +76,7 @@ WRONG = {
     "return_lse": BOOLEAN,
     "return_sum": BOOLEAN,
     "row_ids": [*IDS, (TWO.to("meta"), ValueError, "got (shape|device) ")],
+    "same": IDS,
     "seed": SEED,
     "softmax_scale": NUMBER,
     "temperature": [*NUMBER, (0.0, ValueError, "got 0.0, expected a positive number")],
