@@ -10,7 +10,7 @@ OLDEST := $(VENV)/oldest
 # Version of Triton of `make static`; the budget is recorded with 3.9.
 TRITON ?= 3.9
 
-.PHONY: demo test test-processes quick test-op test-sanitized test-models record-models test-oldest static lint api gpu
+.PHONY: demo test test-processes test-data quick test-op test-sanitized test-models record-models test-oldest static lint api gpu
 
 # Stamped, so that an interrupted installation is done again. PIP_ARGS: further arguments of pip.
 $(VENV)/.installed: setup.py pyproject.toml
@@ -25,11 +25,15 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not gpu and not models" -n $(JOBS) --dist loadfile \
-		--ignore tests/processes
+		--ignore tests/processes --ignore tests/real_data
 
 # Runs of several processes, which take every core already: one test at a time.
 test-processes: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -m "not gpu" tests/processes
+
+# Converters, checks and runs on look-alikes of the published data sets.
+test-data: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -m "not gpu" -n $(JOBS) --dist loadfile tests/real_data
 
 # Tiny models of transformers, timm, open_clip and torch.nn, each fused in every way.
 test-models: $(VENV)/.installed
@@ -43,7 +47,7 @@ record-models: $(VENV)/.installed
 # start other processes or train.
 quick: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -m "not gpu and not slow and not models" -n $(JOBS) --dist loadfile \
-		--ignore tests/processes
+		--ignore tests/processes --ignore tests/real_data
 
 # One op, under a minute: its definition, its kernel in the interpreter, and what holds for every op. make test-op OP=name
 test-op: $(VENV)/.installed

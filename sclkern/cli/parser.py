@@ -10,6 +10,10 @@ from typing import Any, TypeAlias
 
 from sclkern import __version__
 
+# Of ``sclkern.data.convert``, which a test compares.
+SETS = (
+    "coco", "flickr30k", "vg", "sbu", "cc3m", "cc12m", "vqav2", "nlvr2", "msrvtt", "lsmdc", "webvid", "align-bench",
+)  # fmt: skip
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -92,7 +96,7 @@ def _configs(commands: Commands) -> None:
 def _data(commands: Commands) -> None:
     data = commands.add_parser("data", help="convert and check data sets", description="Convert and check data sets.")
     tasks = data.add_subparsers(dest="data", required=True, metavar="TASK")
-    for add in (_data_check,):
+    for add in (_data_convert, _data_check):
         add(tasks)
 
 
@@ -129,6 +133,46 @@ def _data_check(tasks: Commands) -> None:
     command.add_argument("--html", metavar="FILE", help="write a page of samples with their captions to look through")
     command.add_argument("--samples", type=int, default=60, metavar="N", help="pictures on the page (default: 60)")
     command.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+
+
+def _data_convert(tasks: Commands) -> None:
+    command = _add(
+        tasks,
+        "convert",
+        module="data.convert",
+        help="write a published data set as arrow files",
+        description="Read a data set as it is distributed and write arrow files under the published names, with a card "
+        "of what was found, missing, undecodable and dropped. A conversion that was stopped goes on where it was.",
+    )
+    command.add_argument("set", choices=SETS, metavar="SET", help=", ".join(SETS))
+    command.add_argument("source", metavar="SOURCE", help="folder of the set, as docs/data.md shows it")
+    command.add_argument("--output", required=True, metavar="FOLDER", help="folder of the arrow files")
+    command.add_argument(
+        "--resize", type=int, metavar="PIXELS", help="shrink pictures whose short side is longer (JPEG, quality 90)"
+    )
+    command.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    command.add_argument(
+        "--allow-missing", action="store_true", help="convert what is there, however many files are missing"
+    )
+    command.add_argument(
+        "--without-tests-of",
+        metavar="SETS",
+        default="",
+        help="vg: leave out pictures of the test sets of coco and flickr30k (coco,flickr30k)",
+    )
+    command.add_argument(
+        "--answers",
+        choices=("official", "published"),
+        default="official",
+        help="vqav2: look the annotators' answers up normalised, or raw as the published code (default: official)",
+    )
+    command.add_argument(
+        "--rest-val", type=int, default=1000, metavar="N", help="vqav2: pictures of rest_val (default: 1000)"
+    )
+    command.add_argument("--seed", type=int, default=0, help="vqav2: of the draw of rest_val (default: 0)")
+    command.add_argument(
+        "--frames", type=int, metavar="N", help="sets of clips: write N frames of each clip instead of its file's name"
+    )
 
 
 def _convert(commands: Commands) -> None:

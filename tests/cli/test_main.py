@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 # Every command with the arguments that it requires.
 COMMANDS = [
     ["pretrain"], ["plan"], ["configs"], ["convert", "in.ckpt", "out"], ["parity", "golden.safetensors"],
+    ["data", "convert", "coco", "in", "--output", "out"],
     ["bench", "static"], ["bench", "report"], ["bench", "roofline"], ["profile"], ["doctor"],
 ]  # fmt: skip
 
@@ -42,7 +43,7 @@ def test_help_loads_neither_torch_nor_a_command():
     code = f"""
 import sys
 from sclkern.cli import main
-for arguments in {[[], *([*command[: 2 if command[0] == "bench" else 1]] for command in COMMANDS)]}:
+for arguments in {[[], *([*command[: 2 if command[0] in ("bench", "data") else 1]] for command in COMMANDS)]}:
     try:
         main([*arguments, "--help"])
     except SystemExit as stop:

@@ -32,7 +32,11 @@ def record_schema(path: str) -> pa.Schema:
     return pa.schema([*(pa.field(name, pa.large_string()) for name in names), CAPTION])
 
 
-@register_source("records", pattern=[f"{{table}}{suffix}" for suffix in _SUFFIXES], never=("*_stats.json",))
+@register_source(
+    "records",
+    pattern=[f"{{table}}{suffix}" for suffix in _SUFFIXES],
+    never=("*_stats.json", "*.card.json", "*_answers.json"),
+)
 class RecordPairs(IndexedPairs):
     """Pairs of files that name pictures and captions; ``sclkern.data.record_files`` lists their forms.
 
