@@ -24,7 +24,8 @@ def test_no_length_is_compiled_into_a_kernel():
 
     for entry in completion_loss.ahead_of_time("sm_90") + completion_loss_backward.ahead_of_time("sm_90"):
         for parameter in entry["kernel"].params:
-            if not parameter.is_constexpr and parameter.name not in entry["signature"] | entry["constants"]:
+            is_absent = parameter.name.endswith("_ptr")  # a pointer that an entry does not name is None
+            if not (parameter.is_constexpr or is_absent or parameter.name in entry["signature"] | entry["constants"]):
                 assert parameter.do_not_specialize, (entry["kernel"], parameter.name)
 
 
