@@ -21,6 +21,7 @@ from sclkern.tools.bench.report import (
     OURS,
     Record,
     bounded_by_roofline,
+    decoding_rows,
     grouped_phases,
     memory_rows,
     op_rows,
@@ -32,15 +33,15 @@ from sclkern.tools.bench.report import (
 
 def write_plots(rows: list[Record], folder: Path) -> list[Path]:
     """Plot time against size, the share of the roofline, the step's phases, how much faster than separate passes it is,
-    and the memory of the contrastive loss.
+    the pictures a second of a core, and the memory of the contrastive loss.
 
     Args:
         rows: of ``sclkern.tools.bench.records.read``.
         folder: where the files go; it is made.
 
     Returns:
-        The files, named ``<device>-times.png``, ``-roofline.png``, ``-step.png``, ``-step-ratio.png`` and
-        ``-loss-memory.png``. Their comment is the ``digest`` of the records that they show.
+        The files, named ``<device>-times.png``, ``-roofline.png``, ``-step.png``, ``-step-ratio.png``,
+        ``-decoding.png`` and ``-loss-memory.png``. Their comment is the ``digest`` of the records that they show.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -70,7 +71,7 @@ def digest(rows: list[Record]) -> str:
 def _machines(rows: list[Record]) -> dict[str, list[Record]]:
     machines: dict[str, list[Record]] = defaultdict(list)
     for row in rows:
-        if row["case"].startswith(("op/", "step/", "step_ratio/")):
+        if row["case"].startswith(("op/", "step/", "step_ratio/", "decoding/")):
             machines[row["device"]].append(row)
     return machines
 
@@ -186,6 +187,22 @@ def _step_ratio(rows: list[Record]) -> Figure | None:
     return figure
 
 
+def _decoding(rows: list[Record]) -> Figure | None:
+    """A panel a size of pictures: bars of the pictures a second that a core loads, way by way."""
+    cases = decoding_rows(rows)
+    if not cases:
+        return None
+    figure, axes = plt.subplots(len(cases), 1, figsize=(6, 2.4 * len(cases)), layout="constrained", squeeze=False)
+    for axis, row in zip(axes.flat, cases, strict=True):
+        rates = row["pictures_per_second"]
+        bars = axis.barh(list(rates), list(rates.values()))
+        axis.bar_label(bars, fmt=" %.3g", fontsize=8)
+        axis.invert_yaxis()
+        axis.set_title(f"{row['width']} x {row['height']} to {row['pixels']}", fontsize=9)
+    axes[-1, 0].set_xlabel("pictures a second of a core")
+    return figure
+
+
 def _loss_memory(rows: list[Record]) -> Figure | None:
     """Lines: peak memory of the contrastive loss beside its inputs, over N."""
     losses = memory_rows(rows)
@@ -210,5 +227,6 @@ _PLOTS: dict[str, Callable[[list[Record]], Figure | None]] = {
     "roofline": _roofline,
     "step": _step,
     "step-ratio": _step_ratio,
+    "decoding": _decoding,
     "loss-memory": _loss_memory,
 }

@@ -177,6 +177,28 @@ def _ratio_table(rows: list[Record]) -> str:
     return "\n".join(lines)
 
 
+def decoding_rows(rows: list[Record]) -> list[Record]:
+    """The records of pictures a second of a core, by our loader and others."""
+    return sorted((row for row in rows if row["case"].startswith("decoding/")), key=lambda row: row["case"])
+
+
+def _decoding_table(rows: list[Record]) -> str:
+    decoding = decoding_rows(rows)
+    if not decoding:
+        return ""
+    lines = [
+        "| pictures a second of a core | size | sclkern | published way | faster | fastest other | faster |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in decoding:
+        rates, other = row["pictures_per_second"], row["fastest_other"]
+        values = [f"{row['width']} x {row['height']} to {row['pixels']}", three_digits(rates["sclkern"])]
+        values += [three_digits(rates["published"]), f"{row['faster_than_published']:.2f}x"]
+        values += [f"{other} {three_digits(rates[other])}", f"{row['faster_than_other']:.2f}x"]
+        lines.append(f"| {row['case'].removeprefix('decoding/')} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
 def _models_table(rows: list[Record]) -> str:
     models: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
     for row in rows:
@@ -243,6 +265,7 @@ def memory_table(rows: list[Record]) -> str:
 _TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
     "step": ("step/", _step_table),
     "ratio": ("step_ratio/", _ratio_table),
+    "decoding": ("decoding/", _decoding_table),
     "models": ("model/", _models_table),
     "training": ("training/", _training_table),
     "ops": ("op/", op_table),

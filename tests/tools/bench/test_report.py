@@ -89,6 +89,10 @@ def test_the_command_writes_tables_and_plots(tmp_path, capsys):
     records.append("step/base/planned", results=tmp_path / "results", **step)
     ratio = {"rows": 2, "dtype": "float32", "ratio": 2.4, "flops_ratio": 2.18, "quotient": 1.1}
     records.append("step_ratio/base/dataset", results=tmp_path / "results", **ratio)
+    decoding = {"rows": 4, "width": 640, "height": 480, "pixels": 224, "fastest_other": "torchcodec"}
+    decoding |= {"pictures_per_second": {"published": 150, "sclkern": 375.4, "torchcodec": 340}}
+    decoding |= {"faster_than_published": 2.5, "faster_than_other": 1.1}
+    records.append("decoding/coco/224", results=tmp_path / "results", **decoding)
     document = tmp_path / "page.md"
     begin = "<!-- sclkern bench report: begin -->"
     document.write_text(f"before\n{begin}\nold\n{report.END}\nafter\n")
@@ -96,11 +100,12 @@ def test_the_command_writes_tables_and_plots(tmp_path, capsys):
     assert main(["bench", "report", str(tmp_path / "results"), "--output", str(out), "--update", str(document)]) == 0
     printed = capsys.readouterr().out
     assert "base/planned | 2 | float32 | 1.5 s | 1.3 | 2.5 GB |" in printed
+    assert "| coco/224 | 640 x 480 to 224 | 375 | 150 | 2.50x | torchcodec 340 | 1.10x |" in printed
     assert "| base/dataset | 2 | 2.40x | 2.18x | 1.10 |" in printed
     assert document.read_text() == f"before\n{begin}\n{printed.strip()}\n{report.END}\nafter\n"
     device = records.device_name()
     shown = plots.digests(records.read([tmp_path / "results"]))[device]
-    for name in ("times", "roofline", "step", "step-ratio", "loss-memory"):
+    for name in ("times", "roofline", "step", "step-ratio", "decoding", "loss-memory"):
         assert (out / f"{device}-{name}.png").stat().st_size > 5000
         assert f"]({device}-{name}.png)" in (out / "report.md").read_text()
         assert Image.open(out / f"{device}-{name}.png").info["Comment"] == shown
@@ -149,7 +154,7 @@ def test_a_document_chooses_its_tables(tmp_path):
     assert "base/planned" in report.embed(page.format(" step"), rows)
     assert "base/planned" not in report.embed(page.format(" ops memory"), rows)
     with pytest.raises(
-        UserError, match=r"the tables \['speed'\], expected some of step, ratio, models, training, ops, memory"
+        UserError, match=r"\['speed'\], expected some of step, ratio, decoding, models, training, ops, memory"
     ):
         report.embed(page.format(" speed"), rows)
 
