@@ -19,7 +19,8 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _BICUBIC = v2.InterpolationMode.BICUBIC
-# A reduced JPEG is at least this many times as large as the result, on either side. docs/data.md has what it changes.
+# A reduced JPEG is at least this many times as large as the result, on either side; docs/pretraining.md has what it
+# changes.
 _GAP = 2.0
 
 # Least ratio of the sides of a crop, and greatest as its inverse.
