@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import be_rank, run_ranks
 
-import sclkern
 from sclkern import objectives as L
 from sclkern.distributed import gather
 from sclkern.ops import completion_loss
@@ -133,13 +129,10 @@ def mistakes(rank):
     return told
 
 
-def work(rank, world, directory):
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world)
+def work(rank, world, _):
     ops = evaluate_ops(rank, world)
     if interpreted():
-        torch.save({"ops": ops}, directory / f"{rank}.pt")
-        dist.destroy_process_group()
-        return
+        return {"ops": ops}
     inputs, valid, weight, same = samples(world)
     own = slice(rank * ROWS, (rank + 1) * ROWS)
     results = {case: evaluate(*case, inputs[:, own], valid[own], weight, same[own]) for case in CASES}
@@ -150,41 +143,19 @@ def work(rank, world, directory):
     results["strided"] = gather((torch.arange(6.0).view(3, 2) + 100 * rank).T)
     groups = [dist.new_group([member]) for member in range(world)]
     results["alone"] = gather(torch.tensor([float(rank)]), groups[rank])
-    torch.save(results, directory / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def run_ranks(world, directory, **environment):
-    """The results of each rank."""
-    path = os.pathsep.join(filter(None, [str(Path(sclkern.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(world), str(directory)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        for rank, process in enumerate(processes):
-            output, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, f"rank {rank}: {output}"
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(directory / f"{rank}.pt") for rank in range(world)]
+    return results
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=lambda world: f"{world} ranks")
 def ranks(request, tmp_path_factory):
-    return run_ranks(request.param, tmp_path_factory.mktemp("ranks"))
+    return run_ranks(__file__, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
 def interpreted_ranks(tmp_path_factory):
     if not TRITON_INSTALLED:
         pytest.skip("Triton is not installed")
-    return run_ranks(2, tmp_path_factory.mktemp("ranks"), TRITON_INTERPRET="1")
+    return run_ranks(__file__, 2, tmp_path_factory.mktemp("ranks"), TRITON_INTERPRET="1")
 
 
 def mean(ranks, case, name):
@@ -312,4 +283,4 @@ def test_one_process_gathers_nothing():
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    be_rank(work)

@@ -16,6 +16,7 @@ from sclkern.tools import scaling
 from sclkern.tools.ledger import budget as step_budget
 from sclkern.tools.ledger.step import format_ledger, measure
 from sclkern.training.memory import memory_of_run
+from sclkern.training.throughput import first_pass_flops
 
 
 def run(options: argparse.Namespace) -> int:
@@ -46,6 +47,8 @@ def run(options: argparse.Namespace) -> int:
         text = scaling.format_scale
     else:
         memory = memory_of_run(config, **sizes)
+        first_pass = first_pass_flops(config, **sizes, device=device)
+        described["first_pass"] = {"contrastive_batch": config.run.contrastive_batch, "flops": first_pass}
         described["memory"] = {"rows": config.run.batch_size, **asdict(memory), "total": memory.total}
         text = _format
     print(json.dumps(described, indent=1) if options.json else text(described))
@@ -61,7 +64,15 @@ def _numbers(text: str) -> list[int]:
 
 def _format(described: dict[str, Any]) -> str:
     memory = described["memory"]
-    lines = [format_plan(described), "", f"{'a GPU at the peak of training, estimated':50} {'GB':>6}"]
+    lines = [format_plan(described)]
+    first_pass = described["first_pass"]
+    if first_pass["flops"]:
+        share = first_pass["flops"] / described["flops"]
+        lines.append(
+            f"first pass of a contrastive batch of {first_pass['contrastive_batch']} pairs: "
+            f"{first_pass['flops'] / 1e9:.2f} GFLOP more, {share:.0%} of the step"
+        )
+    lines += ["", f"{'a GPU at the peak of training, estimated':50} {'GB':>6}"]
     lines += [f"{name:50} {size / 1e9:6.2f}" for name, size in memory.items() if name != "rows" and size]
     return "\n".join([*lines, f"with micro-batches of {memory['rows']}; beside it the CUDA context, and validation"])
 

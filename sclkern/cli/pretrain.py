@@ -6,15 +6,13 @@ import argparse
 import logging
 import signal
 
-import torch
-
 from sclkern.cli.config_files import load
 from sclkern.errors import Interrupted
 from sclkern.ops.dispatch import TRITON_INSTALLED, interpreted
 from sclkern.tools import warmup
 from sclkern.training.data import caption_widths
 from sclkern.training.loop import Pretraining
-from sclkern.training.memory import memory_of_run
+from sclkern.training.memory import describe_cost
 from sclkern.training.preflight import join_world
 from sclkern.training.signals import StopSignals
 from sclkern.training.world import World
@@ -30,7 +28,9 @@ def run(options: argparse.Namespace) -> int:
         _log_of_rank(world, stop)
         training = Pretraining(config, resume=options.resume, stop=stop, world=world)
         if world.main:
-            log.info(_plan(training))
+            log.info(
+                describe_cost(config, training.throughput, training.data.caption_lengths, training.device, world.size)
+            )
         if world.local_rank == 0:
             _compile(training)
         world.barrier()
@@ -55,25 +55,6 @@ def _log_of_rank(world: World, stop: StopSignals) -> None:
     logging.getLogger("sclkern.data").setLevel(logging.ERROR)
 
 
-def _plan(training: Pretraining) -> str:
-    """Arithmetic of a step and, on a GPU, the memory that it will take, in one line."""
-    config, world = training.config, training.world
-    pairs, flops = config.run.batch_size * config.run.accumulation * world.size, training.throughput.flops
-    text = f"planned: {flops / 1e9:.3g} GFLOP a pair, {pairs * flops / 1e12:.3g} TFLOP a step"
-    if training.device.type != "cuda":
-        return text
-    try:
-        lengths = training.data.caption_lengths
-        mean, longest = round(sum(lengths) / len(lengths)), max(lengths)
-        estimate = memory_of_run(config, world_size=world.size, caption_tokens=mean, padded_tokens=longest)
-        needed = estimate.total
-    except Exception as error:  # an estimate that fails must not stop a run
-        return f"{text}; no estimate of memory ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-    there = torch.cuda.get_device_properties(training.device).total_memory
-    remedy = "" if needed < there else "; set a smaller run.batch_size, or step.checkpoint_blocks=true"
-    return f"{text}, about {needed / 1e9:.3g} of {there / 1e9:.3g} GB of a GPU{remedy}"
-
-
 def _compile(training: Pretraining) -> None:
     """Compile the kernels of the step on every core, which its first call would compile one after another."""
     if training.device.type != "cuda" or not TRITON_INSTALLED or interpreted():
@@ -89,10 +70,10 @@ def _compile(training: Pretraining) -> None:
 
 def _finish(training: Pretraining, stop: StopSignals) -> None:
     with stop.stage("the model is written, then the run stops; --resume writes the report", patience=None):
-        model = training.export()
+        model = training.results.export()
     if not training.all_go_on():
         raise Interrupted(stop.number or signal.SIGTERM)
     with stop.stage("stops; the run is saved, and --resume writes its report", patience=0, anywhere=True):
-        report = training.report()
+        report = training.results.report()
     if training.world.main:
         print(f"model: {model}\nreport: {report}")

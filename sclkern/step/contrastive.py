@@ -18,7 +18,7 @@ place of a row in the global batch, so both passes have the same and nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -77,7 +77,13 @@ def contrasted_objectives(
     return tuple(objective.name for objective in objectives.selected if fits(objective))
 
 
-def contrast_batch(model: ContrastiveModel, batches: Iterable[Mapping[str, Any]], seed: int | Tensor) -> list[Contrast]:
+def contrast_batch(
+    model: ContrastiveModel,
+    batches: Iterable[Mapping[str, Any]],
+    seed: int | Tensor,
+    *,
+    copied: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+) -> list[Contrast]:
     """Compute the contrastive losses of all micro-batches over all ranks, and the gradients of their features.
 
     Every rank must call it, with micro-batches of the same number of rows. Enter autocast around it as around the
@@ -85,9 +91,10 @@ def contrast_batch(model: ContrastiveModel, batches: Iterable[Mapping[str, Any]]
 
     Args:
         model: the ``SCLModel``, not its wrapper.
-        batches: the micro-batches of this rank, each as ``SCLModel.forward`` takes it, with ``place``, on the device of
-            the model.
+        batches: the micro-batches of this rank, each as ``SCLModel.forward`` takes it, with ``place``.
         seed: of the step.
+        copied: copies a micro-batch to the device of the model when it is its turn, so that the device holds one at a
+            time; None: they are there.
 
     Returns:
         For each micro-batch what ``SCLModel.forward`` takes as ``contrast``.
@@ -105,7 +112,9 @@ def contrast_batch(model: ContrastiveModel, batches: Iterable[Mapping[str, Any]]
         # One micro-batch sees its pairs over all ranks in any case.
         return [Contrast({}, {}) for _ in batches]
     with torch.no_grad():
-        features = [model.contrast_features(batch, seed=seed, names=names) for batch in batches]
+        features = [
+            model.contrast_features(copied(batch) if copied else batch, seed=seed, names=names) for batch in batches
+        ]
     selected = [objective for objective in model.objectives.selected if objective.name in names]
     evaluated = {
         objective.name: _evaluate(objective, [part[objective.name] for part in features], model)

@@ -61,11 +61,19 @@ class MemoryEstimate:
         """Bytes of all parts."""
         return sum(asdict(self).values())
 
-    def line(self) -> str:
-        """The estimate in one line, the largest parts first."""
+    def line(self, there: float | None = None) -> str:
+        """The estimate in one line, the largest parts first.
+
+        Args:
+            there: bytes that the device has, which are told too; None tells none.
+
+        Returns:
+            The line.
+        """
         parts = sorted(asdict(self).items(), key=lambda part: -part[1])
         shown = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts if size >= 0.005 * self.total)
-        return f"memory at the peak of a step, estimated: {self.total / 1e9:.2f} GB ({shown})"
+        of = f" of the {there / 1e9:.3g} GB of a GPU" if there else ""
+        return f"memory at the peak of a step, estimated: {self.total / 1e9:.2f} GB{of} ({shown})"
 
 
 def kept_bytes(
@@ -178,9 +186,6 @@ def estimate_memory(
     images = rows * num_frames * 3 * config.image_size**2 * 4
     parts = {**peak, "moments": 2 * peak["weights"], "batch": images * (1.5 if decoded else 1)}
     parts["batch"] += 9 * rows * padded_tokens
-    if contrastive_batch:
-        # Both passes read every micro-batch.
-        parts["batch"] *= accumulation
     whole = peak["weights"]
     # The optimiser's step needs every gradient, and nothing of the forward.
     if whole - parts["gradients"] > parts["activations"] + parts["casts"] + parts["workspaces"]:

@@ -7,6 +7,7 @@ of a link (Thakur et al. 2005; Patarasuk and Yuan 2009). docs/scaling.md states 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ from sclkern.step.masks import token_capacity
 from sclkern.step.memory import parameter_bytes
 from sclkern.step.plan import make_plan
 from sclkern.training.config import PretrainConfig
+from sclkern.training.throughput import first_pass_flops
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
 # What runs meanwhile: the backward of the last micro-batch, all arithmetic of the step, nothing.
@@ -135,7 +137,7 @@ def step_collectives(config: PretrainConfig, world: int, num_frames: int = 1) ->
         The collectives; those of numbers that a log shows are counted in every step.
     """
     run = config.run
-    passes = run.accumulation * (2 if run.contrastive_batch else 1)
+    passes = run.accumulation * (2 if run.contrastive_batch and run.accumulation > 1 else 1)
     weights = parameter_bytes(config.model)
     if run.parallel == "fsdp":
         # What lies outside of blocks stays gathered until the end of the backward.
@@ -218,9 +220,15 @@ class Calculator:
         trained: dict[str, Any] = {**sizes, "device": "cuda", "backend": config.run.backend}
         counter = Counter(config.model, config.objectives, plan, **trained)
         forward = sum(part.flops for part in counter.parts())
-        again = config.step.checkpoint_blocks + bool(config.run.contrastive_batch)
         self.backward_flops = sum(part.backward for part in counter.parts()) + config.step.checkpoint_blocks * forward
-        self.flops = sum(part.total for part in counter.parts()) + again * forward
+        self.flops = sum(part.total for part in counter.parts()) + config.step.checkpoint_blocks * forward
+        self._first_pass = functools.partial(
+            first_pass_flops,
+            caption_tokens=caption_tokens,
+            padded_tokens=padded_tokens,
+            num_frames=num_frames,
+            device="cuda",
+        )
         self.global_batch = config.run.batch_size * config.run.accumulation
 
     def at(self, gpus: int, *, link: float | None = None, pairs: int | None = None) -> Scale:
@@ -247,7 +255,7 @@ class Calculator:
         rows = pairs // accumulation
         of_rank = replace(run, batch_size=rows, accumulation=accumulation)
         config = replace(self.config, run=of_rank)
-        compute = rows * accumulation * self.flops / self.rate
+        compute = rows * accumulation * (self.flops + self._first_pass(config)) / self.rate
         collectives = tuple(step_collectives(config, gpus, self.num_frames))
         hidden, total = 0.0, 0.0
         backward = rows * self.backward_flops / self.rate

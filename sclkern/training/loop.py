@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from sclkern.data.undecodable import UndecodableImages
-from sclkern.errors import Interrupted, UserError, WorkerError
-from sclkern.evaluation.retrieval import RetrievalResult
+from sclkern.errors import Interrupted, UserError
 from sclkern.model import SCLModel
 from sclkern.profiling import phase
 from sclkern.random import mix_seed, step_seed
@@ -33,20 +32,20 @@ from sclkern.training.directory import SavedRun, begin, lock_directory, open_dir
 from sclkern.training.evaluation import RunEvaluation
 from sclkern.training.forecast import Forecast
 from sclkern.training.health import FiniteCheck
-from sclkern.training.logs import RunLog, SilentLog, read_metrics
-from sclkern.training.memory import describe_cost
+from sclkern.training.keeping import Keeper
+from sclkern.training.logs import RunLog, SilentLog
 from sclkern.training.negatives import count_negatives
 from sclkern.training.observing import Processes, learning_rates
 from sclkern.training.optim import build_optimizer, schedule_factor, set_learning_rate
 from sclkern.training.parallel import check_parallel, share_model
 from sclkern.training.passes import Passes
-from sclkern.training.report import RunSummary, write_report
-from sclkern.training.saving import CheckpointWriter
+from sclkern.training.results import Results
 from sclkern.training.setup import initial_model, resolve_device
 from sclkern.training.signals import StopSignals
 from sclkern.training.state import TrainingState
 from sclkern.training.throughput import Throughput, precision_remark
 from sclkern.training.tracking import check_tracker, open_tracker
+from sclkern.training.validation import Validation
 from sclkern.training.watchdog import Watchdog
 from sclkern.training.world import Agreement, World
 
@@ -85,9 +84,6 @@ class Pretraining:
         self._agreed_to_stop = False
         # Of this step; the other processes do not know them yet.
         self._undecodable: dict[str, str] = {}
-        # The last that was read, to be searched when a loss is not finite.
-        self._batch: dict[str, Any] = {}
-        self._updating = False
         self.directory = Path(config.run.output_dir)
         self.device = resolve_device(config.run.device, self.world)
         if config.run.cuda_graphs:
@@ -123,15 +119,12 @@ class Pretraining:
             except UserError as error:
                 raise UserError(f"{saved.path}: {error}; {remedy(saved.path)}") from error
         self.parallel.begin()
-        self.writer = CheckpointWriter(
-            self.directory / "checkpoints",
-            keep=config.run.keep,
-            latest_step=self.state.saved_step,
-            group=self.parallel.writers,
-        )
         self.passes = Passes(self.model, config, self.device, self.parallel)
         self.evaluation = RunEvaluation(config, self.data, self.passes, self.state.undecodable, self.stop)
+        self.results = Results(self.directory, self.data, self.parallel, self.passes, self.evaluation)
         self.finite = FiniteCheck(self.model, self.device, self.world)
+        self.keeper = Keeper(config, self.state, self.data.identity, self.parallel, self.finite, self.stop)
+        self.validation = Validation(config, self.state, self.passes, self.evaluation, self.keeper, self.stop)
         self.clock = StepClock()
         self.processes = Processes(self.device, config.data.num_workers)
         self.forecast = Forecast(config.run, self.directory)
@@ -168,8 +161,6 @@ class Pretraining:
         """Whether no process has received a signal; called by all processes."""
         return not any(self.world.gather(self.stop.requested))
 
-    # -- training ------------------------------------------------------------------------------------------------------
-
     def run(self) -> bool:
         """Train to the end, or to ``stop_at`` or a signal, after which the latest checkpoint is on disk.
 
@@ -185,7 +176,7 @@ class Pretraining:
         """
         run, state = self.config.run, self.state
         last = run.max_steps if run.stop_at is None else min(run.stop_at, run.max_steps)
-        if state.step < last or self._validation_is_due():
+        if state.step < last or self.validation.due:
             with (
                 self.stop,
                 self._open_log() as run_log,
@@ -197,10 +188,8 @@ class Pretraining:
                 run_log.message(self.evaluation.describe() + (f"; from step {state.step}" if state.step else ""))
                 shared = {"parallel": f"{run.parallel} of {self.world.size} processes"} if self.world.size > 1 else {}
                 run_log.describe(state.step, describe_choices(self.config) | shared)
-                if self.world.main:
-                    lengths, flops = self.data.caption_lengths, self.throughput.flops
-                    run_log.message(describe_cost(self.config, flops, lengths, self.device, self.world.size))
-                self._run_saved(batches, run_log, last)
+                with self.keeper.to_the_end():
+                    self._train(batches, run_log, last)
             if self._stopping:
                 if state.saved_step < 0:
                     raise Interrupted(self.stop.number or signal.SIGTERM)
@@ -208,7 +197,7 @@ class Pretraining:
         elif state.step < run.max_steps:
             log.warning("nothing to do: step %d is saved, and run.stop_at is %d; raise it, or set it to null to go on",
                         state.step, run.stop_at)  # fmt: skip
-        return state.step >= run.max_steps and not self._validation_is_due()
+        return state.step >= run.max_steps and not self.validation.due
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -226,47 +215,21 @@ class Pretraining:
             self.stop.checked = watchdog.beat
             yield
 
-    def _run_saved(self, batches: Generator[dict[str, Any]], run_log: RunLog | SilentLog, last: int) -> None:
-        """Train to step ``last``, and save what was trained however that ends."""
-        try:
-            with suppress(Interrupted):
-                self._train(batches, run_log, last)
-            self.writer.wait()
-            if self.state.unsaved:
-                self.save("latest")
-            self.writer.wait()
-        except UserError:
-            self._save_if_possible()
-            raise
-        except Exception as error:
-            self._save_if_possible()
-            # A scheduler may have ended a process that worked for this one, such as a compiler, by the same signal.
-            if not self.stop.requested:
-                if isinstance(error, WorkerError):
-                    remedy = "go on with --resume, with fewer data.num_workers or more memory"
-                    raise WorkerError(f"{error}; {self._kept()}; {remedy}") from error
-                raise
-            log.warning("after the signal: %s: %s", type(error).__name__, str(error).partition("\n")[0])
-
     def _train(self, batches: Generator[dict[str, Any]], run_log: RunLog | SilentLog, last: int) -> None:
         run, state = self.config.run, self.state
-        if self._validation_is_due():  # the run was stopped within it
-            self._validate_saved(run_log)
+        if self.validation.due:  # the run was stopped within it
+            self.validation.run(run_log)
         self.clock.restart()
         while state.step < last and not self._stopping:
-            self.writer.check()
+            self.keeper.writer.check()
             awaited = f"step {state.step + 1} is taken and saved, then the run stops; a second signal leaves it out"
             with self.stop.stage(awaited, patience=1):
                 self.train_step(batches, run_log)
-            if self._validation_is_due() and not self._stopping:
-                self._validate_saved(run_log)
+            if self.validation.due and not self._stopping:
+                self.validation.run(run_log)
                 self.clock.restart()
-            if _due(state.step, run.save_every):
-                self.save("latest")
-
-    def _kept(self) -> str:
-        saved = self.state.saved_step
-        return f"the checkpoint of step {saved} is kept" if saved >= 0 else "no step was saved"
+            if run.save_every and state.step % run.save_every == 0:
+                self.keeper.save("latest")
 
     def batches(self) -> Generator[dict[str, Any]]:
         """Micro-batches of this process from the current step on, epoch after epoch."""
@@ -284,7 +247,7 @@ class Pretraining:
         """
         run, state = self.config.run, self.state
         # Of many processes one decides, and all stop with it.
-        if self.world.main and self.deadline.is_near(self.writer.write_seconds) and not self.stop.requested:
+        if self.world.main and self.deadline.is_near(self.keeper.writer.write_seconds) and not self.stop.requested:
             log.warning("run.stop_before: step %d is the last that fits", state.step + 1)
             self.stop.request()
         self.model.train()
@@ -304,12 +267,11 @@ class Pretraining:
         # Of many processes, all find the same at the same step.
         self.finite.observe(values["grad_norm"], *([values["total"]] if self.world.size == 1 else []))
         if self.device.type == "cpu":
-            self.finite.require(state.step + 1, state.saved_step, values, self._batch)
-        self._updating = True
-        with phase("optimiser"):
-            self.optimizer.step()
-        state.step += 1
-        self._updating = False
+            self.finite.require(state.step + 1, state.saved_step, values)
+        with self.keeper.updating():
+            with phase("optimiser"):
+                self.optimizer.step()
+            state.step += 1
         self.clock.count_step()
         run_log.advance()
         if needed := self.forecast.count_step(state.step, self.optimizer):
@@ -328,10 +290,12 @@ class Pretraining:
         run = self.config.run
         seed = step_seed(run.seed, self.state.step)
         if run.contrastive_batch is not None:
-            yield from self.passes.contrast_all([self._next(batches) for _ in range(run.accumulation)], seed)
+            read = [self._searched(self._next(batches)) for _ in range(run.accumulation)]
+            yield from self.passes.contrast_all(read, seed)
             return
         for micro in range(run.accumulation):
-            yield self.passes.forward_backward(self._next(batches), seed, last=micro == run.accumulation - 1)
+            batch = self._searched(self._next(batches))
+            yield self.passes.forward_backward(batch, seed, last=micro == run.accumulation - 1)
 
     def _next(self, batches: Generator[dict[str, Any]]) -> dict[str, Any]:
         with self.clock.waiting(), phase("data wait"), self.stop.interruptible():
@@ -339,7 +303,12 @@ class Pretraining:
         # Those that all know are not told again: a bad image returns in every epoch, and as the negative of others.
         found = batch.pop("undecodable")
         self._undecodable |= {name: why for name, why in found.items() if name not in self.state.undecodable}
-        self._batch = batch
+        return batch
+
+    def _searched(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch, of which an image that is not finite is remembered by its name."""
+        source = self.data.train_source
+        self.finite.observe_images(self.state.step + 1, batch, lambda pair: source.image_name(source.pair_image[pair]))
         return batch
 
     def _count_undecodable(self) -> None:
@@ -360,141 +329,12 @@ class Pretraining:
         values |= {**learning_rates(self.optimizer), "pairs_per_second": rate, **self.throughput.at(rate, size)}
         values |= {f"{name}_negatives": number for name, number in count_negatives(self.config, size).items()}
         values |= self.processes.compare(told)
-        if self.writer.stall_seconds:
-            values["save_stall_seconds"], self.writer.stall_seconds = self.writer.stall_seconds, 0.0
+        writer = self.keeper.writer
+        if writer.stall_seconds:
+            values["save_stall_seconds"], writer.stall_seconds = writer.stall_seconds, 0.0
         run_log.write("train", self.state.step, values)
         if size > 1:
             run_log.write_ranks(self.state.step, told)
         # The first step, which compiles and opens files, says nothing of the others.
         for line in self.processes.warnings(told, self.clock.steps) if self.state.step > 1 else ():
             run_log.message(line)
-
-    # -- validation ----------------------------------------------------------------------------------------------------
-
-    def _validation_is_due(self) -> bool:
-        """Whether the step that was taken last still needs its validation."""
-        step, run = self.state.step, self.config.run
-        return step > self.state.validated and step > 0 and (step == run.max_steps or _due(step, run.val_every))
-
-    def _validate_saved(self, run_log: RunLog | SilentLog) -> None:
-        """Validate when the steps are saved: it takes long, and the memory of retrieval."""
-        if self.state.unsaved:
-            self.save("latest")
-        step = self.state.step
-        awaited = f"step {step} is saved; the run stops after its validation; a second signal stops without waiting"
-        with self.stop.stage(awaited, patience=1):
-            self.validate(run_log)
-
-    def validate(self, run_log: RunLog | SilentLog) -> None:
-        """Log losses and retrieval on the held-out pairs, and save ``checkpoints/best.pt`` if they are the best so far.
-
-        Recipes without the ITC head cannot retrieve; the lowest total loss is their best.
-
-        Args:
-            run_log: receives the values.
-
-        Raises:
-            UserError: undecodable images above 1 %.
-        """
-        self.model.eval()
-        with self.passes.whole_model():
-            values = self.evaluation.held_out_losses()
-            score, line = -values["total"], ""
-            if self.evaluation.ranks:
-                result = self.evaluation.retrieval()
-                values |= {**result.recalls, "recall_sum": result.sum}
-                score, line = result.sum, f", {result.line()}"
-        run_log.write("val", self.state.step, values)
-        run_log.message(f"step {self.state.step}: held-out loss {values['total']:.2f}{line}")
-        self.state.validated = self.state.step
-        if score > self.state.best:
-            self.state.best = score
-            self.save("best")
-
-    # -- files ---------------------------------------------------------------------------------------------------------
-
-    def save(self, name: str) -> None:
-        """Copy the run, and let ``checkpoints/<name>.pt`` be written while training goes on.
-
-        Args:
-            name: "latest" or "best".
-
-        Raises:
-            UserError: weights that are not finite, or the checkpoint before could not be written.
-        """
-        state = self.state
-        self.finite.require(state.step, state.saved_step)
-        point = state.step, state.validated
-
-        def whole() -> None:
-            if name == "latest":
-                state.saved = point
-
-        with self.stop.stage(f"{name}.pt of step {state.step} is written, then the run stops", patience=None):
-            content = {
-                "config": self.config.to_dict(),
-                "data": self.data.identity,
-                "global_batch": self.world.size * self.config.run.batch_size * self.config.run.accumulation,
-                **state.state_dict(),
-            }
-            if self.world.main or self.parallel.writers is not None:
-                self.writer.save(name, content, whole)
-            else:
-                whole()
-
-    def _save_if_possible(self) -> None:
-        """Save after a failure, which is what will be reported; never weights that are updated by half."""
-        if not self.world.main or self.parallel.writers is not None:
-            return  # rank 0 has the whole, or all would have to write
-        with suppress(UserError):
-            self.writer.wait()
-        # The latest checkpoint is of before the validation whose best model was not written: it will be repeated.
-        if self.state.unsaved and not self._updating and self.writer.failed != "best":
-            with suppress(UserError, RuntimeError):
-                self.save("latest")
-                self.writer.wait()
-
-    def export(self) -> Path:
-        """Write the model and its tokenizer to ``model/`` for ``SCLModel.from_pretrained``; called by all processes."""
-        path = self.directory / "model"
-        with self.parallel.whole_model() as model:
-            if self.world.main:
-                self._export(model, path)
-        self.world.barrier()
-        return path
-
-    def _export(self, model: SCLModel, path: Path) -> None:
-        model.save_pretrained(path)
-        try:
-            self.data.tokenizer.save_pretrained(path)
-        except Exception as error:  # the tokenizers library raises a bare Exception for a full disk
-            raise UserError(f"{path}: the tokenizer cannot be written ({error}); free space, then --resume") from error
-
-    def report(self) -> Path:
-        """Write ``report.md``, ``losses.png`` and ``attention.png`` into the run's folder; called by all processes.
-
-        Returns:
-            The path of the report.
-        """
-        self.model.eval()
-        with self.passes.whole_model():
-            retrieval = self.evaluation.retrievals()
-            if self.world.main:
-                self._report(retrieval)
-        self.world.barrier()
-        return self.directory / "report.md"
-
-    def _report(self, retrieval: dict[str, RetrievalResult]) -> None:
-        summary = RunSummary(
-            description=self.evaluation.describe(),
-            rows=read_metrics(self.directory / "metrics.jsonl"),
-            retrieval=retrieval,
-            rerank=self.evaluation.rerank,
-            attention=self.evaluation.plot_attention(self.directory / "attention.png"),
-            undecodable={name: len(images) for name, images in self.evaluation.undecodable.items()},
-        )
-        write_report(summary, self.directory)
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

@@ -11,6 +11,7 @@ import torch
 
 from sclkern.step.memory import MemoryEstimate, estimate_memory
 from sclkern.training.config import PretrainConfig
+from sclkern.training.throughput import Throughput
 
 # Tokens of a caption, and of the longest of a batch, where the captions are not known: those of COCO.
 CAPTION_TOKENS, PADDED_TOKENS = 13, 18
@@ -61,23 +62,26 @@ def memory_of_run(
 
 
 def describe_cost(
-    config: PretrainConfig, flops_a_pair: float, lengths: Sequence[int], device: torch.device, world_size: int
+    config: PretrainConfig, throughput: Throughput, lengths: Sequence[int], device: torch.device, world_size: int
 ) -> str:
     """Planned arithmetic and memory of a run in one line.
 
     Args:
         config: of the run.
-        flops_a_pair: of the step.
+        throughput: of the run, for its FLOPs.
         lengths: tokens of a sample of the captions.
         device: that trains.
         world_size: processes.
 
     Returns:
-        The line.
+        The line; on a GPU with the memory that it has, and what to change if that is too little.
     """
     run = config.run
     pairs = world_size * run.batch_size * run.accumulation
-    shown = f"planned: {flops_a_pair / 1e9:.4g} GFLOP a pair, {pairs * flops_a_pair / 1e12:.4g} TFLOP a step; "
+    flops, first_pass = throughput.flops, throughput.first_pass
+    shown = f"planned: {flops / 1e9:.3g} GFLOP a pair, {pairs * flops / 1e12:.3g} TFLOP a step"
+    if first_pass:
+        shown += f" and {pairs * first_pass / 1e12:.3g} in the first pass of its contrastive batch"
     try:
         memory = memory_of_run(
             config,
@@ -87,8 +91,14 @@ def describe_cost(
             padded_tokens=max(lengths),
         )
     except Exception as error:  # no run may end because it cannot be estimated
-        return f"{shown}memory cannot be estimated ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-    return shown + memory.line()
+        return f"{shown}; memory cannot be estimated ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    shown += f"; {memory.line(there)}"
+    if there is not None and memory.total > there:
+        checkpointed = config.step.checkpoint_blocks
+        shown += f"; set a smaller run.batch_size{'' if checkpointed else ' or step.checkpoint_blocks=true'}"
+        shown += ", and a larger run.accumulation for the same batch of a step"
+    return shown
 
 
 def held_bytes(device: torch.device) -> int:

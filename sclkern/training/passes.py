@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,9 @@ from sclkern.training.config import PretrainConfig
 from sclkern.training.observing import Meetings
 from sclkern.training.parallel import Parallel
 from sclkern.training.world import World
+
+# What is large of a batch.
+_IMAGES = ("image", "false_image")
 
 
 class Passes:
@@ -100,20 +103,26 @@ class Passes:
         """As ``forward_backward`` of each micro-batch of a step, whose contrasts see all of them over all processes.
 
         Args:
-            batches: all micro-batches of the step.
+            batches: all micro-batches of the step; those on the host are copied when it is their turn, in either pass.
             seed: as in ``forward``.
 
         Yields:
             The losses of each micro-batch.
         """
         model = self.model
-        batches = [copied(batch, self.device, self._copies) for batch in batches]
-        counts = target_counts(model.config, model.objectives, batches, seed)
+        # The images of one micro-batch at a time are on the device.
+        captions = [{name: value for name, value in batch.items() if name not in _IMAGES} for batch in batches]
+        captions = [copied(of_batch, self.device, self._copies) for of_batch in captions]
+        counts = target_counts(model.config, model.objectives, captions, seed)
+
+        def copy(batch: Mapping[str, Any]) -> dict[str, Any]:
+            return copied(batch, self.device, self._copies)
+
         with phase("contrastive batch"), self._autocast():
-            contrasts = contrast_batch(model, batches, seed)
+            contrasts = contrast_batch(model, batches, seed, copied=copy)
         for number, (batch, contrast) in enumerate(zip(batches, contrasts, strict=True)):
             with self.parallel.accumulating(last=number == len(batches) - 1):
-                losses = self._run(self.parallel.call, batch, seed, counts=counts, contrast=contrast)
+                losses = self._run(self.parallel.call, copy(batch), seed, counts=counts, contrast=contrast)
                 with phase("backward"), self.meetings.backward(losses.total):
                     (losses.total / len(batches)).backward()
             yield losses
@@ -128,7 +137,7 @@ class Passes:
         return torch.autocast(self.device.type, self._precision, enabled=self._precision is not None)
 
 
-def copied(batch: dict[str, Any], device: torch.device, stream: torch.cuda.Stream | None) -> dict[str, Any]:
+def copied(batch: Mapping[str, Any], device: torch.device, stream: torch.cuda.Stream | None) -> dict[str, Any]:
     """A batch on the device, copied from pinned memory on a stream of its own, its images normalised there.
 
     Args:

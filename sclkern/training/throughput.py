@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import torch
 
 from sclkern.models.config import SCLConfig
 from sclkern.objectives.config import ObjectiveConfig
 from sclkern.step.config import StepConfig
+from sclkern.step.contrastive import contrasted_objectives
 from sclkern.step.flops import Counter
 from sclkern.step.plan import make_plan
 from sclkern.training.config import PretrainConfig
@@ -68,6 +70,46 @@ def flops_a_pair(
     return sum(part.total for part in counter.parts())
 
 
+def first_pass_flops(
+    config: PretrainConfig,
+    caption_tokens: float,
+    padded_tokens: int,
+    *,
+    num_frames: int = 1,
+    device: str | None = None,
+) -> float:
+    """Count the FLOPs, for one pair, of the first pass of a contrastive batch: its features, without a backward.
+
+    Args:
+        config: of the run.
+        caption_tokens: mean number of tokens of the captions.
+        padded_tokens: tokens that a caption is padded to where the step does not pack.
+        num_frames: of every clip; 1 for images.
+        device: type of the device that trains, as in ``sclkern.step.flops.Counter``.
+
+    Returns:
+        FLOPs; 0 without a contrastive batch, and for a step of one micro-batch, which needs no first pass.
+    """
+    objectives, run = config.objectives, config.run
+    if run.contrastive_batch is None or run.accumulation == 1:
+        return 0.0
+    names = contrasted_objectives(config.model, objectives, run.contrastive_batch, num_frames)
+    if not names:
+        return 0.0
+    part = replace(objectives, recipe=names)
+    counter = Counter(
+        config.model,
+        part,
+        make_plan(part, config.step, whole=objectives),
+        caption_tokens=round(caption_tokens),
+        padded_tokens=padded_tokens,
+        num_frames=num_frames,
+        device=device,
+        backend=run.backend,
+    )
+    return sum(one.flops for one in counter.parts())
+
+
 class Throughput:
     """Converts pairs per second to FLOP/s and MFU.
 
@@ -76,13 +118,23 @@ class Throughput:
         lengths: tokens of a sample of the captions.
         pad_to_max: whether captions are padded to ``max_text_len``.
         device: device that trains.
+
+    Attributes:
+        flops: of the step for one pair; what is computed a second time does not count.
+        first_pass: FLOPs of the first pass of a contrastive batch for one pair.
+        peak: FLOP/s that the device can reach; None if it is not known.
     """
+
+    flops: float
+    first_pass: float
+    peak: float | None
 
     def __init__(self, config: PretrainConfig, lengths: list[int], pad_to_max: bool, device: torch.device) -> None:
         padded = config.model.max_text_len if pad_to_max else max(lengths)
         mean = sum(lengths) / len(lengths)
         run = {"device": device.type, "backend": config.run.backend}
         self.flops = flops_a_pair(config.model, config.objectives, config.step, mean, padded, **run)
+        self.first_pass = first_pass_flops(config, mean, padded, device=device.type)
         self.peak = peak_flops(device, config.run.precision)
 
     def at(self, pairs_per_second: float, devices: int = 1) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """``sclkern pretrain`` as a user meets it: what a run leaves behind, and one line for each mistake."""
 
 import json
-from types import SimpleNamespace
 
 import matplotlib.image
 import pytest
@@ -9,9 +8,8 @@ import torch
 import yaml
 
 from sclkern import SCLConfig, SCLModel
-from sclkern.cli import main, pretrain
+from sclkern.cli import main
 from sclkern.data.sources.arrow import write_pairs
-from sclkern.training.config import load_config
 from tiny_run import overrides, rows
 
 
@@ -281,22 +279,3 @@ def test_a_report_without_metrics(finished, tmp_path):
 
 def test_a_started_run(fails, finished):
     fails("already holds a run; add --resume", run__output_dir=finished)
-
-
-def test_the_plan_of_a_gpu_run_says_whether_it_fits(monkeypatch):
-    config = load_config(None, ["model.preset=tiny", "run.batch_size=8", "run.accumulation=2"])
-    training = SimpleNamespace(
-        config=config,
-        world=SimpleNamespace(size=4),
-        throughput=SimpleNamespace(flops=5e9),
-        data=SimpleNamespace(caption_lengths=[8, 12]),
-        device=torch.device("cpu"),
-    )
-    assert pretrain._plan(training) == "planned: 5 GFLOP a pair, 0.32 TFLOP a step"
-    training.device = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=24e9))
-    monkeypatch.setattr(pretrain, "memory_of_run", lambda *_, **options: SimpleNamespace(total=30e9))
-    told = "about 30 of 24 GB of a GPU; set a smaller run.batch_size, or step.checkpoint_blocks=true"
-    assert pretrain._plan(training).endswith(told)
-    monkeypatch.setattr(pretrain, "memory_of_run", lambda *_, **options: 1 / 0)
-    assert "no estimate of memory (ZeroDivisionError" in pretrain._plan(training)

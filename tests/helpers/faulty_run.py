@@ -64,6 +64,7 @@ def happen(kind, run, batch):
         while True:
             time.sleep(60)
     elif kind == "nan":
+        batch["image"] = batch["image"].float()
         batch["image"].view(-1)[7] = torch.nan
     elif kind == "worker":
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
@@ -74,7 +75,7 @@ def happen(kind, run, batch):
         while not run.stop.requested:
             time.sleep(0.01)
     elif kind in ("full", "write"):
-        run.writer.wait()
+        run.keeper.writer.wait()
         writes_half(no_space if kind == "full" else wait_for_the_end)
     else:
         raise ValueError(kind)

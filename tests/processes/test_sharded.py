@@ -5,14 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-import subprocess
-import sys
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import be_rank, run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -75,9 +72,6 @@ def full(*_, **__):
 
 
 def main(rank, world, directory):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=world, timeout=timedelta(seconds=60)
-    )
     group, folder = dist.new_group(backend="gloo"), directory / "checkpoints"
     state = build(world)
     take_step(state)
@@ -135,7 +129,6 @@ def main(rank, world, directory):
             assert same(whole(content(other)), expected[2])
         take_step(other)
         assert same(whole(content(other)), expected[3]) or not path.is_dir()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -147,15 +140,7 @@ def written(tmp_path_factory):
     writer.save("latest", content(one), lambda: None)
     writer.wait()
     (directory / "latest.pt").rename(directory / "one.pt")
-    command = [sys.executable, __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(WORLD), str(directory)], env=environment, stderr=subprocess.PIPE)
-        for rank in range(WORLD)
-    ]
-    for rank in ranks:
-        _, error = rank.communicate(timeout=120)
-        assert rank.returncode == 0, error.decode()
+    run_ranks(__file__, WORLD, directory)
     return directory
 
 
@@ -195,4 +180,4 @@ def test_reading_executes_nothing(tmp_path):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    be_rank(main)

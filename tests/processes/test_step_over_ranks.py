@@ -1,23 +1,18 @@
-"""A global batch over ranks; ``python test_step_over_ranks.py RANK DIRECTORY`` is the program of each rank."""
+"""A global batch over ranks; ``python test_step_over_ranks.py RANK WORLD DIRECTORY`` is the program of each rank."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-
-sys.path.append(str(Path(__file__).parents[1] / "helpers"))
-
 from global_batch import ROWS, SEED, assert_close, global_batch, gradients_of, one_batch, part_of, train
+from ranks import be_rank, run_ranks
 
-import sclkern
-from sclkern.step import contrast_batch, target_counts
+from sclkern import ObjectiveConfig, SCLConfig
+from sclkern.step import StepConfig, contrast_batch, target_counts
+from sclkern.step.memory import estimate_memory
 
 WORLD, ACCUMULATION = 2, 2
 SIZE = ROWS // WORLD // ACCUMULATION
@@ -65,8 +60,12 @@ def alone(model, batch):
             setattr(dist, name, collective)
 
 
-def work(rank, directory):
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=WORLD)
+def estimate():
+    config = SCLConfig.preset("tiny").replace(text_layers=1, vision_layers=1, fusion_layers=1)
+    return estimate_memory(config, ObjectiveConfig(), StepConfig(), rows=4, world_size=WORLD)
+
+
+def work(rank, _, directory):
     results = {}
     for name in CASES:
         model, batch = torch.load(directory / f"{name}.pt", weights_only=False)
@@ -74,8 +73,7 @@ def work(rank, directory):
         for contrastive in (True, False):
             results[name, contrastive] = step(model, parts, contrastive)
         results[name, "alone"] = alone(model, parts[0])
-    torch.save(results, directory / f"{rank}.pt")
-    dist.destroy_process_group()
+    return {**results, "memory": estimate()}
 
 
 @pytest.fixture(scope="module")
@@ -91,23 +89,7 @@ def ranks(cases, tmp_path_factory):
     directory = tmp_path_factory.mktemp("ranks")
     for name, case in cases.items():
         torch.save(case, directory / f"{name}.pt")
-    path = os.pathsep.join(filter(None, [str(Path(sclkern.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(directory)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(WORLD)
-    ]  # fmt: skip
-    try:
-        for rank, process in enumerate(processes):
-            output, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, f"rank {rank}: {output}"
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(directory / f"{rank}.pt") for rank in range(WORLD)]
+    return run_ranks(__file__, WORLD, directory)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -136,5 +118,9 @@ def test_without_gathering_a_rank_computes_what_it_would_alone(cases, ranks, nam
         assert_close([results[name, "alone"]], [losses])
 
 
+def test_the_memory_of_a_step_is_estimated_within_a_process_group(ranks):
+    assert [results["memory"] for results in ranks] == [estimate()] * WORLD
+
+
 if __name__ == "__main__":
-    work(int(sys.argv[1]), Path(sys.argv[2]))
+    be_rank(work)

@@ -137,7 +137,8 @@ def test_shards_and_cached_features_are_counted():
     cached = estimate_memory(TINY, DATASET, StepConfig(), **sizes, accumulation=8, contrastive_batch=32)
     # Of ITC two projections of 32, of MVSC and MLSC two CLS of 64 each; with gradients, in float32.
     assert cached.contrast == 32 * (2 * 32 + 4 * 64) * 8
-    assert cached.batch == 8 * one.batch
+    # Those of the other micro-batches wait on the host.
+    assert cached.batch == one.batch
     with pytest.raises(UserError, match="world_size: got 0, expected 1 or more"):
         estimate_memory(TINY, DATASET, StepConfig(), rows=4, world_size=0)
 

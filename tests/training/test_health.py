@@ -43,13 +43,27 @@ def test_the_cause_is_named_from_losses_to_parameters(layer):
     assert "the gradient of weight is not finite" in message_of(check, 7, -1)
 
 
-def test_a_tensor_of_the_batch_is_named_first(layer):
+def test_an_image_is_named_first(layer):
     check = FiniteCheck(layer, torch.device("cpu"))
     check.observe(torch.tensor(float("nan")))
-    batch = {"image": torch.tensor([0.0, torch.inf]), "text_ids": torch.tensor([1]), "text_tokens": 3}
     values = {"itm": torch.tensor(torch.nan)}
-    with pytest.raises(UserError, match=r"step 7: image of the batch is not finite; .* kept; look at the images of"):
-        check.require(7, 4, values, batch)
-    batch["image"] = torch.zeros(2)
+    images = torch.zeros(3, 3, 2, 2)
+    batch = {"image": images, "false_image": images[:1], "pair": torch.tensor([4, 9, 2])}
+    check.observe_images(6, batch, "row {}".format)
     with pytest.raises(UserError, match=r"step 7: itm is not finite; the checkpoint of step 4 is kept; lower"):
-        check.require(7, 4, values, batch)
+        check.require(7, 4, values)
+    images[1, 2, 0, 1] = torch.inf
+    check.observe_images(6, batch, "row {}".format)
+    check.observe_images(7, {**batch, "image": images * torch.nan}, "row {}".format)
+    assert "step 6: image row 9 is not finite; the checkpoint of step 4 is kept; look at" in message_of(check, 6, 4)
+    assert "step 7: image row 9, read in step 6, is not finite; " in message_of(check, 7, 4, values)
+
+
+def test_a_negative_image_that_no_row_has_is_told(layer):
+    check = FiniteCheck(layer, torch.device("cpu"))
+    check.observe(torch.tensor(float("nan")))
+    false = torch.full((1, 3, 2, 2), torch.nan)
+    batch = {"image": torch.zeros(2, 3, 2, 2, dtype=torch.uint8), "pair": torch.tensor([0, 1])}
+    check.observe_images(1, {**batch, "false_image": false[:0]}, str)
+    check.observe_images(1, {**batch, "false_image": false}, str)
+    assert "step 1: a negative image is not finite" in message_of(check, 1, -1)

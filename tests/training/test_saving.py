@@ -199,7 +199,7 @@ def test_training_goes_on_while_a_slow_disk_writes(pretraining, monkeypatch, tmp
     def step():
         original()
         if run.state.step == 3:  # the fourth is taken
-            assert run.state.saved_step == -1 and run._kept() == "no step was saved"
+            assert run.state.saved_step == -1 and run.keeper._kept() == "no step was saved"
             release.set()
 
     with monkeypatch.context() as patch:
@@ -233,7 +233,7 @@ def test_a_write_that_failed_ends_the_run_at_the_next_step(pretraining, monkeypa
     def step():
         original()
         if run.state.step == 4:
-            run.writer._thread.join()
+            run.keeper.writer._thread.join()
 
     monkeypatch.setattr(run.optimizer, "step", step)
     with pytest.raises(UserError, match="disk full"):

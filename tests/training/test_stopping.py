@@ -13,7 +13,7 @@ from same_state import assert_states_equal
 from sclkern.cli import main
 from sclkern.errors import Interrupted, UserError, WorkerError
 from sclkern.evaluation import retrieval
-from sclkern.training import loop, saving
+from sclkern.training import loop, results, saving
 from sclkern.training.checkpoint import load_checkpoint, save_checkpoint
 from sclkern.training.config import load_config
 from sclkern.training.deadline import Deadline
@@ -178,7 +178,7 @@ def test_a_signal_after_the_last_step(arguments, monkeypatch, capfd, caplog, tmp
         if moment == "export":
             signals_within(patch, loop.SCLModel, "save_pretrained", signal.SIGTERM)
         else:
-            signals_within(patch, loop, "write_report", signal.SIGTERM)
+            signals_within(patch, results, "write_report", signal.SIGTERM)
         assert main(["pretrain", *args]) == 0
     assert "SIGTERM: " in capfd.readouterr().err and "stopped before the report; write it with --resume" in caplog.text
     directory = tmp_path / "run"

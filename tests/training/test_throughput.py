@@ -6,7 +6,8 @@ import torch
 from sclkern import ObjectiveConfig, SCLConfig
 from sclkern.step import StepConfig
 from sclkern.step.flops import describe_plan
-from sclkern.training.throughput import flops_a_pair, peak_flops, precision_remark
+from sclkern.training.config import load_config
+from sclkern.training.throughput import first_pass_flops, flops_a_pair, peak_flops, precision_remark
 
 
 def test_flops_are_those_of_the_plan():
@@ -75,3 +76,20 @@ def test_float32_on_a_gpu_is_remarked_upon_with_the_remedy(gpu, monkeypatch):
         assert precision_remark(gpu("NVIDIA H200"), "float32") is None
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def first_pass(recipe, accumulation, contrastive, **options):
+    overrides = {"batch_size": 8, "accumulation": accumulation, "contrastive_batch": contrastive}
+    config = load_config(
+        None, ["model.preset=tiny", f"objectives.recipe={recipe}", *(f"run.{k}={v}" for k, v in overrides.items())]
+    )
+    return first_pass_flops(config, 13, 13, device="cpu", **options)
+
+
+def test_the_first_pass_of_a_contrastive_batch_is_what_its_features_need():
+    assert first_pass("scl", 2, "null") == first_pass("scl", 1, 8) == first_pass("[itm, mlm]", 2, 16) == 0
+    itc, scl = first_pass("[itc]", 2, 16), first_pass("scl", 2, 16)
+    config, objectives = SCLConfig.preset("tiny"), ObjectiveConfig(recipe=("itc",))
+    # Of ITC alone the whole forward, which is a third of the step but for the pixels, which need no gradient.
+    assert itc == pytest.approx(flops_a_pair(config, objectives, StepConfig(), 13, 13) / 3, rel=0.05)
+    assert itc < scl < flops_a_pair(config, ObjectiveConfig(), StepConfig(), 13, 13) / 3

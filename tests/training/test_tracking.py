@@ -63,14 +63,12 @@ def test_a_resumed_run_goes_on_as_the_same_tracked_run(tracker, tmp_path):
     assert all(run.options["resume"] == "allow" and run.options["config"] == {"run": {"seed": 1}} for run in runs)
 
 
-def test_a_run_sends_what_it_logs_and_says_what_it_costs(tracker, tmp_path, capsys):
+def test_a_run_sends_what_it_logs(tracker, tmp_path):
     name, runs = tracker
     changes = {**small_data(tmp_path), **NO_LAYERS, "run__max_steps": 2, "run__tracker": name, "evaluation__rerank": 0}
     config = load_config(overrides=overrides(tmp_path / "run", **changes))
     assert Pretraining(config).run()
     (run,) = runs
-    printed = capsys.readouterr().out
-    assert "planned: 0.0" in printed and "memory at the peak of a step, estimated: 0.0" in printed
     steps = {step for step, _ in run.rows}
     logged = set().union(*(data for _, data in run.rows))
     assert steps == {1, 2} and run.finished

@@ -42,7 +42,7 @@ def test_bad_pictures_are_named_counted_and_skipped(pretraining, tmp_path, caplo
     with caplog.at_level(logging.WARNING, "sclkern.data"):
         run = pretraining(**settings, run__max_steps=2, evaluation__train_images=100 * len(BAD))
         assert run.run()
-        report = run.report().read_text()
+        report = run.results.report().read_text()
     named = [record.getMessage() for record in caplog.records if record.name == "sclkern.data"]
     start = "skipped an image that cannot be decoded: "
     assert named[0] == f"{start}val.arrow row 1 (1) (the image is 1 x 1 pixels, smaller than a patch (16))"
@@ -65,7 +65,7 @@ def test_the_smallest_held_out_sets_with_a_bad_picture(pretraining, tmp_path, he
         assert (tmp_path / "run" / "checkpoints" / "latest.pt").exists()
     else:
         assert run.run()
-        assert f"| held-out, {held_out - 1} images" in run.report().read_text()
+        assert f"| held-out, {held_out - 1} images" in run.results.report().read_text()
 
 
 def test_more_than_one_of_a_few_stop_the_run(pretraining, tmp_path):
@@ -85,4 +85,4 @@ def test_maps_are_left_out_if_nothing_can_be_decoded(pretraining, tmp_path, monk
         raise OSError("gone")
 
     monkeypatch.setattr(run.data.val_source, "image", broken)
-    assert "## Attention" not in run.report().read_text()
+    assert "## Attention" not in run.results.report().read_text()

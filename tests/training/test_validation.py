@@ -26,14 +26,14 @@ def test_retrieval_uses_the_heads_that_the_recipe_trains(pretraining, tmp_path, 
         assert best["best"] == max(row["recall_sum"] for row in rows)
     else:
         assert best["best"] == -min(row["total"] for row in rows)
-    report = run.report().read_text()
+    report = run.results.report().read_text()
     assert ("| ITC |" in report, "| ITM |" in report) == ("itc" in methods, "itm" in methods)
 
 
 def test_a_model_without_the_heads_of_retrieval_trains(pretraining):
     run = pretraining(objectives__recipe="[mlm]", model__heads="[mlm]", run__max_steps=1)
     assert run.run() and not hasattr(run.model, "text_projection")
-    assert "## Attention of words" in run.report().read_text()
+    assert "## Attention of words" in run.results.report().read_text()
 
 
 def test_validation_draws_the_same_masks_every_time(pretraining):
