@@ -82,7 +82,8 @@ def configuration(case, world, rows, folder):
         overrides(
             folder / f"{world}-{rows}-{case.name()}",
             **SMALL,
-            data__root=folder, data__train_tables="[t]", data__val_tables="[t]", data__val_split="train", data__normalize="host",
+            data__root=folder, data__train_tables="[t]", data__val_tables="[t]", data__val_split="train",
+            data__normalize="host",
             run__parallel=case.parallel, run__accumulation=case.accumulation,
             run__batch_size=rows // (world * case.accumulation),
             run__contrastive_batch=rows if case.contrastive else "null",

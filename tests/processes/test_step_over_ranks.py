@@ -62,7 +62,7 @@ def alone(model, batch):
 
 def estimate():
     config = SCLConfig.preset("tiny").replace(text_layers=1, vision_layers=1, fusion_layers=1)
-    return estimate_memory(config, ObjectiveConfig(), StepConfig(), rows=4, world_size=WORLD)
+    return estimate_memory(config, ObjectiveConfig(), StepConfig(), rows=4, padded_tokens=16, world_size=WORLD)
 
 
 def work(rank, _, directory):
