@@ -181,7 +181,9 @@ def normalize_images(images: torch.Tensor) -> torch.Tensor:
 @cache
 def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """CLIP's mean and standard deviation (3, 1, 1), copied to a device once, as each copy would wait for it."""
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD)
+    )
     return mean, std
 
 
