@@ -56,7 +56,10 @@ def stages() -> list[Stage]:
     """
     smoke, large = "tests/gpu/test_smoke.py", "tests/gpu/test_large_tensors.py"
     accuracy, step, ops = "tests/gpu/test_accuracy.py", "benchmarks/cases/test_step.py", "benchmarks/cases/test_ops.py"
-    names = ("step_on_a_gpu", "accuracy", "cuda_graphs", "repeatability", "libraries", "profile", "compiled")
+    names = (
+        *("step_on_a_gpu", "accuracy", "cuda_graphs", "repeatability", "libraries", "profile", "compiled"),
+        "normalising_on_a_gpu",
+    )
     whole = [f"tests/gpu/test_{name}.py" for name in names]
     # Interpreted and compiled-only kernels are tested without a GPU.
     kernels = [*files_that_use_a_gpu(), "-k", "not in_the_interpreter"]
