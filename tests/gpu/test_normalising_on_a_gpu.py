@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("pyarrow", reason="sclkern.data reads arrow files")
 pytest.importorskip("pydantic", reason="sclkern.training reads configurations")
 
-from sclkern.data.transforms import normalize_images  # noqa: E402
-from sclkern.training.passes import copied  # noqa: E402
+from sclkern.data.transforms import normalize_images
+from sclkern.training.passes import copied
 
 pytestmark = [
     pytest.mark.gpu,
