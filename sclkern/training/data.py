@@ -17,6 +17,7 @@ from sclkern.data.buckets import Buckets
 from sclkern.data.dataset import PairDataset
 from sclkern.data.digest import digest
 from sclkern.data.loader import Negatives, PairLoader
+from sclkern.data.source import has_clips
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import build_transform
 from sclkern.distributed import merge
@@ -70,6 +71,12 @@ def open_data(config: PretrainConfig, device: torch.device, *, rank: int = 0, wo
     data = config.data
     train_source = open_pairs(data.root, data.train_tables, data.train_split, format=data.format)
     val_source = open_pairs(data.root, data.val_tables, data.val_split, format=data.format)
+    for name, source in (("train_tables", train_source), ("val_tables", val_source)):
+        if has_clips(source):
+            raise UserError(
+                f"data.{name}: got clips, expected images, because pre-training does not take clips yet; convert one "
+                "frame of each to an image"
+            )
     _check_batch(config, world_size, train_source, val_source)
     tokenizer = CaptionTokenizer.from_pretrained(data.tokenizer)
     check_tokenizer(config, tokenizer)
