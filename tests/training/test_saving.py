@@ -221,9 +221,11 @@ def test_training_goes_on_while_a_slow_disk_writes(pretraining, monkeypatch, tmp
 
 def test_a_write_that_failed_ends_the_run_at_the_next_step(pretraining, monkeypatch, tmp_path):
     run = pretraining(**NO_LAYERS, run__save_every=2, run__max_steps=6)
+    in_step = threading.Event()
 
     def full(path, content):
         if content["step"] == 4:
+            in_step.wait()
             raise UserError("disk full")
         save_checkpoint(path, content)
 
@@ -233,6 +235,7 @@ def test_a_write_that_failed_ends_the_run_at_the_next_step(pretraining, monkeypa
     def step():
         original()
         if run.state.step == 4:
+            in_step.set()
             run.keeper.writer._thread.join()
 
     monkeypatch.setattr(run.optimizer, "step", step)
