@@ -163,6 +163,6 @@ def copied(batch: Mapping[str, Any], device: torch.device, stream: torch.cuda.St
     current.wait_stream(stream)
     for name, value in moved.items():
         # Its memory belongs to the other stream, which must not reuse it while this one reads it.
-        if isinstance(value, Tensor) and value.is_cuda and value is not batch[name]:
+        if isinstance(value, Tensor) and value is not batch[name]:
             value.record_stream(current)
     return moved

@@ -166,6 +166,7 @@ def _as_it_is(function=None, **options):
 def install() -> None:
     torch.Tensor.device = property(_device)
     torch.Tensor.is_cuda = property(lambda self: _device(self).type == "cuda")
+    torch.Tensor.record_stream = lambda self, stream: None
     torch.Tensor.get_device = lambda self: _device(self).index if _device(self).type == "cuda" else -1
     torch.nn.Module.cpu = _module_on_cpu
     torch.Generator = Generator
