@@ -157,6 +157,24 @@ class CaptionTokenizer:
         """Text of one row of ids, special tokens left out; starts with a space if the tokenizer adds one."""
         return self._backend().decode([int(token) for token in ids], skip_special_tokens=True)
 
+    def words(self, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
+        """Words of a caption: a token that begins with white space begins a word.
+
+        Args:
+            ids: of one caption, ``<s>`` and ``</s>`` included, without padding.
+
+        Returns:
+            Each word with the positions of its tokens in ``ids``; those of ``<s>`` and ``</s>`` are in none.
+        """
+        words: list[list[int]] = []
+        for position in range(1, len(ids) - 1):
+            if words and not self.decode([ids[position]])[:1].isspace():
+                words[-1].append(position)
+            else:
+                words.append([position])
+        # Decoded as a whole: a letter beyond ASCII may be spread over tokens.
+        return [(self.decode([ids[position] for position in word]).strip(), word) for word in words]
+
     def save_pretrained(self, path: str | Path) -> None:
         """Write the directory that ``from_pretrained`` loads."""
         self._backend()

@@ -21,6 +21,7 @@ from sclkern.data.transforms import denormalize, normalize_images
 from sclkern.data.undecodable import read_image
 from sclkern.io import write_atomically
 from sclkern.models import SCLNetwork
+from sclkern.visualize.maps import attention_maps, of_words, record
 
 _PLAIN_TEXT: Any = {"text.usetex": False, "text.parse_math": False, "savefig.bbox": None}
 
@@ -74,18 +75,10 @@ def word_attention(
     Returns:
         Word and map for each word, the map (grid, grid) float32 on the CPU.
     """
-    device = next(model.parameters()).device
-    ids, mask = tokenizer([caption], model.config.max_text_len)
-    image = model.encode_image(pixels[None].to(device))
-    text = model.encode_text(ids.to(device), mask.to(device))
-    fused = model.run_fusion(text, mask.to(device), image, return_attention=True)
-    if fused.attentions is None:
-        raise RuntimeError("the fusion encoder returned no attention")
-    probabilities = fused.attentions[-1].text_to_image[0].amax(0)[:, image.num_frames :]
-    words = [("whole text", [0]), *_words(tokenizer, ids[0, 1 : int(mask.sum()) - 1].tolist())]
-    return [
-        (word, probabilities[positions].sum(0).view(model.config.grid, -1).float().cpu()) for word, positions in words
-    ]
+    ids, _ = tokenizer([caption], model.config.max_text_len)
+    words = [("whole text", [0]), *tokenizer.words(ids[0].tolist())]
+    maps = of_words(attention_maps(record(model, pixels, ids[0])), [positions for _, positions in words], 1)
+    return [(word, heat[0].float()) for (word, _), heat in zip(words, maps.to_image, strict=True)]
 
 
 def plot_attention(
@@ -134,15 +127,3 @@ def plot_attention(
                 axis.set_title(one_line(word, 16), fontsize=8)
         figure.tight_layout()
         write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
-
-
-def _words(tokenizer: CaptionTokenizer, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
-    """Words of a caption with the positions of their tokens: a token that begins with white space begins a word."""
-    words: list[list[int]] = []
-    for position, token in enumerate(ids, start=1):
-        if words and not tokenizer.decode([token])[:1].isspace():
-            words[-1].append(position)
-        else:
-            words.append([position])
-    # Decoded as a whole: a letter beyond ASCII may be spread over tokens.
-    return [(tokenizer.decode([ids[position - 1] for position in word]).strip(), word) for word in words]
