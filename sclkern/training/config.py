@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import pydantic
 
@@ -39,6 +39,9 @@ class PretrainConfig:
         evaluation: retrieval and the plots of the report.
     """
 
+    # Sections that a subclass does not read: no file has them.
+    unread: ClassVar[tuple[str, ...]] = ()
+
     model: SCLConfig = field(default_factory=SCLConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     objectives: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -50,8 +53,10 @@ class PretrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values (tuples as lists), what YAML and JSON hold."""
-        return _plain(dataclasses.asdict(self))
+        return {name: _plain(section) for name, section in dataclasses.asdict(self).items() if name not in self.unread}
 
+
+ConfigT = TypeVar("ConfigT", bound=PretrainConfig)
 
 # Keys that may change when a run is resumed. None of them changes what is computed, except the learning rate and the
 # gradient clipping, which are the remedies for a run that diverged. The best checkpoint is chosen by recalls after
@@ -84,6 +89,22 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         UserError: unreadable file, unknown key (the message names the nearest one), a key given twice, wrong type or
             value.
     """
+    return build_config(read_values(path, overrides))
+
+
+def read_values(path: str | Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML file and apply the overrides, of which nothing but the form is checked.
+
+    Args:
+        path: as in ``load_config``.
+        overrides: as in ``load_config``.
+
+    Returns:
+        What ``build_config`` takes.
+
+    Raises:
+        UserError: unreadable file, a key given twice, or an override that is no ``section.key=value``.
+    """
     values = {} if path is None else _read_file(Path(path))
     given: dict[str, str] = {}
     for override in overrides:
@@ -101,7 +122,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             values[parts[0]] = {**section, parts[1]: read_value(text)}
         except UserError as error:
             raise UserError(f"override {override!r}: {error}") from error
-    return build_config(values)
+    return values
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -121,9 +142,15 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def build_config(values: dict[str, Any]) -> PretrainConfig:
-    """Check plain values and build the configuration.
+    """``build_as`` of the configuration of a pre-training."""
+    return build_as(PretrainConfig, values)
+
+
+def build_as(kind: type[ConfigT], values: dict[str, Any]) -> ConfigT:
+    """Check plain values and build a configuration.
 
     Args:
+        kind: class of the configuration.
         values: section name -> key -> value, as YAML gives them. No type is converted, except an integer to a float.
 
     Returns:
@@ -132,7 +159,8 @@ def build_config(values: dict[str, Any]) -> PretrainConfig:
     Raises:
         UserError: unknown key (the message names the nearest one), wrong type or value, a number that is not finite.
     """
-    sections = get_type_hints(PretrainConfig)
+    hints = get_type_hints(kind)
+    sections = {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.name not in kind.unread}
     _check_keys("", values, sections)
     values = {name: {} if section is None else section for name, section in translate_config(values).items()}
     for name, section in values.items():
@@ -151,7 +179,7 @@ def build_config(values: dict[str, Any]) -> PretrainConfig:
     try:
         # As JSON, because pydantic is strict about the types of plain values only there; otherwise true is the number 1
         # and "no" is false.
-        return pydantic.TypeAdapter(PretrainConfig).validate_json(json.dumps(values), strict=True)
+        return pydantic.TypeAdapter(kind).validate_json(json.dumps(values), strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -231,7 +259,8 @@ class ConfigKey:
 def config_keys() -> list[ConfigKey]:
     """Every key with its default and its line in the ``Attributes`` of its section's docstring, section by section."""
     keys = []
-    for section, kind in get_type_hints(PretrainConfig).items():
+    hints = get_type_hints(PretrainConfig)
+    for section, kind in ((f.name, hints[f.name]) for f in dataclasses.fields(PretrainConfig)):
         defaults, meanings = _plain(dataclasses.asdict(kind())), _attributes(kind)
         if section == "model":
             names = ", ".join(PRESETS)

@@ -12,7 +12,7 @@ from typing import IO, Any
 from sclkern.errors import UserError
 from sclkern.io import write_atomically
 from sclkern.training.checkpoint import DamagedError, checkpoints_of, load_checkpoint, remedy
-from sclkern.training.config import PretrainConfig, batch_difference, build_config, resume_difference
+from sclkern.training.config import PretrainConfig, batch_difference, build_as, resume_difference
 from sclkern.training.config_yaml import write_yaml
 from sclkern.training.sharded import load_sharded
 
@@ -78,12 +78,12 @@ def open_directory(config: PretrainConfig, *, resume: bool, world_size: int = 1)
     path = saved.path
     try:
         # Keys that came later have their defaults in a run that was saved without them.
-        before = build_config(saved.state["config"]).to_dict()
+        before = build_as(type(config), saved.state["config"]).to_dict()
     except (UserError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: its configuration cannot be read ({error}); {remedy(path)}") from error
     if difference := resume_difference(before, config.to_dict()):
         raise UserError(f"{path}: {difference}; resume with the same configuration, or start in another folder")
-    _check_batch(saved, build_config(before), config, world_size)
+    _check_batch(saved, build_as(type(config), before), config, world_size)
     if path != paths[0] or not (path.is_dir() or path.name == "latest.pt"):
         why = f"{saved.damaged[0].name} is damaged" if saved.damaged else "no latest.pt"
         log.warning("%s: %s; goes on from %s, of step %s", checkpoints, why, path.name, saved.state["step"])

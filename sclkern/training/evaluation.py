@@ -19,6 +19,7 @@ from sclkern.training.data import TrainingData
 from sclkern.training.negatives import describe_negatives
 from sclkern.training.passes import Passes
 from sclkern.training.signals import StopSignals
+from sclkern.training.validation import Measured
 
 # Stream of the run's seed; the loop has 0 and 1.
 _VALIDATION = 2
@@ -64,6 +65,17 @@ class RunEvaluation:
         trained = {head for objective in config.objectives.selected for head in objective.heads}
         self.ranks = "itc" in trained
         self.rerank = config.evaluation.rerank if "itm" in trained else 0
+
+    def measure(self) -> Measured:
+        """Held-out losses, and retrieval where the recipe can retrieve."""
+        # Recipes without the ITC head cannot; the lowest total loss is their best.
+        values = self.held_out_losses()
+        score, line = -values["total"], f"held-out loss {values['total']:.2f}"
+        if self.ranks:
+            result = self.retrieval()
+            values |= {**result.recalls, "recall_sum": result.sum}
+            score, line = result.sum, f"{line}, {result.line()}"
+        return Measured(values, score, line)
 
     @torch.no_grad()
     def held_out_losses(self) -> dict[str, float]:

@@ -33,7 +33,8 @@ def export_model(saved: SavedRun, folder: Path, format: Literal["safetensors", "
             written.
     """
     try:
-        config = build_config(saved.state["config"])
+        # The model of a task is exported as any other.
+        config = build_config({name: keys for name, keys in saved.state["config"].items() if name != "task"})
         model = SCLModel(config.model, config.objectives)
         model.load_state_dict(saved.state["model"])
     except (UserError, RuntimeError, AttributeError, TypeError) as error:

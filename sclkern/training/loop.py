@@ -1,4 +1,4 @@
-"""The pre-training loop.
+"""The training loop, and pre-training by it.
 
 Everything random is a function of (seed, step): masks, dropout, the order and augmentation of the data. A checkpoint
 therefore needs no generator state, and a resumed run computes what an uninterrupted one would, bit for bit on a CPU.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from sclkern.training.checkpoint import remedy
 from sclkern.training.choices import check_choices, describe_choices
 from sclkern.training.clock import StepClock
 from sclkern.training.config import PretrainConfig
-from sclkern.training.data import data_difference, open_data
+from sclkern.training.data import TrainingData, data_difference, open_data
 from sclkern.training.deadline import deadline_of
 from sclkern.training.directory import SavedRun, begin, lock_directory, open_directory
 from sclkern.training.evaluation import RunEvaluation
@@ -55,8 +56,35 @@ log = logging.getLogger("sclkern.training")
 _MODEL = 0
 
 
-class Pretraining:
-    """One run: its model, data and optimiser, and the folder it writes.
+class _Source(Protocol):
+    num_images: int
+
+
+class _Loader(Protocol):
+    def steps(self, start: int = 0) -> Generator[dict[str, Any]]: ...
+
+
+class RunData(Protocol):
+    """What the loop reads of the data of a run, whatever it trains.
+
+    Attributes:
+        identity: what a resumed run must find again, as ``data_difference`` compares it.
+        train_source: counts the training images.
+        train_loader: gives this process's micro-batches from a step on: dicts with ``undecodable``, reasons by name.
+    """
+
+    @property
+    def identity(self) -> dict[str, Any]: ...
+
+    @property
+    def train_source(self) -> _Source: ...
+
+    @property
+    def train_loader(self) -> _Loader: ...
+
+
+class Training(ABC):
+    """One run: its model, data and optimiser, and the folder it writes. Subclasses say what is trained.
 
     Args:
         config: the resolved configuration.
@@ -67,6 +95,9 @@ class Pretraining:
     Raises:
         UserError: the configuration, the data or the folder cannot work.
     """
+
+    data: RunData
+    validation: Validation
 
     def __init__(
         self,
@@ -90,13 +121,13 @@ class Pretraining:
             check_capture(self.device, config.step)
         check_choices(config, self.device)
         check_tracker(config.run.tracker)
-        check_objectives(config.model, config.objectives)
+        self.check()
         check_parallel(config, self.world)
         self.deadline = deadline_of(config.run.stop_before)
         # Before anything is read: the run that still holds the folder may save another step.
         self._lock = lock_directory(self.directory) if self.world.main else None
         saved = self._open_directory(resume)
-        self.data = open_data(config, self.device, rank=self.world.rank, world_size=self.world.size)
+        self.data = self.open_data()
         if saved and "data" in saved.state:
             difference = data_difference(saved.state["data"], self.data.identity)
             if difference:
@@ -105,7 +136,7 @@ class Pretraining:
                 )
         torch.manual_seed(mix_seed(config.run.seed, _MODEL))
         # A resumed run needs no other weights, nor the file they once came from.
-        model = SCLModel(config.model, config.objectives) if saved else initial_model(config)
+        model = self.build_model(initial=saved is None)
         model.step = config.step
         model.set_backend(config.run.backend).set_layer_norm(config.run.layer_norm).to(self.device)
         self.parallel = share_model(model, config, self.world)
@@ -120,20 +151,53 @@ class Pretraining:
                 raise UserError(f"{saved.path}: {error}; {remedy(saved.path)}") from error
         self.parallel.begin()
         self.passes = Passes(self.model, config, self.device, self.parallel)
-        self.evaluation = RunEvaluation(config, self.data, self.passes, self.state.undecodable, self.stop)
-        self.results = Results(self.directory, self.data, self.parallel, self.passes, self.evaluation)
         self.finite = FiniteCheck(self.model, self.device, self.world)
         self.keeper = Keeper(config, self.state, self.data.identity, self.parallel, self.finite, self.stop)
-        self.validation = Validation(config, self.state, self.passes, self.evaluation, self.keeper, self.stop)
         self.clock = StepClock()
         self.processes = Processes(self.device, config.data.num_workers)
         self.forecast = Forecast(config.run, self.directory)
-        pad_to_max = self.data.train_loader.pad_to_max
-        self.throughput = Throughput(config, self.data.caption_lengths, pad_to_max, self.device)
+        self.prepare()
         if remark := precision_remark(self.device, config.run.precision):
             log.warning(remark)
         if self.world.main:
             begin(config, saved)
+
+    # -- what is trained -----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise a ``UserError`` for a configuration that cannot work, before anything is read."""
+
+    @abstractmethod
+    def open_data(self) -> RunData:
+        """The data of the run, which fit its configuration."""
+
+    @abstractmethod
+    def build_model(self, *, initial: bool) -> SCLModel:
+        """The model on the CPU; with ``initial`` it has the weights that a new run starts from."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Set ``validation``, and what else of the run needs everything else of it."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The run in one line."""
+
+    @abstractmethod
+    def image_name(self, pair: int) -> str:
+        """The name of the image of a training sample, which its batch has under ``pair``."""
+
+    @property
+    @abstractmethod
+    def loss_names(self) -> tuple[str, ...]:
+        """The losses that the progress bar shows, ``total`` first."""
+
+    @abstractmethod
+    def rates(self, pairs_per_second: float) -> dict[str, float]:
+        """What a logged step says of its rate, and of what does not change."""
+
+    # -- the run -------------------------------------------------------------------------------------------------------
 
     def _open_directory(self, resume: bool) -> SavedRun | None:
         """What rank 0 finds in the folder of the run, on every rank."""
@@ -185,7 +249,7 @@ class Pretraining:
                 self.stop.stage("the run is saved and stops", patience=None),
                 self._watched(),
             ):
-                run_log.message(self.evaluation.describe() + (f"; from step {state.step}" if state.step else ""))
+                run_log.message(self.describe() + (f"; from step {state.step}" if state.step else ""))
                 shared = {"parallel": f"{run.parallel} of {self.world.size} processes"} if self.world.size > 1 else {}
                 run_log.describe(state.step, describe_choices(self.config) | shared)
                 with self.keeper.to_the_end():
@@ -307,8 +371,7 @@ class Pretraining:
 
     def _searched(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch, of which an image that is not finite is remembered by its name."""
-        source = self.data.train_source
-        self.finite.observe_images(self.state.step + 1, batch, lambda pair: source.image_name(source.pair_image[pair]))
+        self.finite.observe_images(self.state.step + 1, batch, self.image_name)
         return batch
 
     def _count_undecodable(self) -> None:
@@ -324,10 +387,8 @@ class Pretraining:
         told = self.world.gather(self.processes.own(step_seconds, data_seconds, waited))
         means = self.world.mean({**values, "step_seconds": step_seconds, "data_seconds": data_seconds})
         values, rate = means, size * run.batch_size * run.accumulation / means["step_seconds"]
-        losses = ("total", *(objective.name for objective in self.config.objectives.selected))
-        run_log.progress({name: values[name] for name in losses}, rate)
-        values |= {**learning_rates(self.optimizer), "pairs_per_second": rate, **self.throughput.at(rate, size)}
-        values |= {f"{name}_negatives": number for name, number in count_negatives(self.config, size).items()}
+        run_log.progress({name: values[name] for name in self.loss_names}, rate)
+        values |= {**learning_rates(self.optimizer), "pairs_per_second": rate, **self.rates(rate)}
         values |= self.processes.compare(told)
         writer = self.keeper.writer
         if writer.stall_seconds:
@@ -338,3 +399,50 @@ class Pretraining:
         # The first step, which compiles and opens files, says nothing of the others.
         for line in self.processes.warnings(told, self.clock.steps) if self.state.step > 1 else ():
             run_log.message(line)
+
+
+class Pretraining(Training):
+    """Pre-training by the recipe of a configuration; the arguments are those of ``Training``."""
+
+    data: TrainingData
+
+    def check(self) -> None:
+        """Raise a ``UserError`` unless the model has the heads of the recipe."""
+        check_objectives(self.config.model, self.config.objectives)
+
+    def open_data(self) -> TrainingData:
+        """The data that ``config.data`` names."""
+        return open_data(self.config, self.device, rank=self.world.rank, world_size=self.world.size)
+
+    def build_model(self, *, initial: bool) -> SCLModel:
+        """The model of ``config.model``."""
+        config = self.config
+        return initial_model(config) if initial else SCLModel(config.model, config.objectives)
+
+    def prepare(self) -> None:
+        """Set what measures and reports the model."""
+        config, data = self.config, self.data
+        self.evaluation = RunEvaluation(config, data, self.passes, self.state.undecodable, self.stop)
+        self.results = Results(self.directory, data, self.parallel, self.passes, self.evaluation)
+        self.validation = Validation(config, self.state, self.passes, self.evaluation, self.keeper, self.stop)
+        self.throughput = Throughput(config, data.caption_lengths, data.train_loader.pad_to_max, self.device)
+
+    def describe(self) -> str:
+        """The run in one line."""
+        return self.evaluation.describe()
+
+    def image_name(self, pair: int) -> str:
+        """The name of the image of a training pair."""
+        source = self.data.train_source
+        return source.image_name(source.pair_image[pair])
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """``total`` and the objectives of the recipe."""
+        return ("total", *(objective.name for objective in self.config.objectives.selected))
+
+    def rates(self, pairs_per_second: float) -> dict[str, float]:
+        """Arithmetic a second, and the negatives of each contrast."""
+        size = self.world.size
+        negatives = {f"{name}_negatives": number for name, number in count_negatives(self.config, size).items()}
+        return {**self.throughput.at(pairs_per_second, size), **negatives}

@@ -38,20 +38,36 @@ class Parallel:
         model: the model, whose parameters the optimiser updates.
         call: the model as training calls it.
         writers: group on CPUs of processes that each have a part of the weights and write it; None if each has all.
+        kind: class of the model.
     """
 
     world: World
     model: SCLModel
     call: Callable[..., Any]
     writers: dist.ProcessGroup | None
+    kind: type[SCLModel]
 
     def __init__(self, model: SCLModel, world: World) -> None:
         self.writers = None
         self.model, self.world = model, world
         self.call = model
+        # Before FSDP gives it a class of its own.
+        self.kind = type(model)
 
     def begin(self) -> None:
         """Begin to train: the weights are those that training starts from, and the optimiser has its groups."""
+
+    def leave_out_unreached(self) -> None:
+        """Take parameters that no loss reaches out of the gradient, so that no process waits for theirs.
+
+        The optimiser, whose groups are made already, keeps them there, and skips them as it skips any parameter without
+        a gradient. Of other classes than ``SCLModel`` every parameter is reached.
+        """
+        if self.kind is SCLModel:
+            reached = reached_parameters(self.model.config, self.model.objectives)
+            for name, parameter in self.model.named_parameters():
+                if name not in reached:
+                    parameter.requires_grad_(False)
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         """Context of the forward and backward of a micro-batch.
@@ -89,7 +105,7 @@ class _Ddp(Parallel):
     _wrapped: DistributedDataParallel
 
     def begin(self) -> None:
-        _leave_out_unreached(self.model)
+        self.leave_out_unreached()
         # Weights come from rank 0.
         self.call = self._wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
@@ -130,7 +146,7 @@ class _Fsdp(Parallel):
         register_fsdp_forward_method(model, "contrast_features")
 
     def begin(self) -> None:
-        _leave_out_unreached(self.model)
+        self.leave_out_unreached()
         # A group of its own: checkpoints are written while training goes on.
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)  # every process is in it
@@ -152,7 +168,7 @@ class _Fsdp(Parallel):
     def whole_model(self) -> Iterator[SCLModel]:
         model = self.model
         with torch.device("meta"):
-            whole = SCLModel(model.config, model.objectives, model.step)
+            whole = self.kind(model.config, model.objectives, model.step)
         whole.set_backend(model.execution.backend).set_layer_norm(model.execution.layer_norm)
         whole.load_state_dict({name: _full(value) for name, value in model.state_dict().items()}, assign=True)
         yield whole.train(model.training)
@@ -174,20 +190,6 @@ def share_model(model: SCLModel, config: PretrainConfig, world: World) -> Parall
     if config.run.parallel == "fsdp":
         return _Fsdp(model, world)
     return (_AfterReplay if config.run.cuda_graphs else _Ddp)(model, world)
-
-
-def _leave_out_unreached(model: SCLModel) -> None:
-    """Take parameters that no loss of the recipe reaches out of the gradient, so that no process waits for theirs.
-
-    The optimiser keeps them in its groups, and skips them as it skips any parameter without a gradient.
-
-    Args:
-        model: with the optimiser's groups already made.
-    """
-    reached = reached_parameters(model.config, model.objectives)
-    for name, parameter in model.named_parameters():
-        if name not in reached:
-            parameter.requires_grad_(False)
 
 
 def reached_parameters(config: SCLConfig, objectives: ObjectiveConfig) -> set[str]:

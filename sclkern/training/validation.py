@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple, Protocol
+
 from sclkern.training.config import PretrainConfig
-from sclkern.training.evaluation import RunEvaluation
 from sclkern.training.keeping import Keeper
 from sclkern.training.logs import RunLog, SilentLog
 from sclkern.training.passes import Passes
 from sclkern.training.signals import StopSignals
 from sclkern.training.state import TrainingState
+
+
+class Measured(NamedTuple):
+    """What a validation has found.
+
+    Attributes:
+        values: for the log, by name.
+        score: by which the best model is chosen; larger is better.
+        line: of them, for people.
+    """
+
+    values: dict[str, float]
+    score: float
+    line: str
+
+
+class Evaluation(Protocol):
+    """Measures the model of a run, which is in eval mode and has all of its weights in this process."""
+
+    def measure(self) -> Measured:
+        """The values; of many processes all return the same."""
 
 
 class Validation:
@@ -28,7 +50,7 @@ class Validation:
         config: PretrainConfig,
         state: TrainingState,
         passes: Passes,
-        evaluation: RunEvaluation,
+        evaluation: Evaluation,
         keeper: Keeper,
         stop: StopSignals,
     ) -> None:
@@ -59,18 +81,12 @@ class Validation:
             self._validate(run_log)
 
     def _validate(self, run_log: RunLog | SilentLog) -> None:
-        # Recipes without the ITC head cannot retrieve; the lowest total loss is their best.
         self.passes.model.eval()
         with self.passes.whole_model():
-            values = self.evaluation.held_out_losses()
-            score, line = -values["total"], ""
-            if self.evaluation.ranks:
-                result = self.evaluation.retrieval()
-                values |= {**result.recalls, "recall_sum": result.sum}
-                score, line = result.sum, f", {result.line()}"
-        run_log.write("val", self.state.step, values)
-        run_log.message(f"step {self.state.step}: held-out loss {values['total']:.2f}{line}")
+            found = self.evaluation.measure()
+        run_log.write("val", self.state.step, found.values)
+        run_log.message(f"step {self.state.step}: {found.line}")
         self.state.validated = self.state.step
-        if score > self.state.best:
-            self.state.best = score
+        if found.score > self.state.best:
+            self.state.best = found.score
             self.keeper.save("best")
