@@ -22,10 +22,10 @@ from sclkern.data.transforms import normalize_images
 from sclkern.data.undecodable import UndecodableImages, read_image
 from sclkern.distributed import gather_parts, merge, world_size
 from sclkern.errors import UserError
+from sclkern.evaluation.ranking import RECALL_AT, recall_of_relevant
 from sclkern.models import SCLNetwork, VisionFeatures
 from sclkern.models.captions import first_token
 
-RECALL_AT = (1, 5, 10)
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -59,39 +59,6 @@ class RetrievalResult:
             values = [f"{100 * self.recalls[f'{method}_{direction}_r{k}']:.1f}" for k in RECALL_AT]
             parts.append(f"{direction.replace('_', ' ')} {'/'.join(values)} %")
         return f"recall@{'/'.join(map(str, RECALL_AT))} {', '.join(parts)}"
-
-
-def recalls(scores: Tensor, relevant: Tensor) -> dict[str, float]:
-    """Recall at each K: the share of rows with a relevant candidate among the K highest scores.
-
-    Args:
-        scores: (Q, N), of Q queries and N candidates.
-        relevant: (Q, N) bool, the right answers.
-
-    Returns:
-        Recalls by "r1", "r5" and "r10".
-    """
-    depth = min(max(RECALL_AT), scores.shape[1])
-    hits = relevant.gather(1, scores.topk(depth, dim=1).indices)
-    return {f"r{k}": hits[:, :k].any(1).float().mean().item() for k in RECALL_AT}
-
-
-def chance_recalls(relevant: Tensor) -> dict[str, float]:
-    """Expected recalls of a random order: 1 - C(N - r, K) / C(N, K) for a row with r relevant of N.
-
-    Args:
-        relevant: (Q, N) bool.
-
-    Returns:
-        Recalls by "r1", "r5" and "r10".
-    """
-    total = relevant.shape[1]
-    counts = relevant.sum(1).tolist()
-    return {
-        f"r{k}": sum(1 - math.comb(total - r, min(k, total)) / math.comb(total, min(k, total)) for r in counts)
-        / len(counts)
-        for k in RECALL_AT
-    }
 
 
 @dataclass(frozen=True)
@@ -195,11 +162,13 @@ def evaluate_retrieval(
     for direction in ("image_to_text", "text_to_image"):
         by_image = direction == "image_to_text"
         scores, answers = (x if by_image else x.T for x in (gallery.similarity, gallery.relevant))
-        methods = {"itc": recalls(scores, answers), "chance": chance_recalls(answers)}
+        # A constant score gives chance.
+        chance = torch.zeros_like(scores)
+        methods = {"itc": recall_of_relevant(scores, answers), "chance": recall_of_relevant(chance, answers)}
         if rerank:
             reranked = _rerank(model, gallery, scores, by_image, rerank, 4 * batch_size, batches)
-            methods["itm"] = recalls(reranked, answers)
-        values |= {f"{method}_{direction}_{k}": value for method, row in methods.items() for k, value in row.items()}
+            methods["itm"] = recall_of_relevant(reranked, answers)
+        values |= {f"{method}_{direction}_r{k}": row[f"r{k}"] for method, row in methods.items() for k in RECALL_AT}
     model.train(was_training)
     return RetrievalResult(len(images), len(captions), values)
 

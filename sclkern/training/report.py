@@ -10,7 +10,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from sclkern.data.text import escape_markdown
-from sclkern.evaluation.retrieval import RECALL_AT, RetrievalResult
+from sclkern.evaluation.ranking import RECALL_AT
+from sclkern.evaluation.retrieval import RetrievalResult
 from sclkern.io import write_atomically
 from sclkern.objectives import OBJECTIVES
 from sclkern.training.course import course_section, plot_course

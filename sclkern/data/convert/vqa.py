@@ -7,8 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from sclkern.data.answers import kept_answers, soft_scores
 from sclkern.data.convert.annotations import find, read_json, records
-from sclkern.data.convert.answers import kept_answers, soft_scores
 from sclkern.data.convert.plan import STRINGS, Listing, Options, Plan, Row, Table
 from sclkern.data.files import DataFolder
 from sclkern.errors import UserError
@@ -86,7 +86,9 @@ def _rows(
                 plan.dropped.add(f"questions of {split} without annotation", str(question["question_id"]))
                 continue
             texts = [one["answer"] for one in annotation["answers"]]
-            labels, scores = soft_scores(texts, numbers, options.answers)
+            soft = soft_scores(texts, normalize=options.answers != "published")
+            labels = [numbers[text] for text in soft if text in numbers]
+            scores = [score for text, score in soft.items() if text in numbers]
             if not labels:
                 plan.dropped.add(f"questions of {split} without a kept answer", str(question["question_id"]))
                 continue

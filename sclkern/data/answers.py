@@ -11,6 +11,8 @@ LEAST = 9
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _BETWEEN_DIGITS = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
+# The official code gives a flag where the count stands, whose value is 32.
+_FULL_STOPS = 32
 _ARTICLES = ("a", "an", "the")
 _NUMBERS = {
     word: str(number)
@@ -42,21 +44,26 @@ def _restored() -> dict[str, str]:
 _RESTORED = _restored()
 
 
-def normalise_answer(answer: str) -> str:
+def on_one_line(answer: str) -> str:
+    """An answer without line breaks, tabs and white space around it: what the official evaluation always does."""
+    return answer.replace("\n", " ").replace("\t", " ").strip()
+
+
+def normalize_answer(text: str) -> str:
     """An answer in the form in which the official evaluation compares it.
 
     Args:
-        answer: as it was given.
+        text: as it was given.
 
     Returns:
         It in lower case, without punctuation and articles, numbers up to ten as digits.
     """
-    text = answer.replace("\n", " ").replace("\t", " ").strip()
+    text = on_one_line(text)
     remove_all = _BETWEEN_DIGITS.search(text) is not None
     out = text
     for mark in _PUNCTUATION:
         out = out.replace(mark, "" if remove_all or f"{mark} " in text or f" {mark}" in text else " ")
-    words = [_NUMBERS.get(word, word) for word in _FULL_STOP.sub("", out).lower().split()]
+    words = [_NUMBERS.get(word, word) for word in _FULL_STOP.sub("", out, count=_FULL_STOPS).lower().split()]
     return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES)
 
 
@@ -69,20 +76,18 @@ def kept_answers(given: Iterable[str]) -> list[str]:
     Returns:
         Normalised answers that were given 9 times or more, in order of first occurrence.
     """
-    return [answer for answer, count in Counter(map(normalise_answer, given)).items() if count >= LEAST]
+    return [answer for answer, count in Counter(map(normalize_answer, given)).items() if count >= LEAST]
 
 
-def soft_scores(answers: Iterable[str], classes: dict[str, int], lookup: str) -> tuple[list[int], list[float]]:
-    """Classes of a question with their scores.
+def soft_scores(answers: Iterable[str], *, normalize: bool = True) -> dict[str, float]:
+    """Targets of a question: what the official accuracy gives to each answer of its annotators.
 
     Args:
         answers: of the annotators.
-        classes: number of each class.
-        lookup: "official" normalises the answers; "published" takes them as they are, as the published code does.
+        normalize: compare them normalised; False takes them as they are, as the published code does.
 
     Returns:
-        Classes in order of their first answer, and .3, .6, .9 or 1 for 1, 2, 3 or more answers.
+        .3, .6, .9 or 1 for 1, 2, 3 or more equal answers, in order of their first.
     """
-    texts = answers if lookup == "published" else map(normalise_answer, answers)
-    counts = Counter(text for text in texts if text in classes)
-    return [classes[text] for text in counts], [min(round(0.3 * count, 1), 1.0) for count in counts.values()]
+    counts = Counter(map(normalize_answer, answers) if normalize else answers)
+    return {answer: min(round(0.3 * count, 1), 1.0) for answer, count in counts.items()}

@@ -1,0 +1,1 @@
+"""Downstream tasks of a pre-trained model, and their metrics."""
