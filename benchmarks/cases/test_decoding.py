@@ -29,7 +29,7 @@ from torchvision.transforms import v2
 from benchmarks.harness.photographs import jpeg, photograph, resample
 from sclkern.data import open_pairs
 from sclkern.data.sources.arrow import write_pairs
-from sclkern.data.transforms import CLIP_MEAN, CLIP_STD, build_transform, normalize_images
+from sclkern.data.transforms import CLIP_MEAN, CLIP_STD, build_transform, draw_crop, normalize_images
 from sclkern.data.undecodable import read_image
 
 PICTURES, ROUNDS = 4, 7
@@ -131,8 +131,7 @@ def check(name: str, load: Load, whole: list[np.ndarray], pixels: int) -> float:
         height, width, _ = levels.shape
         factor = build_transform("clip", pixels).reduction(width, height) if name.startswith(OURS) else 1
         torch.manual_seed(number)
-        seen = torch.empty(1, height // factor, 1).expand(-1, -1, width // factor)
-        top, left, down, across = v1.RandomResizedCrop.get_params(seen, [0.8, 1.0], [3 / 4, 4 / 3])
+        top, left, down, across = _draw_crop(name, width // factor, height // factor)
         crop = levels[factor * top : factor * (top + down), factor * left : factor * (left + across)]
         expected = resample(crop, pixels)
         if torch.rand(1) < 0.5:
@@ -143,6 +142,13 @@ def check(name: str, load: Load, whole: list[np.ndarray], pixels: int) -> float:
     bound = REDUCED if factor > 1 else IN_WHOLE
     assert error < bound, f"{name}: differs by {error} levels, expected less than {bound}"
     return error
+
+
+def _draw_crop(name: str, width: int, height: int) -> tuple[int, int, int, int]:
+    if name.startswith(OURS):
+        return draw_crop(width, height, 0.8)
+    seen = torch.empty(1, height, 1).expand(-1, -1, width)
+    return v1.RandomResizedCrop.get_params(seen, [0.8, 1.0], [3 / 4, 4 / 3])
 
 
 def _seeded(load: Load, number: int) -> torch.Tensor:

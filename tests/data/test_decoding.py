@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import RandomResizedCrop
 
 from benchmarks.harness.photographs import jpeg, photograph, resample
 from sclkern.data import open_pairs
 from sclkern.data.images import decode_image
 from sclkern.data.sources.arrow import write_pairs
-from sclkern.data.transforms import build_transform
+from sclkern.data.transforms import build_transform, draw_crop
 from sclkern.data.undecodable import read_image
 
 PHOTOGRAPH = photograph(601, 447)
@@ -46,10 +45,9 @@ def test_every_crop_of_a_reduced_picture_is_twice_as_large_as_the_result(width: 
     torch.manual_seed(0)
     factor = build_transform("clip", 128).reduction(width, height)
     assert factor > 1
-    reduced = torch.empty(1, -(-height // factor), 1).expand(-1, -1, -(-width // factor))
     for _ in range(500):
-        *_, down, across = RandomResizedCrop.get_params(reduced, [0.8, 1.0], [3 / 4, 4 / 3])
-        assert min(down, across) >= 2 * 128 - 1  # by the rounding of the crop
+        crop = draw_crop(-(-width // factor), -(-height // factor), 0.8)
+        assert min(crop.height, crop.width) >= 2 * 128 - 1  # by the rounding of the crop
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])

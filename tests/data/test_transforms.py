@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import v2
+from torchvision.transforms import RandomResizedCrop, v2
 
-from sclkern.data.transforms import CLIP_MEAN, CLIP_STD, build_transform, denormalize, normalize_images
+from sclkern.data.transforms import CLIP_MEAN, CLIP_STD, Crop, build_transform, denormalize, draw_crop, normalize_images
 from sclkern.errors import UserError
 
 NAMES = ["clip", "clip_randaug", "clip_test"]
@@ -65,6 +65,34 @@ def test_clip_test_keeps_everything_but_the_aspect_ratio() -> None:
     assert torch.equal(image, transform(gradient(96, 24)))
     values = denormalize(image)[0]
     assert values[:, 0].max() < 0.05 and values[:, -1].min() > 0.95
+
+
+@pytest.mark.parametrize(("width", "height"), [(640, 480), (300, 400), (333, 251)])
+def test_crops_are_distributed_as_those_of_torchvision(width: int, height: int) -> None:
+    torch.manual_seed(0)
+    picture = torch.empty(1, height, width)
+    ours = torch.tensor([draw_crop(width, height, 0.8) for _ in range(4000)])
+    theirs = torch.tensor([RandomResizedCrop.get_params(picture, [0.8, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)])
+    for column in range(4):
+        steps = torch.linspace(0.05, 0.95, 19)
+        found, expected = (torch.quantile(crops[:, column].float(), steps) for crops in (ours, theirs))
+        assert (found - expected).abs().max() < 0.03 * max(width, height)
+    assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
+    # The first row, the first column and the whole of the last ones are among them.
+    assert (ours[:, :2].amin(0) == 0).all() and (ours[:, 0] + ours[:, 2]).max() == height
+
+
+@pytest.mark.parametrize(("width", "height"), [(900, 100), (90, 600), (1, 1), (1, 30)])
+def test_of_a_long_picture_the_middle_is_taken_as_torchvision_does(width: int, height: int) -> None:
+    expected = RandomResizedCrop.get_params(torch.empty(1, height, width), [0.9, 1.0], [3 / 4, 4 / 3])
+    assert draw_crop(width, height, 0.9) == Crop(*expected)
+
+
+def test_the_fast_form_resizes_as_torchvision_does() -> None:
+    levels = torch.randint(0, 256, (3, 70, 90), dtype=torch.uint8)
+    image = Image.fromarray(levels.permute(1, 2, 0).numpy())
+    expected = v2.functional.resize(levels, [48, 48], v2.InterpolationMode.BICUBIC)
+    assert torch.equal(build_transform("clip_test", 48, normalize=False)(image), expected)
 
 
 def ends(name: str) -> tuple[float, float]:
