@@ -1,9 +1,10 @@
-"""Writing files whole or not at all."""
+"""Writing files and folders whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,46 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):  # the directory itself cannot be used, and the first error says so
             temporary.unlink(missing_ok=True)
+
+
+def check_new_folder(path: str | Path) -> None:
+    """Raise a ``UserError`` unless ``write_folder`` may make this folder: it is not there, or empty."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file, expected a folder to make; give another")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"{path}: is not empty, expected a new folder; remove it, or give another")
+
+
+def write_folder(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Call ``write`` on a temporary folder beside ``path``, flush its files and rename it to ``path``.
+
+    Args:
+        path: the folder to make; not there, or empty. Directories above it are made as needed.
+        write: writes the content into the folder that it is given.
+
+    Raises:
+        UserError: something is there, or the operating system refused.
+    """
+    check_new_folder(path)
+    path = Path(path).absolute()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file() or os.name == "posix":
+                sync(file)
+        temporary.rename(path)
+        if os.name == "posix":
+            sync(path.parent)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); free space, correct the permissions or choose "
+            "another folder"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -22,7 +22,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sclkern", description="Vision-language pre-training with SCL.")
     parser.add_argument("--version", action="version", version=f"sclkern {__version__}")
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
-    for add in (_pretrain, _plan, _configs, _data, _convert, _export, _parity, _bench, _profile, _warmup, _doctor):
+    for add in (
+        _pretrain,
+        _plan,
+        _configs,
+        _data,
+        _convert,
+        _export,
+        _visualize,
+        _parity,
+        _bench,
+        _profile,
+        _warmup,
+        _doctor,
+    ):
         add(commands)
     return parser
 
@@ -203,6 +216,31 @@ def _export(commands: Commands) -> None:
     command.add_argument("--output", required=True, metavar="FOLDER", help="folder to write")
     command.add_argument(
         "--format", choices=("safetensors", "published"), default="safetensors", help="default: safetensors"
+    )
+
+
+def _visualize(commands: Commands) -> None:
+    command = _add(
+        commands,
+        "visualize",
+        help="show what of a picture the words of its caption attend to",
+        description="Write a folder with one page to look through, index.html, and PNG overlays: the attention of each "
+        "word and of the whole text over a picture or the frames of a clip, and back, raw and by the relevancy rule "
+        "for co-attention (arXiv 2103.15679).",
+    )
+    command.add_argument("checkpoint", help="folder of sclkern export, or of a run, or one of its checkpoints")
+    command.add_argument("picture", help="an image file; with --frames a video file or a folder of frames")
+    command.add_argument("caption", help="text of the picture, in quotes")
+    command.add_argument("--output", required=True, metavar="FOLDER", help="folder to make")
+    command.add_argument("--frames", type=int, metavar="N", help="read a clip, N frames of it, equally spaced")
+    command.add_argument(
+        "--target",
+        choices=("itm", "rank", "vqa"),
+        help="what relevancy is for: the logit that both match, the score of retrieval, or that of the likeliest "
+        "answer (default: the first that the model has)",
+    )
+    command.add_argument(
+        "--tokenizer", metavar="FOLDER|NAME", help="as data.tokenizer (default: that of the checkpoint)"
     )
 
 

@@ -8,11 +8,9 @@ from typing import Literal
 import torch
 
 from sclkern.data.tokenizer import CaptionTokenizer
-from sclkern.errors import UserError
 from sclkern.io import write_atomically
-from sclkern.model import SCLModel
-from sclkern.training.config import build_config
 from sclkern.training.directory import SavedRun
+from sclkern.training.opening import restore
 from sclkern.weights import to_reference
 
 
@@ -32,14 +30,7 @@ def export_model(saved: SavedRun, folder: Path, format: Literal["safetensors", "
         UserError: the checkpoint is of another version, the published code has no such model, or the folder cannot be
             written.
     """
-    try:
-        # The model of a task is exported as any other.
-        config = build_config({name: keys for name, keys in saved.state["config"].items() if name != "task"})
-        model = SCLModel(config.model, config.objectives)
-        model.load_state_dict(saved.state["model"])
-    except (UserError, RuntimeError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{saved.path}: is damaged, or not of this version ({reason:.200})") from error
+    model, tokenizer = restore(saved)
     if format == "published":
         path, tensors = folder / "model.ckpt", to_reference(model)
 
@@ -50,5 +41,5 @@ def export_model(saved: SavedRun, folder: Path, format: Literal["safetensors", "
         write_atomically(path, write)
         return path
     model.save_pretrained(folder)
-    CaptionTokenizer.from_pretrained(config.data.tokenizer).save_pretrained(folder)
+    CaptionTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     return folder
