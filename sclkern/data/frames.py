@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import pairwise
 from typing import Any, BinaryIO, Literal
 
@@ -14,6 +14,7 @@ import av
 import torch
 from av.stream import Disposition
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from sclkern.data.files import DataFolder
@@ -114,9 +115,9 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def decode_video(file: BinaryIO, choose: Choose) -> list[Image.Image]:
     """Decode frames of a video, in the order in which they are shown.
 
-    Packets are counted first, which decodes nothing. Then each frame is decoded from the key frame before it. Where
-    a file does not say when its frames are shown, or says it wrongly, it is decoded from its beginning, with one frame
-    in memory beside the wanted ones. Frames are turned upright; the shape of pixels is not applied, as readers of
+    Packets are counted first, which decodes nothing. Then each frame is decoded from the key frame before it, without
+    those that no other frame is predicted from. Where a file does not say when its frames are shown, or says it
+    wrongly, it is decoded from its beginning, with one frame in memory beside the wanted ones. Frames are turned upright; the shape of pixels is not applied, as readers of
     videos do.
 
     Args:
@@ -131,11 +132,11 @@ def decode_video(file: BinaryIO, choose: Choose) -> list[Image.Image]:
     """
     try:
         with _opened(file) as (container, stream):
-            times = _times(container, stream)
+            times, keys = _times(container, stream)
+            if times is not None:
+                wanted = choose(len(times))
+                found = _at(container, stream, [times[index] for index in wanted], keys)
         if times is not None:
-            wanted = choose(len(times))
-            with _opened(file) as (container, stream):
-                found = _at(container, stream, [times[index] for index in wanted])
             if found is not None:
                 return frames_of_one_size([found[times[index]] for index in wanted])
             return _one_after_another(file, wanted, len(times))
@@ -163,73 +164,80 @@ def _opened(file: BinaryIO) -> Iterator[tuple[Any, Any]]:
         yield container, stream
 
 
-def _times(container: Any, stream: Any) -> list[int] | None:
-    """When each frame is shown, ascending, from the packets; None where the file does not say it of all."""
+def _times(container: Any, stream: Any) -> tuple[list[int] | None, list[int]]:
+    """When each frame is shown, and each key frame, ascending, from the packets; None where the file does not say it of
+    all frames."""
     times: list[int] = []
+    keys: list[int] = []
     try:
         for packet in container.demux(stream):
             if packet.size and not packet.is_discard:
                 if packet.pts is None:
-                    return None
+                    return None, []
                 times.append(packet.pts)
+                if packet.is_keyframe:
+                    keys.append(packet.pts)
     except av.FFmpegError:
         pass  # cut short: what came before can be used
-    return sorted(times) if times and len(set(times)) == len(times) else None
+    return (sorted(times) if times and len(set(times)) == len(times) else None), sorted(keys)
 
 
-def _decoded(container: Any, stream: Any) -> Iterator[VideoFrame]:
-    """All frames up to the end, or to where the file is broken."""
+def _decoded(container: Any, stream: Any, times: Collection[int] | None = None) -> Iterator[VideoFrame]:
+    """Frames up to the end, or to where the file is broken: all of them, or those of these times and whatever they and
+    later ones are predicted from."""
     try:
-        yield from container.decode(stream)
+        for packet in container.demux(stream):
+            if times is not None:
+                stream.codec_context.skip_frame = "DEFAULT" if packet.pts in times else "NONREF"
+            yield from packet.decode()
     except (av.FFmpegError, EOFError):
         return
 
 
-def _at(container: Any, stream: Any, wanted: Sequence[int]) -> dict[int, Image.Image] | None:
+def _at(container: Any, stream: Any, wanted: Sequence[int], keys: Sequence[int]) -> dict[int, Image.Image] | None:
     """Frames by the times at which they are shown; None where one does not come when its packet says."""
     found: dict[int, Image.Image] = {}
+    formatter = VideoReformatter()
     frames: Iterator[VideoFrame] = iter(())
     position: int | None = None
-    # Frames that lie closer than this are reached by decoding on: a key frame comes at most so seldom, as a rule.
-    near = _ticks(stream, Fraction(2))
     for time in dict.fromkeys(wanted):
-        if position is None or time <= position or time - position > near:
+        # To seek back to a key frame that was decoded before would decode what follows it again.
+        before = bisect_right(keys, time)
+        if position is None or time <= position or (before and keys[before - 1] > position):
             container.seek(time, stream=stream, backward=True, any_frame=False)
-            frames = _decoded(container, stream)
+            frames = _decoded(container, stream, wanted)
         for frame in frames:
             position = frame.pts
             if position is None or position > time:
                 return None
             if position == time:
-                found[time] = _picture(frame)
+                found[time] = _picture(frame, formatter)
                 break
         else:
             return None
     return found
 
 
-def _ticks(stream: Any, seconds: Fraction) -> int:
-    return int(seconds / stream.time_base) if stream.time_base else 0
-
-
 def _one_after_another(file: BinaryIO, wanted: Sequence[int], count: int) -> list[Image.Image]:
     """Frames by their number, decoded from the first on; the last one stands for those that do not come."""
     found: dict[int, Image.Image] = {}
     last: VideoFrame | None = None
+    formatter = VideoReformatter()
     if wanted:
         with _opened(file) as (container, stream):
             for number, last in enumerate(_decoded(container, stream)):
                 if number in wanted:
-                    found[number] = _picture(last)
+                    found[number] = _picture(last, formatter)
                 if number >= wanted[-1]:
                     break
     if last is None:
         raise ValueError(f"the video cannot be decoded: none of its {count} frames" if count else "it has no frame")
-    return frames_of_one_size([found[index] if index in found else _picture(last) for index in wanted])
+    return frames_of_one_size([found[index] if index in found else _picture(last, formatter) for index in wanted])
 
 
-def _picture(frame: VideoFrame) -> Image.Image:
-    picture = frame.to_image().convert("RGB")
+def _picture(frame: VideoFrame, formatter: VideoReformatter) -> Image.Image:
+    # ``frame.to_image`` would prepare the conversion of colours anew for each frame, which takes longer than it.
+    picture = Image.fromarray(formatter.reformat(frame, format="rgb24").to_ndarray())
     turn = _TURNS.get(round(frame.rotation) % 360)
     return picture if turn is None else picture.transpose(turn)
 

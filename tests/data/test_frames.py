@@ -58,8 +58,8 @@ def test_few_frames_of_a_long_clip_decode_few(tmp_path, monkeypatch):
     decoded = []
     original = frames._decoded
 
-    def counted(container, stream):
-        for frame in original(container, stream):
+    def counted(*args):
+        for frame in original(*args):
             decoded.append(frame.pts)
             yield frame
 
@@ -67,6 +67,25 @@ def test_few_frames_of_a_long_clip_decode_few(tmp_path, monkeypatch):
     with open(path, "rb") as file:
         assert len(decode_video(file, FrameSampling(4))) == 4
     assert len(decoded) < 110
+
+
+def test_no_frame_is_decoded_twice_and_no_unwanted_one_that_no_other_needs(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "one_key_frame.mp4", count=240, options={"g": "240", "bf": "3", "b-adapt": "0"})
+    decoded = []
+    original = frames._decoded
+
+    def counted(*args):
+        for frame in original(*args):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(frames, "_decoded", counted)
+    with open(path, "rb") as file:
+        found = decode_video(file, lambda count: [30, 90, 150, 210])
+    assert len(decoded) == len(set(decoded)) < 150
+    monkeypatch.undo()
+    for frame, index in zip(found, [30, 90, 150, 210], strict=True):
+        np.testing.assert_array_equal(np.asarray(frame), shown(path)[index])
 
 
 def test_a_clip_that_was_cut_short_gives_what_is_there(tmp_path):

@@ -199,6 +199,19 @@ def _decoding_table(rows: list[Record]) -> str:
     return "\n".join(lines)
 
 
+def _clips_table(rows: list[Record]) -> str:
+    clips = sorted((row for row in rows if row["case"].startswith("clips/")), key=lambda row: row["case"])
+    if not clips:
+        return ""
+    lines = ["| clips a second of a core | frames | sclkern | fastest other | faster |", "|---|---|---|---|---|"]
+    for row in clips:
+        rates, other = row["clips_per_second"], row["fastest_other"]
+        values = [f"{row['rows']} of {row['frames']}", three_digits(rates["sclkern"])]
+        values += [f"{other} {three_digits(rates[other])}", f"{row['faster_than_other']:.2f}x"]
+        lines.append(f"| {row['case'].removeprefix('clips/')} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
 def _models_table(rows: list[Record]) -> str:
     models: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
     for row in rows:
@@ -266,6 +279,7 @@ _TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
     "step": ("step/", _step_table),
     "ratio": ("step_ratio/", _ratio_table),
     "decoding": ("decoding/", _decoding_table),
+    "clips": ("clips/", _clips_table),
     "models": ("model/", _models_table),
     "training": ("training/", _training_table),
     "ops": ("op/", op_table),

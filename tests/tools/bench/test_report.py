@@ -93,6 +93,9 @@ def test_the_command_writes_tables_and_plots(tmp_path, capsys):
     decoding |= {"pictures_per_second": {"published": 150, "sclkern": 375.4, "torchcodec": 340}}
     decoding |= {"faster_than_published": 2.5, "faster_than_other": 1.1}
     records.append("decoding/coco/224", results=tmp_path / "results", **decoding)
+    clips = {"rows": 4, "frames": 250, "fastest_other": "torchcodec", "faster_than_other": 1.12}
+    clips |= {"clips_per_second": {"sclkern": 36.35, "PyAV, all frames": 28, "torchcodec": 32.1}}
+    records.append("clips/320x240/250", results=tmp_path / "results", **clips)
     document = tmp_path / "page.md"
     begin = "<!-- sclkern bench report: begin -->"
     document.write_text(f"before\n{begin}\nold\n{report.END}\nafter\n")
@@ -101,6 +104,7 @@ def test_the_command_writes_tables_and_plots(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "base/planned | 2 | float32 | 1.5 s | 1.3 | 2.5 GB |" in printed
     assert "| coco/224 | 640 x 480 to 224 | 375 | 150 | 2.50x | torchcodec 340 | 1.10x |" in printed
+    assert "| 320x240/250 | 4 of 250 | 36.4 | torchcodec 32.1 | 1.12x |" in printed
     assert "| base/dataset | 2 | 2.40x | 2.18x | 1.10 |" in printed
     assert document.read_text() == f"before\n{begin}\n{printed.strip()}\n{report.END}\nafter\n"
     device = records.device_name()
@@ -154,7 +158,7 @@ def test_a_document_chooses_its_tables(tmp_path):
     assert "base/planned" in report.embed(page.format(" step"), rows)
     assert "base/planned" not in report.embed(page.format(" ops memory"), rows)
     with pytest.raises(
-        UserError, match=r"\['speed'\], expected some of step, ratio, decoding, models, training, ops, memory"
+        UserError, match=r"\['speed'\], expected some of step, ratio, decoding, clips, models, training, ops, memory"
     ):
         report.embed(page.format(" speed"), rows)
 
