@@ -117,8 +117,8 @@ def decode_video(file: BinaryIO, choose: Choose) -> list[Image.Image]:
 
     Packets are counted first, which decodes nothing. Then each frame is decoded from the key frame before it, without
     those that no other frame is predicted from. Where a file does not say when its frames are shown, or says it
-    wrongly, it is decoded from its beginning, with one frame in memory beside the wanted ones. Frames are turned upright; the shape of pixels is not applied, as readers of
-    videos do.
+    wrongly, it is decoded from its beginning, with one frame in memory beside the wanted ones. Frames are turned
+    upright; the shape of pixels is not applied, as readers of videos do.
 
     Args:
         file: can seek.
