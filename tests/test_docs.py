@@ -9,6 +9,8 @@ import pytest
 
 from sclkern.cli import parse
 from sclkern.cli.config_files import load
+from sclkern.tasks.config import FinetuneConfig
+from sclkern.training.config import build_as, read_values
 
 ROOT = Path(__file__).parent.parent
 PAGES = {page.name: page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))}
@@ -38,7 +40,9 @@ def test_every_example_runs(code, capsys, monkeypatch, tmp_path):
 def test_every_command_is_understood(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     options = parse(shlex.split(command)[1:])
-    if "overrides" in options:
+    if options.name in ("finetune", "evaluate"):
+        build_as(FinetuneConfig, read_values(None, options.overrides))
+    elif "overrides" in options:
         load(options.config, options.overrides)
 
 

@@ -14,6 +14,8 @@ from sclkern import __version__
 SETS = (
     "coco", "flickr30k", "vg", "sbu", "cc3m", "cc12m", "vqav2", "nlvr2", "msrvtt", "lsmdc", "webvid", "align-bench",
 )  # fmt: skip
+# Of ``sclkern.tasks.registered``, which a test compares.
+TASKS = ("vqav2",)
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -24,6 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
     for add in (
         _pretrain,
+        _finetune,
+        _evaluate,
         _plan,
         _configs,
         _data,
@@ -52,6 +56,46 @@ def _pretrain(commands: Commands) -> None:
     command.add_argument(
         "--resume", action="store_true", help="continue the run in run.output_dir, or start it if there is none"
     )
+
+
+def _finetune(commands: Commands) -> None:
+    command = _add(
+        commands,
+        "finetune",
+        help="train a pre-trained model on a task",
+        description="Train a pre-trained model on a task, and write the best model of its validations. What the "
+        "configuration does not give comes from the recipe; docs/tasks.md has every task.",
+    )
+    command.set_defaults(trains=True)
+    command.add_argument("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
+    command.add_argument("--checkpoint", metavar="FOLDER", help="folder of a pre-trained model, or of its run")
+    command.add_argument(
+        "--recipe", choices=("default", "published"), default="default", help="of the task (default: default)"
+    )
+    _config(command)
+    command.add_argument(
+        "--resume", action="store_true", help="continue the run in run.output_dir, or start it if there is none"
+    )
+
+
+def _evaluate(commands: Commands) -> None:
+    command = _add(
+        commands,
+        "evaluate",
+        help="measure a model on a task",
+        description="Answer a split of a task and print its metrics, the same for any number of processes; with "
+        "--output, write them, and the file that the task's server takes.",
+    )
+    command.set_defaults(trains=True)
+    command.add_argument("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
+    command.add_argument("--checkpoint", required=True, metavar="FOLDER", help="folder of the model, or of its run")
+    command.add_argument("--data", required=True, metavar="FOLDER", help="folder of the tables, local or a URL")
+    command.add_argument(
+        "--split", default="val", metavar="NAME", help="of the task (default: val, what the model was selected by)"
+    )
+    command.add_argument("--annotations", metavar="FILE", help="vqav2: as distributed, for the official accuracy")
+    command.add_argument("--output", metavar="FOLDER", help="write results.json, and submission.json of the task")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as task.evaluation_batch=256")
 
 
 def _plan(commands: Commands) -> None:

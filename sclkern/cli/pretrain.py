@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
     config = load(options.config, options.overrides)
     # A process that joins takes no signals: it has nothing to save, and the others may not come.
     with join_world(config) as world, StopSignals() as stop:
-        _log_of_rank(world, stop)
+        log_of_rank(world, stop)
         training = Pretraining(config, resume=options.resume, stop=stop, world=world)
         if world.main:
             log.info(
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _log_of_rank(world: World, stop: StopSignals) -> None:
+def log_of_rank(world: World, stop: StopSignals) -> None:
     """Of many processes rank 0 alone reports; the warnings of the others have their rank."""
     if world.main:
         return

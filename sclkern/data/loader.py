@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from itertools import count
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from sclkern.data.batches import Batch, BatchRequest, PairBatches
 from sclkern.data.buckets import Buckets
@@ -195,21 +195,40 @@ class PairLoader:
         return place + self.global_batch, indices
 
     def _load(self, requests: Iterator[BatchRequest]) -> Generator[Batch]:
-        loader: DataLoader[Any] = DataLoader(
-            PairBatches(self.dataset, pad_to_max=self.pad_to_max, buckets=self.buckets),
-            sampler=requests,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),
-            worker_init_fn=ignore_signals,
-        )
-        with closing(iterate(loader)) as batches:
-            for batch in batches:
-                if isinstance(batch, UserError):
-                    raise batch
-                yield batch
+        batches = PairBatches(self.dataset, pad_to_max=self.pad_to_max, buckets=self.buckets)
+        return load_batches(batches, requests, self.num_workers)
+
+
+def load_batches(batches: Dataset[Batch | UserError], requests: Iterable[Any], num_workers: int) -> Generator[Batch]:
+    """Batches that a data set makes of requests, in their order, for any number of workers.
+
+    Args:
+        batches: returns a ``UserError`` where it cannot make a batch.
+        requests: its indices, one for each batch.
+        num_workers: Processes that make batches; 0 makes them in this one.
+
+    Yields:
+        The batches, pinned where there is a GPU.
+
+    Raises:
+        UserError: while iterating, that of the data set.
+        WorkerError: while iterating, a worker has died.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        batches,
+        sampler=requests,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
+        worker_init_fn=ignore_signals,
+    )
+    with closing(iterate(loader)) as made:
+        for batch in made:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
 
 
 def _check_pictures(pictures: np.ndarray) -> None:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Protocol
 
 from PIL import Image
 
 from sclkern.data.images import UNDECODABLE, Reduction, decode_image
-from sclkern.data.source import PairSource
 from sclkern.data.text import one_line
 from sclkern.errors import UserError
 
 _log = logging.getLogger("sclkern.data")
+
+
+class Pictures(Protocol):
+    """Pictures by their number: what is read of a ``PairSource``, or of the table of a task."""
+
+    def image(self, image: int) -> Image.Image:
+        """As in ``PairSource``."""
 
 
 def undecodable_limit(num_images: int) -> int:
@@ -20,11 +27,11 @@ def undecodable_limit(num_images: int) -> int:
     return max(1, num_images // 100)
 
 
-def read_image(source: PairSource, image: int, min_size: int, reduction: Reduction | None = None) -> Image.Image:
+def read_image(source: Pictures, image: int, min_size: int, reduction: Reduction | None = None) -> Image.Image:
     """An image of a source that a model can take.
 
     Args:
-        source: the pairs.
+        source: of the image.
         image: image index.
         min_size: least height and width in pixels: the side of a patch.
         reduction: of ``decode_image``; without effect where the source has no ``image_bytes``.

@@ -29,6 +29,7 @@ class PretrainConfig:
     """Everything that defines a run. ``model`` may name a ``preset`` in YAML; its other keys override the preset.
 
     Attributes:
+        unread: sections that a subclass does not read, so that no file has them.
         model: architecture.
         weights: source of the initial weights.
         objectives: losses and their options.
@@ -39,7 +40,6 @@ class PretrainConfig:
         evaluation: retrieval and the plots of the report.
     """
 
-    # Sections that a subclass does not read: no file has them.
     unread: ClassVar[tuple[str, ...]] = ()
 
     model: SCLConfig = field(default_factory=SCLConfig)

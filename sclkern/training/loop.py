@@ -65,22 +65,19 @@ class _Loader(Protocol):
 
 
 class RunData(Protocol):
-    """What the loop reads of the data of a run, whatever it trains.
-
-    Attributes:
-        identity: what a resumed run must find again, as ``data_difference`` compares it.
-        train_source: counts the training images.
-        train_loader: gives this process's micro-batches from a step on: dicts with ``undecodable``, reasons by name.
-    """
+    """What the loop reads of the data of a run, whatever it trains."""
 
     @property
-    def identity(self) -> dict[str, Any]: ...
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must find again, as ``data_difference`` compares it."""
 
     @property
-    def train_source(self) -> _Source: ...
+    def train_source(self) -> _Source:
+        """Counts the training images."""
 
     @property
-    def train_loader(self) -> _Loader: ...
+    def train_loader(self) -> _Loader:
+        """Gives this process's micro-batches from a step on: dicts with ``undecodable``, reasons by name."""
 
 
 class Training(ABC):
@@ -91,6 +88,10 @@ class Training(ABC):
         resume: whether to continue from ``checkpoints/latest.pt`` of the output folder, if there is one.
         stop: the signals that stop it; None takes them during ``run``.
         world: the processes that train together, each of which makes the same calls; None is this one by itself.
+
+    Attributes:
+        data: of the run.
+        validation: of the run.
 
     Raises:
         UserError: the configuration, the data or the folder cannot work.
@@ -402,7 +403,11 @@ class Training(ABC):
 
 
 class Pretraining(Training):
-    """Pre-training by the recipe of a configuration; the arguments are those of ``Training``."""
+    """Pre-training by the recipe of a configuration; the arguments are those of ``Training``.
+
+    Attributes:
+        data: of the run.
+    """
 
     data: TrainingData
 

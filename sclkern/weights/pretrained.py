@@ -92,7 +92,7 @@ def _from_directory(
         raise UserError(
             f"{path}: is a file, expected a directory of save_pretrained (from_reference takes a published checkpoint)"
         )
-    stored = _stored_config(path / CONFIG)
+    stored = stored_config(path / CONFIG)
     target = changed(config or stored, changes)
     tensors, where = without_prefix(read_tensors(path), OURS, str(path))
     network = on_cpu(build, target)
@@ -116,7 +116,18 @@ def _from_directory(
     return network, report
 
 
-def _stored_config(file: Path) -> SCLConfig:
+def stored_config(file: Path) -> SCLConfig:
+    """The configuration that ``save_pretrained`` wrote.
+
+    Args:
+        file: ``config.json``.
+
+    Returns:
+        The sizes.
+
+    Raises:
+        UserError: the file cannot be read, or describes another model.
+    """
     values = read_json(file)
     if "model_type" in values or "architecture" in values:
         raise UserError(

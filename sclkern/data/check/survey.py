@@ -143,7 +143,7 @@ def _read(source: Any, image: int, min_size: int) -> _Seen:
         if hasattr(source, "image_bytes"):
             content = source.image_bytes(image)
             digest, size = hashlib.blake2b(content, digest_size=16).digest(), len(content)
-            decoded = read_image(_Held(content), 0, min_size)  # type: ignore[arg-type]
+            decoded = read_image(_Held(content), 0, min_size)
         else:
             decoded = _first_frame(source, image, min_size)
             digest = hashlib.blake2b(decoded.tobytes(), digest_size=16).digest()

@@ -1,0 +1,45 @@
+"""``sclkern evaluate``: the metrics of a model on a split of a task, and the file that the task's server takes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from sclkern.cli.pretrain import log_of_rank
+from sclkern.errors import UserError
+from sclkern.tasks.evaluating import evaluate, load_evaluation
+from sclkern.tasks.finetuning import results, write_json
+from sclkern.tasks.registered import TASKS
+from sclkern.training.preflight import join_world
+from sclkern.training.setup import resolve_device
+from sclkern.training.signals import StopSignals
+
+
+def run(options: argparse.Namespace) -> int:
+    """Evaluate, print the metrics as JSON, and write them where a folder is given."""
+    task = TASKS[options.task]
+    output = None if options.output is None else Path(options.output)
+    if output is not None and output.exists() and not output.is_dir():
+        raise UserError(f"--output: {output} is a file, expected a folder; give another name")
+    annotations = None if options.annotations is None else Path(options.annotations)
+    config = load_evaluation(task, options.checkpoint, options.data, options.overrides)
+    with join_world(config) as world, StopSignals() as stop:
+        log_of_rank(world, stop)
+        outcome = evaluate(
+            task,
+            config,
+            split=options.split,
+            annotations=annotations,
+            scored=output is None,
+            world=world,
+            device=resolve_device(config.run.device, world),
+        )
+        if world.main:
+            tables = config.data.val_tables if options.split == "val" else task.splits[options.split]
+            if output is not None:
+                write_json(output / "results.json", results(task, list(tables), outcome.values))
+                if outcome.submission is not None:
+                    write_json(output / "submission.json", outcome.submission)
+            print(json.dumps(outcome.values))
+    return 0

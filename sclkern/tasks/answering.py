@@ -1,0 +1,114 @@
+"""A model's answers to every sample of a source, shared out among the processes of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sclkern.data.tokenizer import CaptionTokenizer
+from sclkern.data.transforms import build_transform
+from sclkern.data.undecodable import UndecodableImages
+from sclkern.distributed import gather_parts, merge
+from sclkern.tasks.batches import TaskBatches, TaskLoader
+from sclkern.tasks.config import FinetuneConfig
+from sclkern.tasks.model import TaskModel
+from sclkern.tasks.task import Task, TaskSource
+from sclkern.training.passes import copied
+from sclkern.training.world import World
+
+
+class Answering:
+    """Answers samples with the settings of a configuration: its transform, batch and precision.
+
+    Processes deal out whole batches, so that each batch, and every answer, is the same for any number of them.
+
+    Args:
+        task: of the samples.
+        config: of the run.
+        tokenizer: of the model.
+        world: the processes, all of which make the same calls.
+        device: of the model.
+        between: called before each batch; may raise.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        config: FinetuneConfig,
+        tokenizer: CaptionTokenizer,
+        world: World,
+        device: torch.device,
+        between: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.task, self.config, self.tokenizer = task, config, tokenizer
+        self.world, self.device, self.between = world, device, between
+
+    def batches(self, source: TaskSource, transform: str) -> TaskBatches:
+        """What makes the batches of a source.
+
+        Args:
+            source: of the samples.
+            transform: name of that of the pictures.
+
+        Returns:
+            The batches.
+        """
+        config = self.config
+        built = build_transform(
+            transform,
+            config.model.image_size,
+            normalize=config.data.normalize == "host",
+            decoding=config.data.decoding,
+        )
+        return TaskBatches(
+            self.task,
+            source,
+            self.tokenizer,
+            built,
+            max_text_len=config.model.max_text_len,
+            min_size=config.model.patch_size,
+            seed=config.run.seed,
+        )
+
+    @torch.no_grad()
+    def predict(self, model: TaskModel, source: TaskSource) -> Tensor:
+        """Answer every sample.
+
+        Args:
+            model: put into eval mode meanwhile; it computes without collectives.
+            source: of the samples.
+
+        Returns:
+            (samples, ...) on the CPU, in the order of the source, the same on every rank.
+
+        Raises:
+            UserError: too many pictures cannot be decoded.
+            WorkerError: a data worker died.
+        """
+        was_training = model.training
+        model.eval()
+        loader = TaskLoader(
+            self.batches(source, self.config.data.val_transform),
+            batch_size=self.config.task.evaluation_batch,
+            seed=self.config.run.seed,
+            num_workers=self.config.data.num_workers,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+        bfloat16 = self.config.run.precision == "bfloat16"
+        own: dict[int, Tensor] = {}
+        undecodable: dict[str, str] = {}
+        with closing(loader.in_order()) as batches:
+            for number in loader.numbers():
+                self.between()
+                batch: dict[str, Any] = next(batches)
+                undecodable |= batch.pop("undecodable")
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+                    own[number] = model.predict(copied(batch, self.device, None)).cpu()
+        UndecodableImages(source.num_images).add(merge(undecodable) if self.world.size > 1 else undecodable)
+        model.train(was_training)
+        return gather_parts(own) if self.world.size > 1 else torch.cat([own[number] for number in sorted(own)])

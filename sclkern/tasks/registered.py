@@ -1,0 +1,6 @@
+"""The tasks of this package, each registered by its import."""
+
+from sclkern.tasks import vqav2
+from sclkern.tasks.task import TASKS
+
+__all__ = ["TASKS", "vqav2"]

@@ -1,0 +1,83 @@
+"""Data sets laid out as they are published, whose answers the pictures determine, and a small model to fine-tune."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from PIL import Image
+
+from look_alikes.tree import encoded, write
+from sclkern import SCLConfig, SCLModel
+from sclkern.data.convert import convert
+from sclkern.data.convert.plan import Options
+from sclkern.data.tokenizer import CaptionTokenizer
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220), "white": (240, 240, 240)}
+# Of fine-tuning in seconds.
+QUICK = {
+    "run.batch_size": 32,
+    "run.device": "cpu",
+    "run.log_every": 5,
+    "task.global_batch": 32,
+    "task.epochs": 4,
+    "task.val_epochs": 2,
+    "optimizer.learning_rate": 1e-3,
+    "optimizer.head_factor": 1,
+    "optimizer.fusion_factor": 1,
+    "data.transform": "clip_test",
+}
+
+
+def square(colour: str, generator: random.Random) -> Image.Image:
+    """A picture in which a square of a colour lies somewhere on black."""
+    image = Image.new("RGB", (32, 32))
+    side = generator.randint(16, 24)
+    left, top = generator.randint(0, 32 - side), generator.randint(0, 32 - side)
+    image.paste(COLOURS[colour], (left, top, left + side, top + side))
+    return image
+
+
+def checkpoint(folder: Path, **changes: object) -> Path:
+    """A pre-trained model of random weights, with its tokenizer."""
+    config = SCLConfig.preset("tiny").replace(
+        vocab_size=2048, mask_id=2047, vision_layers=1, text_layers=1, fusion_layers=1, init_std=0.1, dropout=0.0
+    )
+    SCLModel(config.replace(**changes)).save_pretrained(folder)
+    CaptionTokenizer.from_pretrained("demo").save_pretrained(folder)
+    return folder
+
+
+def overrides(**changes: object) -> list[str]:
+    """Of ``QUICK`` with changes, ``section__key=value``."""
+    values = {**QUICK, **{name.replace("__", "."): value for name, value in changes.items()}}
+    return [f"{name}={value}" for name, value in values.items()]
+
+
+def vqav2(root: Path, pictures: int = 280) -> Path:
+    """VQAv2 with two questions on each picture, the colour of its square and whether it is red, converted.
+
+    Chance is the best constant answer to either question: 25 % and 75 %, 50 % together.
+    """
+    generator, names, number = random.Random(0), list(COLOURS), 0
+    folders = {"train": "train2014", "val": "val2014", "test": "test2015"}
+    for split, folder in folders.items():
+        asked, answered = [], []
+        for index in range({"train": pictures, "val": pictures // 4, "test": 8}[split]):
+            colour = names[index % len(names)]
+            path = root / "raw" / folder / f"COCO_{folder}_{number:012}.jpg"
+            write(path, encoded(square(colour, generator), "PNG"))
+            pairs = (("What colour is the square?", colour), ("Is it red?", "yes" if colour == "red" else "no"))
+            for place, (question, answer) in enumerate(pairs):
+                key = {"image_id": number, "question_id": 10 * number + place}
+                asked.append({**key, "question": question})
+                answers = [{"answer": answer, "answer_id": i + 1} for i in range(10)]
+                answered.append({**key, "multiple_choice_answer": answer, "answers": answers})
+            number += 1
+        write(root / "raw" / f"v2_OpenEnded_mscoco_{folder}_questions.json", {"questions": asked})
+        if split == "test":
+            write(root / "raw" / "v2_OpenEnded_mscoco_test-dev2015_questions.json", {"questions": asked})
+        else:
+            write(root / "raw" / f"v2_mscoco_{folder}_annotations.json", {"annotations": answered})
+    convert("vqav2", root / "raw", root / "arrow", Options(rest_val=2), workers=1)
+    return root / "arrow"
