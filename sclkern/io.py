@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +29,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         UserError: the operating system refused: disk full, read-only, no permission.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -70,7 +72,7 @@ def write_folder(path: str | Path, write: Callable[[Path], object]) -> None:
     """
     check_new_folder(path)
     path = Path(path).absolute()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         temporary.mkdir(parents=True)
         write(temporary)
@@ -87,6 +89,11 @@ def write_folder(path: str | Path, write: Callable[[Path], object]) -> None:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A name of our own: on a shared disk another machine may have a process of the same number."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{platform.node()[:16]}-{secrets.token_hex(4)}.tmp")
 
 
 def sync(path: Path) -> None:

@@ -1,9 +1,20 @@
-"""Folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 import pytest
 
 from sclkern.errors import UserError
-from sclkern.io import write_folder
+from sclkern.io import write_atomically, write_folder
+
+
+def test_processes_of_one_number_on_two_machines_write_beside_each_other(tmp_path):
+    def write(temporary):
+        temporary.write_text("mine")
+        write_atomically(tmp_path / "file", lambda other: other.write_text("theirs"))
+        assert (tmp_path / "file").read_text() == "theirs"
+
+    write_atomically(tmp_path / "file", write)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_folder_appears_whole(tmp_path):

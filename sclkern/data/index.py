@@ -21,7 +21,7 @@ from sclkern.io import write_atomically
 
 _log = logging.getLogger("sclkern.data")
 # Raised when indices of earlier versions can no longer be read.
-_VERSION = 1
+_VERSION = 2
 _KEY = b"sclkern"
 
 
@@ -33,11 +33,13 @@ class Index:
         table: a row for each image.
         dropped: rows that are known to have no image, by the reason that the writer of the data gives.
         defects: name and reason of each other sample that was left out.
+        missing: paths of the files that some of those name and that are not there; they may come later.
     """
 
     table: pa.Table
     dropped: dict[str, int] = field(default_factory=dict)
     defects: list[tuple[str, str]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
 
 
 Build = Callable[[DataFolder, str], Index]
@@ -141,14 +143,15 @@ def _load(path: Path, identity: dict[str, Any], schema: pa.Schema) -> Index | No
         # Offsets in a damaged file would lead out of the map.
         table.validate(full=True)
         defects = [(str(sample), str(reason)) for sample, reason in notes["defects"]]
-        return Index(table, {str(reason): int(count) for reason, count in notes["dropped"].items()}, defects)
+        dropped = {str(reason): int(count) for reason, count in notes["dropped"].items()}
+        return Index(table, dropped, defects, [str(path) for path in notes["missing"]])
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def _build(folder: DataFolder, name: str, build: Build, identity: dict[str, Any]) -> Path:
     index = build(folder, name)
-    notes = {"identity": identity, "dropped": index.dropped, "defects": index.defects}
+    notes = {"identity": identity, "dropped": index.dropped, "defects": index.defects, "missing": index.missing}
     table = index.table.replace_schema_metadata({_KEY: json.dumps(notes)})
     places = _places(folder, name)
     for place in places:

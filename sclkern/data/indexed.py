@@ -68,6 +68,10 @@ class IndexedPairs:
         self.split = split
         self.dropped, self.defects = {}, []
         indices = self._open()
+        if stale := [file for file, index in zip(self.files, indices, strict=True) if self._came(file, index)]:
+            for file in stale:
+                forget_index(self.folder, file)
+            indices = self._open()
         for file, index in zip(self.files, indices, strict=True):
             self.dropped = dict(Counter(self.dropped) + Counter(index.dropped))
             self.defects += [(f"{file} {sample}", reason) for sample, reason in index.defects]
@@ -92,6 +96,11 @@ class IndexedPairs:
     def built_from(folder: DataFolder, name: str) -> list[str]:
         """Names of the files that ``build`` reads for one; see ``open_indices``."""
         return [name]
+
+    @staticmethod
+    def is_there(folder: DataFolder, name: str, paths: Sequence[str]) -> bool:
+        """Whether one of the paths that ``build`` found missing for a file is there now."""
+        raise NotImplementedError
 
     def image(self, image: int) -> Image.Image:
         """Image ``image``, decoded to mode RGB; raises ``ValueError`` if it cannot be read or decoded."""
@@ -120,6 +129,9 @@ class IndexedPairs:
         file = int(np.searchsorted(self._first_row, row, side="right")) - 1
         names = [name for name in self.schema.names if name != "caption"]
         return self.files[file], {name: self._rows.column(name)[row].as_py() for name in names}
+
+    def _came(self, file: str, index: Index) -> bool:
+        return bool(index.missing) and self.is_there(self.folder, file, index.missing)
 
     def _open(self) -> list[Index]:
         indices = open_indices(self.folder, self.files, self.build, schema=self.schema, built_from=self.built_from)

@@ -176,7 +176,7 @@ def test_rows_of_another_form_are_left_out(pretraining, stopped):
 
 def test_files_of_the_user_are_not_taken_for_left_overs(pretraining, tmp_path):
     (tmp_path / "run").mkdir()
-    for name in (".notes.tmp", ".config.yaml.123.tmp"):
+    for name in (".notes.tmp", ".config.yaml.123.tmp", ".config.yaml.123-host-0a1b.tmp"):
         (tmp_path / "run" / name).write_text("")
     pretraining(**TINY)
     assert [file.name for file in (tmp_path / "run").glob(".*.tmp")] == [".notes.tmp"]

@@ -15,7 +15,7 @@ from sclkern.data.images import decode_image
 from sclkern.data.index import Index
 from sclkern.data.source import PairSource, register_source
 from sclkern.data.sources.arrow import ArrowPairs
-from sclkern.data.sources.records import RecordPairs, index_records, record_schema
+from sclkern.data.sources.records import RecordPairs, any_there, index_records, record_schema
 from sclkern.errors import UserError
 
 Choose = Callable[[int], Sequence[int]]
@@ -103,6 +103,10 @@ class _RecordRows(RecordPairs):
     @staticmethod
     def build(folder: DataFolder, name: str) -> Index:
         return index_records(folder, name, _RecordRows.schema, folders=True)
+
+    @staticmethod
+    def is_there(folder: DataFolder, name: str, paths: Sequence[str]) -> bool:
+        return any_there(folder, name, paths, folders=True)
 
 
 @register_source("arrow", pattern="{table}.arrow")

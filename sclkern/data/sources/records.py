@@ -92,6 +92,27 @@ class RecordPairs(IndexedPairs):
         """Index a table."""
         return index_records(folder, name, RecordPairs.schema)
 
+    @staticmethod
+    def is_there(folder: DataFolder, name: str, paths: Sequence[str]) -> bool:
+        """Whether one of the missing pictures of a table is there now."""
+        return any_there(folder, name, paths)
+
+
+def any_there(folder: DataFolder, name: str, paths: Sequence[str], *, folders: bool = False) -> bool:
+    """Whether one of these paths is found as those of the records of a table are.
+
+    Args:
+        folder: of the data.
+        name: of the table.
+        paths: relative to the root, to the folder of the table, or to a folder below either.
+        folders: whether a path may be that of a folder.
+
+    Returns:
+        Whether there is such a file.
+    """
+    finder = _Finder(folder, name, folders=folders)
+    return any(finder.places(path) for path in paths)
+
 
 def index_records(folder: DataFolder, name: str, schema: pa.Schema, *, folders: bool = False) -> Index:
     """Index a table.
@@ -110,7 +131,7 @@ def index_records(folder: DataFolder, name: str, schema: pa.Schema, *, folders: 
     """
     finder = _Finder(folder, name, folders=folders)
     rows: dict[tuple[str, str | None], tuple[str, list[str]]] = {}
-    index = Index(pa.table([]), {}, [])
+    index = Index(pa.table([]))
     for record in read_records(folder, name):
         try:
             if record.problem is not None:
@@ -123,6 +144,8 @@ def index_records(folder: DataFolder, name: str, schema: pa.Schema, *, folders: 
             if isinstance(error, UserError):
                 raise
             index.defects.append((record.place, str(error)))
+            if isinstance(error, _MissingError):
+                index.missing.append(error.path)
             continue
         known = rows.setdefault((path, record.split), (record.image_id or path, []))[1]
         known += [caption for caption in captions if caption not in known]
@@ -133,7 +156,15 @@ def index_records(folder: DataFolder, name: str, schema: pa.Schema, *, folders: 
         [captions for _, captions in rows.values()],
     ]
     arrays = [pa.array(c, field.type) for c, field in zip(columns, schema, strict=True)]
-    return Index(pa.table(arrays, schema=schema), {}, index.defects)
+    return Index(pa.table(arrays, schema=schema), {}, index.defects, index.missing)
+
+
+class _MissingError(ValueError):
+    """A record's picture is not there."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"no such picture: {one_line(path, 200)}")
+        self.path = path
 
 
 class _Finder:
@@ -152,18 +183,22 @@ class _Finder:
     def find(self, record: Record) -> str:
         """Path of a record's picture, relative to the root."""
         path = self._relative(record.image)
-        for prefix in self._first:
-            if self._is_there(candidate := _join(prefix, path)):
-                return candidate
-        found = [candidate for prefix in self._folders() if self._is_there(candidate := _join(prefix, path))]
+        found = self.places(path)
         if len(found) > 1:
             raise UserError(
                 f"{self._folder.shown(self._table)}: {record.place} names {one_line(path, 200)}, which is {found[0]} "
                 f"and {found[1]}, expected one file; name its folder in the table, or leave one of the folders out"
             )
         if not found:
-            raise ValueError(f"no such picture: {one_line(path, 200)}")
+            raise _MissingError(path)
         return found[0]
+
+    def places(self, path: str) -> list[str]:
+        """Where a path is: the first place relative to root or table, or else every one in a folder below either."""
+        for prefix in self._first:
+            if self._is_there(candidate := _join(prefix, path)):
+                return [candidate]
+        return [candidate for prefix in self._folders() if self._is_there(candidate := _join(prefix, path))]
 
     def _relative(self, image: object) -> str:
         if not isinstance(image, str) or not image.strip():

@@ -209,6 +209,20 @@ def test_pictures_that_were_missing_are_found_when_they_are_there(tmp_path: Path
     assert open_pairs(tmp_path, ["t"]).num_images == 3
 
 
+def test_a_picture_that_came_later_is_found_without_a_change_of_the_table(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["train/a.jpg"])
+    write(tmp_path, "t.json", [["a.jpg", "a"], ["b.jpg", "b"]])
+    assert open_pairs(tmp_path, ["t"]).num_images == 1
+    before = (tmp_path / "t.json.index").stat().st_mtime_ns
+    write_pictures(tmp_path, ["train/c.jpg"])
+    assert open_pairs(tmp_path, ["t"]).num_images == 1
+    assert (tmp_path / "t.json.index").stat().st_mtime_ns == before
+    write_pictures(tmp_path, ["new/b.jpg"])
+    source = open_pairs(tmp_path, ["t"])
+    assert source.num_images == 2 and source.defects == []  # type: ignore[attr-defined]
+    assert pickle.loads(pickle.dumps(source)).image_name(1) == "t.json: new/b.jpg"
+
+
 def test_a_row_with_too_few_or_too_many_columns(tmp_path: Path) -> None:
     write_pictures(tmp_path, ["a.jpg"])
     write(tmp_path, "t.csv", "image,caption\na.jpg,a cat\na.jpg\n")
