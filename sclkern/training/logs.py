@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +13,7 @@ from typing import Any, Self
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from sclkern.errors import UserError
 from sclkern.io import write_atomically
 from sclkern.training.tracking import Tracker
 
@@ -87,13 +88,17 @@ class RunLog:
             kind: "train" or "val".
             step: number of the step.
             values: losses, metrics and rates by name.
+
+        Raises:
+            UserError: the disk is full.
         """
         plain = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(self._described)
+        with self._writing(self.path):
+            self._file.write(self._described + json.dumps({"kind": kind, "step": step, **plain}) + "\n")
         self._described = ""
-        self._file.write(json.dumps({"kind": kind, "step": step, **plain}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        with self._writing(Path(self._board.log_dir)):
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
         if self._tracker is not None:
             self._tracker.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
@@ -103,9 +108,22 @@ class RunLog:
         Args:
             step: number of the step.
             ranks: values by name, of the same names for each process.
+
+        Raises:
+            UserError: the disk is full.
         """
         columns = {name: [rank[name] for rank in ranks] for name in ranks[0]}
-        self._file.write(json.dumps({"kind": "ranks", "step": step, **columns}) + "\n")
+        with self._writing(self.path):
+            self._file.write(json.dumps({"kind": "ranks", "step": step, **columns}) + "\n")
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _writing(path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # which names no file, because it was open already
+            reason = error.strerror or error
+            raise UserError(f"{path}: cannot be written ({reason}); free space, then go on with --resume") from error
 
     def progress(self, losses: Mapping[str, float], pairs_per_second: float) -> None:
         """Show losses and rate in the progress bar."""

@@ -15,19 +15,18 @@ import torch.distributed as dist
 import sclkern
 
 
-def run_ranks(file: str, world: int, folder: Path, **environment: str) -> list[Any]:
-    """The results of each rank of a program whose main function is ``be_rank``."""
+def environment(**changes: str) -> dict[str, str]:
+    """Of a process that imports this sclkern and these helpers, with one thread."""
     paths = [str(Path(sclkern.__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "OMP_NUM_THREADS": "1",
-        **environment,
-    }
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", **changes}
+
+
+def run_ranks(file: str, world: int, folder: Path, **changes: str) -> list[Any]:
+    """The results of each rank of a program whose main function is ``be_rank``."""
     processes = [
         subprocess.Popen(
             [sys.executable, file, str(rank), str(world), str(folder)],
-            env=environment,
+            env=environment(**changes),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

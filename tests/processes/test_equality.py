@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -13,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import environment
 
 import sclkern
-import tiny_run
 from sclkern.training.config import load_config
 from sclkern.training.logs import SilentLog
 from sclkern.training.loop import Pretraining
@@ -113,11 +112,6 @@ def train(case, config, world):
             return recorder.rows, {name: value.clone() for name, value in model.state_dict().items()}
     finally:
         torch.set_default_dtype(before)
-
-
-def environment():
-    helpers, root = Path(tiny_run.__file__).parent, Path(sclkern.__file__).parents[1]
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (root, helpers)))}
 
 
 def averaged_after_replay(world):

@@ -4,19 +4,17 @@
 """
 
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from ranks import environment
 
 import sclkern
-import tiny_run
 from sclkern.cli import main
 from sclkern.errors import UserError
 from sclkern.training.checkpoint import load_checkpoint
@@ -25,12 +23,6 @@ from tiny_run import NO_LAYERS, overrides
 
 TWO = {"run__batch_size": 4, "run__device": "cpu", "evaluation__train_images": 0, "evaluation__attention_images": 1}
 SECONDS = 240
-
-
-def environment(**changes):
-    helpers, root = Path(tiny_run.__file__).parent, Path(sclkern.__file__).parents[1]
-    path = os.pathsep.join(map(str, (root, helpers)))
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **changes}
 
 
 def torchrun(*arguments):
