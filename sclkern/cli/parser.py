@@ -122,7 +122,6 @@ def _plan(commands: Commands) -> None:
     command.add_argument(
         "--link",
         type=float,
-        default=50.0,
         metavar="GB/s",
         help="with --gpus: what each GPU sends and receives at once "
         "over its slowest link (default: 50, InfiniBand NDR)",
@@ -130,7 +129,6 @@ def _plan(commands: Commands) -> None:
     command.add_argument(
         "--rate",
         type=float,
-        default=396.0,
         metavar="TFLOP/s",
         help="with --gpus: arithmetic that a GPU reaches (default: 396, 40 %% of an H200's peak)",
     )

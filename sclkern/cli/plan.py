@@ -27,6 +27,9 @@ def run(options: argparse.Namespace) -> int:
         if not options.ledger:
             raise UserError("--check and --update: belong to --ledger")
         return _budget(options)
+    of_gpus = {"--link": options.link, "--rate": options.rate, "--parallel": options.parallel}
+    if alone := [name for name, value in of_gpus.items() if value is not None and not options.gpus]:
+        raise UserError(f"{alone[0]}: got {of_gpus[alone[0]]} without --gpus, to which it belongs; add --gpus 8")
     config = load(options.config, options.overrides)
     if options.parallel:
         config = replace(config, run=replace(config.run, parallel=options.parallel))
@@ -42,7 +45,9 @@ def run(options: argparse.Namespace) -> int:
         described = measure(config.model, config.objectives, config.step, rows=rows, **sizes)
         text = format_ledger
     elif options.gpus:
-        calculator = scaling.Calculator(config, 1e9 * options.link, rate=1e12 * options.rate, **sizes)
+        link = scaling.LINK if options.link is None else 1e9 * options.link
+        rate = scaling.RATE if options.rate is None else 1e12 * options.rate
+        calculator = scaling.Calculator(config, link, rate=rate, **sizes)
         described = scaling.describe_scale(calculator, _numbers(options.gpus))
         text = scaling.format_scale
     else:

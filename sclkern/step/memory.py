@@ -65,7 +65,7 @@ class MemoryEstimate:
         """The estimate in one line, the largest parts first.
 
         Args:
-            there: bytes that the device has, which are told too; None tells none.
+            there: bytes that the device has, which the line shows too; None shows none.
 
         Returns:
             The line.

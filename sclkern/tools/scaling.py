@@ -27,8 +27,9 @@ Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
 # What runs meanwhile: the backward of the last micro-batch, all arithmetic of the step, nothing.
 Behind = Literal["backward", "step", "nothing"]
 
-# FLOP/s that a GPU reaches in a step, unless it is told: 40 % of an H200's 989 TFLOP/s.
-RATE = 396e12
+# Bytes per second of each GPU's link, and FLOP/s that it reaches in a step, where the user names none: an adapter of
+# 400 Gb/s, and 40 % of an H200's 989 TFLOP/s.
+LINK, RATE = 50e9, 396e12
 LATENCY = 10e-6  # seconds that a message takes beside its bytes
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20  # of DDP, whose last one has no arithmetic left to hide behind
 GOAL = 0.9
@@ -210,7 +211,7 @@ class Calculator:
         padded_tokens: int = 18,
         num_frames: int = 1,
     ) -> None:
-        for name, value in (("link", link), ("rate", rate)):
+        for name, value in (("--link", link / 1e9), ("--rate", rate / 1e12)):
             if not value > 0:
                 raise UserError(f"{name}: got {value:g}, expected a positive number")
         self.config, self.link, self.rate = config, link, rate

@@ -1,4 +1,4 @@
-"""What a run will need, told after its first steps: hours, and space on the disk."""
+"""What a run will need, estimated after its first steps: hours, and space on the disk."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class FiniteCheck:
             images = batch.get(key)
             if self._image is not None or images is None or not images.is_floating_point() or not len(images):
                 continue
-            # A sum tells what a search would, and takes no memory.
+            # A sum shows what a search would, and takes no memory.
             broken = ~torch.isfinite(images.flatten(1).sum(1))
             if broken.any():
                 row = int(broken.int().argmax())
@@ -67,16 +67,16 @@ class FiniteCheck:
         if self._finite:
             return
         values = values or {}
-        told = self.world.gather((self._image, self._first_broken(values) or "an earlier loss"))
+        found = self.world.gather((self._image, self._first_broken(values) or "an earlier loss"))
         # Gradients are broken everywhere, a loss also where another rank's features are, an image where it began.
         known = [name for name in values if name != "grad_norm"]
 
         def order(rank: int) -> tuple[bool, int, int]:
-            image, cause = told[rank]
+            image, cause = found[rank]
             return image is None, image[0] if image else 0, known.index(cause) if cause in known else len(known)
 
-        rank = min(range(len(told)), key=order)
-        image, cause = told[rank]
+        rank = min(range(len(found)), key=order)
+        image, cause = found[rank]
         remedy = "lower optimizer.learning_rate or set optimizer.max_grad_norm"
         if image is not None:
             cause = image[1] + (f", read in step {image[0]}," if image[0] != step else "")

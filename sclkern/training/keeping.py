@@ -10,6 +10,7 @@ from typing import Any
 
 from sclkern.errors import Interrupted, UserError, WorkerError
 from sclkern.training.config import PretrainConfig
+from sclkern.training.failures import left_alone
 from sclkern.training.health import FiniteCheck
 from sclkern.training.parallel import Parallel
 from sclkern.training.saving import CheckpointWriter
@@ -112,8 +113,9 @@ class Keeper:
             raise
         except Exception as error:
             self._save_if_possible()
-            # A scheduler may have ended a process that worked for this one, such as a compiler, by the same signal.
-            if not self.stop.requested:
+            # A scheduler may have ended a process that worked for this one, such as a compiler, by the same signal;
+            # but torchrun sends one when another process of the run has died.
+            if not self.stop.requested or left_alone(error):
                 if isinstance(error, WorkerError):
                     remedy = "go on with --resume, with fewer data.num_workers or more memory"
                     raise WorkerError(f"{error}; {self._kept()}; {remedy}") from error

@@ -103,7 +103,7 @@ class RunLog:
             self._tracker.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def write_ranks(self, step: int, ranks: Sequence[Mapping[str, float]]) -> None:
-        """Write a row of what each process has told, {"kind": "ranks", "step", name: [of rank 0, of rank 1, ...]}.
+        """Write a row of the values of each process, {"kind": "ranks", "step", name: [of rank 0, of rank 1, ...]}.
 
         Args:
             step: number of the step.

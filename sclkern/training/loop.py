@@ -258,8 +258,9 @@ class Training(ABC):
             if self._stopping:
                 if state.saved_step < 0:
                     raise Interrupted(self.stop.number or signal.SIGTERM)
-                log.warning("stopped at step %d, saved; go on with --resume", state.saved_step)
-        elif state.step < run.max_steps:
+                if self.world.main:
+                    log.warning("stopped at step %d, saved; go on with --resume", state.saved_step)
+        elif state.step < run.max_steps and self.world.main:
             log.warning("nothing to do: step %d is saved, and run.stop_at is %d; raise it, or set it to null to go on",
                         state.step, run.stop_at)  # fmt: skip
         return state.step >= run.max_steps and not self.validation.due
@@ -365,7 +366,7 @@ class Training(ABC):
     def _next(self, batches: Generator[dict[str, Any]]) -> dict[str, Any]:
         with self.clock.waiting(), phase("data wait"), self.stop.interruptible():
             batch = next(batches)
-        # Those that all know are not told again: a bad image returns in every epoch, and as the negative of others.
+        # All know the earlier ones: a bad image returns in every epoch, and as the negative of others.
         found = batch.pop("undecodable")
         self._undecodable |= {name: why for name, why in found.items() if name not in self.state.undecodable}
         return batch
@@ -385,20 +386,20 @@ class Training(ABC):
         run, size = self.config.run, self.world.size
         step_seconds, data_seconds = self.clock.mean_seconds()
         waited = self.passes.meetings.seconds() / self.clock.steps
-        told = self.world.gather(self.processes.own(step_seconds, data_seconds, waited))
+        ranks = self.world.gather(self.processes.own(step_seconds, data_seconds, waited))
         means = self.world.mean({**values, "step_seconds": step_seconds, "data_seconds": data_seconds})
         values, rate = means, size * run.batch_size * run.accumulation / means["step_seconds"]
         run_log.progress({name: values[name] for name in self.loss_names}, rate)
         values |= {**learning_rates(self.optimizer), "pairs_per_second": rate, **self.rates(rate)}
-        values |= self.processes.compare(told)
+        values |= self.processes.compare(ranks)
         writer = self.keeper.writer
         if writer.stall_seconds:
             values["save_stall_seconds"], writer.stall_seconds = writer.stall_seconds, 0.0
         run_log.write("train", self.state.step, values)
         if size > 1:
-            run_log.write_ranks(self.state.step, told)
+            run_log.write_ranks(self.state.step, ranks)
         # The first step, which compiles and opens files, says nothing of the others.
-        for line in self.processes.warnings(told, self.clock.steps) if self.state.step > 1 else ():
+        for line in self.processes.warnings(ranks, self.clock.steps) if self.state.step > 1 else ():
             run_log.message(line)
 
 

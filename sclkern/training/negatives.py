@@ -15,7 +15,7 @@ _TOKENS = {"replaced": "image tokens", "completion": "text tokens"}
 
 
 def describe_negatives(config: PretrainConfig, world_size: int, num_images: int) -> str:
-    """What each sample is told apart from, loss by loss.
+    """What each sample is contrasted with, loss by loss.
 
     Args:
         config: of the run.

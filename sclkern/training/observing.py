@@ -115,7 +115,7 @@ class Processes:
         self._said: set[str] = set()
 
     def own(self, step_seconds: float, data_seconds: float, waited_seconds: float) -> dict[str, float]:
-        """What this process tells the others.
+        """What the other processes learn of this one.
 
         Args:
             step_seconds: of a step.
@@ -136,7 +136,7 @@ class Processes:
         """What a log shows of all processes.
 
         Args:
-            ranks: what each has told.
+            ranks: ``own`` of each.
 
         Returns:
             ``memory_gb``, the most of any; with several also ``slowest_rank``, by the time without waiting for others,
@@ -153,7 +153,7 @@ class Processes:
         """Lines for the log, each of which is said once in a run.
 
         Args:
-            ranks: what each process has told.
+            ranks: ``own`` of each.
             steps: over which their times are means.
 
         Returns:

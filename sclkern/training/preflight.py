@@ -173,7 +173,7 @@ def _of_this_start(store: dist.Store, place: Place, seconds: float) -> dist.Stor
             elif store.check([f"{_ASKS}/{rank}"]):
                 store.set(store.get(f"{_ASKS}/{rank}").decode(), name)
         time.sleep(0.02)
-    return dist.PrefixStore(name, store)  # whoever has not come is told by ``_meet``
+    return dist.PrefixStore(name, store)  # ``_meet`` names those that have not come
 
 
 def _meet(store: dist.Store, place: Place, own: dict[str, Any], seconds: float) -> None:
@@ -192,7 +192,7 @@ def _meet(store: dist.Store, place: Place, own: dict[str, Any], seconds: float) 
             return
         raise UserError(
             f"{_ranks(missing)} of {place.size} did not come within run.preflight_seconds={seconds}; look at what they "
-            "print, check that as many processes start on each machine as torchrun was told "
+            "print, check that each machine starts as many processes as torchrun expects "
             "(--nnodes, --nproc-per-node), or raise run.preflight_seconds where they start slowly"
         ) from None
     came = [value.decode().split(" ", 2) for value in store.multi_get(keys)]

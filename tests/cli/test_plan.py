@@ -50,6 +50,15 @@ def test_what_ranks_exchange_is_shown_and_printed_as_json(capsys):
     assert main([*tiny, "--parallel=fsdp", "--json"]) == 0
     described = json.loads(capsys.readouterr().out)
     assert described["assumed"]["parallel"] == "fsdp" and [s["gpus"] for s in described["scales"]] == [2, 4]
+    capsys.readouterr()
+    for given, told in {
+        ("--gpus=8", "--rate=-1"): "--rate: got -1, expected a positive number",
+        ("--gpus=8", "--link=0"): "--link: got 0, expected a positive number",
+        ("--link=12.5",): "--link: got 12.5 without --gpus, to which it belongs; add --gpus 8",
+        ("--parallel=fsdp",): "--parallel: got fsdp without --gpus",
+    }.items():
+        assert main(["plan", *given]) == 2
+        assert told in capsys.readouterr().err
     for arguments, message in (
         (["--gpus", "two"], "--gpus: got 'two', expected numbers such as 8,64,256"),
         (["--gpus", "2", "--ledger"], "--gpus: got --ledger too"),
