@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -150,6 +151,8 @@ def decode_video(file: BinaryIO, choose: Choose) -> list[Image.Image]:
 
 @contextmanager
 def _opened(file: BinaryIO) -> Iterator[tuple[Any, Any]]:
+    if not file.seek(0, io.SEEK_END):
+        raise ValueError("the file is empty")
     file.seek(0)
     with av.open(file) as container:
         # A cover is a stream of one picture, which may come before the video.

@@ -202,4 +202,6 @@ def _reason(error: Exception, data: bytes | memoryview) -> str:
         return "it is an HTML page"
     if text.startswith((b"<svg", b"<?xml", b"<!doctype svg")):
         return "it is XML text, such as an SVG drawing, which must be rendered first"
+    if start[4:8] == b"ftyp" or start.startswith((b"\x1aE\xdf\xa3", b"RIFF")):
+        return "it is a video, or a picture that this Pillow does not read; data.format=clips reads tables of videos"
     return f"Pillow reads no such file, which begins with {start[:16]!r}"

@@ -76,7 +76,7 @@ class IndexedPairs:
             self.dropped = dict(Counter(self.dropped) + Counter(index.dropped))
             self.defects += [(f"{file} {sample}", reason) for sample, reason in index.defects]
         if not lenient:
-            self._report(indices)
+            self._report()
         keep = self._in_split()
         if not keep.any():
             raise self._nothing_kept()
@@ -139,7 +139,7 @@ class IndexedPairs:
         self._first_row = np.cumsum([0] + [index.table.num_rows for index in indices])[:-1]
         return indices
 
-    def _report(self, indices: Sequence[Index]) -> None:
+    def _report(self) -> None:
         """Name what was left out; an error where it is more than 1 %."""
         if self.dropped:
             reasons = ", ".join(f"{one_line(reason, 60)} {count}" for reason, count in sorted(self.dropped.items()))
@@ -150,10 +150,6 @@ class IndexedPairs:
         named = "; ".join(f"{one_line(name, 200)} ({one_line(reason, 200)})" for name, reason in self.defects[:_SHOWN])
         more = f"; and {len(self.defects) - _SHOWN} more" if len(self.defects) > _SHOWN else ""
         if len(self.defects) > undecodable_limit(samples):
-            # What was missing may be there when the data is opened again, and the table itself be the same.
-            for file, index in zip(self.files, indices, strict=True):
-                if index.defects:
-                    forget_index(self.folder, file)
             name, reason = self.defects[0]
             raise UserError(
                 f"{self.folder.shown()}: {len(self.defects)} of {samples} samples cannot be used, expected 1 % at "

@@ -110,12 +110,15 @@ class SourceFormat:
 
         Args:
             folder: where to look.
-            table: name or glob pattern; None is every table.
+            table: name with or without its suffix, or glob pattern; None is every table.
 
         Returns:
             Names of the files, sorted.
         """
-        found = {name for pattern in self.patterns for name in folder.glob(pattern.format(table=table or "*"))}
+        patterns = {pattern.format(table=table or "*") for pattern in self.patterns}
+        if table is not None and any(fnmatch(table, pattern.format(table="*")) for pattern in self.patterns):
+            patterns.add(table)
+        found = {name for pattern in patterns for name in folder.glob(pattern)}
         return sorted(name for name in found if not any(fnmatch(name.rpartition("/")[2], one) for one in self.never))
 
 

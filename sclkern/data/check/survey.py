@@ -145,21 +145,25 @@ def _read(source: Any, image: int, min_size: int) -> _Seen:
             digest, size = hashlib.blake2b(content, digest_size=16).digest(), len(content)
             decoded = read_image(_Held(content), 0, min_size)
         else:
-            decoded = _first_frame(source, image, min_size)
-            digest = hashlib.blake2b(decoded.tobytes(), digest_size=16).digest()
+            frames = _frames(source, image, min_size)
+            hasher = hashlib.blake2b(digest_size=16)
+            for frame in frames:  # of a clip all, as many begin with a black one
+                hasher.update(frame.tobytes())
+            digest = hasher.digest()
+            decoded = frames[0]
     except Exception as error:  # readers raise errors of every kind on one bad file
         return _Seen(digest, size, 0, 0, one_line(str(error), 300) or type(error).__name__)
     return _Seen(digest, size, decoded.width, decoded.height, None)
 
 
-def _first_frame(source: Any, image: int, min_size: int) -> Image.Image:
-    """The image, or the first frame of a clip, all of whose frames are read."""
+def _frames(source: Any, image: int, min_size: int) -> list[Image.Image]:
+    """The image, or all frames of a clip."""
     if not hasattr(source, "frames"):
-        return read_image(source, image, min_size)
+        return [read_image(source, image, min_size)]
     frames: list[Image.Image] = source.frames(image, lambda count: range(count))
     if not frames:
         raise ValueError("the clip has no frames")
-    return frames[0]
+    return frames
 
 
 def _measure(report: Report, opened: Opened, seen: Sequence[_Seen]) -> None:
@@ -266,7 +270,7 @@ def _choose_samples(report: Report, opened: Opened, seen: Sequence[_Seen], count
     good = np.flatnonzero([one.reason is None for one in seen])
     for place in good[np.unique(np.linspace(0, len(good) - 1, min(count, len(good))).astype(int))].tolist():
         source, image = opened.locate(place)
-        picture = _first_frame(source, image, 1)
+        picture = _frames(source, image, 1)[0]
         size = picture.size
         picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
         buffer = io.BytesIO()

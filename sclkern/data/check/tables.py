@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -16,8 +17,6 @@ import numpy as np
 from sclkern.data.check.report import Finding
 from sclkern.data.check.tasks import TaskPictures
 from sclkern.data.files import DataFolder, is_url
-from sclkern.data.index import forget_index
-from sclkern.data.indexed import IndexedPairs
 from sclkern.data.roots import resolve_root
 from sclkern.data.source import SOURCES, PairSource, detect_format, open_pairs
 from sclkern.errors import UserError
@@ -156,15 +155,10 @@ def _table_of(name: str, patterns: Sequence[str]) -> str:
 
 def _read(root: Path | str, split: str | None, format: str, tables: Sequence[str]) -> PairSource:
     read: Any = SOURCES[format].read if format in SOURCES else None
-    if not (isinstance(read, type) and issubclass(read, IndexedPairs)):
+    if read is None or "lenient" not in inspect.signature(read).parameters:
         return open_pairs(root, tables, split, format=format)
-    source = read(root, tables, split, lenient=True)
-    if not source.defects:
-        return source
-    # An index may list what has been repaired since, without a change of the table.
-    for file in source.files:
-        forget_index(source.folder, file)
-    return read(root, tables, split, lenient=True)
+    source: PairSource = read(root, tables, split, lenient=True)
+    return source
 
 
 @contextmanager

@@ -37,6 +37,7 @@ class Clips:
         pair_group: (num_pairs,) int64, id of each pair's caption text.
         digest: of the pairs and their captions, see ``sclkern.data.digest``.
         image_ids: (num_images,) int64, equal for rows of the same file.
+        defects: name and reason of each sample of a table that was left out.
     """
 
     num_images: int
@@ -45,12 +46,14 @@ class Clips:
     pair_group: np.ndarray
     digest: str
     image_ids: np.ndarray
+    defects: list[tuple[str, str]]
 
     def __init__(self, rows: ArrowPairs | RecordPairs, content: Callable[[int], Content], folder: DataFolder) -> None:
         self._rows, self._content, self._folder = rows, content, folder
         self.num_images, self.num_pairs = rows.num_images, rows.num_pairs
         self.pair_image, self.pair_group = rows.pair_image, rows.pair_group
         self.digest = rows.digest
+        self.defects = rows.defects if isinstance(rows, RecordPairs) else []
         if isinstance(rows, RecordPairs):
             self.image_ids = rows.image_ids
 
@@ -147,7 +150,9 @@ def _columns(folder: DataFolder, name: str) -> list[str]:
 
 
 @register_source("clips", pattern=())
-def open_clips(root: Path | str, tables: Sequence[str], split: str | None = None) -> PairSource:
+def open_clips(
+    root: Path | str, tables: Sequence[str], split: str | None = None, *, lenient: bool = False
+) -> PairSource:
     """Open tables of JSON, JSON lines, CSV or TSV that name clips, as those of ``RecordPairs`` name pictures.
 
     A clip is a video file, or a folder of frames. ``data.format=clips`` selects this reader: a table does not say what
@@ -157,6 +162,7 @@ def open_clips(root: Path | str, tables: Sequence[str], split: str | None = None
         root: folder of tables and clips, or an fsspec URL.
         tables: names of the tables without their suffix.
         split: value of the split to keep, or several joined by "+"; None keeps every row.
+        lenient: see ``IndexedPairs``.
 
     Returns:
         The source.
@@ -164,5 +170,5 @@ def open_clips(root: Path | str, tables: Sequence[str], split: str | None = None
     Raises:
         UserError: as ``RecordPairs``.
     """
-    rows = _RecordRows(root, tables, split)
+    rows = _RecordRows(root, tables, split, lenient=lenient)
     return Clips(rows, rows.path, rows.folder)
