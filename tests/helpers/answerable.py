@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -80,4 +81,30 @@ def vqav2(root: Path, pictures: int = 280) -> Path:
         else:
             write(root / "raw" / f"v2_mscoco_{folder}_annotations.json", {"annotations": answered})
     convert("vqav2", root / "raw", root / "arrow", Options(rest_val=2), workers=1)
+    return root / "arrow"
+
+
+def nlvr2(root: Path, pairs: int = 256) -> Path:
+    """NLVR2 with two sentences on each pair of pictures, of which one is true half of the time, converted.
+
+    Pairs come in sets of two that have the same sentences: of one set the first picture is red, of the other the
+    second. Chance is 50 % accuracy and 25 % consistency.
+    """
+    generator, lines = random.Random(1), {"train": list[str](), "dev": list[str](), "test1": list[str]()}
+    for split, count in {"train": pairs, "dev": pairs // 4, "test1": 8}.items():
+        for number in range(count):
+            identifier = f"{split}-{number // 2}-{number % 2}"
+            folder = f"images/train/{number % 3}" if split == "train" else split
+            red = generator.randint(0, 1)
+            for side in (0, 1):
+                colour = "red" if side == red else "blue"
+                path = root / "raw" / folder / f"{identifier}-img{side}.png"
+                write(path, encoded(square(colour, generator), "PNG"))
+            sentences = ("The left square is red.", "The right square is red.")
+            for place, sentence in enumerate(sentences):
+                record = {"sentence": sentence, "identifier": f"{identifier}-{place}", "label": str(place == red)}
+                lines[split].append(json.dumps({**record, "directory": number % 3}))
+    for split, of_split in lines.items():
+        write(root / "raw" / "nlvr2" / "data" / f"{split}.json", "\n".join(of_split) + "\n")
+    convert("nlvr2", root / "raw", root / "arrow", Options(), workers=1)
     return root / "arrow"

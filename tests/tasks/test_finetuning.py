@@ -1,4 +1,4 @@
-"""Fine-tuning on visual question answering end to end: it learns, it resumes, and evaluation repeats its metric."""
+"""Every task end to end: it learns, it resumes, evaluation repeats its metric, and what cannot work is refused."""
 
 import dataclasses
 import json
@@ -18,34 +18,91 @@ from sclkern.training.checkpoint import load_checkpoint
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return answerable.vqav2(tmp_path_factory.mktemp("vqav2"))
+# By task: epochs, the metric, and what it must reach, its chance and 20 points. Of VQA the best constant answers to
+# both questions are right for 25 and 75 % of the pictures, of NLVR2 either answer for half of the sentences.
+CASES = {"vqav2": (2, "vqa_score", 0.5 + 0.2), "nlvr2": (4, "accuracy", 0.5 + 0.2)}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return answerable.checkpoint(tmp_path_factory.mktemp("checkpoint"))
+class Work:
+    """The data of a task, a checkpoint, and the folder of a run that has ended."""
+
+    def __init__(self, task, root):
+        self.task, self.root = task, root
+        self.data, self.checkpoint = getattr(answerable, task)(root), answerable.checkpoint(root / "checkpoint")
+        self.run = root / "run"
+
+    def finetune(self, folder, *arguments, checkpoint=None, **changes):
+        epochs = CASES[self.task][0]
+        changes = {"data__root": self.data, "run__output_dir": folder, "task__epochs": epochs, **changes}
+        start = ["finetune", self.task, "--checkpoint", str(checkpoint or self.checkpoint)]
+        return main([*start, *answerable.overrides(**changes), *arguments])
+
+    def evaluate(self, *arguments, checkpoint=None, data=None):
+        start = ["evaluate", self.task, "--checkpoint", str(checkpoint or self.run), "--data", str(data or self.data)]
+        return main([*start, "run.device=cpu", *map(str, arguments)])
+
+    @property
+    def results(self):
+        return json.loads((self.run / "results.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def finished(data, checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(finetune(data, checkpoint, folder)) == 0
-    return folder
+def finished(task, root):
+    work = Work(task, root)
+    assert work.finetune(work.run) == 0
+    return work
 
 
-def finetune(data, checkpoint, folder, **changes):
-    changes = {"data__root": data, "run__output_dir": folder, **changes}
-    return ["finetune", "vqav2", "--checkpoint", str(checkpoint), *answerable.overrides(**changes)]
+@pytest.fixture(scope="module", params=CASES)
+def work(request, tmp_path_factory):
+    return finished(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def evaluate(data, folder, *arguments):
-    return ["evaluate", "vqav2", "--checkpoint", str(folder), "--data", str(data), "run.device=cpu", *arguments]
+@pytest.fixture
+def refused(capsys):
+    def refused(status):
+        assert status == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return refused
 
 
 def printed(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_it_beats_chance_and_evaluation_repeats_the_metric_to_the_digit(work, capsys):
+    _, metric, least = CASES[work.task]
+    assert work.results["values"][metric] >= least
+    capsys.readouterr()
+    assert work.evaluate() == 0
+    assert printed(capsys) == work.results["values"]
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_weights(work, tmp_path):
+    assert work.finetune(tmp_path, run__stop_at=20) == 0
+    assert work.finetune(tmp_path, "--resume") == 0
+    whole, halves = (load_checkpoint(folder / "checkpoints" / "latest.pt") for folder in (work.run, tmp_path))
+    assert whole["step"] == halves["step"] > 20
+    for name, weight in whole["model"].items():
+        assert torch.equal(weight, halves["model"][name]), name
+    assert (work.run / "results.json").read_text() == (tmp_path / "results.json").read_text()
+
+
+def test_refusals_name_what_came_and_what_was_expected(work, tmp_path, refused):
+    folder, head = tmp_path / "a", TASKS[work.task].heads[0]
+    line = refused(work.finetune(folder, model__width=128))
+    assert f"model.width: got 128, the checkpoint {work.checkpoint} has 64" in line
+    line = refused(work.finetune(folder, data__val_tables="[other]"))
+    assert "other.arrow: no such table" in line and f"{TASKS[work.task].splits['val'][0]}" in line
+    line = refused(work.finetune(folder, task__global_batch=48))
+    assert "task.global_batch: got 48, expected a multiple of 32" in line
+    line = refused(work.finetune(folder, checkpoint=tmp_path))
+    assert f"--checkpoint: {tmp_path} has no config.json" in line
+    assert not folder.exists()
+    line = refused(work.evaluate(checkpoint=work.checkpoint))
+    assert f"has no head {head!r} (it has itm, mlm, itc)" in line
+    line = refused(work.evaluate("--split", "other"))
+    assert "--split: got 'other', expected one of train, " in line
 
 
 def test_the_command_line_and_the_page_have_every_task_and_key():
@@ -56,74 +113,36 @@ def test_the_command_line_and_the_page_have_every_task_and_key():
     assert set(re.findall(r"^\| `task\.(\w+)` \|", page, re.M)) == keys
 
 
-def test_it_beats_chance(finished):
-    # The best constant answers to both questions are right for 25 and 75 % of the pictures.
-    found = json.loads((finished / "results.json").read_text())
-    assert found["values"]["vqa_score"] >= 0.5 + 0.2
-    assert found["tables"] == ["vqav2_val"]
+class TestVqav2:
+    @pytest.fixture(scope="class")
+    def work(self, tmp_path_factory):
+        return finished("vqav2", tmp_path_factory.mktemp("vqav2"))
 
+    def test_the_official_score_and_the_submission(self, work, tmp_path, capsys):
+        annotations = work.root / "raw" / "v2_mscoco_val2014_annotations.json"
+        assert work.evaluate("--annotations", annotations) == 0
+        found = printed(capsys)
+        assert found["vqa_accuracy"] == pytest.approx(found["vqa_score"], abs=1e-12)
+        assert work.evaluate("--split", "test", "--output", tmp_path) == 0
+        said = json.loads((tmp_path / "submission.json").read_text())
+        asked = json.loads((work.root / "raw" / "v2_OpenEnded_mscoco_test2015_questions.json").read_text())["questions"]
+        assert [one["question_id"] for one in said] == [one["question_id"] for one in asked]
+        assert {one["answer"] for one in said} <= set(json.loads((work.data / "vqav2_answers.json").read_text()))
 
-def test_evaluation_repeats_the_metric_to_the_digit(finished, data, capsys):
-    assert main(evaluate(data, finished)) == 0
-    assert printed(capsys) == json.loads((finished / "results.json").read_text())["values"]
+    def test_a_test_split_has_no_score(self, work, tmp_path, refused):
+        line = refused(work.evaluate("--split", "test"))
+        assert "--split: test has no answers to score" in line and "--output" in line
+        line = refused(work.finetune(tmp_path / "a", data__val_tables="[vqav2_test]"))
+        assert "vqav2_test have no answers" in line
 
-
-def test_the_official_score_and_the_submission(finished, data, tmp_path, capsys):
-    annotations = data.parent / "raw" / "v2_mscoco_val2014_annotations.json"
-    assert main(evaluate(data, finished, "--annotations", str(annotations))) == 0
-    found = printed(capsys)
-    assert found["vqa_accuracy"] == pytest.approx(found["vqa_score"], abs=1e-12)
-    assert main(evaluate(data, finished, "--split", "test", "--output", str(tmp_path))) == 0
-    said = json.loads((tmp_path / "submission.json").read_text())
-    asked = json.loads((data.parent / "raw" / "v2_OpenEnded_mscoco_test2015_questions.json").read_text())["questions"]
-    assert [one["question_id"] for one in said] == [one["question_id"] for one in asked]
-    assert {one["answer"] for one in said} <= set(json.loads((data / "vqav2_answers.json").read_text()))
-
-
-def test_a_run_that_was_stopped_ends_with_the_same_weights(finished, data, checkpoint, tmp_path):
-    assert main(finetune(data, checkpoint, tmp_path, run__stop_at=25)) == 0
-    assert main([*finetune(data, checkpoint, tmp_path), "--resume"]) == 0
-    whole, halves = (load_checkpoint(folder / "checkpoints" / "latest.pt") for folder in (finished, tmp_path))
-    assert whole["step"] == halves["step"]
-    for name, weight in whole["model"].items():
-        assert torch.equal(weight, halves["model"][name]), name
-    assert (finished / "results.json").read_text() == (tmp_path / "results.json").read_text()
-
-
-def test_refusals_name_what_came_and_what_was_expected(finished, data, checkpoint, tmp_path, capsys):
-    def refused(arguments):
-        assert main(arguments) == 2
-        return capsys.readouterr().err.splitlines()[-1]
-
-    line = refused(finetune(data, checkpoint, tmp_path / "a", model__width=128))
-    assert f"model.width: got 128, the checkpoint {checkpoint} has 64" in line
-    line = refused(finetune(data, checkpoint, tmp_path / "a", data__val_tables="[vqav2_dev]"))
-    assert "vqav2_dev.arrow: no such table" in line and "vqav2_val" in line
-    line = refused(finetune(data, checkpoint, tmp_path / "a", data__val_tables="[vqav2_test]"))
-    assert "vqav2_test have no answers" in line
-    line = refused(finetune(data, checkpoint, tmp_path / "a", task__global_batch=48))
-    assert "task.global_batch: got 48, expected a multiple of 32" in line
-    assert not (tmp_path / "a").exists()
-    line = refused(finetune(data, tmp_path, tmp_path / "a"))
-    assert f"--checkpoint: {tmp_path} has no config.json" in line
-    line = refused(evaluate(data, checkpoint))
-    assert "has no head 'vqa' (it has itm, mlm, itc)" in line
-    line = refused(evaluate(data, finished, "--split", "test"))
-    assert "--split: test has no answers to score" in line and "--output" in line
-    line = refused(evaluate(data, finished, "--split", "dev"))
-    assert "--split: got 'dev', expected one of train, val" in line
-
-
-def test_an_answer_table_of_another_size_is_refused(finished, data, tmp_path, capsys):
-    for file in data.glob("*"):
-        if file.is_file():
-            (tmp_path / file.name).write_bytes(file.read_bytes())
-    answers = json.loads((data / "vqav2_answers.json").read_text())
-    (tmp_path / "vqav2_answers.json").write_text(json.dumps([*answers, "purple"]))
-    assert main(evaluate(tmp_path, finished)) == 2
-    assert f"answers by {len(answers)} classes, and vqav2_answers.json of {tmp_path} has {len(answers) + 1}" in (
-        capsys.readouterr().err
-    )
-    (tmp_path / "vqav2_answers.json").write_text(json.dumps(answers[::-1]))
-    assert main(evaluate(tmp_path, finished)) == 2
-    assert "other answers than that of" in capsys.readouterr().err
+    def test_an_answer_table_of_another_size_is_refused(self, work, tmp_path, refused):
+        for file in work.data.glob("*"):
+            if file.is_file():
+                (tmp_path / file.name).write_bytes(file.read_bytes())
+        answers, table = json.loads((work.data / "vqav2_answers.json").read_text()), tmp_path / "vqav2_answers.json"
+        table.write_text(json.dumps([*answers, "purple"]))
+        line = refused(work.evaluate(data=tmp_path))
+        many = len(answers)
+        assert f"answers by {many} classes, and vqav2_answers.json of {tmp_path} has {many + 1}" in line
+        table.write_text(json.dumps(answers[::-1]))
+        assert "other answers than that of" in refused(work.evaluate(data=tmp_path))

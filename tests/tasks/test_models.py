@@ -1,0 +1,76 @@
+"""The networks of the tasks against the reference implementation's recorded numbers, and dropout by place."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sclkern import SCLConfig
+from sclkern.tasks.reasoning import ReasoningModel
+from sclkern.tasks.vqav2 import VqaModel
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "image.safetensors"
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return load_file(GOLDEN)
+
+
+def network(kind, recorded, **changes):
+    weights = {name[2:]: value for name, value in recorded.items() if name.startswith("w.")}
+    return kind.from_reference(weights, patch_mask_token=False, **changes).eval()
+
+
+def batch(recorded):
+    return {
+        "image": recorded["in.image"],
+        "text_ids": recorded["in.text_ids"],
+        "text_mask": recorded["in.text_mask"].bool(),
+    }
+
+
+def close(value, expected):
+    limit = 1e-4 * max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(value.flatten(), expected.flatten(), rtol=0, atol=limit)
+
+
+def test_visual_question_answering(recorded):
+    model = network(VqaModel, recorded, heads=("vqa",), vqa_answers=recorded["out.vqa_logits"].shape[1])
+    asked = {**batch(recorded), "targets": recorded["in.vqa_targets"].float()}
+    losses = model(asked, seed=0)
+    close(losses.total, recorded["loss.vqa_loss"])
+    assert set(losses.named()) == {"total", "vqa"}
+    assert torch.equal(model.predict(asked), recorded["out.vqa_logits"].argmax(1))
+
+
+def test_reasoning_on_two_pictures(recorded):
+    model = network(ReasoningModel, recorded, heads=("nlvr2",), token_types=3)
+    pictures = torch.stack([recorded["in.image"], recorded["in.false_image"]], dim=1)
+    labels = torch.arange(len(pictures)) % 2
+    asked = {**batch(recorded), "image": pictures, "labels": labels}
+    losses = model(asked, seed=0)
+    close(losses.total, recorded["loss.nlvr2_loss"])
+    assert torch.equal(model.predict(asked), recorded["out.nlvr2_logits"].argmax(1))
+
+
+def test_dropout_follows_from_the_place_of_a_row(make_batch):
+    torch.manual_seed(0)
+    config = SCLConfig.preset("tiny").replace(heads=("nlvr2",), token_types=3, patch_mask_token=False, dropout=0.3)
+    model = ReasoningModel(config).double()
+    first, second = make_batch(rows=4, lengths=[7, 5, 9, 9], seed=2), make_batch(rows=4, seed=3)
+    whole = {
+        **first,
+        "image": torch.stack([first["image"], second["image"]], dim=1),
+        "labels": torch.tensor([0, 1, 1, 0]),
+    }
+    whole["place"] = torch.arange(4)
+
+    def part(rows):
+        return {name: value[rows] for name, value in whole.items()}
+
+    together = model(whole, seed=5).total
+    parts = (model(part([0, 3]), seed=5).total + model(part([1, 2]), seed=5).total) / 2
+    torch.testing.assert_close(parts, together)
+    assert not torch.equal(model(whole, seed=6).total, together)
