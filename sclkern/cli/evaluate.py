@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from sclkern.cli.align_bench import ALIGN_BENCH, run_align_bench
 from sclkern.cli.pretrain import log_of_rank
 from sclkern.errors import UserError
 from sclkern.tasks.evaluating import evaluate, load_evaluation
@@ -18,6 +19,8 @@ from sclkern.training.signals import StopSignals
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate, print the metrics as JSON, and write them where a folder is given."""
+    if options.task == ALIGN_BENCH:
+        return run_align_bench(options)
     task = TASKS[options.task]
     output = None if options.output is None else Path(options.output)
     if output is not None and output.exists() and not output.is_dir():

@@ -16,6 +16,8 @@ SETS = (
 )  # fmt: skip
 # Of ``sclkern.tasks.registered``, which a test compares.
 TASKS = ("nlvr2", "vqav2")
+# Evaluated alone: no model is fine-tuned for them.
+BENCHMARKS = ("align-bench",)
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -87,7 +89,8 @@ def _evaluate(commands: Commands) -> None:
         "--output, write them, and the file that the task's server takes.",
     )
     command.set_defaults(trains=True)
-    command.add_argument("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
+    names = (*TASKS, *BENCHMARKS)
+    command.add_argument("task", choices=names, metavar="TASK", help=", ".join(names))
     command.add_argument("--checkpoint", required=True, metavar="FOLDER", help="folder of the model, or of its run")
     command.add_argument("--data", required=True, metavar="FOLDER", help="folder of the tables, local or a URL")
     command.add_argument(

@@ -16,8 +16,8 @@ def open_model(source: str | Path, tokenizer: str | None = None) -> tuple[SCLMod
     """Load a model and the tokenizer of its captions.
 
     Args:
-        source: a folder of ``sclkern export`` or ``save_pretrained``; or the folder of a run, of which the newest
-            checkpoint is taken; or one of its checkpoints.
+        source: a folder of ``sclkern export`` or ``save_pretrained``; or the folder of a run, of which its model is
+            taken, or its newest checkpoint where it has not ended; or one of its checkpoints.
         tokenizer: as ``data.tokenizer``; None takes that of the folder, or of the run's configuration.
 
     Returns:
@@ -27,6 +27,7 @@ def open_model(source: str | Path, tokenizer: str | None = None) -> tuple[SCLMod
         UserError: there is no such model, it has no tokenizer, or the tokenizer is not the model's.
     """
     source = Path(source).expanduser()
+    source = source / "model" if (source / "model" / CONFIG).is_file() else source
     if (source / CONFIG).is_file():
         model, name = SCLModel.from_pretrained(source), str(source)
         if tokenizer is None and not (source / "tokenizer.json").is_file():

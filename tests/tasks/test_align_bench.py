@@ -1,15 +1,17 @@
 """ALIGN-BENCH: the reader beside what went in, the scores beside a computation of their own."""
 
+import json
 import math
 import pickle
 
 import numpy as np
 import pytest
 import torch
-from exported_model import TOKENIZER
+from exported_model import TOKENIZER, export
 from PIL import Image
 
 import look_alikes
+from sclkern.cli import main
 from sclkern.data.convert import Options, convert
 from sclkern.data.transforms import build_transform
 from sclkern.errors import UserError
@@ -22,6 +24,7 @@ from sclkern.tasks.align_bench import (
     region_score,
     score_picture,
 )
+from sclkern.training.opening import open_model
 
 
 def cubic(x):
@@ -260,3 +263,25 @@ def test_any_number_of_processes_gives_the_same(tree, tmp_path, make_model, monk
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         result = evaluate_align_bench(*arguments, distributed=True)
     assert result == alone and alone.pictures == 5
+
+
+def test_the_command(tree, tmp_path, make_model, capsys):
+    convert("align-bench", tree.root, tmp_path / "data", Options(), workers=1)
+    export(make_model, tmp_path / "model", heads=())
+    arguments = ["evaluate", "align-bench", "--checkpoint", str(tmp_path / "model"), "--data", str(tmp_path / "data")]
+    assert main([*arguments, "--output", str(tmp_path / "out"), "run.device=cpu"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    model, tokenizer = open_model(tmp_path / "model")
+    expected = evaluate_align_bench(model, AlignBench(tmp_path / "data"), tokenizer, build_transform("clip_test", 32))
+    counts = {"pictures": 5, "words": expected.words, "not_found": expected.not_found, "cut": expected.cut}
+    assert printed == {**expected.scores, **counts}
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert written == {"task": "align-bench", "tables": ["align_bench"], "values": expected.scores, **counts}
+    for extra, problem in (
+        (["--annotations", "x.json"], "--annotations: got x.json, but align-bench is scored by its table"),
+        (["--split", "train"], "--split: got 'train', but align-bench has one table"),
+        (["run.precision=bfloat16"], "run.precision: align-bench reads only run.device"),
+        (["--output", str(tmp_path / "out" / "results.json")], "results.json is a file, expected a folder"),
+    ):
+        assert main([*arguments, *extra]) == 2
+        assert problem in capsys.readouterr().err
