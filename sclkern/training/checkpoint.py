@@ -126,14 +126,24 @@ def content_digest(state: dict[str, Any]) -> str:
 
 def checkpoints_of(folder: Path) -> list[Path]:
     """The checkpoints of a run, in the order in which a run goes on from them: the newest first, ``best.pt`` last."""
-    named = [folder / "latest.pt", *kept_steps(folder), folder / "best.pt", *sorted(folder.glob("best-*[0-9]"))]
+    named = [folder / "latest.pt", *kept_steps(folder), folder / "best.pt", *best_folders(folder)]
     return [path for path in named if path.exists()]
 
 
 def kept_steps(folder: Path) -> list[Path]:
     """The checkpoints ``step-<step>`` of a folder, newest first."""
-    named = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+(\.pt)?", path.name))
-    return sorted(named, reverse=True)
+    return _of_steps(folder, r"step-(\d+)(\.pt)?")
+
+
+def best_folders(folder: Path) -> list[Path]:
+    """The checkpoints ``best-<step>`` of a folder, newest first; there may be files of the user's beside them."""
+    return _of_steps(folder, r"best-(\d+)")
+
+
+def _of_steps(folder: Path, pattern: str) -> list[Path]:
+    named = [(path, re.fullmatch(pattern, path.name)) for path in folder.glob("*-*")]
+    steps = {path: int(found[1]) for path, found in named if found}
+    return sorted(steps, key=lambda path: (steps[path], path.name), reverse=True)
 
 
 def remedy(path: Path) -> str:

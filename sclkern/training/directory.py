@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
+import socket
+import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +18,7 @@ from sclkern.training.checkpoint import DamagedError, checkpoints_of, load_check
 from sclkern.training.config import PretrainConfig, batch_difference, build_as, resume_difference
 from sclkern.training.config_yaml import write_yaml
 from sclkern.training.sharded import load_sharded
+from sclkern.training.world import World
 
 try:
     import fcntl
@@ -22,6 +26,12 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger("sclkern.training")
+
+# What a run writes, and whether that is a folder.
+_NAMES = {"checkpoints": True, "tensorboard": True, "model": True}
+_NAMES |= dict.fromkeys(
+    ("config.yaml", "metrics.jsonl", "report.md", "losses.png", "course.png", "attention.png"), False
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,7 @@ def open_directory(config: PretrainConfig, *, resume: bool, world_size: int = 1)
     """
     directory = Path(config.run.output_dir)
     checkpoints = directory / "checkpoints"
+    _check_kinds(directory)
     there = _content(directory)
     paths = checkpoints_of(checkpoints)
     if not paths and set(there) - {"metrics.jsonl"}:
@@ -70,8 +81,9 @@ def open_directory(config: PretrainConfig, *, resume: bool, world_size: int = 1)
         )
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=checkpoints).close()  # else a run learns at its first checkpoint that it cannot save
     except OSError as error:
-        raise UserError(f"run.output_dir {directory}: {error.strerror}; give a folder that can be written") from error
+        raise UserError(f"{checkpoints}: {error.strerror}; give a run.output_dir that can be written") from error
     if not paths:
         return None
     saved = _newest_whole(paths)
@@ -88,6 +100,45 @@ def open_directory(config: PretrainConfig, *, resume: bool, world_size: int = 1)
         why = f"{saved.damaged[0].name} is damaged" if saved.damaged else "no latest.pt"
         log.warning("%s: %s; goes on from %s, of step %s", checkpoints, why, path.name, saved.state["step"])
     return saved
+
+
+def _check_kinds(directory: Path) -> None:
+    """Raise a ``UserError`` if something has a name that the run will give to something else, if only at its end."""
+    for name, is_folder in _NAMES.items():
+        path = directory / name
+        if path.exists() and path.is_dir() != is_folder:
+            kinds = ("a file", "a folder")
+            raise UserError(
+                f"{path}: got {kinds[not is_folder]}, expected {kinds[is_folder]}, which the run writes; rename it, or "
+                "give another run.output_dir"
+            )
+
+
+def check_shared(directory: Path, world: World) -> None:
+    """Raise on every process unless all see what rank 0 writes to a folder; called by all.
+
+    Args:
+        directory: of the run; there on rank 0.
+        world: the processes.
+
+    Raises:
+        UserError: a process has another folder of this name, such as on the disk of its own machine.
+    """
+    name = world.broadcast(f".shared.{uuid.uuid4().hex}.0.tmp" if world.main else None)
+    mark = directory / name
+    if world.main:
+        write_atomically(mark, lambda temporary: temporary.touch())
+    world.barrier()
+    seen = world.gather((mark.exists(), socket.gethostname()))
+    if world.main:
+        mark.unlink(missing_ok=True)
+    for rank, (sees, host) in enumerate(seen):
+        if not sees:
+            raise UserError(
+                f"run.output_dir {directory}: rank {rank} on {host} does not see what rank 0 on {seen[0][1]} writes "
+                "there, and with run.parallel=fsdp all write checkpoints; give the path of a folder that all machines "
+                "share, or set run.parallel=ddp"
+            )
 
 
 def _check_batch(saved: SavedRun, before: PretrainConfig, config: PretrainConfig, world_size: int) -> None:

@@ -29,7 +29,7 @@ from sclkern.training.clock import StepClock
 from sclkern.training.config import PretrainConfig
 from sclkern.training.data import TrainingData, data_difference, open_data
 from sclkern.training.deadline import deadline_of
-from sclkern.training.directory import SavedRun, begin, lock_directory, open_directory
+from sclkern.training.directory import SavedRun, begin, check_shared, lock_directory, open_directory
 from sclkern.training.evaluation import RunEvaluation
 from sclkern.training.forecast import Forecast
 from sclkern.training.health import FiniteCheck
@@ -128,6 +128,8 @@ class Training(ABC):
         # Before anything is read: the run that still holds the folder may save another step.
         self._lock = lock_directory(self.directory) if self.world.main else None
         saved = self._open_directory(resume)
+        if self.world.size > 1 and config.run.parallel == "fsdp":
+            check_shared(self.directory, self.world)
         self.data = self.open_data()
         if saved and "data" in saved.state:
             difference = data_difference(saved.state["data"], self.data.identity)

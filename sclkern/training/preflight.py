@@ -35,7 +35,7 @@ def place_of_process() -> Place:
         The place; that of one process by itself where they are not set.
 
     Raises:
-        UserError: only some are set, or no such numbers.
+        UserError: only some are set, or no such numbers, or no port.
     """
     # What torchrun, or whoever starts the processes by hand, sets for each of them.
     found = {
@@ -62,6 +62,8 @@ def place_of_process() -> Place:
             f"environment: got RANK={rank}, WORLD_SIZE={size}, LOCAL_RANK={local_rank}, expected "
             "0 <= LOCAL_RANK <= RANK < WORLD_SIZE"
         )
+    if not given["MASTER_PORT"].isdecimal() or not 0 < int(given["MASTER_PORT"]) < 2**16:
+        raise UserError(f"environment: got MASTER_PORT={given['MASTER_PORT']}, expected a number from 1 to 65535")
     return Place(rank, size, local_rank)
 
 

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from sclkern.io import write_atomically
-from sclkern.training.checkpoint import kept_steps, save_checkpoint
+from sclkern.training.checkpoint import best_folders, kept_steps, save_checkpoint
 from sclkern.training.sharded import remove, save_plain_values, save_sharded
 
 
@@ -188,7 +188,7 @@ class CheckpointWriter:
         path = self.folder / f"{name}.pt"
         if name == "best":
             save_checkpoint(path, state)
-            self._remove(self.folder.glob("best-*"))
+            self._remove(best_folders(self.folder))
             return
         kept = self._keep_latest() if state["step"] != self._latest_step else None
         try:
@@ -228,7 +228,8 @@ class CheckpointWriter:
             (self.folder / "latest.pt").unlink(missing_ok=True)
             self._remove(kept_steps(self.folder)[self.keep :])
         else:
-            self._remove(path for path in self.folder.glob("best*") if path != folder)
+            before = [self.folder / "best.pt", *best_folders(self.folder)]
+            self._remove(path for path in before if path != folder)
 
     def _remove(self, paths: Iterable[Path]) -> None:
         """Remove what is older than a checkpoint that is whole; what cannot be removed stays."""

@@ -59,6 +59,8 @@ def save_sharded(
     digests = {name: digest for of_rank in written for name, digest in of_rank.items()}
 
     def finish() -> None:
+        if lost := [name for name in digests if not (temporary / name).exists()]:
+            raise UserError(f"{temporary / lost[0]} was written by another rank and is not here: a folder not shared")
         save_checkpoint(temporary / "state.pt", {**plain, "files": digests})
         sync(temporary)
         commit()

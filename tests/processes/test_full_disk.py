@@ -46,7 +46,7 @@ def fill(path):
 
 
 def run_on(disk):
-    """What three starts say: one whose second checkpoint does not fit, one whose log does not, and one with space."""
+    """What each start says: checkpoints that fit, a second that does not, a log that does not, no rights, and space."""
     told, rest, step = [], disk / "rest", Pretraining.train_step
     told.append(pretrain(disk, "run.stop_at=2"))
     told.append(pretrain(disk, "run.stop_at=4"))
@@ -61,6 +61,11 @@ def run_on(disk):
     Pretraining.train_step = step
     rest.unlink()
     subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+    checkpoints = disk / "run" / "checkpoints"
+    for mount in (["--bind", checkpoints, checkpoints], ["-o", "remount,bind,ro", checkpoints]):
+        subprocess.run(["mount", *mount], check=True)
+    told.append(pretrain(disk))
+    subprocess.run(["umount", checkpoints], check=True)
     told.append(pretrain(disk))
     return told
 
@@ -87,13 +92,15 @@ def test_a_run_on_a_full_disk_loses_nothing_and_goes_on_when_there_is_space(name
         env=environment(), capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second, third, last = json.loads(done.stdout)
+    first, second, third, fourth, last = json.loads(done.stdout)
     place, saved = disk / "run", [{"latest.pt": 2}, []]
     assert first[0] == 0 and first[2:] == saved
     assert second[0] == 2 and second[2:] == saved
     assert f"{place}/checkpoints/latest.pt: cannot be written (No space left on device); an earlier" in second[1]
     assert third[0] == 2 and third[2:] == saved
     assert f"{place}/metrics.jsonl: cannot be written (No space left on device); free space, then" in third[1]
+    assert fourth[0] == 2 and fourth[2:] == saved
+    assert f"{place}/checkpoints: Read-only file system; give a run.output_dir that can be written" in fourth[1]
     assert last[0] == 0 and last[2]["latest.pt"] == STEPS
     assert_states_equal(*(load_checkpoint(whole / name)["model"] for name in ("full.pt", "whole.pt")))
 

@@ -19,9 +19,11 @@ from sclkern.data.undecodable import UndecodableImages
 from sclkern.errors import UserError
 from sclkern.training import saving, sharded
 from sclkern.training.checkpoint import DamagedError, load_checkpoint
+from sclkern.training.directory import check_shared
 from sclkern.training.saving import CheckpointWriter
 from sclkern.training.sharded import load_sharded
 from sclkern.training.state import TrainingState
+from sclkern.training.world import Place, World
 
 WORLD = 2
 
@@ -120,6 +122,17 @@ def main(rank, world, directory):
         assert "cannot be written by rank" in str(error) and "No space left on device" in str(error), error
     else:
         raise AssertionError("not told")
+    # Folders of one name that are not the same one.
+    both, own = World(Place(rank, world, rank)), directory / f"machine {rank}"
+    check_shared(directory, both)
+    own.mkdir()
+    try:
+        check_shared(own, both)
+    except UserError as error:
+        assert "rank 1 on " in str(error) and "does not see what rank 0 on " in str(error), error
+        assert not list(own.iterdir())
+    else:
+        raise AssertionError("not refused")
     # What was written by many, or by one, goes on in parts.
     for path in (folder / "step-00000002", directory / "one.pt"):
         other = build(world)

@@ -133,6 +133,20 @@ def test_a_start_that_failed_is_no_run(pretraining, tmp_path, caplog):
     assert "the file there is now config.1.yaml" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["model", "checkpoints", "metrics.jsonl"])
+def test_a_name_that_is_taken_by_something_else_is_refused_before_any_work(pretraining, tmp_path, name):
+    path = tmp_path / "run" / name
+    if "." in name:
+        path.mkdir(parents=True)
+    else:
+        path.parent.mkdir()
+        path.touch()
+    kinds = "a folder, expected a file" if "." in name else "a file, expected a folder"
+    with pytest.raises(UserError, match=rf"run/{name}: got {kinds}, which the run writes; rename it, or give another"):
+        pretraining(**TINY)
+    assert {file.name for file in path.parent.iterdir()} == {name, ".lock"}
+
+
 def test_two_processes_do_not_write_one_folder(pretraining, tmp_path):
     (tmp_path / "run").mkdir()
     holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True)"

@@ -12,7 +12,7 @@ from same_state import assert_states_equal
 from sclkern import io
 from sclkern.errors import UserError
 from sclkern.training import saving
-from sclkern.training.checkpoint import DamagedError, content_digest, load_checkpoint, save_checkpoint
+from sclkern.training.checkpoint import DamagedError, checkpoints_of, content_digest, load_checkpoint, save_checkpoint
 from sclkern.training.saving import CheckpointWriter, HostCopy
 from tiny_run import NO_LAYERS
 
@@ -111,6 +111,23 @@ def test_the_last_are_kept(folder, monkeypatch, links):
     assert names(folder) == ["latest.pt", "step-00000020.pt"]
     saved_one_after_another(CheckpointWriter(folder, keep=1, latest_step=25), 30)
     assert names(folder) == ["latest.pt"]
+
+
+def test_what_the_user_keeps_beside_them_stays(folder):
+    own = ["best-model", "best-of-1.pt", "step-1.old", "steps"]
+    for name in own:
+        (folder / name).mkdir(parents=True)
+    (folder / "best-00000001").mkdir()  # of a run that was begun with FSDP
+    writer = CheckpointWriter(folder, keep=1)
+    writer.save("best", state(2), lambda: None)
+    saved_one_after_another(writer, 2, 3)
+    assert names(folder) == sorted([*own, "best.pt", "latest.pt"])
+
+
+def test_the_newest_is_that_of_the_most_steps(folder):
+    for name in ("step-9.pt", "step-00000010.pt", "best-2", "best-10", "best-of-3"):
+        (folder / name).mkdir(parents=True)
+    assert [path.name for path in checkpoints_of(folder)] == ["step-00000010.pt", "step-9.pt", "best-10", "best-2"]
 
 
 def test_the_best_is_beside_them(folder):

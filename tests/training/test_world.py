@@ -46,6 +46,8 @@ def test_the_place_is_that_of_torchrun(environment):
         (("0", "2"), "got RANK, WORLD_SIZE without LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start the processes with"),
         (("a", "2", "0", "host", "1"), "are no integers"),
         (("2", "2", "0", "host", "1"), "got RANK=2, WORLD_SIZE=2, LOCAL_RANK=0, expected 0 <= LOCAL_RANK <= RANK < WO"),
+        (("1", "2", "0", "host", "tcp"), "got MASTER_PORT=tcp, expected a number from 1 to 65535"),
+        (("1", "2", "0", "host", "65536"), "got MASTER_PORT=65536, expected a number from 1 to 65535"),
     ],
 )
 def test_a_place_that_cannot_be_is_refused(environment, values, message):
