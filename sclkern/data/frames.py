@@ -190,6 +190,8 @@ def _decoded(container: Any, stream: Any, times: Collection[int] | None = None) 
     later ones are predicted from."""
     try:
         for packet in container.demux(stream):
+            if not packet.size and packet.dts is not None:
+                continue  # Theora's sign that the frame before goes on being shown; the end of the file has no time
             if times is not None:
                 stream.codec_context.skip_frame = "DEFAULT" if packet.pts in times else "NONREF"
             yield from packet.decode()
@@ -222,7 +224,7 @@ def _at(container: Any, stream: Any, wanted: Sequence[int], keys: Sequence[int])
 
 
 def _one_after_another(file: BinaryIO, wanted: Sequence[int], count: int) -> list[Image.Image]:
-    """Frames by their number, decoded from the first on; the last one stands for those that do not come."""
+    """Frames by their number, decoded from the first on; where half of them come, the last one stands for the rest."""
     found: dict[int, Image.Image] = {}
     last: VideoFrame | None = None
     formatter = VideoReformatter()
@@ -233,8 +235,10 @@ def _one_after_another(file: BinaryIO, wanted: Sequence[int], count: int) -> lis
                     found[number] = _picture(last, formatter)
                 if number >= wanted[-1]:
                     break
-    if last is None:
-        raise ValueError(f"the video cannot be decoded: none of its {count} frames" if count else "it has no frame")
+    if last is None and not count:
+        raise ValueError("it has no frame")
+    if last is None or 2 * len(found) < len(set(wanted)):
+        raise ValueError(f"the video cannot be decoded: of {len(set(wanted))} frames only {len(found)}")
     return frames_of_one_size([found[index] if index in found else _picture(last, formatter) for index in wanted])
 
 

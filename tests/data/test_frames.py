@@ -1,6 +1,7 @@
 """Frames of clips: which are chosen, and that the frame of an index is the one that is shown at its place."""
 
 import io
+import itertools
 import struct
 
 import av
@@ -93,6 +94,43 @@ def test_a_clip_that_was_cut_short_gives_what_is_there(tmp_path):
     counts = []
     found = decode_video(io.BytesIO(content[:-100]), lambda count: counts.append(count) or [0, count - 1])
     assert len(found) == 2 and 1 < counts[0] < 24
+
+
+def test_a_packet_without_content_is_passed_over(tmp_path):
+    """Theora's way to show a frame for longer."""
+    path = tmp_path / "longer.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width = stream.height = SIDE
+        stream.pix_fmt = "yuvj420p"
+        packets = []
+        for number in range(8):
+            frame = av.VideoFrame.from_image(picture(number)).reformat(format="yuvj420p")
+            frame.pts = number
+            packets += stream.encode(frame)
+        for number, packet in enumerate([*packets, *stream.encode()]):
+            if number == 3:
+                empty = av.Packet(b"")
+                empty.stream, empty.pts, empty.dts, empty.time_base = stream, packet.pts, packet.dts, packet.time_base
+                packet = empty
+            container.mux(packet)
+    with open(path, "rb") as file:
+        found = decode_video(file, lambda count: list(range(count)))
+    numbers = [round((float(np.median(np.asarray(frame)[:, :, 2])) - 20) / 6) for frame in found]
+    assert numbers == [0, 1, 2, 4, 5, 6, 7]
+
+
+def test_a_video_of_which_most_cannot_be_decoded_is_refused(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "whole.mp4", options={"g": "6"})
+    original = frames._decoded
+    for count, fine in ((4, True), (1, False), (0, False)):
+        monkeypatch.setattr(frames, "_decoded", lambda *args, count=count: itertools.islice(original(*args), count))
+        with open(path, "rb") as file:
+            if fine:
+                assert len(decode_video(file, lambda _: [0, 1, 8, 14])) == 4
+            else:
+                with pytest.raises(ValueError, match=f"cannot be decoded: of 4 frames only {count}"):
+                    decode_video(file, lambda _: [0, 2, 8, 14])
 
 
 @pytest.mark.parametrize("content", [b"", b"no video", b"\0" * 4096])
