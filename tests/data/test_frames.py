@@ -96,28 +96,23 @@ def test_a_clip_that_was_cut_short_gives_what_is_there(tmp_path):
     assert len(found) == 2 and 1 < counts[0] < 24
 
 
-def test_a_packet_without_content_is_passed_over(tmp_path):
-    """Theora's way to show a frame for longer."""
-    path = tmp_path / "longer.mkv"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mjpeg", rate=25)
-        stream.width = stream.height = SIDE
-        stream.pix_fmt = "yuvj420p"
-        packets = []
-        for number in range(8):
-            frame = av.VideoFrame.from_image(picture(number)).reformat(format="yuvj420p")
-            frame.pts = number
-            packets += stream.encode(frame)
-        for number, packet in enumerate([*packets, *stream.encode()]):
-            if number == 3:
-                empty = av.Packet(b"")
-                empty.stream, empty.pts, empty.dts, empty.time_base = stream, packet.pts, packet.dts, packet.time_base
-                packet = empty
-            container.mux(packet)
-    with open(path, "rb") as file:
-        found = decode_video(file, lambda count: list(range(count)))
-    numbers = [round((float(np.median(np.asarray(frame)[:, :, 2])) - 20) / 6) for frame in found]
-    assert numbers == [0, 1, 2, 4, 5, 6, 7]
+def test_a_packet_without_content_is_passed_over():
+    """Theora's way to show a frame for longer; FFmpeg takes it for the end."""
+
+    class Packet:
+        def __init__(self, size, dts):
+            self.size, self.dts = size, dts
+
+        def decode(self):
+            if not self.size and self.dts is not None:
+                raise av.FFmpegError(22, "Invalid argument")
+            return [self.dts]
+
+    class Container:
+        def demux(self, stream):
+            return [Packet(5, 0), Packet(0, 1), Packet(5, 2), Packet(0, None)]
+
+    assert list(frames._decoded(Container(), None)) == [0, 2, None]
 
 
 def test_a_video_of_which_most_cannot_be_decoded_is_refused(tmp_path, monkeypatch):
@@ -135,7 +130,7 @@ def test_a_video_of_which_most_cannot_be_decoded_is_refused(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("content", [b"", b"no video", b"\0" * 4096])
 def test_what_is_no_video_is_refused(content):
-    with pytest.raises(ValueError, match="the video cannot be decoded"):
+    with pytest.raises(ValueError, match="the video cannot be decoded" if content else "the file is empty"):
         decode_video(io.BytesIO(content), lambda count: [0])
 
 
