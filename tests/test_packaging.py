@@ -53,6 +53,8 @@ def test_only_sclkern_is_installed(wheel):
         "cli/parser.py",
         "configs/pretrain_base.yaml",
         "kernels/attention.py",
+        "visualize/page.css",
+        "visualize/page.js",
     ):
         assert f"sclkern/{needed}" in names, needed
     assert any(name.endswith("NOTICE") for name in names) and any(name.endswith("LICENSE") for name in names)
