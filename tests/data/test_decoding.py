@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from pathlib import Path
 
@@ -85,6 +86,55 @@ def test_a_jpeg_that_ends_early_is_refused_at_any_size() -> None:
     data = jpeg(PHOTOGRAPH)
     with pytest.raises(ValueError, match="truncated"):
         decode_image(data[: len(data) // 2], lambda *_: 2)
+
+
+def noise(power: float, seed: int) -> np.ndarray:
+    """A picture whose amplitudes fall as those of photographs do, with frequency to this power, which is about 1."""
+    generator = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(448)[:, None], np.fft.rfftfreq(600))
+    frequency[0, 0] = np.inf
+    white = generator.normal(size=(4, *frequency.shape)) + 1j * generator.normal(size=(4, *frequency.shape))
+    grey = np.fft.irfft2((0.9 * white[3] + 0.4 * white[:3]) / frequency**power, s=(448, 600)).transpose(1, 2, 0)
+    return np.clip(128 + 50 * grey / grey.std(), 0, 255).astype(np.uint8)
+
+
+def drawing() -> np.ndarray:
+    """Hard edges of every direction, black on white and in colours, which photographs do not have."""
+    y, x = np.mgrid[:448, :600]
+    rays = np.arctan2(y - 224, x - 300) * 24 / np.pi % 2 < 1
+    rings = np.hypot(y - 224, x - 300) // 40 % 2 < 1
+    return np.where(np.stack([rays ^ rings, rays, rings], axis=-1), 255, 0).astype(np.uint8)
+
+
+def samples() -> dict[str, Path]:
+    """Photographs of packages that may be installed."""
+    found = {}
+    for package, folder in (("skimage", "data"), ("sklearn", "datasets/images")):
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.origin is not None:
+            for name in ("rocket.jpg", "coffee.png", "astronaut.png", "grass.png", "china.jpg", "flower.jpg"):
+                if (path := Path(spec.origin).parent / folder / name).is_file():
+                    found[name] = path
+    return found
+
+
+def error_of_reducing(levels: np.ndarray, size: int, quality: int) -> float:
+    height, width = (8 * (side // 8) for side in levels.shape[:2])
+    data = jpeg(levels[:height, :width], quality)
+    transform = build_transform("clip_test", size, normalize=False)
+    assert transform.reduction(width, height) > 1
+    exact = resample(np.asarray(decode_image(data)), size)
+    return root_mean_square(transform(decode_image(data, transform.reduction)), exact)
+
+
+@pytest.mark.parametrize("size", [100, 50])
+@pytest.mark.parametrize("quality", [75, 95])
+def test_of_any_photograph_reducing_changes_little(size: int, quality: int) -> None:
+    pictures = {f"noise {power} {seed}": noise(power, seed) for power, seed in ((0.8, 0), (1.0, 1), (1.5, 2))}
+    pictures |= {name: np.asarray(Image.open(path).convert("RGB")) for name, path in samples().items()}
+    errors = {name: error_of_reducing(levels, size, quality) for name, levels in pictures.items()}
+    assert max(errors.values()) < 1.5, errors
+    assert error_of_reducing(drawing(), size, quality) < 4
 
 
 @pytest.mark.parametrize(("size", "bound"), [(300, 0.6), (100, 1.5), (50, 1.5)])
