@@ -32,7 +32,7 @@ SLOW_FILES = (
     "benchmarks/test_tuning.py", "cli/test_plan.py", "cli/test_pretrain.py", "contributing/test_ways.py",
     "data/test_factors.py", "data/test_loader.py", "data/test_workers.py", "integrations/fuse/test_use.py",
     "integrations/test_attention_maps.py", "libraries/test_stub_gpu.py", "ops/test_every_op.py",
-    "processes/test_data.py", "processes/test_evaluation.py", "step/test_keyed.py", "step/test_memory.py",
+    "processes/test_data.py", "processes/test_evaluation.py", "processes/test_retrieval.py", "step/test_keyed.py", "step/test_memory.py",
     "step/test_plan.py", "step/test_step.py", "test_distributed.py", "test_packaging.py", "tools/static/test_static.py",
     "tools/test_ledger.py", "tools/test_parity.py", "tools/test_warmup.py", "training/test_choices.py",
     "training/test_memory.py",

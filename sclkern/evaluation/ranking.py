@@ -11,7 +11,7 @@ import bisect
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -87,7 +87,7 @@ def recall(
             "queries), expected a right answer for each; leave out the queries without"
         )
     rows, columns = (torch.from_numpy(groups).to(scores.device) for groups in (queries, candidates))
-    return _summary(scores, lambda part: rows[part, None] == columns, ks)
+    return summary(_all_standings(scores, lambda part: rows[part, None] == columns), ks)
 
 
 def recall_of_relevant(scores: Any, relevant: Tensor, ks: Sequence[int] = RECALL_AT) -> dict[str, float]:
@@ -113,7 +113,7 @@ def recall_of_relevant(scores: Any, relevant: Tensor, ks: Sequence[int] = RECALL
     alone = ~relevant.any(1)
     if alone.any():
         raise ValueError(f"relevant: got no right answer for query {int(alone.int().argmax())}, expected one or more")
-    return _summary(scores, lambda part: relevant[part], ks)
+    return summary(_all_standings(scores, lambda part: relevant[part]), ks)
 
 
 def rsum(*directions: Mapping[str, float]) -> float:
@@ -128,39 +128,63 @@ def rsum(*directions: Mapping[str, float]) -> float:
     return math.fsum(of[f"r{k}"] for of in directions for k in RECALL_AT)
 
 
-def standings(scores: Tensor, relevant: Tensor) -> list[Standing]:
+def standings(scores: Tensor, relevant: Tensor, present: Tensor | None = None) -> list[Standing]:
     """Where the best right answer of each query stands.
 
     Args:
         scores: (Q, N).
-        relevant: (Q, N) bool, one or more a query.
+        relevant: (Q, N) bool, one or more a query, among those that are present.
+        present: (Q, N) bool, the candidates; None is all of them.
 
     Returns:
         One for each query.
     """
-    number = ~scores.isnan()
+    number, nan = ~scores.isnan(), scores.isnan()
+    if present is not None:
+        number, nan, relevant = number & present, nan & present, relevant & present
     of_numbers = relevant & number
     best = torch.where(of_numbers, scores, -torch.inf).amax(1, keepdim=True)
     # A query whose right answers are all NaN stands behind all numbers. NaN equals and exceeds nothing.
     ranked = of_numbers.any(1, keepdim=True)
-    above = torch.where(ranked, scores > best, number)
-    tied = torch.where(ranked, scores == best, ~number)
+    above = torch.where(ranked, (scores > best) & number, number)
+    tied = torch.where(ranked, (scores == best) & number, nan)
     counts = torch.stack([mask.sum(1) for mask in (above, tied, tied & relevant)], 1)
     return [Standing(*row) for row in counts.tolist()]
 
 
-def _summary(scores: Tensor, relevant: Callable[[slice], Tensor], ks: Sequence[int]) -> dict[str, float]:
+def row_parts(scores: Tensor) -> list[slice]:
+    """Rows that are compared at a time."""
+    rows = max(1, _AT_ONCE // scores.shape[1])
+    return [slice(start, min(start + rows, len(scores))) for start in range(0, len(scores), rows)]
+
+
+def summary(found: Iterable[Standing], ks: Sequence[int] = RECALL_AT) -> dict[str, float]:
+    """Recalls and ranks.
+
+    Args:
+        found: of each query.
+        ks: as in ``recall``.
+
+    Returns:
+        As ``recall``.
+
+    Raises:
+        ValueError: a k below 1.
+    """
     if not len(ks) or not all(isinstance(k, int | np.integer) and k >= 1 for k in ks):
         raise ValueError(f"ks: got {ks!r}, expected integers from 1")
-    rows = max(1, _AT_ONCE // scores.shape[1])
-    parts = [slice(start, start + rows) for start in range(0, len(scores), rows)]
-    found = Counter(one for part in parts for one in standings(scores[part], relevant(part)))
-    ranks = sorted((one.rank(), count) for one, count in found.items())
+    counts = Counter(found)
+    ranks = sorted((one.rank(), count) for one, count in counts.items())
     return {
-        **{f"r{k}": _mean((one.within(int(k)), count) for one, count in found.items()) for k in ks},
+        **{f"r{k}": _mean((one.within(int(k)), count) for one, count in counts.items()) for k in ks},
         "median_rank": _median(ranks),
         "mean_rank": _mean(ranks),
     }
+
+
+def _all_standings(scores: Tensor, relevant: Callable[[slice], Tensor]) -> Iterator[Standing]:
+    for part in row_parts(scores):
+        yield from standings(scores[part], relevant(part))
 
 
 def _mean(values: Iterable[tuple[Fraction, int]]) -> float:

@@ -1,33 +1,46 @@
-"""Zero-shot retrieval: recall at 1, 5 and 10 by ITC similarity, and re-ranked by image-text matching.
+"""Retrieval: recall by ITC similarity, and by a head of the fusion encoder.
 
-Captions are scored by group: images that share a caption are all right answers to it, and each distinct caption is
-one candidate. If each image has a caption of its own, this is the usual protocol.
+By default captions are scored by group: images that share a caption are all right answers to it, and each distinct
+caption is one candidate. If each image has a caption of its own, this is the usual protocol.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from sclkern.data import PairSource
 from sclkern.data.tokenizer import CaptionTokenizer
-from sclkern.data.transforms import normalize_images
-from sclkern.data.undecodable import UndecodableImages, read_image
-from sclkern.distributed import gather_parts, merge, world_size
+from sclkern.data.undecodable import UndecodableImages
+from sclkern.distributed import world_size
 from sclkern.errors import UserError
-from sclkern.evaluation.ranking import RECALL_AT, recall_of_relevant
-from sclkern.models import SCLNetwork, VisionFeatures
-from sclkern.models.captions import first_token
+from sclkern.evaluation.gallery import (
+    Batches,
+    ChooseFrames,
+    Relevance,
+    Transform,
+    encode_images,
+    encode_texts,
+    similarities,
+)
+from sclkern.evaluation.ranking import RECALL_AT, Standing, row_parts, rsum, summary
+from sclkern.evaluation.reranking import (
+    Pairs,
+    Reranking,
+    choose_candidates,
+    pairs_of_candidates,
+    reranked_standings,
+    score_pairs,
+    standings_of,
+)
+from sclkern.evaluation.room import Room
+from sclkern.models import SCLNetwork
 
-K = TypeVar("K")
-V = TypeVar("V")
+DIRECTIONS = {"image_to_text": True, "text_to_image": False}
 
 
 @dataclass(frozen=True)
@@ -36,78 +49,34 @@ class RetrievalResult:
 
     Attributes:
         images: number of images retrieved from.
-        captions: number of distinct captions retrieved from.
-        recalls: fractions under keys such as "itc_text_to_image_r1"; methods are "itc", "itm" (if re-ranked) and
-            "chance", the expectation of a random order.
+        captions: number of captions retrieved from.
+        recalls: fractions under keys such as "itc_text_to_image_r1"; methods are "itc", "itm" or "rank" (the head that
+            re-ranked) and "chance", the expectation of a random order.
+        ranks: "median_rank" and "mean_rank" of the first right answer under such keys.
     """
 
     images: int
     captions: int
     recalls: dict[str, float]
+    ranks: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        """The best method: the head that re-ranked, else "itc"."""
+        return next(name for name in ("rank", "itm", "itc") if f"{name}_image_to_text_r1" in self.recalls)
 
     @property
     def sum(self) -> float:
-        """Sum of the best method's six recalls, by which the best checkpoint is chosen."""
-        method = "itm" if "itm_image_to_text_r1" in self.recalls else "itc"
-        return sum(value for key, value in self.recalls.items() if key.startswith(method))
+        """Sum of the best method's six recalls (rsum), by which the best checkpoint is chosen."""
+        return rsum(*({f"r{k}": self.recalls[f"{self.method}_{way}_r{k}"] for k in RECALL_AT} for way in DIRECTIONS))
 
     def line(self) -> str:
         """The best method's recalls in percent, in one line."""
-        method = "itm" if "itm_image_to_text_r1" in self.recalls else "itc"
         parts = []
-        for direction in ("image_to_text", "text_to_image"):
-            values = [f"{100 * self.recalls[f'{method}_{direction}_r{k}']:.1f}" for k in RECALL_AT]
+        for direction in DIRECTIONS:
+            values = [f"{100 * self.recalls[f'{self.method}_{direction}_r{k}']:.1f}" for k in RECALL_AT]
             parts.append(f"{direction.replace('_', ' ')} {'/'.join(values)} %")
         return f"recall@{'/'.join(map(str, RECALL_AT))} {', '.join(parts)}"
-
-
-@dataclass(frozen=True)
-class _Gallery:
-    """Encoded images and distinct captions, on the model's device.
-
-    Attributes:
-        image: tokens of N images.
-        text: (C, L, width) tokens of C captions.
-        text_mask: (C, L) bool.
-        similarity: (N, C) float32, cosine of the projected CLS tokens.
-        relevant: (N, C) bool, which captions are an image's.
-    """
-
-    image: VisionFeatures
-    text: Tensor
-    text_mask: Tensor
-    similarity: Tensor
-    relevant: Tensor
-
-
-@dataclass(frozen=True)
-class _Batches:
-    """Work in batches, which ranks deal out to one another whole: so each batch gives the same numbers for any number
-    of ranks.
-
-    Attributes:
-        between: called before each batch.
-        rank: of this process.
-        ranks: number of processes.
-    """
-
-    between: Callable[[], object]
-    rank: int
-    ranks: int
-
-    def own(self, rows: int, size: int) -> Iterator[tuple[int, slice]]:
-        """Number and rows of this rank's batches of ``size`` rows."""
-        for number in range(self.rank, math.ceil(rows / size), self.ranks):
-            self.between()
-            yield number, slice(number * size, (number + 1) * size)
-
-    def joined(self, own: dict[int, Tensor]) -> Tensor:
-        """Rows of the batches of all ranks, in order, from those of this rank by number."""
-        return torch.cat(list(own.values())) if self.ranks == 1 else gather_parts(own)
-
-    def merged(self, own: dict[K, V]) -> dict[K, V]:
-        """What all ranks have found."""
-        return own if self.ranks == 1 else merge(own)
 
 
 @torch.no_grad()
@@ -115,27 +84,41 @@ def evaluate_retrieval(
     model: SCLNetwork,
     source: PairSource,
     tokenizer: CaptionTokenizer,
-    transform: Callable[[Image.Image], Tensor],
+    transform: Transform,
     *,
     batch_size: int = 64,
-    rerank: int = 16,
+    rerank: int | Reranking = 16,
+    ks: Sequence[int] = RECALL_AT,
     max_images: int | None = None,
+    distinct_captions: bool = True,
+    choose_frames: ChooseFrames | None = None,
+    precision: torch.dtype | None = None,
+    room: Room | None = None,
     undecodable: UndecodableImages | None = None,
     between_batches: Callable[[], object] = lambda: None,
     distributed: bool = False,
 ) -> RetrievalResult:
     """Compute recalls in both directions over the images of a source.
 
-    Every encoded token is held at once, on the model's device.
+    Each image and each text is encoded once. Of the images, each rank keeps the tokens that it encodes, where there is
+    room for them (``Room``), and scores their pairs.
 
     Args:
         model: put into eval mode meanwhile.
-        source: images and captions.
+        source: images or clips, and captions.
         tokenizer: the model's.
         transform: maps a PIL image to (3, S, S), uint8 or normalised floats.
         batch_size: images or captions encoded at a time.
-        rerank: candidates of ITC that the matching head re-ranks, in each direction; 0 does not re-rank.
+        rerank: candidates of ITC whose order the matching head makes, in each direction; 0 leaves that of ITC; a
+            ``Reranking`` says more.
+        ks: how many first candidates a recall looks at, beside 1, 5 and 10.
         max_images: images to retrieve from, spread evenly over the source; None takes all.
+        distinct_captions: count equal captions as one, whose images are all right answers; False takes each caption of
+            each image as a candidate of its own, as published.
+        choose_frames: of clips: maps their number of frames to the indices that are read; None takes the middle frame.
+        precision: of autocast in the encoders and the fusion encoder; scores are float32 anyway. None computes in the
+            model's own dtype.
+        room: for tokens and similarities; None takes half of the memory that is free, then files.
         undecodable: counts the images that cannot be decoded or are smaller than a patch, which are left out; None
             counts for this call alone.
         between_batches: called before each image is decoded and each batch is encoded or re-ranked; may raise.
@@ -147,126 +130,98 @@ def evaluate_retrieval(
         The recalls.
 
     Raises:
-        UserError: too many images are undecodable, or all.
+        UserError: too many images are undecodable, or all; or the model lacks a head.
     """
-    was_training = model.training
-    model.eval()
-    ranks = world_size() if distributed else 1
-    batches = _Batches(between_batches, torch.distributed.get_rank() if ranks > 1 else 0, ranks)
-    undecodable = undecodable if undecodable is not None else UndecodableImages(source.num_images)
-    image, images = _encode_images(model, source, transform, max_images, batch_size, undecodable, batches)
-    captions, relevant = _captions(source, images)
-    text, text_mask = _encode_texts(model, tokenizer, captions, batch_size, batches)
-    gallery = _gallery(model, image, text, text_mask, relevant)
-    values: dict[str, float] = {}
-    for direction in ("image_to_text", "text_to_image"):
-        by_image = direction == "image_to_text"
-        scores, answers = (x if by_image else x.T for x in (gallery.similarity, gallery.relevant))
-        # A constant score gives chance.
-        chance = torch.zeros_like(scores)
-        methods = {"itc": recall_of_relevant(scores, answers), "chance": recall_of_relevant(chance, answers)}
-        if rerank:
-            reranked = _rerank(model, gallery, scores, by_image, rerank, 4 * batch_size, batches)
-            methods["itm"] = recall_of_relevant(reranked, answers)
-        values |= {f"{method}_{direction}_r{k}": row[f"r{k}"] for method, row in methods.items() for k in RECALL_AT}
-    model.train(was_training)
-    return RetrievalResult(len(images), len(captions), values)
-
-
-def _encode_images(
-    model: SCLNetwork,
-    source: PairSource,
-    transform: Callable[[Image.Image], Tensor],
-    max_images: int | None,
-    batch_size: int,
-    undecodable: UndecodableImages,
-    batches: _Batches,
-) -> tuple[VisionFeatures, np.ndarray]:
-    """Tokens of N images and image indices (N,) of those that can be decoded."""
+    reranking = rerank if isinstance(rerank, Reranking) else Reranking(rerank) if rerank else None
+    _check_heads(model, reranking)
     device = next(model.parameters()).device
-    reduction = getattr(transform, "reduction", None)
+    room = room or Room(device)
+    ranks = world_size() if distributed else 1
+    batches = Batches(between_batches, torch.distributed.get_rank() if ranks > 1 else 0, ranks)
+    undecodable = undecodable if undecodable is not None else UndecodableImages(source.num_images)
     count = min(source.num_images, max_images or source.num_images)
     chosen = np.linspace(0, source.num_images - 1, count).round().astype(int).tolist()
-    encoded: dict[int, Tensor] = {}
-    images: dict[int, list[int]] = {}
-    left_out: dict[str, str] = {}
-    for number, rows in batches.own(count, batch_size):
-        pixels = []
-        for image in chosen[rows]:
-            batches.between()
-            try:
-                decoded = read_image(source, image, model.config.patch_size, reduction)
-            except ValueError as error:
-                left_out[source.image_name(image)] = str(error)
-                continue
-            pixels.append(transform(decoded))
-            images.setdefault(number, []).append(image)
-        if pixels:
-            encoded[number] = model.encode_image(normalize_images(torch.stack(pixels).to(device))).tokens
-    images = batches.merged(images)
-    undecodable.add(batches.merged(left_out))
-    if not images:
-        raise UserError(f"none of {count} images to retrieve from can be decoded, expected one or more; see the log")
-    return VisionFeatures(batches.joined(encoded), 1), np.concatenate([images[number] for number in sorted(images)])
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.autocast(device.type, precision, enabled=precision is not None):
+            images = encode_images(
+                model, source, transform, chosen, batch_size, batches, undecodable, room,
+                keep_tokens=reranking is not None, choose_frames=choose_frames,
+            )  # fmt: skip
+            captions, relevance = _captions(source, images.indices, distinct_captions)
+            texts, text_features = encode_texts(model, tokenizer, captions, batch_size, batches)
+            similarity = None
+            if images.features is not None and text_features is not None:
+                similarity = similarities(images.features, text_features, room)
+            candidates, pairs = _candidates(reranking, similarity, len(captions))
+            scores = None
+            if reranking is not None and pairs is not None:
+                scores = score_pairs(model, images, texts, pairs, reranking.score, similarity, batches)
+    finally:
+        model.train(was_training)
+    wanted = (*RECALL_AT, *(k for k in ks if k not in RECALL_AT))
+    recalls: dict[str, float] = {}
+    positions: dict[str, float] = {}
+    for direction, by_image in DIRECTIONS.items():
+        methods = {}
+        if similarity is not None:
+            methods["itc"] = _dense(similarity, relevance, by_image)
+        methods["chance"] = _chance(relevance, by_image)
+        if reranking is not None and scores is not None and pairs is not None:
+            methods[reranking.head] = (
+                _dense(scores.view(len(images.indices), -1), relevance, by_image)
+                if similarity is None or reranking.candidates is None
+                else reranked_standings(scores, pairs, candidates[by_image], similarity, relevance, by_image)
+            )
+        for method, found in methods.items():
+            values = summary(found, wanted)
+            recalls |= {f"{method}_{direction}_r{k}": values[f"r{k}"] for k in wanted}
+            positions |= {f"{method}_{direction}_{key}": values[key] for key in ("median_rank", "mean_rank")}
+    return RetrievalResult(len(images.indices), len(captions), recalls, positions)
 
 
-def _captions(source: PairSource, images: np.ndarray) -> tuple[list[str], Tensor]:
-    """Distinct captions of these images, C, and which are whose: bool (N, C)."""
+def _check_heads(model: SCLNetwork, reranking: Reranking | None) -> None:
+    heads = model.config.heads
+    needs_contrast = reranking is None or reranking.candidates is not None or reranking.score == "logit+similarity"
+    needed = {*(("itc",) if needs_contrast else ()), *((reranking.head,) if reranking else ())}
+    if lacking := needed - set(heads):
+        raise UserError(
+            f"rerank: the model has the heads {list(heads)}, this retrieval needs {sorted(lacking)} too; without 'itc' "
+            "take Reranking(candidates=None), which scores all pairs"
+        )
+
+
+def _captions(source: PairSource, images: np.ndarray, distinct: bool) -> tuple[list[str], Relevance]:
+    """Captions of these images, and which are whose."""
     row_of_image = np.full(source.num_images, -1)
     row_of_image[images] = np.arange(len(images))
     pairs = np.flatnonzero(row_of_image[source.pair_image] >= 0)
-    groups, first, group_of_pair = np.unique(source.pair_group[pairs], return_index=True, return_inverse=True)
-    relevant = torch.zeros(len(images), len(groups), dtype=torch.bool)
-    relevant[row_of_image[source.pair_image[pairs]], group_of_pair] = True
-    return [source.caption(int(pairs[i])) for i in first], relevant
+    image, text, first = row_of_image[source.pair_image[pairs]], np.arange(len(pairs)), np.arange(len(pairs))
+    if distinct:
+        _, first, text = np.unique(source.pair_group[pairs], return_index=True, return_inverse=True)
+    numbers = np.unique(image * len(first) + text)
+    relevance = Relevance(*np.divmod(numbers, len(first)), len(images), len(first))
+    return [source.caption(int(pairs[i])) for i in first], relevance
 
 
-def _encode_texts(
-    model: SCLNetwork, tokenizer: CaptionTokenizer, captions: list[str], batch_size: int, batches: _Batches
-) -> tuple[Tensor, Tensor]:
-    """Tokens (C, L, width) of captions and their mask (C, L)."""
-    device = next(model.parameters()).device
-    ids, mask = (x.to(device) for x in tokenizer(captions, model.config.max_text_len))
-    mask = mask.bool()
-    own = {number: model.encode_text(ids[rows], mask[rows]) for number, rows in batches.own(len(captions), batch_size)}
-    return batches.joined(own), mask
+def _candidates(
+    reranking: Reranking | None, similarity: Tensor | None, texts: int
+) -> tuple[dict[bool, Tensor], Pairs | None]:
+    if reranking is None:
+        return {}, None
+    if reranking.candidates is None or similarity is None:
+        return {}, Pairs(texts, None)
+    found = {by_image: choose_candidates(similarity, reranking.candidates, by_image) for by_image in (True, False)}
+    return found, pairs_of_candidates(found, texts)
 
 
-def _gallery(model: SCLNetwork, image: VisionFeatures, text: Tensor, text_mask: Tensor, relevant: Tensor) -> _Gallery:
-    # Every rank computes all similarities: cut into parts, a matrix product rounds in other places.
-    projected = model.project(first_token(text, text_mask), image.cls)
-    text_feature, image_feature = (torch.nn.functional.normalize(x.float(), dim=-1) for x in projected)
-    return _Gallery(image, text, text_mask, image_feature @ text_feature.T, relevant.to(text.device))
+def _dense(scores: Tensor, relevance: Relevance, by_image: bool) -> Iterator[Standing]:
+    of_queries = scores if by_image else scores.T
+    return standings_of(lambda part: of_queries[part], row_parts(of_queries), relevance, by_image)
 
 
-def _rerank(
-    model: SCLNetwork,
-    gallery: _Gallery,
-    scores: Tensor,
-    by_image: bool,
-    count: int,
-    batch_size: int,
-    batches: _Batches,
-) -> Tensor:
-    """Scores (Q, N) whose ``count`` best candidates a query are ordered by the matching head, before all others."""
-    candidates = scores.topk(min(count, scores.shape[1]), dim=1).indices
-    queries = torch.arange(len(scores), device=scores.device)[:, None].expand_as(candidates)
-    images, texts = (queries, candidates) if by_image else (candidates, queries)
-    matching = _match(model, gallery, images.flatten(), texts.flatten(), batch_size, batches)
-    # The others stay behind the candidates in the order of their similarity, which is within [-1, 1].
-    behind = scores - 3 + matching.min()
-    return behind.scatter(1, candidates, matching.view_as(candidates))
-
-
-def _match(
-    model: SCLNetwork, gallery: _Gallery, images: Tensor, texts: Tensor, batch_size: int, batches: _Batches
-) -> Tensor:
-    """Logit of "matches" minus logit of "does not match" of pairs of gallery rows: (pairs,) float32."""
-    logits: dict[int, Tensor] = {}
-    for number, rows in batches.own(len(images), batch_size):
-        image = gallery.image.with_tokens(gallery.image.tokens[images[rows]])
-        text = texts[rows]
-        fused = model.run_fusion(gallery.text[text], gallery.text_mask[text], image)
-        logits[number] = model.itm_head(model.pool(*fused.cls)).float()
-    logit = batches.joined(logits)
-    return logit[:, 1] - logit[:, 0]
+def _chance(relevance: Relevance, by_image: bool) -> Iterator[Standing]:
+    """Where a constant score leaves every query."""
+    total = relevance.sizes[1 if by_image else 0]
+    return (Standing(0, total, right) for right in relevance.counts(by_image).tolist())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -71,6 +71,21 @@ class FusionEncoder(nn.Module):
         self.text_layers = layers()
         self.image_layers = layers()
 
+    def attend_image(self, image: Tensor, layout: Layout) -> Tensor:
+        """What the first layer does to images before it sees their texts: self-attention.
+
+        Args:
+            image: as in ``forward``.
+            layout: of image.
+
+        Returns:
+            Like image; image itself where there is no layer.
+        """
+        if not len(self.image_layers):
+            return image
+        first = cast(PostNormBlock, self.image_layers[0])
+        return first.attend(Stream.of(image), layout).tokens
+
     def forward(
         self,
         text: Tensor,
@@ -79,6 +94,7 @@ class FusionEncoder(nn.Module):
         image_layout: Layout,
         *,
         outputs: OutputSelection | None = None,
+        image_attended: Tensor | None = None,
         attentions: list[LayerAttention] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Fuse the two streams.
@@ -89,21 +105,27 @@ class FusionEncoder(nn.Module):
             image: tokens (B, Li, D) or packed (T, D), of the same sequences.
             image_layout: of image.
             outputs: the tokens whose output is used; None = all.
+            image_attended: like image, ``attend_image`` of it, which texts of the same image share; None computes it.
             attentions: receives the probabilities of every layer; only without ``outputs``.
 
         Returns:
             Both fused streams: like text and image, or the rows of ``outputs``.
         """
         text_stream, image_stream = Stream.of(text), Stream.of(image)
+        attended = None if image_attended is None else Stream.of(image_attended)
         run = partial(run_block, checkpoint=self.execution.checkpoint_blocks)
         layers = list(zip(self.text_layers, self.image_layers, strict=True))
         for number, (text_layer, image_layer) in enumerate(layers if outputs is None else layers[:-1]):
             maps: list[Tensor] | None = None if attentions is None else []
+            shared: dict[str, Any] = {} if number or attended is None else {"attended": attended}
             with phase(f"fusion layer {number}"):
                 text_stream, image_stream = (
                     run(text_layer, text_stream, text_layout, image_stream.read, image_layout, probabilities=maps),
-                    run(image_layer, image_stream, image_layout, text_stream.read, text_layout, probabilities=maps),
-                )
+                    run(
+                        image_layer, image_stream, image_layout, text_stream.read, text_layout, **shared,
+                        probabilities=maps,
+                    ),
+                )  # fmt: skip
             if attentions is not None and maps is not None:
                 attentions.append(LayerAttention(*maps))
         if outputs is None:
@@ -112,6 +134,9 @@ class FusionEncoder(nn.Module):
         if not layers:
             return outputs.text.take(text), outputs.image.take(section.tokens)
         text_layer, image_layer = layers[-1]
+        shared = {}
+        if attended is not None and len(layers) == 1:
+            shared = {"attended": attended.take(outputs.image_section)}
         section_layout = outputs.image_section.layout
         # A stream without outputs is not computed at all.
         with phase(f"fusion layer {len(layers) - 1}"):
@@ -122,7 +147,7 @@ class FusionEncoder(nn.Module):
                 text_out = text_stream.take(outputs.text)
             if outputs.image.length:
                 image_out = run(
-                    image_layer, section, section_layout, text_stream.read, text_layout, rows=outputs.image
+                    image_layer, section, section_layout, text_stream.read, text_layout, rows=outputs.image, **shared
                 )  # fmt: skip
             else:
                 image_out = section.take(outputs.image)

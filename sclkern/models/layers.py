@@ -270,6 +270,29 @@ class PostNormBlock(nn.Module):
         self.mlp_norm = ResidualNorm(width, eps, dropout, execution)
 
     @weights_cast_once
+    def attend(
+        self, x: Stream, layout: Layout, rows: Rows | None = None, probabilities: list[Tensor] | None = None
+    ) -> Stream:
+        """Run self-attention, the first sub-layer, which reads no context.
+
+        Args:
+            x: as in ``forward``.
+            layout: as in ``forward``.
+            rows: as in ``forward``.
+            probabilities: as in ``forward``.
+
+        Returns:
+            As ``forward``.
+        """
+        if rows is None:
+            update = self.attention(x.read, layout, probabilities=probabilities)
+        else:
+            queries = x.take(rows)
+            update = self.attention(queries.read, rows.layout, x.read, layout, probabilities=probabilities)
+            x, layout = queries, rows.layout
+        return self.attention_norm.with_copy(x.tokens, update, layout.keys)
+
+    @weights_cast_once
     def forward(
         self,
         x: Stream,
@@ -278,6 +301,7 @@ class PostNormBlock(nn.Module):
         context_layout: Layout | None = None,
         *,
         rows: Rows | None = None,
+        attended: Stream | None = None,
         probabilities: list[Tensor] | None = None,
     ) -> Stream:
         """Run the block.
@@ -288,18 +312,17 @@ class PostNormBlock(nn.Module):
             context: the tokens that cross-attention attends to; given exactly when the block has ``cross``.
             context_layout: of context.
             rows: the tokens of x whose output is computed; None = all. Self-attention attends to all of x either way.
+            attended: of ``attend`` without ``rows``, where the caller has it already; None computes it.
             probabilities: see above.
 
         Returns:
             Like x, or the outputs of ``rows``.
         """
-        if rows is None:
-            update = self.attention(x.read, layout, probabilities=probabilities)
+        if attended is None:
+            x = self.attend(x, layout, rows, probabilities)
         else:
-            queries = x.take(rows)
-            update = self.attention(queries.read, rows.layout, x.read, layout, probabilities=probabilities)
-            x, layout = queries, rows.layout
-        x = self.attention_norm.with_copy(x.tokens, update, layout.keys)
+            x = attended if rows is None else attended.take(rows)
+        layout = layout if rows is None else rows.layout
         if context is not None:
             update = self.cross_attention(x.read, layout, context, context_layout, probabilities=probabilities)
             x = self.cross_attention_norm.with_copy(x.tokens, update, layout.keys)

@@ -280,4 +280,9 @@ class SCLNetwork(nn.Module):
         Returns:
             Text and image, (B, projection_dim) each.
         """
-        return self.text_projection(text_cls), self.image_projection(image_cls.mean(1))
+        return self.text_projection(text_cls), self.project_image(image_cls)
+
+    def project_image(self, image_cls: Tensor) -> Tensor:
+        """The part of ``project`` for images alone."""
+        projected: Tensor = self.image_projection(image_cls.mean(1))
+        return projected
