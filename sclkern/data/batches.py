@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,3 +92,18 @@ class PairBatches(Dataset[Batch | UserError]):
             ids = torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=tokenizer.pad_id)
             mask = torch.nn.functional.pad(mask, (0, width - mask.shape[1]))
         return ids, mask, tokens
+
+
+class BatchesOfKinds(Dataset[Batch | UserError]):
+    """The batch of each kind and ``BatchRequest``.
+
+    Args:
+        batches: of each kind of samples, by its name.
+    """
+
+    def __init__(self, batches: Mapping[str, PairBatches]) -> None:
+        self.batches = dict(batches)
+
+    def __getitem__(self, index: tuple[str, BatchRequest]) -> Batch | UserError:
+        kind, request = index
+        return self.batches[kind][request]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +13,14 @@ from sclkern.data.order import data_seed
 from sclkern.data.source import PairSource, image_ids
 from sclkern.data.text import one_line
 from sclkern.data.tokenizer import CaptionTokenizer
-from sclkern.data.undecodable import read_image
+from sclkern.data.undecodable import read_clip, read_image
 from sclkern.errors import UserError
 
 # Only a file that is broken as a whole has so many broken images in a row.
 _MAX_UNDECODABLE_IN_A_ROW = 100
+
+# An image, or the frames of a clip.
+Decoded = Image.Image | list[Image.Image]
 
 
 class SampleIndex(NamedTuple):
@@ -53,6 +56,8 @@ class PairDataset(Dataset[dict[str, Any]]):
         max_text_len: Longest row of token ids, special tokens included.
         min_size: Least height and width of an image in pixels: the side of a patch.
         seed: Seed of all random draws, not negative.
+        choose_frames: For a source of clips: maps the number of frames of a clip to the ascending indices of those that
+            are read, random only as ``transform``. ``image`` is then (F, 3, S, S), every frame augmented alike.
 
     Raises:
         UserError: at access, none of many images can be decoded.
@@ -67,6 +72,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         max_text_len: int,
         min_size: int,
         seed: int,
+        choose_frames: Callable[[int], Sequence[int]] | None = None,
     ) -> None:
         self.source = source
         self.tokenizer = tokenizer
@@ -75,6 +81,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         self.max_text_len = max_text_len
         self.min_size = min_size
         self.seed = seed
+        self.choose_frames = choose_frames
 
     def __getitem__(self, index: SampleIndex) -> dict[str, Any]:
         epoch, pair, false_image = index
@@ -89,7 +96,7 @@ class PairDataset(Dataset[dict[str, Any]]):
             image = int(source.pair_image[pair])
             picture = int(image_ids(source, image))
             sample = {
-                "image": self.transform(decoded), "caption": source.caption(pair), "pair": pair, "image_id": picture
+                "image": self._tensor(decoded), "caption": source.caption(pair), "pair": pair, "image_id": picture
             }  # fmt: skip
             if false_image:
                 count = source.num_images - 1
@@ -97,17 +104,32 @@ class PairDataset(Dataset[dict[str, Any]]):
                 others = ((image + 1 + (drawn + step) % count) % source.num_images for step in range(count))
                 different = (other for other in others if int(image_ids(source, other)) != picture)
                 _, decoded = self._first_decodable(different, undecodable)
-                sample["false_image"] = self.transform(decoded)
+                sample["false_image"] = self._tensor(decoded)
         sample["undecodable"] = {source.image_name(image): reason for image, reason in undecodable.items()}
         return sample
 
-    def _first_decodable(self, images: Iterable[int], undecodable: dict[int, str]) -> tuple[int, Image.Image]:
+    def _read(self, image: int) -> Decoded:
+        if self.choose_frames is None:
+            return read_image(self.source, image, self.min_size, self._reduction)
+        return read_clip(self.source, image, self.min_size, self.choose_frames)
+
+    def _tensor(self, decoded: Decoded) -> torch.Tensor:
+        if isinstance(decoded, Image.Image):
+            return self.transform(decoded)
+        state = torch.default_generator.get_state()
+        frames = []
+        for frame in decoded:
+            torch.default_generator.set_state(state)
+            frames.append(self.transform(frame))
+        return torch.stack(frames)
+
+    def _first_decodable(self, images: Iterable[int], undecodable: dict[int, str]) -> tuple[int, Decoded]:
         """Position and content of the first of these images that can be decoded; adds the others to ``undecodable``."""
         for position, image in enumerate(images):
             if image in undecodable:
                 continue
             try:
-                return position, read_image(self.source, image, self.min_size, self._reduction)
+                return position, self._read(image)
             except ValueError as error:
                 undecodable[image] = str(error)
                 if len(undecodable) >= _MAX_UNDECODABLE_IN_A_ROW:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import count
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from sclkern.data.batches import Batch, BatchRequest, PairBatches
 from sclkern.data.buckets import Buckets
 from sclkern.data.dataset import PairDataset, SampleIndex
-from sclkern.data.order import PairOrder
+from sclkern.data.order import Order, PairOrder, WeightedOrder
 from sclkern.data.source import PairSource, image_ids
 from sclkern.data.workers import ignore_signals, iterate
 from sclkern.errors import UserError
@@ -59,6 +59,8 @@ class PairLoader:
             within the batch.
         pad_to_max: Whether L is the dataset's ``max_text_len``; else L is the longest row of the batch.
         buckets: Sizes that L and ``text_tokens`` are rounded up to.
+        weighted: Pairs and weight of each source that the pairs are of, one source after another, where they are mixed
+            by weight (see ``WeightedOrder``); None is a plain order of all pairs.
 
     Raises:
         UserError: The data do not fill a batch, or have one image and ``negatives`` is "dataset".
@@ -79,6 +81,7 @@ class PairLoader:
         negatives: Negatives | None = None,
         pad_to_max: bool = False,
         buckets: Buckets | None = None,
+        weighted: Sequence[tuple[int, float]] | None = None,
     ) -> None:
         if batch_size < 1 or accumulation < 1 or not 0 <= rank < world_size:
             raise ValueError(
@@ -103,7 +106,20 @@ class PairLoader:
         self.negatives = negatives
         self.pad_to_max = pad_to_max
         self.buckets = buckets
-        self.order = self._order_of(self.global_batch)
+        self.order: Order = self._order_of(self.global_batch)
+        if weighted is not None:
+            sizes, weights = zip(*weighted, strict=True)
+            self.order = WeightedOrder(sizes, weights, self.global_batch, seed=seed)
+
+    @property
+    def batches(self) -> PairBatches:
+        """The batch of each request."""
+        return PairBatches(self.dataset, pad_to_max=self.pad_to_max, buckets=self.buckets)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in which as many pairs come as the data have."""
+        return self.order.steps_per_epoch
 
     @property
     def global_batch(self) -> int:
@@ -126,9 +142,8 @@ class PairLoader:
             UserError: while iterating, the dataset's errors.
             WorkerError: while iterating, a worker has died.
         """
-        return self._load(
-            self._request_of_step(step, micro) for step in count(start) for micro in range(self.accumulation)
-        )
+        requests = (self.request_of_step(step, micro) for step in count(start) for micro in range(self.accumulation))
+        return load_batches(self.batches, requests, self.num_workers)
 
     def batches_of_epoch(self) -> range:
         """The whole batches of an epoch that are dealt to this rank, by their number among those of all ranks."""
@@ -151,18 +166,30 @@ class PairLoader:
         """
         order = self._order_of(self.batch_size)
         first, places = epoch * int(order.steps_per_epoch), torch.arange(self.batch_size)
-        return self._load(
+        requests = (
             BatchRequest([SampleIndex(*at, self.negatives == "dataset") for at in order.at(first + batch, places)])
             for batch in self.batches_of_epoch()
         )
+        return load_batches(self.batches, requests, self.num_workers)
 
     def _order_of(self, global_batch: int) -> PairOrder:
         return PairOrder(self.dataset.source.num_pairs, global_batch, seed=self.seed, shuffle=self.shuffle)
 
-    def _request_of_step(self, step: int, micro: int) -> BatchRequest:
+    def request_of_step(self, step: int, micro: int, own_step: int | None = None) -> BatchRequest:
+        """What this rank's batch of a step is to hold.
+
+        Args:
+            step: Number of the step, which its seed follows from.
+            micro: Number of the micro-batch.
+            own_step: Number among the steps that have pairs of these data; None is ``step``.
+
+        Returns:
+            The request.
+        """
+        own_step = step if own_step is None else own_step
         first = (micro * self.world_size + self.rank) * self.batch_size
         place = torch.arange(first, first + self.batch_size)
-        rows = [SampleIndex(*at) for at in self.order.at(step, place)]
+        rows = [SampleIndex(*at) for at in self.order.at(own_step, place)]
         if self.negatives is None:
             return BatchRequest(rows, {"place": place.tolist()})
         seed = step_seed(self.seed, step)
@@ -173,7 +200,7 @@ class PairLoader:
             return BatchRequest(
                 [index._replace(false_image=row) for index, row in zip(rows, wanted, strict=True)], keys
             )
-        false, indices = self._other_pictures(step, place[labels == 0], seed)
+        false, indices = self._other_pictures(own_step, place[labels == 0], seed)
         keys["false_place"] = false.tolist()
         if bool(((false >= place[0]) & (false <= place[-1])).all()):
             return BatchRequest(rows, keys)
@@ -193,10 +220,6 @@ class PairLoader:
             false = torch.where(same, (false + 1) % self.global_batch, false)
         indices = [SampleIndex(epoch, _next_picture(source, pair)) for epoch, pair in own]
         return place + self.global_batch, indices
-
-    def _load(self, requests: Iterator[BatchRequest]) -> Generator[Batch]:
-        batches = PairBatches(self.dataset, pad_to_max=self.pad_to_max, buckets=self.buckets)
-        return load_batches(batches, requests, self.num_workers)
 
 
 def load_batches(batches: Dataset[Batch | UserError], requests: Iterable[Any], num_workers: int) -> Generator[Batch]:

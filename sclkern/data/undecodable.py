@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from PIL import Image
 
 from sclkern.data.images import UNDECODABLE, Reduction, decode_image
+from sclkern.data.source import ClipSource
 from sclkern.data.text import one_line
 from sclkern.errors import UserError
 
@@ -42,19 +43,48 @@ def read_image(source: Pictures, image: int, min_size: int, reduction: Reduction
     Raises:
         ValueError: The image cannot be used: the source raises an error, or it is too small. The message is the reason.
     """
-    try:
+
+    def read() -> list[Image.Image]:
         encoded = getattr(source, "image_bytes", None) if reduction is not None else None
-        decoded = source.image(image) if encoded is None else decode_image(encoded(image), reduction)
-        if decoded.mode != "RGB":
-            raise ValueError(f"its mode is {decoded.mode}, expected RGB; a reader decodes with decode_image")
-        if min(decoded.size) < min_size:
-            raise ValueError(
-                f"the image is {decoded.width} x {decoded.height} pixels, smaller than a patch ({min_size})"
-            )
+        return [source.image(image) if encoded is None else decode_image(encoded(image), reduction)]
+
+    return _checked(read, min_size)[0]
+
+
+def read_clip(
+    source: ClipSource, image: int, min_size: int, choose: Callable[[int], Sequence[int]]
+) -> list[Image.Image]:
+    """Frames of a clip that a model can take.
+
+    Args:
+        source: pairs of clips.
+        image: index of the clip.
+        min_size: as of ``read_image``.
+        choose: maps the number of frames to the ascending indices of those to read.
+
+    Returns:
+        The frames, mode RGB.
+
+    Raises:
+        ValueError: The clip cannot be used, as of ``read_image``.
+    """
+    return _checked(lambda: source.frames(image, choose), min_size)
+
+
+def _checked(read: Callable[[], list[Image.Image]], min_size: int) -> list[Image.Image]:
+    try:
+        images = read()
+        for decoded in images:
+            if decoded.mode != "RGB":
+                raise ValueError(f"its mode is {decoded.mode}, expected RGB; a reader decodes with decode_image")
+            if min(decoded.size) < min_size:
+                raise ValueError(
+                    f"the image is {decoded.width} x {decoded.height} pixels, smaller than a patch ({min_size})"
+                )
     except Exception as error:  # Pillow and readers of other formats raise errors of every kind on one bad file
         reason = one_line(str(error).removeprefix(UNDECODABLE), 200)
         raise ValueError(reason or type(error).__name__) from error
-    return decoded
+    return images
 
 
 class UndecodableImages:

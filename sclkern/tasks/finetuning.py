@@ -47,6 +47,11 @@ class TaskData:
     train_loader: TaskLoader
     identity: dict[str, Any]
 
+    @property
+    def num_train_images(self) -> int:
+        """Pictures to train on."""
+        return self.train_source.num_images
+
 
 class Finetuning(Training):
     """One run of a task; its other arguments are those of ``Training``.
@@ -167,7 +172,7 @@ class Finetuning(Training):
             f"steps = {run.max_steps / loader.order.steps_per_epoch:.1f} epochs on {self.device}, {run.precision}"
         )
 
-    def image_name(self, pair: int) -> str:
+    def image_name(self, batch: Mapping[str, Any], pair: int) -> str:
         """The name of the first picture of a training sample."""
         source = self.data.train_source
         return source.image_name(self.task.sample(source, pair).images[0])

@@ -21,7 +21,14 @@ from sclkern.models.config import PRESETS, SCLConfig
 from sclkern.objectives.config import ObjectiveConfig
 from sclkern.step.config import StepConfig
 from sclkern.training.config_yaml import read_value, read_yaml
-from sclkern.training.sections import DataConfig, EvaluationConfig, OptimizerConfig, RunConfig, WeightsConfig
+from sclkern.training.sections import (
+    DataConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    RunConfig,
+    SourceConfig,
+    WeightsConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -170,6 +177,11 @@ def build_as(kind: type[ConfigT], values: dict[str, Any]) -> ConfigT:
         _check_keys(name + ".", section, known)
         for key, value in section.items():
             _check_plain(f"{name}.{key}", value)
+    for name in ("sources", "val_sources"):
+        sources = values.get("data", {}).get(name)
+        for number, source in enumerate(sources if isinstance(sources, list) else []):
+            if isinstance(source, dict):
+                _check_keys(f"data.{name}.{number}.", source, [f.name for f in dataclasses.fields(SourceConfig)])
     preset = values.get("model", {}).get("preset")
     if preset is not None:
         if not isinstance(preset, str):

@@ -16,13 +16,15 @@ from sclkern.data import PairSource, open_pairs
 from sclkern.data.buckets import Buckets
 from sclkern.data.dataset import PairDataset
 from sclkern.data.digest import digest
+from sclkern.data.frames import FrameSampling
 from sclkern.data.loader import Negatives, PairLoader
-from sclkern.data.source import has_clips
+from sclkern.data.mixture import KINDS, Kind, KindSchedule, MixedLoader, kind_of, mix_pairs
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import build_transform
 from sclkern.distributed import merge
 from sclkern.errors import UserError
 from sclkern.training.config import PretrainConfig
+from sclkern.training.sections import DataConfig
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -32,24 +34,54 @@ class TrainingData:
     """What a run trains and validates on.
 
     Attributes:
-        train_source: pairs to train on.
-        val_source: held-out pairs.
+        train_sources: pairs to train on, of images and of clips.
+        val_sources: held-out pairs, of images and of clips.
         tokenizer: tokenizer whose vocabulary and special ids are the model's.
         val_transform: image transform of validation and retrieval.
-        train_loader: this rank's shuffled batches of ``train_source``.
-        val_loader: this rank's batches of ``val_source``, in its order.
+        train_loader: this rank's batches of ``train_sources``, shuffled.
+        val_loaders: this rank's batches of each of ``val_sources``, in its order.
         caption_lengths: tokens of about a thousand training captions.
         identity: what a resumed run must find again: numbers of pairs and digests.
     """
 
-    train_source: PairSource
-    val_source: PairSource
+    train_sources: dict[Kind, PairSource]
+    val_sources: dict[Kind, PairSource]
     tokenizer: CaptionTokenizer
     val_transform: Transform
-    train_loader: PairLoader
-    val_loader: PairLoader
+    train_loader: PairLoader | MixedLoader
+    val_loaders: dict[Kind, PairLoader]
     caption_lengths: list[int]
     identity: dict[str, Any]
+
+    @property
+    def num_train_images(self) -> int:
+        """Images and clips to train on."""
+        return sum(source.num_images for source in self.train_sources.values())
+
+    @property
+    def train_source(self) -> PairSource:
+        """The images to train on, or the clips where there are no images."""
+        return next(iter(self.train_sources.values()))
+
+    @property
+    def val_source(self) -> PairSource:
+        """The held-out images, or the clips where there are no images."""
+        return next(iter(self.val_sources.values()))
+
+    @property
+    def val_loader(self) -> PairLoader:
+        """This rank's batches of ``val_source``."""
+        return next(iter(self.val_loaders.values()))
+
+    @property
+    def shares(self) -> dict[Kind, float]:
+        """Share of the steps that each kind has."""
+        loader = self.train_loader
+        return loader.schedule.shares if isinstance(loader, MixedLoader) else dict.fromkeys(self.train_sources, 1.0)
+
+    def frame_shares(self, config: PretrainConfig) -> dict[int, float]:
+        """Share of the steps whose samples have so many frames, images one."""
+        return {config.data.num_frames if kind == "clips" else 1: share for kind, share in self.shares.items()}
 
 
 def open_data(config: PretrainConfig, device: torch.device, *, rank: int = 0, world_size: int = 1) -> TrainingData:
@@ -68,41 +100,36 @@ def open_data(config: PretrainConfig, device: torch.device, *, rank: int = 0, wo
         UserError: data, tokenizer or a transform cannot be used, or do not fit the model or the batch size; or the
             processes have other data than one another.
     """
-    data = config.data
-    train_source = open_pairs(data.root, data.train_tables, data.train_split, format=data.format)
-    val_source = open_pairs(data.root, data.val_tables, data.val_split, format=data.format)
-    for name, source in (("train_tables", train_source), ("val_tables", val_source)):
-        if has_clips(source):
-            raise UserError(
-                f"data.{name}: got clips, expected images, because pre-training does not take clips yet; convert one "
-                "frame of each to an image"
-            )
-    _check_batch(config, world_size, train_source, val_source)
+    data, length = config.data, config.model.max_text_len
+    train, val = _open_sources(data, training=True), _open_sources(data, training=False)
+    for held_out in val.values():
+        for mixed in train.values():
+            _check_batch(config, world_size, mixed, held_out.source)
+    _check_frames(config, {**train, **val})
     tokenizer = CaptionTokenizer.from_pretrained(data.tokenizer)
     check_tokenizer(config, tokenizer)
-    lengths = _caption_lengths(train_source, tokenizer, config.model.max_text_len)
+    # A GPU needs few shapes: each is compiled or captured once. A CPU would compute every token of the padding.
+    bucketed = device.type == "cuda"
     transform, val_transform = (
         build_transform(name, config.model.image_size, normalize=data.normalize == "host", decoding=data.decoding)
         for name in (data.transform, data.val_transform)
     )
-    train_buckets = val_buckets = None
-    train_batch, val_batch = config.run.batch_size, min(config.run.batch_size, val_source.num_pairs)
-    if device.type == "cuda":
-        # A GPU needs few shapes: each is compiled or captured once. A CPU would compute every token of the padding.
-        val_lengths = _caption_lengths(val_source, tokenizer, config.model.max_text_len)
-        train_buckets = Buckets.from_lengths(lengths, train_batch, config.model.max_text_len)
-        val_buckets = Buckets.from_lengths(val_lengths, val_batch, config.model.max_text_len)
+    lengths = {kind: _caption_lengths(mixed.source, tokenizer, length) for kind, mixed in train.items()}
 
-    def loader(source: PairSource, transform: Transform, **options: Any) -> PairLoader:
+    def loader(source: PairSource, transform: Transform, lengths: list[int], rows: int, **options: Any) -> PairLoader:
+        clips = kind_of(source) == "clips"
+        method = data.frame_sampling if options["shuffle"] else data.val_frame_sampling
         return PairLoader(
             PairDataset(
                 source,
                 tokenizer,
                 transform,
-                max_text_len=config.model.max_text_len,
+                max_text_len=length,
                 min_size=config.model.patch_size,
                 seed=config.run.seed,
+                choose_frames=FrameSampling(data.num_frames, method) if clips else None,
             ),
+            batch_size=rows,
             seed=config.run.seed,
             num_workers=data.num_workers,
             rank=rank,
@@ -110,33 +137,106 @@ def open_data(config: PretrainConfig, device: torch.device, *, rank: int = 0, wo
             negatives=_negatives(config),
             # The published masks are drawn over the padded caption.
             pad_to_max=config.objectives.mlm_mask == "published",
+            buckets=Buckets.from_lengths(lengths, rows, length) if bucketed else None,
             **options,
         )
 
+    train_sources = {kind: mixed.source for kind, mixed in train.items()}
+    val_sources = {kind: mixed.source for kind, mixed in val.items()}
     identity = {
-        "training data": _identity_of(train_source),
-        "held-out data": _identity_of(val_source),
-        "tokenizer": _tokenizer_digest(tokenizer, train_source, config.model.max_text_len),
+        "training data": _identity_of(train_sources),
+        "held-out data": _identity_of(val_sources),
+        "tokenizer": _tokenizer_digest(tokenizer, next(iter(train_sources.values())), length),
     }
     if world_size > 1:
         _check_same(merge({rank: identity}))
+    train_loaders = {
+        kind: loader(
+            mixed.source,
+            transform,
+            lengths[kind],
+            config.run.batch_size,
+            accumulation=config.run.accumulation,
+            shuffle=True,
+            weighted=mixed.weighted,
+        )
+        for kind, mixed in train.items()
+    }
+    train_loader: PairLoader | MixedLoader = next(iter(train_loaders.values()))
+    if len(train) > 1:
+        schedule = KindSchedule({kind: mixed.weight for kind, mixed in train.items()}, config.run.seed)
+        train_loader = MixedLoader(train_loaders, schedule)
+    val_loaders = {
+        kind: loader(
+            source,
+            val_transform,
+            _caption_lengths(source, tokenizer, length) if bucketed else [],
+            min(config.run.batch_size, source.num_pairs),
+            shuffle=False,
+        )
+        for kind, source in val_sources.items()
+    }
     return TrainingData(
-        train_source=train_source,
-        val_source=val_source,
+        train_sources=train_sources,
+        val_sources=val_sources,
         tokenizer=tokenizer,
         val_transform=val_transform,
-        train_loader=loader(
-            train_source,
-            transform,
-            batch_size=train_batch,
-            accumulation=config.run.accumulation,
-            buckets=train_buckets,
-            shuffle=True,
-        ),
-        val_loader=loader(val_source, val_transform, batch_size=val_batch, buckets=val_buckets, shuffle=False),
-        caption_lengths=lengths,
+        train_loader=train_loader,
+        val_loaders=val_loaders,
+        caption_lengths=[length for of_kind in lengths.values() for length in of_kind],
         identity=identity,
     )
+
+
+@dataclass(frozen=True)
+class _Mixed:
+    """The sources of one kind.
+
+    Attributes:
+        source: all of them.
+        weight: of all of them: the sum of their weights, or of their pairs.
+        weighted: pairs and weight of each; None where they have no weights.
+    """
+
+    source: PairSource
+    weight: float
+    weighted: list[tuple[int, float]] | None
+
+
+def _open_sources(data: DataConfig, *, training: bool) -> dict[Kind, _Mixed]:
+    """The sources of a set by their kind, images first."""
+    name, named = ("sources", data.sources) if training else ("val_sources", data.val_sources)
+    opened: list[tuple[PairSource, str, float | None]] = []
+    if named is None:
+        tables, split = (data.train_tables, data.train_split) if training else (data.val_tables, data.val_split)
+        opened.append((open_pairs(data.root, tables, split, format=data.format), data.root, None))
+    else:
+        for number, one in enumerate(named):
+            root = data.root if one.root is None else one.root
+            try:
+                source = open_pairs(root, one.tables, one.split, format=one.format)
+            except UserError as error:
+                raise UserError(f"data.{name}.{number}: {error}") from error
+            opened.append((source, root, one.weight))
+    kinds: dict[Kind, _Mixed] = {}
+    for kind in KINDS:
+        chosen = [one for one in opened if kind_of(one[0]) == kind]
+        if chosen:
+            sources = [source for source, _, _ in chosen]
+            weighted = [(source.num_pairs, weight) for source, _, weight in chosen if weight is not None]
+            total = sum(share for _, share in weighted) if weighted else sum(source.num_pairs for source in sources)
+            mixed = mix_pairs(sources, [root for _, root, _ in chosen])
+            kinds[kind] = _Mixed(mixed, total, weighted if len(weighted) > 1 else None)
+    return kinds
+
+
+def _check_frames(config: PretrainConfig, kinds: Mapping[Kind, _Mixed]) -> None:
+    frames, most = config.data.num_frames, config.model.max_frames
+    if "clips" in kinds and not 1 <= frames <= most:
+        raise UserError(
+            f"data.num_frames: got {frames}, expected 1 to model.max_frames {most}, because the data have clips; set "
+            f"model.max_frames={max(frames, 1)} or model.preset=base_video"
+        )
 
 
 def _negatives(config: PretrainConfig) -> Negatives | None:
@@ -158,9 +258,16 @@ def _check_same(identities: Mapping[int, dict[str, Any]]) -> None:
             )
 
 
-def _check_batch(config: PretrainConfig, world_size: int, train: PairSource, val: PairSource) -> None:
+def _check_batch(config: PretrainConfig, world_size: int, mixed: _Mixed, val: PairSource) -> None:
     """Raise a ``UserError`` if a contrast would see a pair twice, or a negative image is no other row's."""
-    run, rows = config.run, config.run.batch_size * world_size
+    run, rows, train = config.run, config.run.batch_size * world_size, mixed.source
+    for pairs, weight in mixed.weighted or ():
+        share = weight / mixed.weight * max(rows, run.contrastive_batch or 0)
+        if share > pairs:
+            raise UserError(
+                f"data.sources: got weight {weight:g} for a source of {pairs} pairs, of which a contrast would see "
+                f"{share:.0f}, and some of them twice; make its weight or the batch smaller, or use more data"
+            )
     if max(rows, run.contrastive_batch or 0) > train.num_pairs:
         many = f" on {world_size} processes, {rows} pairs together" if world_size > 1 else ""
         name, got, remedy = "run.batch_size", f"{run.batch_size}{many}", "make it smaller and raise run.accumulation"
@@ -199,10 +306,11 @@ def caption_widths(config: PretrainConfig) -> tuple[int, ...]:
     widths: set[int] = set()
     try:
         tokenizer = CaptionTokenizer.from_pretrained(data.tokenizer)
-        for tables, split in ((data.train_tables, data.train_split), (data.val_tables, data.val_split)):
-            source = open_pairs(data.root, tables, split, format=data.format)
-            rows = min(config.run.batch_size, source.num_pairs)
-            widths |= set(Buckets.from_lengths(_caption_lengths(source, tokenizer, longest), rows, longest).widths)
+        for training in (True, False):
+            for mixed in _open_sources(data, training=training).values():
+                rows = min(config.run.batch_size, mixed.source.num_pairs)
+                lengths = _caption_lengths(mixed.source, tokenizer, longest)
+                widths |= set(Buckets.from_lengths(lengths, rows, longest).widths)
     except UserError:
         widths = {min(width, longest) for width in (16, 24, longest)}
     return tuple(sorted(widths))
@@ -232,9 +340,10 @@ def data_difference(saved: dict[str, Any], current: dict[str, Any]) -> str | Non
     return None
 
 
-def _identity_of(source: PairSource) -> dict[str, Any]:
+def _identity_of(sources: Mapping[Kind, PairSource]) -> dict[str, Any]:
     # Readers may count with numpy, whose numbers and texts no checkpoint could be read with.
-    return {"pairs": int(source.num_pairs), "images": int(source.num_images), "digest": str(digest(source))}
+    pairs, images = (sum(int(getattr(one, name)) for one in sources.values()) for name in ("num_pairs", "num_images"))
+    return {"pairs": pairs, "images": images, "digest": " ".join(str(digest(one)) for one in sources.values())}
 
 
 def _tokenizer_digest(tokenizer: CaptionTokenizer, source: PairSource, max_text_len: int) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from sclkern.data.loader import PairLoader
 from sclkern.data.undecodable import UndecodableImages
 from sclkern.distributed import merge
 from sclkern.evaluation.attention_maps import choose_pairs, plot_attention
@@ -39,7 +40,7 @@ class RunEvaluation:
         stop: the signals that stop it between batches.
 
     Attributes:
-        ranks: whether the recipe trains the head that retrieval ranks by.
+        ranks: whether the recipe trains the head that retrieval ranks by, and there are held-out images.
         rerank: candidates that the matching head re-ranks; 0 if the recipe does not train it.
         undecodable: counts of the images that cannot be decoded, by the name of their set.
     """
@@ -61,9 +62,12 @@ class RunEvaluation:
         self.passes = passes
         self.stop = stop
         self._distributed = data.val_loader.world_size > 1
-        self.undecodable = {"training": undecodable_train, "held-out": UndecodableImages(data.val_source.num_images)}
+        held_out = sum(source.num_images for source in data.val_sources.values())
+        self.undecodable = {"training": undecodable_train, "held-out": UndecodableImages(held_out)}
+        # Retrieval and plots are of images.
+        self._images = "images" in data.val_sources
         trained = {head for objective in config.objectives.selected for head in objective.heads}
-        self.ranks = "itc" in trained
+        self.ranks = "itc" in trained and self._images
         self.rerank = config.evaluation.rerank if "itm" in trained else 0
 
     def measure(self) -> Measured:
@@ -84,12 +88,21 @@ class RunEvaluation:
         Ranks deal out the batches, and all of them return the same.
 
         Returns:
-            Losses and metrics by name.
+            Losses and metrics by name. Where images and clips are held out, those of each have names such as
+            ``images_itc``, and those without are the means of both.
 
         Raises:
             UserError: undecodable images above 1 %.
         """
-        loader, undecodable = self.data.val_loader, self.undecodable["held-out"]
+        values = {kind: self._losses_of(loader) for kind, loader in self.data.val_loaders.items()}
+        if len(values) == 1:
+            return next(iter(values.values()))
+        named = {f"{kind}_{name}": value for kind, losses in values.items() for name, value in losses.items()}
+        first = next(iter(values.values()))
+        return {name: sum(losses[name] for losses in values.values()) / len(values) for name in first} | named
+
+    def _losses_of(self, loader: PairLoader) -> dict[str, float]:
+        undecodable = self.undecodable["held-out"]
         losses: dict[int, dict[str, float]] = {}
         left_out: dict[str, str] = {}
         with closing(loader.epoch()) as batches, self._by_itself():
@@ -145,7 +158,7 @@ class RunEvaluation:
         if not self.ranks:
             return {}
         results = {"held-out": self.retrieval()}
-        if count := self.config.evaluation.train_images:
+        if "images" in self.data.train_sources and (count := self.config.evaluation.train_images):
             results["training"] = self.retrieval("training", max_images=count)
         return results
 
@@ -160,7 +173,8 @@ class RunEvaluation:
         """
         count, model = self.config.evaluation.attention_images, self.config.model
         source = self.data.val_source
-        pairs = choose_pairs(source, count, model.patch_size) if count and model.fusion_layers else []
+        drawn = count and model.fusion_layers and self._images
+        pairs = choose_pairs(source, count, model.patch_size) if drawn else []
         if not pairs:
             return None
         plot_attention(path, self.passes.model, source, pairs, self.data.tokenizer, self.data.val_transform)
@@ -173,11 +187,21 @@ class RunEvaluation:
         parameters = sum(p.numel() for p in self.passes.model.parameters())
         factors = f"{loader.world_size} processes x {run.batch_size} x {run.accumulation} = {loader.global_batch}"
         batch = f"{run.batch_size} x {run.accumulation}" if loader.world_size == 1 else factors
-        negatives = describe_negatives(config, loader.world_size, data.train_source.num_images)
+        train, held_out = data.train_sources, data.val_sources
+        negatives = describe_negatives(config, loader.world_size, min(source.num_images for source in train.values()))
+        sets = " and ".join(
+            f"{source.num_images} {kind} with {source.num_pairs} captions" for kind, source in train.items()
+        )
+        left = " and ".join(
+            f"{source.num_images}{' ' + kind if len(held_out) > 1 else ''}" for kind, source in held_out.items()
+        )
+        alternation = ""
+        if len(train) > 1:
+            alternation = "".join(f"{100 * share:.3g} % of the steps {kind}, " for kind, share in data.shares.items())
         return (
             f"{parameters / 1e6:.1f} M parameters, recipe {config.objectives.recipe_name}, "
-            f"{data.train_source.num_images} images with {data.train_source.num_pairs} captions to train on, "
-            f"{data.val_source.num_images} held out; batch {batch}{negatives and f'; negatives: {negatives}'}; "
-            f"{run.max_steps} steps = {run.max_steps / loader.order.steps_per_epoch:.1f} epochs on "
+            f"{sets} to train on, {alternation}{left} held out; "
+            f"batch {batch}{negatives and f'; negatives: {negatives}'}; "
+            f"{run.max_steps} steps = {run.max_steps / loader.steps_per_epoch:.1f} epochs on "
             f"{self.passes.device}, {run.precision}"
         )

@@ -9,14 +9,16 @@ from __future__ import annotations
 import logging
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from sclkern.data.mixture import kind_of_batch
 from sclkern.data.undecodable import UndecodableImages
 from sclkern.errors import Interrupted, UserError
 from sclkern.model import SCLModel
@@ -56,24 +58,34 @@ log = logging.getLogger("sclkern.training")
 _MODEL = 0
 
 
-class _Source(Protocol):
-    num_images: int
-
-
 class _Loader(Protocol):
     def steps(self, start: int = 0) -> Generator[dict[str, Any]]: ...
 
 
 class RunData(Protocol):
+<<<<<<< HEAD
     """What the loop reads of the data of a run, whatever it trains."""
+=======
+    """What the loop reads of the data of a run, whatever it trains.
+
+    Attributes:
+        identity: what a resumed run must find again, as ``data_difference`` compares it.
+        num_train_images: of which some may be undecodable.
+        train_loader: gives this process's micro-batches from a step on: dicts with ``undecodable``, reasons by name.
+    """
+>>>>>>> bee460d (Mix sources by weight, and alternate steps of images and of clips in one run)
 
     @property
     def identity(self) -> dict[str, Any]:
         """What a resumed run must find again, as ``data_difference`` compares it."""
 
     @property
+<<<<<<< HEAD
     def train_source(self) -> _Source:
         """Counts the training images."""
+=======
+    def num_train_images(self) -> int: ...
+>>>>>>> bee460d (Mix sources by weight, and alternate steps of images and of clips in one run)
 
     @property
     def train_loader(self) -> _Loader:
@@ -145,7 +157,7 @@ class Training(ABC):
         self.parallel = share_model(model, config, self.world)
         self.model = self.parallel.model
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        undecodable = UndecodableImages(self.data.train_source.num_images)
+        undecodable = UndecodableImages(self.data.num_train_images)
         self.state = TrainingState(self.model, self.optimizer, undecodable)
         if saved:
             try:
@@ -188,8 +200,8 @@ class Training(ABC):
         """The run in one line."""
 
     @abstractmethod
-    def image_name(self, pair: int) -> str:
-        """The name of the image of a training sample, which its batch has under ``pair``."""
+    def image_name(self, batch: Mapping[str, Any], pair: int) -> str:
+        """The name of the image of a sample of a training batch, which has it under ``pair``."""
 
     @property
     @abstractmethod
@@ -375,7 +387,7 @@ class Training(ABC):
 
     def _searched(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch, of which an image that is not finite is remembered by its name."""
-        self.finite.observe_images(self.state.step + 1, batch, self.image_name)
+        self.finite.observe_images(self.state.step + 1, batch, partial(self.image_name, batch))
         return batch
 
     def _count_undecodable(self) -> None:
@@ -433,15 +445,16 @@ class Pretraining(Training):
         self.evaluation = RunEvaluation(config, data, self.passes, self.state.undecodable, self.stop)
         self.results = Results(self.directory, data, self.parallel, self.passes, self.evaluation)
         self.validation = Validation(config, self.state, self.passes, self.evaluation, self.keeper, self.stop)
-        self.throughput = Throughput(config, data.caption_lengths, data.train_loader.pad_to_max, self.device)
+        pad_to_max, shares = data.train_loader.pad_to_max, data.frame_shares(config)
+        self.throughput = Throughput(config, data.caption_lengths, pad_to_max, self.device, shares)
 
     def describe(self) -> str:
         """The run in one line."""
         return self.evaluation.describe()
 
-    def image_name(self, pair: int) -> str:
-        """The name of the image of a training pair."""
-        source = self.data.train_source
+    def image_name(self, batch: Mapping[str, Any], pair: int) -> str:
+        """The name of the image of a training pair of a batch."""
+        source = self.data.train_sources[kind_of_batch(batch)]
         return source.image_name(source.pair_image[pair])
 
     @property

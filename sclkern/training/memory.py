@@ -89,6 +89,7 @@ def describe_cost(
             device=device.type,
             caption_tokens=round(sum(lengths) / len(lengths)),
             padded_tokens=max(lengths),
+            num_frames=throughput.num_frames,
         )
     except Exception as error:  # no run may end because it cannot be estimated
         return f"{shown}; memory cannot be estimated ({type(error).__name__}: {str(error).partition(chr(10))[0]})"

@@ -107,7 +107,12 @@ class _Ddp(Parallel):
     def begin(self) -> None:
         self.leave_out_unreached()
         # Weights come from rank 0.
-        self.call = self._wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        self.call = self._wrapped = DistributedDataParallel(
+            self.model,
+            gradient_as_bucket_view=True,
+            # A step of images leaves the temporal positions of clips out.
+            find_unused_parameters=self.model.config.max_frames > 0,
+        )
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:

@@ -72,6 +72,31 @@ class WeightsConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One of several sources of ``data.sources`` or ``data.val_sources``.
+
+    Attributes:
+        tables: names of the files, without their suffix.
+        root: folder of the data, or a URL; null is ``data.root``.
+        format: data format, as ``data.format``.
+        split: split of the files to read; null reads every row.
+        weight: share of the training pairs, relative to the weights of the others.
+    """
+
+    tables: tuple[str, ...]
+    root: str | None = None
+    format: str = "auto"
+    split: str | None = None
+    weight: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(self, _written_out, _PATH, "root")
+        _check(self, lambda value: value > 0, "a number above 0; leave out a source that gives no pairs", "weight")
+        if not self.tables:
+            raise UserError("tables: got none, expected the names of files")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Training and held-out data.
 
@@ -82,11 +107,20 @@ class DataConfig:
         val_tables: names of the held-out files, without their suffix.
         train_split: split of the training files to read; null reads every row.
         val_split: split of the held-out files to read; null reads every row.
+        sources: several sources to train on, in place of ``train_tables`` and ``train_split``: a list of
+            {tables, root, format, split, weight}, ``root`` null being ``data.root``. With ``weight``, for all or for
+            none, a source gives that share of the pairs; without, all pairs are one epoch.
+        val_sources: several held-out sources, in place of ``val_tables`` and ``val_split``: a list as ``sources``,
+            without ``weight``.
         tokenizer: tokenizer directory or name on the Hugging Face hub; "demo" is the shipped one.
         transform: image transform for training: clip, clip_randaug or clip_test.
         val_transform: image transform for validation and retrieval.
         decoding: "fast" decodes a large JPEG at a part of its size and resizes by torch; "published" decodes in full
             and resizes by Pillow.
+        num_frames: frames of a clip that a model takes, at most ``model.max_frames``; images have one.
+        frame_sampling: which frames of a clip training reads: "segments" (one at random of each of equal segments),
+            "uniform" (from the first to the last) or "midpoint" (the middle of each segment).
+        val_frame_sampling: the same of held-out clips; "uniform" and "midpoint" are the published ones.
         normalize: "device" moves images as uint8, a quarter of the bytes, and normalises them where the model is;
             "host" normalises them where they are decoded. Both give the same floats, to the bit.
         num_workers: processes that decode images; 0 decodes in the training process.
@@ -98,16 +132,33 @@ class DataConfig:
     val_tables: tuple[str, ...] = ("pairs",)
     train_split: str | None = "train"
     val_split: str | None = "val"
+    sources: tuple[SourceConfig, ...] | None = None
+    val_sources: tuple[SourceConfig, ...] | None = None
     tokenizer: str = "demo"
     transform: str = "clip"
     val_transform: str = "clip_test"
     decoding: Literal["fast", "published"] = "fast"
+    num_frames: int = 4
+    frame_sampling: Literal["segments", "uniform", "midpoint"] = "segments"
+    val_frame_sampling: Literal["uniform", "midpoint"] = "uniform"
     normalize: Literal["device", "host"] = "device"
     num_workers: int = 0
 
     def __post_init__(self) -> None:
         _check(self, lambda value: value >= 0, "0 or more", "num_workers")
+        _check(self, lambda value: value >= 1, "1 or more", "num_frames")
         _check(self, _written_out, _PATH, "root")
+        for name in ("sources", "val_sources"):
+            if getattr(self, name) == ():
+                raise UserError(f"{name}: got none, expected a list of sources; or null")
+        given = [source.weight is not None for source in self.sources or ()]
+        if any(given) and not all(given):
+            raise UserError(
+                f"sources: got a weight for {sum(given)} of {len(given)}, expected one for each or for none; a source "
+                "without weight would have no share"
+            )
+        if any(source.weight is not None for source in self.val_sources or ()):
+            raise UserError("val_sources: got a weight, expected none, because every held-out pair is read; remove it")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -41,6 +43,7 @@ def flops_a_pair(
     *,
     device: str | None = None,
     backend: str = "auto",
+    num_frames: int = 1,
 ) -> float:
     """Count the FLOPs of the step for one pair, forward and backward, from its plan.
 
@@ -54,6 +57,7 @@ def flops_a_pair(
         padded_tokens: tokens that a caption is padded to where the step does not pack.
         device: type of the device that trains, as in ``sclkern.step.flops.Counter``.
         backend: of the model.
+        num_frames: of every clip; 1 for images.
 
     Returns:
         FLOPs, a multiplication and an addition counted as two.
@@ -64,6 +68,7 @@ def flops_a_pair(
         make_plan(objectives, step),
         caption_tokens=round(caption_tokens),
         padded_tokens=padded_tokens,
+        num_frames=num_frames,
         device=device,
         backend=backend,
     )
@@ -118,23 +123,41 @@ class Throughput:
         lengths: tokens of a sample of the captions.
         pad_to_max: whether captions are padded to ``max_text_len``.
         device: device that trains.
+        shares: share of the steps whose samples have so many frames; 1 for images.
 
     Attributes:
-        flops: of the step for one pair; what is computed a second time does not count.
-        first_pass: FLOPs of the first pass of a contrastive batch for one pair.
+        flops: of the step for one pair, on average; what is computed a second time does not count.
+        first_pass: FLOPs of the first pass of a contrastive batch for one pair, on average.
+        num_frames: of the samples that have the most.
         peak: FLOP/s that the device can reach; None if it is not known.
     """
 
     flops: float
     first_pass: float
+    num_frames: int
     peak: float | None
 
-    def __init__(self, config: PretrainConfig, lengths: list[int], pad_to_max: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: PretrainConfig,
+        lengths: list[int],
+        pad_to_max: bool,
+        device: torch.device,
+        shares: Mapping[int, float] | None = None,
+    ) -> None:
+        shares = shares or {1: 1.0}
         padded = config.model.max_text_len if pad_to_max else max(lengths)
         mean = sum(lengths) / len(lengths)
-        run = {"device": device.type, "backend": config.run.backend}
-        self.flops = flops_a_pair(config.model, config.objectives, config.step, mean, padded, **run)
-        self.first_pass = first_pass_flops(config, mean, padded, device=device.type)
+        run: dict[str, Any] = {"device": device.type, "backend": config.run.backend}
+        sections = config.model, config.objectives, config.step
+        self.flops = sum(
+            share * flops_a_pair(*sections, mean, padded, num_frames=frames, **run) for frames, share in shares.items()
+        )
+        self.first_pass = sum(
+            share * first_pass_flops(config, mean, padded, num_frames=frames, device=device.type)
+            for frames, share in shares.items()
+        )
+        self.num_frames = max(shares)
         self.peak = peak_flops(device, config.run.precision)
 
     def at(self, pairs_per_second: float, devices: int = 1) -> dict[str, float]:

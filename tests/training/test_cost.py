@@ -11,7 +11,7 @@ from sclkern.training.memory import describe_cost
 
 def told(device, *overrides, first_pass=0.0):
     config = load_config(None, ["model.preset=tiny", "run.batch_size=8", "run.accumulation=2", *overrides])
-    throughput = SimpleNamespace(flops=5e9, first_pass=first_pass)
+    throughput = SimpleNamespace(flops=5e9, first_pass=first_pass, num_frames=1)
     return describe_cost(config, throughput, [8, 12], torch.device(device), 4)
 
 

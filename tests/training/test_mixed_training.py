@@ -1,0 +1,124 @@
+"""Runs over several sources, and runs whose steps have images or clips."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mixed_run import CLIPS, mixed
+
+from sclkern.errors import UserError
+from sclkern.training.config import load_config, resume_difference
+from sclkern.training.data import open_data
+from sclkern.training.loop import Pretraining
+
+CPU = torch.device("cpu")
+
+
+def test_sources_are_checked_by_their_keys(tmp_path: Path) -> None:
+    config = load_config(None, mixed(tmp_path))
+    assert config.data.sources is not None and [source.weight for source in config.data.sources] == [2, 1, 1]
+    saved = config.to_dict()
+    assert resume_difference(saved, load_config(None, mixed(tmp_path)).to_dict()) is None
+    assert "data.sources was" in str(
+        resume_difference(saved, load_config(None, mixed(tmp_path, weights=None)).to_dict())
+    )
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ("[{tables: [a], wieght: 2}]", "unknown key 'data.sources.0.wieght'; did you mean 'data.sources.0.weight'"),
+        ("[{tables: [a], weight: 2}, {tables: [b]}]", "sources: got a weight for 1 of 2, expected one for each"),
+        ("[{tables: [a], weight: 0}]", "weight: got 0.0, expected a number above 0"),
+        ("[]", "sources: got none, expected a list of sources"),
+        ("[{root: x}]", "data.sources.0.tables"),
+        ("[{tables: []}]", "tables: got none"),
+    ],
+)
+def test_wrong_sources_are_refused(sources: str, message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        load_config(None, [f"data.sources={sources}"])
+    assert message in str(raised.value)
+
+
+def test_a_source_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    changes = {"data__sources": '[{"tables": ["a"]}, {"root": "gone", "tables": ["b"]}]'}
+    with pytest.raises(UserError, match=r"data.sources.1: .*gone"):
+        open_data(load_config(None, mixed(tmp_path, **changes)), CPU)
+
+
+def test_a_source_too_small_for_its_weight_is_refused(tmp_path: Path) -> None:
+    config = load_config(None, mixed(tmp_path, weights=(1, 99, 1), run__batch_size=38))
+    with pytest.raises(UserError, match="got weight 99 for a source of 30 pairs, of which a contrast would see 38"):
+        open_data(config, CPU)
+
+
+def test_clips_need_a_model_with_frames(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data.num_frames: got 3, expected 1 to model.max_frames 2"):
+        open_data(load_config(None, mixed(tmp_path, model__max_frames=2)), CPU)
+
+
+def batches(arguments: list[str], steps: int, start: int = 0, **world: int) -> list[dict[str, Any]]:
+    config = load_config(None, arguments)
+    stream = open_data(config, CPU, **world).train_loader.steps(start)
+    return [next(stream) for _ in range(steps * config.run.accumulation)]
+
+
+@pytest.mark.parametrize("weights", [(2, 1, 1), None])
+def test_a_step_has_images_or_clips_whatever_the_factors_and_the_start(
+    tmp_path: Path, weights: tuple[float, ...] | None
+) -> None:
+    whole = batches(mixed(tmp_path, weights=weights), 12)
+    shapes = {tuple(batch["image"].shape[1:]) for batch in whole}
+    assert shapes == {(3, 32, 32), (3, 3, 32, 32)}
+    clips = sum(batch["image"].ndim == 5 for batch in whole)
+    assert clips == pytest.approx(12 / 4 if weights else 12 * 24 / 94, abs=1)
+    parts = batches(mixed(tmp_path, weights=weights, run__batch_size=4, run__accumulation=2), 12)
+    ranks = [
+        batches(mixed(tmp_path, weights=weights, run__batch_size=4), 12, rank=rank, world_size=2) for rank in range(2)
+    ]
+    workers = batches(mixed(tmp_path, weights=weights, data__num_workers=2), 3, start=9)
+    for step, batch in enumerate(whole):
+        for first, second in (parts[2 * step : 2 * step + 2], (ranks[0][step], ranks[1][step])):
+            for name in ("image", "pair", "match_labels"):
+                assert torch.equal(batch[name], torch.cat([first[name], second[name]]))
+        if step >= 9:
+            assert torch.equal(batch["image"], workers[step - 9]["image"])
+
+
+def test_frames_of_a_clip_are_augmented_alike_and_follow_one_another(tmp_path: Path) -> None:
+    clip = next(batch for batch in batches(mixed(tmp_path), 12) if batch["image"].ndim == 5)
+    green = clip["image"][:, :, 1].flatten(2).float().mean(2)
+    assert (green.diff(dim=1) >= 0).all() and (green[:, -1] > green[:, 0]).all()
+
+
+def test_a_mixed_run_trains_validates_and_goes_on_to_the_same_weights(tmp_path: Path, one_thread: None) -> None:
+    def run(name: str, *, resume: bool = False, **changes: Any) -> Pretraining:
+        changes = {"run__val_every": 3, "run__max_steps": 6, "evaluation__attention_images": 0, **changes}
+        arguments = mixed(tmp_path, run__output_dir=tmp_path / name, **changes)
+        training = Pretraining(load_config(None, arguments), resume=resume)
+        training.run()
+        return training
+
+    whole = run("whole")
+    run("parts", run__stop_at=3)
+    parts = run("parts", resume=True)
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, parts.model.state_dict()[name]), name
+    described = whole.evaluation.describe()
+    assert "75 % of the steps images, 25 % of the steps clips, 40 images and 10 clips held out" in described
+    values = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    held_out = [row for row in values if row["kind"] == "val"]
+    assert held_out and {"images_total", "clips_total", "images_itc", "clips_itc", "total"} <= set(held_out[0])
+    assert whole.report().exists()
+
+
+def test_a_run_of_clips_alone(tmp_path: Path) -> None:
+    clips = [{**CLIPS, "tables": ["24"]}]
+    changes = {"data__sources": json.dumps(clips), "data__val_sources": json.dumps(clips), "run__max_steps": 2}
+    training = Pretraining(load_config(None, mixed(tmp_path, **changes)))
+    assert training.run() and training.report().exists()
