@@ -118,7 +118,9 @@ def _plan(commands: Commands) -> None:
     command.add_argument(
         "--caption-tokens", type=int, default=13, help="tokens of every caption, <s> and </s> included (default: 13)"
     )
-    command.add_argument("--frames", type=int, default=1, help="frames of every clip (default: 1, an image)")
+    command.add_argument(
+        "--frames", type=int, help="frames of every clip (default: data.num_frames of a model of clips, otherwise 1)"
+    )
     command.add_argument(
         "--gpus", metavar="N[,N...]", help="share the step among so many GPUs: bytes of each exchange, and efficiency"
     )

@@ -33,7 +33,10 @@ def run(options: argparse.Namespace) -> int:
     config = load(options.config, options.overrides)
     if options.parallel:
         config = replace(config, run=replace(config.run, parallel=options.parallel))
-    sizes = {"caption_tokens": options.caption_tokens, "num_frames": options.frames}
+    frames = options.frames
+    if frames is None:
+        frames = config.data.num_frames if config.model.max_frames else 1
+    sizes = {"caption_tokens": options.caption_tokens, "num_frames": frames}
     device = None if config.run.device == "auto" else config.run.device.partition(":")[0]
     described = describe_plan(
         config.model, config.objectives, config.step, **sizes, device=device, backend=config.run.backend

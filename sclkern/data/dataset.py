@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from sclkern.data.order import data_seed
-from sclkern.data.source import PairSource, image_ids
+from sclkern.data.source import PairSource, has_clips, image_ids
 from sclkern.data.text import one_line
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.undecodable import read_clip, read_image
@@ -109,9 +109,9 @@ class PairDataset(Dataset[dict[str, Any]]):
         return sample
 
     def _read(self, image: int) -> Decoded:
-        if self.choose_frames is None:
-            return read_image(self.source, image, self.min_size, self._reduction)
-        return read_clip(self.source, image, self.min_size, self.choose_frames)
+        if self.choose_frames is not None and has_clips(self.source):
+            return read_clip(self.source, image, self.min_size, self.choose_frames)
+        return read_image(self.source, image, self.min_size, self._reduction)
 
     def _tensor(self, decoded: Decoded) -> torch.Tensor:
         if isinstance(decoded, Image.Image):

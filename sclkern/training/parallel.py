@@ -110,8 +110,8 @@ class _Ddp(Parallel):
         self.call = self._wrapped = DistributedDataParallel(
             self.model,
             gradient_as_bucket_view=True,
-            # A step of images leaves the temporal positions of clips out.
-            find_unused_parameters=self.model.config.max_frames > 0,
+            # A step of images may leave the temporal positions of clips out.
+            find_unused_parameters=self.model.config.max_frames > 0 and self.model.config.image_temporal == "none",
         )
 
     @contextmanager

@@ -19,7 +19,15 @@ def test_every_shipped_configuration_is_listed_with_its_purpose_and_loads(capsys
     assert main(["configs"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == list(shipped_configs())
-    assert {"demo", "pretrain_24gb", "pretrain_base", "published"} == set(shipped_configs())
+    assert {
+        "demo",
+        "pretrain_24gb",
+        "pretrain_base",
+        "pretrain_full",
+        "pretrain_mixed",
+        "pretrain_video",
+        "published",
+    } == set(shipped_configs())
     for line, (name, file) in zip(lines, shipped_configs().items(), strict=True):
         assert file.read_text().startswith("# ") and line.endswith(summary(file)) and len(summary(file)) > 20
         assert isinstance(load(name, []), PretrainConfig)

@@ -12,7 +12,9 @@ def write(tmp_path, values):
     return path
 
 
-@pytest.mark.parametrize("name", ["demo", "pretrain_24gb", "pretrain_base", "published"])
+@pytest.mark.parametrize(
+    "name", ["demo", "pretrain_24gb", "pretrain_base", "pretrain_full", "pretrain_mixed", "pretrain_video", "published"]
+)
 def test_shipped_configs_load_and_survive_a_round_trip(name, pytestconfig):
     config = load_config(pytestconfig.rootpath / "configs" / f"{name}.yaml")
     assert build_config(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config

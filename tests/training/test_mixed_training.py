@@ -114,11 +114,11 @@ def test_a_mixed_run_trains_validates_and_goes_on_to_the_same_weights(tmp_path: 
     values = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     held_out = [row for row in values if row["kind"] == "val"]
     assert held_out and {"images_total", "clips_total", "images_itc", "clips_itc", "total"} <= set(held_out[0])
-    assert whole.report().exists()
+    assert whole.results.report().exists()
 
 
 def test_a_run_of_clips_alone(tmp_path: Path) -> None:
     clips = [{**CLIPS, "tables": ["24"]}]
     changes = {"data__sources": json.dumps(clips), "data__val_sources": json.dumps(clips), "run__max_steps": 2}
     training = Pretraining(load_config(None, mixed(tmp_path, **changes)))
-    assert training.run() and training.report().exists()
+    assert training.run() and training.results.report().exists()
