@@ -63,29 +63,15 @@ class _Loader(Protocol):
 
 
 class RunData(Protocol):
-<<<<<<< HEAD
     """What the loop reads of the data of a run, whatever it trains."""
-=======
-    """What the loop reads of the data of a run, whatever it trains.
-
-    Attributes:
-        identity: what a resumed run must find again, as ``data_difference`` compares it.
-        num_train_images: of which some may be undecodable.
-        train_loader: gives this process's micro-batches from a step on: dicts with ``undecodable``, reasons by name.
-    """
->>>>>>> bee460d (Mix sources by weight, and alternate steps of images and of clips in one run)
 
     @property
     def identity(self) -> dict[str, Any]:
         """What a resumed run must find again, as ``data_difference`` compares it."""
 
     @property
-<<<<<<< HEAD
-    def train_source(self) -> _Source:
-        """Counts the training images."""
-=======
-    def num_train_images(self) -> int: ...
->>>>>>> bee460d (Mix sources by weight, and alternate steps of images and of clips in one run)
+    def num_train_images(self) -> int:
+        """Of which some may be undecodable."""
 
     @property
     def train_loader(self) -> _Loader:
