@@ -2,7 +2,6 @@
 
 import re
 
-import pyarrow as pa
 import pytest
 import torch
 
@@ -102,13 +101,3 @@ def test_the_format_is_named_by_the_configuration(arguments):
     assert open_data(load_config(None, arguments(data__format="arrow")), CPU).train_source.num_images == 1015
     with pytest.raises(UserError, match=r"data\.format: got 'parquet', expected one of auto, "):
         open_data(load_config(None, arguments(data__format="parquet")), CPU)
-
-
-def test_clips_are_refused_and_not_read_as_their_middle_frame(arguments, tmp_path):
-    schema = pa.schema([("frames", pa.list_(pa.binary())), ("caption", pa.list_(pa.string()))])
-    table = pa.table([[[b""], [b""]], [["a"], ["b"]]], schema=schema)
-    with pa.ipc.new_file(str(tmp_path / "clips.arrow"), schema) as writer:
-        writer.write_table(table)
-    changes = {"data__root": tmp_path, "data__train_tables": "[clips]", "data__train_split": "null"}
-    with pytest.raises(UserError, match=r"data\.train_tables: got clips, expected images"):
-        open_data(load_config(None, arguments(**changes, data__val_tables="[clips]", data__val_split="null")), CPU)
