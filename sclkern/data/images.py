@@ -194,6 +194,9 @@ def _lay_on_white(image: Image.Image) -> Image.Image:
 
 
 def _reason(error: Exception, data: bytes | memoryview) -> str:
+    if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+        pixels = "".join(re.findall(r"\((\d+) pixels\)", str(error)))
+        return f"it unfolds to {pixels} pixels, expected {Image.MAX_IMAGE_PIXELS} at most; shrink it, or leave it out"
     if not isinstance(error, Image.UnidentifiedImageError):
         return re.sub(r" <_io\.BytesIO object at \w+>", "", str(error)) or type(error).__name__
     start = bytes(data[:256])

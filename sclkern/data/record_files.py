@@ -101,6 +101,11 @@ def _text(folder: DataFolder, name: str) -> str:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if b"\0" in content[:4096]:
+            raise UserError(
+                f"{shown}: is no text, it begins with {content[:12]!r}, expected {name.rpartition('.')[2].upper()}; "
+                "write or download it again, or correct its name"
+            ) from error
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(
             f"{shown}: is not in UTF-8 (line {line}, byte {error.start}), expected UTF-8; convert it, such as by "

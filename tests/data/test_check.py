@@ -94,6 +94,16 @@ def test_one_file_or_some_tables(root: Path) -> None:
         examine(str(root), tables=["x*"], format="tar", workers=1)
 
 
+def test_a_table_behind_a_link_out_of_the_folder_is_named_and_the_others_are_read(root: Path, tmp_path: Path) -> None:
+    write_samples(tmp_path / "elsewhere.tar", 3)
+    write_samples(root / "a.tar", 2)
+    (root / "b.tar").symlink_to(tmp_path / "elsewhere.tar")
+    report = examine(str(root), workers=1)
+    ((kind, name, reason),) = ((one.kind, one.name, one.reason) for one in report.defects)
+    assert (report.images, kind, name) == (2, "table that cannot be read", "b.tar")
+    assert "a symbolic link leads out of the folder" in reason
+
+
 def test_img2datasets_statistics_are_no_table(root: Path) -> None:
     write_samples(root / "00000.tar", 2)
     (root / "00000_stats.json").write_text("{}")

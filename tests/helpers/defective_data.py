@@ -42,7 +42,7 @@ def defective_tars(root: Path) -> Found:
         ("sample left out", "00001.tar b", "not in UTF-8"),
         ("sample left out", "00001.tar c", "no picture"),
         ("picture that cannot be used", "00001.tar d", "Truncated File Read"),
-        ("picture that cannot be used", "00001.tar e", "exceeds limit"),
+        ("picture that cannot be used", "00001.tar e", "unfolds to"),
         ("picture that cannot be used", "00001.tar f", "it is empty"),
         ("picture that cannot be used", "00001.tar g", "smaller than a patch (16)"),
     ]

@@ -85,7 +85,8 @@ def open_tables(target: str, tables: Sequence[str], split: str | None, format: s
         format = detect_format(folder, tables)
     if format not in SOURCES and ":" not in format:
         raise UserError(f"--format: got {format!r}, expected one of {', '.join(['auto', *SOURCES])}, or module:Class")
-    if not tables:
+    named = bool(tables)
+    if not named:
         tables = _all_tables(folder, format)
     opened = Opened(folder.root, format, list(tables))
     read = partial(_read, root, split, format)
@@ -93,9 +94,10 @@ def open_tables(target: str, tables: Sequence[str], split: str | None, format: s
         try:
             opened.sources = [read(tables)]
         except UserError:
-            if (suffixes := _suffixes(format)) is not None:
-                tables = folder.tables(tables, suffixes)
-            for table in tables:
+            for table, problem in _one_by_one(folder, tables, _suffixes(format), strict=named):
+                if problem is not None:
+                    opened.defects.append(Finding(_UNREADABLE, table, problem))
+                    continue
                 try:
                     opened.sources.append(read([table]))
                 except UserError as own:
@@ -105,6 +107,20 @@ def open_tables(target: str, tables: Sequence[str], split: str | None, format: s
                             continue
                     opened.defects.append(Finding(_UNREADABLE, table, str(own)))
     return opened
+
+
+def _one_by_one(
+    folder: DataFolder, tables: Sequence[str], suffixes: Sequence[str] | None, *, strict: bool
+) -> Iterator[tuple[str, str | None]]:
+    """The files that each table stands for, or, unless strict, the table and why it stands for none."""
+    for table in tables:
+        try:
+            for name in [table] if suffixes is None else folder.tables([table], suffixes):
+                yield name, None
+        except UserError as error:
+            if strict:
+                raise
+            yield table, str(error)
 
 
 def _root_of(target: str, tables: Sequence[str]) -> tuple[Path | str, list[str]]:
