@@ -42,11 +42,13 @@ class SavedRun:
         path: its checkpoint.
         state: the content of the checkpoint.
         damaged: newer checkpoints, which cannot be used.
+        in_parts: whether each process reads its parts of the tensors itself, which ``state`` lacks.
     """
 
     path: Path
     state: dict[str, Any]
     damaged: tuple[Path, ...] = ()
+    in_parts: bool = False
 
 
 def open_directory(config: PretrainConfig, *, resume: bool, world_size: int = 1) -> SavedRun | None:
@@ -86,7 +88,7 @@ def open_directory(config: PretrainConfig, *, resume: bool, world_size: int = 1)
         raise UserError(f"{checkpoints}: {error.strerror}; give a run.output_dir that can be written") from error
     if not paths:
         return None
-    saved = _newest_whole(paths)
+    saved = _newest_whole(paths, in_parts=world_size > 1 and config.run.parallel == "fsdp")
     path = saved.path
     try:
         # Keys that came later have their defaults in a run that was saved without them.
@@ -173,14 +175,15 @@ def _is_run(source: Path) -> bool:
     return source.is_dir() and not (source / "state.pt").exists()
 
 
-def _newest_whole(paths: list[Path]) -> SavedRun:
+def _newest_whole(paths: list[Path], *, in_parts: bool = False) -> SavedRun:
     """Read the first of these checkpoints that was not damaged since it was written."""
     damaged: list[Path] = []
     first: DamagedError | None = None
     for path in paths:
         try:
-            state = load_sharded(path) if path.is_dir() else load_checkpoint(path)
-            return SavedRun(path, state, tuple(damaged))
+            if path.is_dir():
+                return SavedRun(path, load_sharded(path, in_parts=in_parts), tuple(damaged), in_parts)
+            return SavedRun(path, load_checkpoint(path), tuple(damaged))
         except DamagedError as error:
             first = first or error
             damaged.append(path)

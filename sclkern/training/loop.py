@@ -147,7 +147,7 @@ class Training(ABC):
         self.state = TrainingState(self.model, self.optimizer, undecodable)
         if saved:
             try:
-                self.state.load_state_dict(saved.state)
+                self.state.load_state_dict(saved.state, saved.path if saved.in_parts else None)
             except UserError as error:
                 raise UserError(f"{saved.path}: {error}; {remedy(saved.path)}") from error
         self.parallel.begin()

@@ -9,7 +9,7 @@ import hashlib
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +94,12 @@ def remove(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def load_sharded(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint of ``save_sharded`` whole, whatever the number of processes that wrote it.
+def load_sharded(folder: Path, *, in_parts: bool = False) -> dict[str, Any]:
+    """Read a checkpoint of ``save_sharded``, whatever the number of processes that wrote it.
 
     Args:
         folder: to read.
+        in_parts: whether tensors are only checked, and left to ``read_parts``; else they are read whole.
 
     Returns:
         The state, with whole tensors on the CPU, and ``format``.
@@ -120,17 +121,44 @@ def load_sharded(folder: Path) -> dict[str, Any]:
             raise DamagedError(f"{folder / name}: cannot be read ({error.strerror}), and is a part of it") from error
         if now != digest:
             raise DamagedError(f"{folder / name}: not whole; it was cut short or has changed since it was written")
-    reader = _Reader(folder)
+    if in_parts:
+        return plain
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        for name, entry in _Reader(folder).read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
+    return _read_into(folder, plain, tensors)
+
+
+def read_parts(folder: Path, state: dict[str, Any], into: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Read this process's parts of the tensors that ``load_sharded(in_parts=True)`` has left out.
+
+    Args:
+        folder: of the checkpoint.
+        state: without the tensors.
+        into: tensors by their place in the state, such as "model/text.embedding.weight", each on the device and in
+            parts as it is wanted.
+
+    Returns:
+        The state, with new tensors.
+
+    Raises:
+        KeyError: ``into`` lacks a tensor of the checkpoint.
+        UserError: a tensor has another shape, or a file cannot be read.
+    """
+    return _read_into(folder, state, {name: torch.empty_like(into[name]) for name in _names(state)})
+
+
+def _read_into(folder: Path, state: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that this process reads by itself
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-    state: dict[str, Any] = _put_in(plain, tensors)
-    return state
+        try:
+            dcp.load(tensors, storage_reader=_Reader(folder), no_dist=True)
+        except dcp.api.CheckpointException as error:  # no Exception, in torch
+            raise UserError(f"{folder}: cannot be read ({_reason(error)})") from error
+    whole: dict[str, Any] = _put_in(state, tensors)
+    return whole
 
 
 class _Reader(dcp.FileSystemReader):
@@ -173,6 +201,7 @@ def _reason(error: BaseException) -> str:
     chain: list[BaseException | None] = [error, error.__cause__, error.__context__]
     if isinstance(error, dcp.api.CheckpointException):
         chain += [wrapped for wrapped, _ in error.failures.values()]
+        error = chain[-1] or error
     system = next((e for e in chain if isinstance(e, OSError)), None)
     if system is not None and system.strerror:
         return system.strerror
@@ -212,6 +241,15 @@ def _take_out(value: Any, path: tuple[Any, ...], parts: dict[str, Any]) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_take_out(entry, (*path, index), parts) for index, entry in enumerate(value))
     return value
+
+
+def _names(value: Any) -> Iterator[str]:
+    """The places of the tensors that are left out."""
+    if isinstance(value, dict) and value.keys() == {_PARTS}:
+        yield value[_PARTS]
+    elif isinstance(value, (dict, list, tuple)):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _names(entry)
 
 
 def _put_in(value: Any, tensors: dict[str, Any]) -> Any:

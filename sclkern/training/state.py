@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from sclkern.data.undecodable import UndecodableImages, undecodable_limit
 from sclkern.errors import UserError
 from sclkern.model import SCLModel
 from sclkern.training.optim import steps_taken
-from sclkern.training.sharded import local_part
+from sclkern.training.sharded import local_part, read_parts
 
 
 class TrainingState:
@@ -75,17 +76,21 @@ class TrainingState:
             "bad_pictures": self.undecodable.state_dict(),
         }
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: dict[str, Any], parts: Path | None = None) -> None:
         """Continue from a checkpoint; the learning rates stay the configuration's, which may have been lowered.
 
         Args:
             saved: keys of ``state_dict``.
+            parts: folder in which each process finds its parts of the tensors, which ``saved`` lacks; None if it has
+                them.
 
         Raises:
             UserError: values of another model or optimiser, missing, or not finite.
         """
         rates = [group["base_lr"] for group in self.optimizer.param_groups]
         try:
+            if parts is not None:
+                saved = read_parts(parts, saved, self._places(saved["optimizer"]))
             self.model.load_state_dict(_cut(saved["model"], self.model.state_dict()))
             self.optimizer.load_state_dict(self._cut_moments(saved["optimizer"]))
             # A run that too many stopped goes on when they are repaired; else they are counted again.
@@ -102,11 +107,22 @@ class TrainingState:
         self._check_tensors()
         self.saved = (self.step, self.validated)
 
-    def _cut_moments(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """An optimiser's state with each moment cut as its parameter is."""
+    def _parameters(self, saved: dict[str, Any]) -> dict[Any, Tensor]:
+        """The parameters by their number in an optimiser's state."""
         of_groups = (group["params"] for group in saved["param_groups"])
         ours = (group["params"] for group in self.optimizer.param_groups)
-        parameters: dict[Any, Tensor] = dict(zip(chain(*of_groups), chain(*ours), strict=False))
+        return dict(zip(chain(*of_groups), chain(*ours), strict=False))
+
+    def _places(self, saved: dict[str, Any]) -> dict[str, Tensor]:
+        """What each tensor of a checkpoint is like, by its place there."""
+        places = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        parameters = self._parameters(saved)
+        moments = [(index, name) for index, entry in saved["state"].items() for name in entry if index in parameters]
+        return places | {f"optimizer/state/{index}/{name}": parameters[index].detach() for index, name in moments}
+
+    def _cut_moments(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """An optimiser's state with each moment cut as its parameter is."""
+        parameters = self._parameters(saved)
         moments = {
             index: _cut(entry, {name: parameters[index] for name in entry if index in parameters})
             for index, entry in saved["state"].items()
@@ -134,6 +150,8 @@ def _cut(whole: Mapping[str, Any], into: Mapping[str, Tensor]) -> dict[str, Any]
     def cut(name: str, value: Any) -> Any:
         like = into.get(name)
         if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
+            return value
+        if isinstance(value, DTensor):
             return value
         # Every process has the whole, so that none sends its own.
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -136,8 +136,10 @@ def main(rank, world, directory):
     # What was written by many, or by one, goes on in parts.
     for path in (folder / "step-00000002", directory / "one.pt"):
         other = build(world)
-        other.load_state_dict(load_sharded(path) if path.is_dir() else load_checkpoint(path))
-        if path.is_dir():
+        if not path.is_dir():
+            other.load_state_dict(load_checkpoint(path))
+        else:
+            other.load_state_dict(load_sharded(path, in_parts=True), path)
             assert isinstance(other.model[0].weight, DTensor)
             assert same(whole(content(other)), expected[2])
         take_step(other)
@@ -164,6 +166,17 @@ def test_one_process_goes_on_from_it(written):
     assert state.saved_step == 2 and same(content(state), expected[2])
     take_step(state)
     assert same(content(state)["model"], expected[3]["model"])
+
+
+def test_parts_of_another_shape_are_refused(written):
+    folder, state = written / "checkpoints" / "step-00000002", build()
+    state.load_state_dict(load_sharded(folder, in_parts=True), folder)
+    assert same(content(state), torch.load(written / "expected.pt")[2])
+    state.model[1] = nn.Linear(5, 6)
+    with pytest.raises(
+        UserError, match=r"not of this model \(UserError: .*step-00000002: cannot be read \(ValueError: "
+    ):
+        state.load_state_dict(load_sharded(folder, in_parts=True), folder)
 
 
 def test_whatever_changed_is_found(written, tmp_path):
