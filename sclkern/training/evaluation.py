@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from sclkern.data.frames import FrameSampling
 from sclkern.data.loader import PairLoader
 from sclkern.data.undecodable import UndecodableImages
 from sclkern.distributed import merge
@@ -40,7 +41,7 @@ class RunEvaluation:
         stop: the signals that stop it between batches.
 
     Attributes:
-        ranks: whether the recipe trains the head that retrieval ranks by, and there are held-out images.
+        ranks: whether the recipe trains the head that retrieval ranks by.
         rerank: candidates that the matching head re-ranks; 0 if the recipe does not train it.
         undecodable: counts of the images that cannot be decoded, by the name of their set.
     """
@@ -64,10 +65,8 @@ class RunEvaluation:
         self._distributed = data.val_loader.world_size > 1
         held_out = sum(source.num_images for source in data.val_sources.values())
         self.undecodable = {"training": undecodable_train, "held-out": UndecodableImages(held_out)}
-        # Retrieval and plots are of images.
-        self._images = "images" in data.val_sources
         trained = {head for objective in config.objectives.selected for head in objective.heads}
-        self.ranks = "itc" in trained and self._images
+        self.ranks = "itc" in trained
         self.rerank = config.evaluation.rerank if "itm" in trained else 0
 
     def measure(self) -> Measured:
@@ -131,24 +130,29 @@ class RunEvaluation:
             model.objectives = objectives
 
     def retrieval(self, name: str = "held-out", *, max_images: int | None = None) -> RetrievalResult:
-        """Zero-shot retrieval from the images of a set.
+        """Zero-shot retrieval from the images of a set, or from its clips.
 
         Args:
-            name: "held-out" or "training".
+            name: "held-out" or "training", whose images are taken where there are both; or "held-out clips".
             max_images: images to retrieve from, spread evenly over the set; None takes all.
 
         Returns:
             The recalls.
         """
+        data = self.config.data
+        source = self.data.val_source if name == "held-out" else self.data.train_source
+        if name == "held-out clips":
+            source = self.data.val_sources["clips"]
         return evaluate_retrieval(
             self.passes.model,
-            self.data.val_source if name == "held-out" else self.data.train_source,
+            source,
             self.data.tokenizer,
             self.data.val_transform,
             batch_size=self.config.evaluation.batch_size,
             rerank=self.rerank,
             max_images=max_images,
-            undecodable=self.undecodable[name],
+            undecodable=self.undecodable["training" if name == "training" else "held-out"],
+            choose_frames=FrameSampling(data.num_frames, data.val_frame_sampling),
             between_batches=self.stop.check,
             distributed=self._distributed,
         )
@@ -158,7 +162,9 @@ class RunEvaluation:
         if not self.ranks:
             return {}
         results = {"held-out": self.retrieval()}
-        if "images" in self.data.train_sources and (count := self.config.evaluation.train_images):
+        if len(self.data.val_sources) > 1:
+            results["held-out clips"] = self.retrieval("held-out clips")
+        if count := self.config.evaluation.train_images:
             results["training"] = self.retrieval("training", max_images=count)
         return results
 
@@ -173,7 +179,7 @@ class RunEvaluation:
         """
         count, model = self.config.evaluation.attention_images, self.config.model
         source = self.data.val_source
-        drawn = count and model.fusion_layers and self._images
+        drawn = count and model.fusion_layers and "images" in self.data.val_sources
         pairs = choose_pairs(source, count, model.patch_size) if drawn else []
         if not pairs:
             return None

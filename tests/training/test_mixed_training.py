@@ -31,7 +31,7 @@ def test_sources_are_checked_by_their_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        ("[{tables: [a], wieght: 2}]", "unknown key 'data.sources.0.wieght'; did you mean 'data.sources.0.weight'"),
+        ("[{tables: [a], weights: 2}]", "unknown key 'data.sources.0.weights'; did you mean 'data.sources.0.weight'"),
         ("[{tables: [a], weight: 2}, {tables: [b]}]", "sources: got a weight for 1 of 2, expected one for each"),
         ("[{tables: [a], weight: 0}]", "weight: got 0.0, expected a number above 0"),
         ("[]", "sources: got none, expected a list of sources"),
@@ -114,11 +114,17 @@ def test_a_mixed_run_trains_validates_and_goes_on_to_the_same_weights(tmp_path: 
     values = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     held_out = [row for row in values if row["kind"] == "val"]
     assert held_out and {"images_total", "clips_total", "images_itc", "clips_itc", "total"} <= set(held_out[0])
-    assert whole.results.report().exists()
+    report = whole.results.report().read_text()
+    assert "| held-out, 40 images" in report and "| held-out clips, 10 images" in report
 
 
 def test_a_run_of_clips_alone(tmp_path: Path) -> None:
     clips = [{**CLIPS, "tables": ["24"]}]
     changes = {"data__sources": json.dumps(clips), "data__val_sources": json.dumps(clips), "run__max_steps": 2}
     training = Pretraining(load_config(None, mixed(tmp_path, **changes)))
-    assert training.run() and training.results.report().exists()
+    assert training.run()
+    frames = []
+    source, choose = training.data.val_source, training.data.val_source.frames
+    source.frames = lambda clip, wanted: frames.append(wanted(9)) or choose(clip, wanted)
+    assert "| held-out, 24 images" in training.results.report().read_text()
+    assert {tuple(chosen) for chosen in frames} == {(0, 4, 8)}
