@@ -39,7 +39,7 @@ SLOW_FILES = (
     "training/test_memory.py", "training/test_mixed_training.py",
     "training/test_resume.py",
     "training/test_saved_runs.py", "training/test_stopping.py", "training/test_undecodable.py",
-    "tasks/test_finetuning.py", "training/test_validation.py",
+    "training/test_validation.py",
 )  # fmt: skip
 
 

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sclkern.data.source import PairSource
 from sclkern.data.tokenizer import CaptionTokenizer
-from sclkern.data.transforms import build_transform
+from sclkern.data.transforms import ImageTransform, build_transform
 from sclkern.data.undecodable import UndecodableImages
 from sclkern.distributed import gather_parts, merge
+from sclkern.evaluation.retrieval import RetrievalResult, evaluate_retrieval
 from sclkern.tasks.batches import TaskBatches, TaskLoader
 from sclkern.tasks.config import FinetuneConfig
 from sclkern.tasks.model import TaskModel
@@ -47,6 +49,11 @@ class Answering:
         self.task, self.config, self.tokenizer = task, config, tokenizer
         self.world, self.device, self.between = world, device, between
 
+    def transform(self, name: str) -> ImageTransform:
+        """A transform of pictures, for the model."""
+        data, size = self.config.data, self.config.model.image_size
+        return build_transform(name, size, normalize=data.normalize == "host", decoding=data.decoding)
+
     def batches(self, source: TaskSource, transform: str) -> TaskBatches:
         """What makes the batches of a source.
 
@@ -58,17 +65,11 @@ class Answering:
             The batches.
         """
         config = self.config
-        built = build_transform(
-            transform,
-            config.model.image_size,
-            normalize=config.data.normalize == "host",
-            decoding=config.data.decoding,
-        )
         return TaskBatches(
             self.task,
             source,
             self.tokenizer,
-            built,
+            self.transform(transform),
             max_text_len=config.model.max_text_len,
             min_size=config.model.patch_size,
             seed=config.run.seed,
@@ -112,3 +113,25 @@ class Answering:
         UndecodableImages(source.num_images).add(merge(undecodable) if self.world.size > 1 else undecodable)
         model.train(was_training)
         return gather_parts(own) if self.world.size > 1 else torch.cat([own[number] for number in sorted(own)])
+
+    def retrieve(self, model: TaskModel, pairs: PairSource) -> RetrievalResult:
+        """Recalls over the pictures and captions of a source, in float32.
+
+        Args:
+            model: with the heads ``itc`` and ``itm_head``.
+            pairs: the pictures and captions.
+
+        Returns:
+            The recalls; the matching head orders the first ``task.rerank`` candidates of the contrast, or all.
+        """
+        rerank = self.config.task.rerank
+        return evaluate_retrieval(
+            model,
+            pairs,
+            self.tokenizer,
+            self.transform(self.config.data.val_transform),
+            batch_size=self.config.task.evaluation_batch,
+            rerank=max(pairs.num_pairs, pairs.num_images) if rerank is None else rerank,
+            between_batches=self.between,
+            distributed=self.world.size > 1,
+        )

@@ -29,6 +29,7 @@ class TaskConfig:
         val_epochs: passes between validations, which set run.val_every; null takes run.val_every as it is.
         global_batch: samples of a step over all processes, which set run.accumulation; null takes run.accumulation.
         evaluation_batch: samples that one process answers at a time in validation and evaluation.
+        rerank: candidates of the contrast that the ranking head orders for each query of a retrieval; null orders all.
     """
 
     name: str = ""
@@ -37,9 +38,10 @@ class TaskConfig:
     val_epochs: float | None = 1.0
     global_batch: int | None = None
     evaluation_batch: int = 64
+    rerank: int | None = 128
 
     def __post_init__(self) -> None:
-        for name, least in (("global_batch", 1), ("evaluation_batch", 1)):
+        for name, least in (("global_batch", 1), ("evaluation_batch", 1), ("rerank", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name}: got {value}, expected {least} or more")

@@ -93,7 +93,8 @@ def evaluate(
     assert config.weights.pretrained is not None
     folder, device = Path(config.weights.pretrained), torch.device(device)
     stored = stored_config(folder / "config.json")
-    if lacking := [head for head in task.heads if head not in stored.heads]:
+    lacking = [head for head in task.heads if head not in stored.heads]
+    if lacking and not (task.zero_shot and set(task.zero_shot) <= set(stored.heads)):
         raise UserError(
             f"--checkpoint: {folder} has no head {lacking[0]!r} (it has {', '.join(stored.heads) or 'none'}), expected "
             f"a model of sclkern finetune {task.name}"
@@ -110,4 +111,4 @@ def evaluate(
     model = task.model.from_pretrained(folder, config=config.model.replace(**task.sizes(source)))
     model.set_backend(config.run.backend).to(device).eval()
     answering = Answering(task, config, tokenizer, world or World(), device)
-    return task.evaluate(source, lambda of: answering.predict(model, of), annotations=annotations)
+    return task.evaluate(source, model, answering, annotations=annotations)

@@ -86,6 +86,7 @@ class Finetuning(Training):
         self.task = task
         data = config.data
         self._sources = tuple(task.open(data.root, tables) for tables in (data.train_tables, data.val_tables))
+        task.check_training(self._sources[0])
         size = 1 if world is None else world.size
         super().__init__(resolve(task, config, self._sources[0], size), resume=resume, stop=stop, world=world)
 
@@ -156,7 +157,7 @@ class Finetuning(Training):
     def _evaluate(self) -> Outcome:
         model = self.passes.model
         assert isinstance(model, TaskModel)
-        return self.task.evaluate(self.data.val_source, lambda source: self.answering.predict(model, source))
+        return self.task.evaluate(self.data.val_source, model, self.answering)
 
     def describe(self) -> str:
         """The run in one line."""

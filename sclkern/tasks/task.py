@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from sclkern.data.source import PairSource
 from sclkern.data.undecodable import Pictures
 from sclkern.errors import UserError
+from sclkern.evaluation.retrieval import RetrievalResult
 from sclkern.models.config import SCLConfig
 from sclkern.tasks.model import TaskModel
 
 
 class TaskSource(Pictures, Protocol):
     """Samples of a task, read in any order, the same after pickling and for the same files.
+
+    With a method ``image_bytes``, as in ``PairSource``, a large JPEG is decoded at a part of its size.
 
     Attributes:
         num_samples: number of samples.
@@ -27,9 +31,6 @@ class TaskSource(Pictures, Protocol):
     num_samples: int
     num_images: int
     digest: str
-
-    def image_bytes(self, image: int) -> memoryview:
-        """A picture as encoded in its file; raises ``ValueError`` if there is none."""
 
     def image_name(self, image: int) -> str:
         """Where a picture comes from, for messages. Names are unique."""
@@ -61,8 +62,14 @@ class Outcome(NamedTuple):
     submission: Any = None
 
 
-# Answers of a model to each sample of a source, in its order, the same on every rank: (samples, ...) on the CPU.
-Predict = Callable[[TaskSource], Tensor]
+class Evaluator(Protocol):
+    """Runs a model over a source; of many processes all make the same calls and get the same."""
+
+    def predict(self, model: TaskModel, source: TaskSource) -> Tensor:
+        """Answers to every sample of a source, in its order: (samples, ...) on the CPU."""
+
+    def retrieve(self, model: TaskModel, pairs: PairSource) -> RetrievalResult:
+        """Recalls over the pictures and captions of a source."""
 
 
 Recipes = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -79,6 +86,7 @@ class Task(ABC):
         splits: names of the tables of each split, of which "val" is what a run selects by.
         recipes: "default" and "published": values of the configuration, section -> key -> value.
         metric: of ``measure``, by which the best model is chosen; larger is better.
+        zero_shot: heads of pre-training by which a model answers that is not fine-tuned; () where it cannot.
     """
 
     name: str
@@ -88,6 +96,7 @@ class Task(ABC):
     splits: Mapping[str, tuple[str, ...]]
     recipes: Recipes
     metric: str
+    zero_shot: tuple[str, ...] = ()
 
     @abstractmethod
     def open(self, root: str | Path, tables: Sequence[str]) -> TaskSource:
@@ -116,12 +125,15 @@ class Task(ABC):
     def measure(self, source: Any, predictions: Tensor) -> Outcome:
         """The metrics of the predictions for every sample of a source."""
 
-    def evaluate(self, source: Any, predict: Predict, *, annotations: Path | None = None) -> Outcome:
+    def evaluate(
+        self, source: Any, model: TaskModel, evaluator: Evaluator, *, annotations: Path | None = None
+    ) -> Outcome:
         """Answer every sample, and measure the answers.
 
         Args:
             source: of ``open``.
-            predict: the model.
+            model: that answers.
+            evaluator: runs it.
             annotations: file of the answers as it is distributed, for a score that the tables do not give.
 
         Returns:
@@ -130,13 +142,20 @@ class Task(ABC):
         Raises:
             UserError: the task knows no such file.
         """
+        self.refuse(annotations)
+        return self.measure(source, evaluator.predict(model, source))
+
+    def refuse(self, annotations: Path | None) -> None:
+        """Raise a ``UserError`` if there are annotations, of a task that is scored by its tables."""
         if annotations is not None:
             raise UserError(f"--annotations: got {annotations}, but {self.name} is scored by its tables; leave it out")
-        return self.measure(source, predict(source))
 
     def answered(self, source: Any) -> bool:
         """Whether a source has the answers that ``measure`` needs."""
         return True
+
+    def check_training(self, source: Any) -> None:  # noqa: B027
+        """Raise a ``UserError`` unless a source has what training draws from it."""
 
     def sizes(self, source: Any) -> dict[str, int]:
         """Fields of ``SCLConfig`` that follow from the data."""

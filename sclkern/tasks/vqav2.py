@@ -23,7 +23,7 @@ from sclkern.objectives.downstream import visual_question_answering
 from sclkern.step.dropout import BatchKeys
 from sclkern.tasks.model import TaskModel
 from sclkern.tasks.tables import QuestionTable
-from sclkern.tasks.task import Outcome, Predict, Recipes, Sample, Task, register_task
+from sclkern.tasks.task import Evaluator, Outcome, Recipes, Sample, Task, register_task
 from sclkern.tasks.vqa import vqa_accuracy
 
 # Beside the tables, and beside a fine-tuned model.
@@ -165,12 +165,14 @@ class Vqav2(Task):
         ]
         return Outcome(values, submission)
 
-    def evaluate(self, source: VqaTable, predict: Predict, *, annotations: Path | None = None) -> Outcome:
+    def evaluate(
+        self, source: VqaTable, model: TaskModel, evaluator: Evaluator, *, annotations: Path | None = None
+    ) -> Outcome:
         """As ``Task.evaluate``; with annotations also ``vqa_accuracy``, the official one of every annotated question.
 
         A question that a conversion left out, because none of its answers is a class, counts as answered wrongly.
         """
-        outcome = self.measure(source, predict(source))
+        outcome = self.measure(source, evaluator.predict(model, source))
         if annotations is None:
             return outcome
         said = {one["question_id"]: one["answer"] for one in outcome.submission}

@@ -15,6 +15,7 @@ from sclkern.data.convert.plan import Options
 from sclkern.data.tokenizer import CaptionTokenizer
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220), "white": (240, 240, 240)}
+MORE_COLOURS = {"yellow": (230, 220, 30), "pink": (240, 60, 200), "cyan": (40, 220, 230), "grey": (110, 110, 110)}
 # Of fine-tuning in seconds.
 QUICK = {
     "run.batch_size": 32,
@@ -35,7 +36,7 @@ def square(colour: str, generator: random.Random) -> Image.Image:
     image = Image.new("RGB", (32, 32))
     side = generator.randint(16, 24)
     left, top = generator.randint(0, 32 - side), generator.randint(0, 32 - side)
-    image.paste(COLOURS[colour], (left, top, left + side, top + side))
+    image.paste((COLOURS | MORE_COLOURS)[colour], (left, top, left + side, top + side))
     return image
 
 
@@ -107,4 +108,25 @@ def nlvr2(root: Path, pairs: int = 256) -> Path:
     for split, of_split in lines.items():
         write(root / "raw" / "nlvr2" / "data" / f"{split}.json", "\n".join(of_split) + "\n")
     convert("nlvr2", root / "raw", root / "arrow", Options(), workers=1)
+    return root / "arrow"
+
+
+def flickr30k(root: Path, pictures: int = 256) -> Path:
+    """Flickr30K, with two captions that name the colour of a picture's square, converted.
+
+    Held-out pictures are 8, each of another colour: chance of the first candidate is 1 of 8 in either direction.
+    """
+    generator, images, number = random.Random(2), list[dict[str, object]](), 0
+    names = [*COLOURS, *MORE_COLOURS]
+    for split, count in {"train": pictures, "val": len(names), "test": len(names)}.items():
+        for index in range(count):
+            colour, file = names[index % len(names)], f"{number}.jpg"
+            write(root / "raw" / "flickr30k-images" / file, encoded(square(colour, generator), "PNG"))
+            texts = (f"a {colour} square", f"there is a square, it is {colour}")
+            # Of training also in other words, so that captions of different pictures differ.
+            said = [{"raw": f"{text} {index}" if split == "train" else text, "imgid": number} for text in texts]
+            images.append({"filename": file, "imgid": number, "split": split, "sentences": said})
+            number += 1
+    write(root / "raw" / "dataset_flickr30k.json", {"images": images, "dataset": "flickr30k"})
+    convert("flickr30k", root / "raw", root / "arrow", Options(), workers=1)
     return root / "arrow"

@@ -27,7 +27,7 @@ def by_two(*arguments):
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("task", ["vqav2"])
+@pytest.mark.parametrize("task", ["vqav2", "flickr30k"])
 def test_two_processes_train_and_measure_what_one_does(tmp_path, capsys, task):
     data = getattr(answerable, task)(tmp_path / task, 60)
     checkpoint = answerable.checkpoint(tmp_path / "checkpoint", dropout=0.1)

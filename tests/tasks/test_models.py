@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from sclkern import SCLConfig
+from sclkern.tasks.model import Texts
+from sclkern.tasks.ranking import RankingModel
 from sclkern.tasks.reasoning import ReasoningModel
 from sclkern.tasks.vqav2 import VqaModel
 
@@ -53,6 +55,50 @@ def test_reasoning_on_two_pictures(recorded):
     losses = model(asked, seed=0)
     close(losses.total, recorded["loss.nlvr2_loss"])
     assert torch.equal(model.predict(asked), recorded["out.nlvr2_logits"].argmax(1))
+
+
+def test_ranking(recorded):
+    model = network(RankingModel, recorded, heads=("itc", "rank"))
+    scores = model.predict(batch(recorded))
+    close(scores, recorded["out.rank_scores"])
+    # As the matching head that retrieval reads: the logit of "matches", before that the other one.
+    pooled = model.fuse(
+        model.encode_texts(recorded["in.text_ids"], recorded["in.text_mask"].bool()),
+        model.encode_image(recorded["in.image"]),
+    )
+    logits = model.itm_head(pooled)
+    torch.testing.assert_close(logits[:, 1], scores[:, 0])
+    assert not logits[:, 0].any()
+
+
+def test_the_loss_of_ranking_is_that_of_its_definition(make_batch):
+    torch.manual_seed(0)
+    config = SCLConfig.preset("tiny").replace(heads=("itc", "rank"), patch_mask_token=False, init_std=0.2)
+    model = RankingModel(config).double().eval()
+    captions = make_batch(rows=6, seed=4)
+    # Rows 0 and 1 show the same picture; the second text of row 2 is one of it.
+    asked = {**captions, "image": make_batch(rows=3, seed=5)["image"], "image_id": torch.tensor([7, 7, 9])}
+    asked["text_image"] = torch.tensor([7, 7, 9, 1, 2, 7])
+    text = model.encode_texts(asked["text_ids"], asked["text_mask"])
+    image = model.encode_image(asked["image"])
+    pairs = [[(i, t) for t in (i, i + 3)] for i in range(3)]
+    parts = [
+        [model.fuse(Texts(text.tokens[[t]], text.mask[[t]]), image.with_tokens(image.tokens[[i]])) for i, t in row]
+        for row in pairs
+    ]
+    scores = torch.stack([torch.cat([model.rank_head(pair)[:, 0] for pair in row]) for row in parts])
+    ranking = -scores.float().log_softmax(1)[:, 0].mean()
+    t, v = (x.float() / x.float().norm(dim=1, keepdim=True) for x in model.project(text.tokens[:, 0], image.cls))
+    similarity = (v @ t.T / model.contrast_temperature()).exp()
+    allowed = torch.tensor([[1, 0, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
+    of_text = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 1, 1]])
+    to_text = [-(similarity[i, i] / (similarity[i] * allowed[i]).sum()).log() for i in range(3)]
+    to_image = [-(similarity[i, i] / (similarity[:, i] * of_text[:, i]).sum()).log() for i in range(3)]
+    contrast = (sum(to_text) + sum(to_image)) / 6
+    losses = model(asked, seed=0)
+    torch.testing.assert_close(losses.metrics["ranking_loss"], ranking)
+    torch.testing.assert_close(losses.metrics["contrast_loss"], contrast, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses.total, ranking + 0.5 * contrast, rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_follows_from_the_place_of_a_row(make_batch):
