@@ -27,25 +27,39 @@ def by_two(*arguments):
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("task", ["vqav2", "flickr30k"])
-def test_two_processes_train_and_measure_what_one_does(tmp_path, capsys, task):
-    data = getattr(answerable, task)(tmp_path / task, 60)
-    checkpoint = answerable.checkpoint(tmp_path / "checkpoint", dropout=0.1)
+@pytest.fixture
+def one(tmp_path):
+    """one(task, pictures) -> the command that trains in a folder, and the folder where one process has run it."""
 
-    def finetune(folder, **changes):
-        changes = {"data__root": data, "run__output_dir": folder, "optimizer__eps": 1e-5, **changes}
-        fixed = {"task__epochs": "null", "task__val_epochs": "null", "run__max_steps": 6}
-        return ["finetune", task, "--checkpoint", checkpoint, *answerable.overrides(**fixed, **changes)]
+    def run(task, pictures):
+        data = getattr(answerable, task)(tmp_path / task, pictures)
+        checkpoint = answerable.checkpoint(tmp_path / "checkpoint", dropout=0.1)
 
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert main(list(map(str, finetune(one)))) == 0
-    by_two(*finetune(two, run__batch_size=16))
-    alone, together = (load_checkpoint(folder / "checkpoints" / "latest.pt")["model"] for folder in (one, two))
-    for name, weight in alone.items():
-        torch.testing.assert_close(weight, together[name], rtol=1e-4, atol=1e-4)
-    assert (one / "results.json").read_text() == (two / "results.json").read_text()
-    evaluate = ["evaluate", task, "--checkpoint", two, "--data", data, "run.device=cpu"]
-    capsys.readouterr()
-    assert main(list(map(str, evaluate))) == 0
-    own = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert own == json.loads(by_two(*evaluate)[-1]) == json.loads((two / "results.json").read_text())["values"]
+        def command(folder, **changes):
+            changes = {"data__root": data, "run__output_dir": folder, "optimizer__eps": 1e-5, **changes}
+            fixed = {"task__epochs": "null", "task__val_epochs": "null", "run__max_steps": 4}
+            fixed |= {"task__global_batch": 8, "run__batch_size": 8}
+            return ["finetune", task, "--checkpoint", str(checkpoint), *answerable.overrides(**{**fixed, **changes})]
+
+        assert main(command(tmp_path / "one")) == 0
+        return command, tmp_path / "one"
+
+    return run
+
+
+def test_two_processes_train_what_one_does(one, tmp_path):
+    command, alone = one("flickr30k", 60)
+    by_two(*command(tmp_path / "two", run__batch_size=4))
+    first, second = (
+        load_checkpoint(folder / "checkpoints" / "latest.pt")["model"] for folder in (alone, tmp_path / "two")
+    )
+    for name, weight in first.items():
+        torch.testing.assert_close(weight, second["model"][name], rtol=1e-4, atol=1e-4)
+    assert (alone / "results.json").read_text() == (tmp_path / "two" / "results.json").read_text()
+
+
+def test_two_processes_measure_what_one_does_to_the_digit(one, tmp_path, capsys):
+    _, alone = one("vqav2", 60)
+    evaluate = ["evaluate", "vqav2", "--checkpoint", str(alone), "--data", str(tmp_path / "vqav2" / "arrow")]
+    found = json.loads((alone / "results.json").read_text())["values"]
+    assert json.loads(by_two(*evaluate, "run.device=cpu", "task.evaluation_batch=7")[-1]) == found
