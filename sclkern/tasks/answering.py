@@ -14,6 +14,7 @@ from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import ImageTransform, build_transform
 from sclkern.data.undecodable import UndecodableImages
 from sclkern.distributed import gather_parts, merge
+from sclkern.evaluation.reranking import Reranking
 from sclkern.evaluation.retrieval import RetrievalResult, evaluate_retrieval
 from sclkern.tasks.batches import TaskBatches, TaskLoader
 from sclkern.tasks.config import FinetuneConfig
@@ -115,23 +116,23 @@ class Answering:
         return gather_parts(own) if self.world.size > 1 else torch.cat([own[number] for number in sorted(own)])
 
     def retrieve(self, model: TaskModel, pairs: PairSource) -> RetrievalResult:
-        """Recalls over the pictures and captions of a source, in float32.
+        """Recalls over the pictures and captions of a source.
 
         Args:
-            model: with the heads ``itc`` and ``itm_head``.
+            model: with the heads ``itc`` and ``rank``.
             pairs: the pictures and captions.
 
         Returns:
-            The recalls; the matching head orders the first ``task.rerank`` candidates of the contrast, or all.
+            The recalls; the ranking head orders the first ``task.rerank`` candidates of the contrast, or all.
         """
-        rerank = self.config.task.rerank
         return evaluate_retrieval(
             model,
             pairs,
             self.tokenizer,
             self.transform(self.config.data.val_transform),
             batch_size=self.config.task.evaluation_batch,
-            rerank=max(pairs.num_pairs, pairs.num_images) if rerank is None else rerank,
+            rerank=Reranking(candidates=self.config.task.rerank, score="rank"),
+            precision=torch.bfloat16 if self.config.run.precision == "bfloat16" else None,
             between_batches=self.between,
             distributed=self.world.size > 1,
         )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from sclkern.data.digest import digest
 from sclkern.data.source import PairSource, has_clips, image_ids, open_pairs
@@ -70,23 +70,13 @@ class RankingModel(TaskModel):
         return (to_text + to_image) / 2
 
     def predict(self, batch: Mapping[str, Any]) -> Tensor:
-        """The score of each caption of a batch, (B, T) float32; retrieval ranks by ``itm_head``."""
+        """The score of each caption of a batch, (B, T) float32."""
         rows = len(batch["image"])
         count = len(batch["text_ids"]) // rows
         texts, image = self.encode_texts(batch["text_ids"], batch["text_mask"]), self.encode_image(batch["image"])
         pooled = self.fuse(texts, image.with_tokens(image.tokens.repeat(count, 1, 1)))
         scores: Tensor = self.rank_head(pooled).float().view(count, rows).T
         return scores
-
-    @property
-    def itm_head(self) -> nn.Linear:  # type: ignore[override]
-        """The ranking head as the matching head that retrieval reads: the logit of "matches" is the score."""
-        weight, bias = self.rank_head.weight, self.rank_head.bias
-        head = nn.utils.skip_init(nn.Linear, weight.shape[1], 2, device=weight.device, dtype=weight.dtype)
-        with torch.no_grad():
-            head.weight.copy_(torch.cat([torch.zeros_like(weight), weight]))
-            head.bias.copy_(torch.cat([torch.zeros_like(bias), bias]))
-        return head
 
 
 class CaptionTable:
@@ -184,10 +174,10 @@ class CaptionRetrieval(Task):
     def evaluate(
         self, source: CaptionTable, model: TaskModel, evaluator: Evaluator, *, annotations: Path | None = None
     ) -> Outcome:
-        """Recalls of the contrast ("itc"), of the ranking head ("itm") and of chance, and ``rsum`` of the ranking head.
+        """Recalls and ranks of the contrast ("itc"), the ranking head ("rank") and chance, and the head's ``rsum``.
 
         The ranking head orders the best ``task.rerank`` candidates of the contrast.
         """
         self.refuse(annotations)
         found = evaluator.retrieve(model, source.pairs)
-        return Outcome({**found.recalls, "rsum": found.sum})
+        return Outcome({**found.recalls, **found.ranks, "rsum": found.sum})

@@ -50,10 +50,8 @@ def one(tmp_path):
 def test_two_processes_train_what_one_does(one, tmp_path):
     command, alone = one("flickr30k", 60)
     by_two(*command(tmp_path / "two", run__batch_size=4))
-    first, second = (
-        load_checkpoint(folder / "checkpoints" / "latest.pt")["model"] for folder in (alone, tmp_path / "two")
-    )
-    for name, weight in first.items():
+    first, second = (load_checkpoint(folder / "checkpoints" / "latest.pt") for folder in (alone, tmp_path / "two"))
+    for name, weight in first["model"].items():
         torch.testing.assert_close(weight, second["model"][name], rtol=1e-4, atol=1e-4)
     assert (alone / "results.json").read_text() == (tmp_path / "two" / "results.json").read_text()
 

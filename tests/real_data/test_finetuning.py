@@ -26,7 +26,7 @@ CASES = {
     "nlvr2": ({"task__epochs": 4}, "accuracy", 0.5 + 0.2),
     "flickr30k": (
         {"task__epochs": 2, "task__global_batch": 16, "run__batch_size": 16},
-        "itm_text_to_image_r1",
+        "rank_text_to_image_r1",
         1 / 8 + 0.2,
     ),
 }
@@ -171,7 +171,7 @@ class TestRetrieval:
         assert main([*arguments, "run.device=cpu", "task.rerank=null"]) == 0
         found = printed(capsys)
         assert found["chance_image_to_text_r1"] == found["chance_text_to_image_r1"] == 1 / 8
-        assert 0 <= found["itm_image_to_text_r1"] <= 1
+        assert 0 <= found["rank_image_to_text_r1"] <= 1
 
     def test_too_few_captions_of_other_pictures_are_refused(self, data, tmp_path, refused):
         checkpoint = answerable.checkpoint(tmp_path / "checkpoint")
