@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from sclkern.data.convert.annotations import read_json
 from sclkern.data.convert.plan import Listing, Member, Options, Plan, Row, split_rows
 from sclkern.data.files import DataFolder
+from sclkern.data.sources.tar import check_end, check_start
 from sclkern.data.text import one_line
 from sclkern.errors import UserError
 
@@ -133,6 +134,8 @@ def _samples(source: DataFolder, tar: str) -> Iterator[tuple[str, dict[str, Any]
     """The members of each key, which stand side by side."""
     key, sample = "", dict[str, Any]()
     with source.open(tar) as file:
+        check_start(source.shown(tar), file.read(512))
+        file.seek(0)
         try:
             with tarfile.open(fileobj=file, mode="r:") as opened:
                 for member in opened:
@@ -154,11 +157,13 @@ def _samples(source: DataFolder, tar: str) -> Iterator[tuple[str, dict[str, Any]
                         extracted = opened.extractfile(member)
                         assert extracted is not None
                         sample[suffix] = _text(extracted.read(), suffix)
+                end = opened.offset
         except tarfile.TarError as error:
             raise UserError(
                 f"{source.shown(tar)}: is no whole tar ({error}), expected an uncompressed one of img2dataset; "
                 "download it again"
             ) from error
+        check_end(source.shown(tar), file, end)
     if sample:
         yield key, sample
 

@@ -121,7 +121,7 @@ def _table_of(name: str) -> str:
 
 def _read_samples(shown: str, file: BinaryIO) -> dict[str, _Sample]:
     """The samples of a tar by their keys, in its order."""
-    _check_start(shown, file.read(_BLOCK))
+    check_start(shown, file.read(_BLOCK))
     file.seek(0)
     samples: dict[str, _Sample] = {}
     seen: set[str] = set()
@@ -143,7 +143,7 @@ def _read_samples(shown: str, file: BinaryIO) -> dict[str, _Sample]:
             end = tar.offset
     except tarfile.TarError as error:
         raise UserError(f"{shown}: is no whole tar ({one_line(str(error), 200)}); {_AGAIN}") from error
-    _check_end(shown, file, end)
+    check_end(shown, file, end)
     return samples
 
 
@@ -197,7 +197,13 @@ def _count_table(folder: DataFolder, name: str, keys: set[str], dropped: dict[st
             dropped[reason] = dropped.get(reason, 0) + 1
 
 
-def _check_start(shown: str, start: bytes) -> None:
+def check_start(shown: str, start: bytes) -> None:
+    """Raise a ``UserError`` unless a file begins as a tar that is not packed.
+
+    Args:
+        shown: its name, for messages.
+        start: its first 512 bytes.
+    """
     if not start:
         raise UserError(f"{shown}: is empty, expected a tar; {_AGAIN}")
     for magic, (kind, tool) in _PACKED.items():
@@ -211,8 +217,16 @@ def _check_start(shown: str, start: bytes) -> None:
         raise UserError(f"{shown}: is no tar, it begins with {start[:16]!r}; {_AGAIN}")
 
 
-def _check_end(shown: str, file: BinaryIO, end: int) -> None:
-    """A tar ends with two blocks of zeros; one without was cut short, or has a broken header where ``end`` is."""
+def check_end(shown: str, file: BinaryIO, end: int) -> None:
+    """Raise a ``UserError`` unless a tar ends where its last file does.
+
+    It ends with two blocks of zeros; one without was cut short, or has a broken header.
+
+    Args:
+        shown: its name, for messages.
+        file: the tar.
+        end: byte behind its last file.
+    """
     file.seek(end)
     mark = file.read(2 * _BLOCK)
     if len(mark) < 2 * _BLOCK or mark.strip(b"\0"):

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from caption_files import bomb, picture, sample, write_samples, write_tar
+from sclkern.cli import main
 from sclkern.data import open_pairs
 from sclkern.data.digest import digest
 from sclkern.data.sources.arrow import ArrowPairs, write_pairs
@@ -281,3 +282,16 @@ def test_tars_have_no_splits(tmp_path: Path) -> None:
     )
     write_tar(tmp_path / "t.tar", [])
     assert "no pair of an image and a caption" in message_of(tmp_path)
+
+
+@pytest.mark.parametrize(("keep", "part"), [(0.5, "ends without its end mark"), (0, "is empty, expected a tar")])
+def test_a_conversion_refuses_a_tar_that_was_cut_short(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], keep: float, part: str
+) -> None:
+    write_samples(tmp_path / "00000.tar", 20)
+    content = write_samples(tmp_path / "00001.tar", 20, 20).read_bytes()
+    (tmp_path / "00001.tar").write_bytes(content[: int(keep * len(content))])
+    assert main(["data", "convert", "cc12m", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert f"{tmp_path}/00001.tar: {part}" in message and "download or write it again" in message
+    assert not list(tmp_path.rglob("*.arrow"))
