@@ -17,7 +17,7 @@ from sclkern.data import PairSource
 from sclkern.data.source import has_clips
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import normalize_images
-from sclkern.data.undecodable import UndecodableImages, read_image
+from sclkern.data.undecodable import UndecodableImages, read_clip, read_image
 from sclkern.distributed import gather_parts, merge
 from sclkern.errors import UserError
 from sclkern.evaluation.matching import EncodedTexts
@@ -176,10 +176,7 @@ def _read(
     if choose_frames is None or not has_clips(source):
         reduction = getattr(transform, "reduction", None)
         return transform(read_image(source, image, model.config.patch_size, reduction))
-    try:
-        frames = source.frames(image, choose_frames)
-    except Exception as error:  # readers of other formats raise errors of every kind on one bad file
-        raise ValueError(str(error) or type(error).__name__) from error
+    frames = read_clip(source, image, model.config.patch_size, choose_frames)
     return torch.stack([transform(frame) for frame in frames])
 
 

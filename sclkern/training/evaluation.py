@@ -134,7 +134,7 @@ class RunEvaluation:
 
         Args:
             name: "held-out" or "training", whose images are taken where there are both; or "held-out clips".
-            max_images: images to retrieve from, spread evenly over the set; None takes all.
+            max_images: images to retrieve from, spread evenly over the set; None takes ``evaluation.images``.
 
         Returns:
             The recalls.
@@ -150,7 +150,7 @@ class RunEvaluation:
             self.data.val_transform,
             batch_size=self.config.evaluation.batch_size,
             rerank=self.rerank,
-            max_images=max_images,
+            max_images=max_images or self.config.evaluation.images,
             undecodable=self.undecodable["training" if name == "training" else "held-out"],
             choose_frames=FrameSampling(data.num_frames, data.val_frame_sampling),
             between_batches=self.stop.check,

@@ -273,17 +273,19 @@ class EvaluationConfig:
     Attributes:
         batch_size: images or captions encoded at a time.
         rerank: candidates of ITC that ITM re-ranks, in each direction; 0 does not re-rank.
+        images: held-out images, or clips, that retrieval takes at most, spread evenly over them.
         train_images: training images that the final report retrieves from; 0 leaves the training set out.
         attention_images: held-out images in attention.png, 100 at most; 0 writes no such file.
     """
 
     batch_size: int = 64
     rerank: int = 16
+    images: int = 5000
     train_images: int = 1000
     attention_images: int = 6
 
     def __post_init__(self) -> None:
-        _check(self, lambda value: value >= 1, "1 or more", "batch_size")
+        _check(self, lambda value: value >= 1, "1 or more", "batch_size", "images")
         _check(self, lambda value: value >= 0, "0 or more", "rerank", "train_images")
         # A figure of more rows would pass the pixels that a plot may have, at the end of the run.
         _check(self, lambda value: 0 <= value <= 100, "0 to 100", "attention_images")
