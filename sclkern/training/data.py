@@ -12,19 +12,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sclkern.data import PairSource, open_pairs
+from sclkern.data import PairSource
 from sclkern.data.buckets import Buckets
 from sclkern.data.dataset import PairDataset
 from sclkern.data.digest import digest
 from sclkern.data.frames import FrameSampling
 from sclkern.data.loader import Negatives, PairLoader
-from sclkern.data.mixture import KINDS, Kind, KindSchedule, MixedLoader, kind_of, mix_pairs
+from sclkern.data.mixture import Kind, KindSchedule, MixedLoader, kind_of
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import build_transform
 from sclkern.distributed import merge
 from sclkern.errors import UserError
 from sclkern.training.config import PretrainConfig
-from sclkern.training.sections import DataConfig
+from sclkern.training.sources import Mixed, check_frames, open_sources
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -101,11 +101,11 @@ def open_data(config: PretrainConfig, device: torch.device, *, rank: int = 0, wo
             processes have other data than one another.
     """
     data, length = config.data, config.model.max_text_len
-    train, val = _open_sources(data, training=True), _open_sources(data, training=False)
+    train, val = open_sources(data, training=True), open_sources(data, training=False)
     for held_out in val.values():
         for mixed in train.values():
             _check_batch(config, world_size, mixed, held_out.source)
-    _check_frames(config, {**train, **val})
+    check_frames(config, {**train, **val})
     tokenizer = CaptionTokenizer.from_pretrained(data.tokenizer)
     check_tokenizer(config, tokenizer)
     # A GPU needs few shapes: each is compiled or captured once. A CPU would compute every token of the padding.
@@ -188,57 +188,6 @@ def open_data(config: PretrainConfig, device: torch.device, *, rank: int = 0, wo
     )
 
 
-@dataclass(frozen=True)
-class _Mixed:
-    """The sources of one kind.
-
-    Attributes:
-        source: all of them.
-        weight: of all of them: the sum of their weights, or of their pairs.
-        weighted: pairs and weight of each; None where they have no weights.
-    """
-
-    source: PairSource
-    weight: float
-    weighted: list[tuple[int, float]] | None
-
-
-def _open_sources(data: DataConfig, *, training: bool) -> dict[Kind, _Mixed]:
-    """The sources of a set by their kind, images first."""
-    name, named = ("sources", data.sources) if training else ("val_sources", data.val_sources)
-    opened: list[tuple[PairSource, str, float | None]] = []
-    if named is None:
-        tables, split = (data.train_tables, data.train_split) if training else (data.val_tables, data.val_split)
-        opened.append((open_pairs(data.root, tables, split, format=data.format), data.root, None))
-    else:
-        for number, one in enumerate(named):
-            root = data.root if one.root is None else one.root
-            try:
-                source = open_pairs(root, one.tables, one.split, format=one.format)
-            except UserError as error:
-                raise UserError(f"data.{name}.{number}: {error}") from error
-            opened.append((source, root, one.weight))
-    kinds: dict[Kind, _Mixed] = {}
-    for kind in KINDS:
-        chosen = [one for one in opened if kind_of(one[0]) == kind]
-        if chosen:
-            sources = [source for source, _, _ in chosen]
-            weighted = [(source.num_pairs, weight) for source, _, weight in chosen if weight is not None]
-            total = sum(share for _, share in weighted) if weighted else sum(source.num_pairs for source in sources)
-            mixed = mix_pairs(sources, [root for _, root, _ in chosen])
-            kinds[kind] = _Mixed(mixed, total, weighted if len(weighted) > 1 else None)
-    return kinds
-
-
-def _check_frames(config: PretrainConfig, kinds: Mapping[Kind, _Mixed]) -> None:
-    frames, most = config.data.num_frames, config.model.max_frames
-    if "clips" in kinds and not 1 <= frames <= most:
-        raise UserError(
-            f"data.num_frames: got {frames}, expected 1 to model.max_frames {most}, because the data have clips; set "
-            f"model.max_frames={max(frames, 1)} or model.preset=base_video"
-        )
-
-
 def _negatives(config: PretrainConfig) -> Negatives | None:
     objectives = config.objectives
     if objectives.dataset_negatives:
@@ -258,7 +207,7 @@ def _check_same(identities: Mapping[int, dict[str, Any]]) -> None:
             )
 
 
-def _check_batch(config: PretrainConfig, world_size: int, mixed: _Mixed, val: PairSource) -> None:
+def _check_batch(config: PretrainConfig, world_size: int, mixed: Mixed, val: PairSource) -> None:
     """Raise a ``UserError`` if a contrast would see a pair twice, or a negative image is no other row's."""
     run, rows, train = config.run, config.run.batch_size * world_size, mixed.source
     for pairs, weight in mixed.weighted or ():
@@ -307,7 +256,7 @@ def caption_widths(config: PretrainConfig) -> tuple[int, ...]:
     try:
         tokenizer = CaptionTokenizer.from_pretrained(data.tokenizer)
         for training in (True, False):
-            for mixed in _open_sources(data, training=training).values():
+            for mixed in open_sources(data, training=training).values():
                 rows = min(config.run.batch_size, mixed.source.num_pairs)
                 lengths = _caption_lengths(mixed.source, tokenizer, longest)
                 widths |= set(Buckets.from_lengths(lengths, rows, longest).widths)

@@ -78,14 +78,14 @@ class SourceConfig:
     Attributes:
         tables: names of the files, without their suffix.
         root: folder of the data, or a URL; null is ``data.root``.
-        format: data format, as ``data.format``.
+        format: data format; null is ``data.format``.
         split: split of the files to read; null reads every row.
         weight: share of the training pairs, relative to the weights of the others.
     """
 
     tables: tuple[str, ...]
     root: str | None = None
-    format: str = "auto"
+    format: str | None = None
     split: str | None = None
     weight: float | None = None
 

@@ -62,6 +62,19 @@ def test_clips_need_a_model_with_frames(tmp_path: Path) -> None:
         open_data(load_config(None, mixed(tmp_path, model__max_frames=2)), CPU)
 
 
+def test_what_sources_replace_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    open_data(load_config(None, mixed(tmp_path, data__train_split="null", data__val_tables="[b]")), CPU)
+    keys = [record.getMessage().split()[0] for record in caplog.records if "is not read" in record.getMessage()]
+    assert keys == ["data.train_split", "data.val_tables"]
+
+
+def test_a_source_without_a_format_has_that_of_the_data(tmp_path: Path) -> None:
+    sources = json.dumps([{"tables": ["5"]}])
+    changes = {"data__sources": sources, "data__val_sources": sources, "data__format": CLIPS["format"]}
+    data = open_data(load_config(None, mixed(tmp_path, run__batch_size=2, **changes)), CPU)
+    assert list(data.train_sources) == ["clips"] and data.train_source.num_pairs == 5
+
+
 def batches(arguments: list[str], steps: int, start: int = 0, **world: int) -> list[dict[str, Any]]:
     config = load_config(None, arguments)
     stream = open_data(config, CPU, **world).train_loader.steps(start)
