@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import re
 import shutil
@@ -13,24 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from sclkern.data.names import expand_names, is_plain, is_url
+from sclkern.data.remote import open_filesystem, version
 from sclkern.data.text import one_line
 from sclkern.errors import UserError
 from sclkern.io import write_atomically
-
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::|://)")
-# What file systems call the version of a file, the surest first.
-_STAMPS = ("ETag", "etag", "md5", "mtime", "LastModified", "last_modified", "updated")
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_MOST_TABLES = 1_000_000
-
-
-def is_url(root: str | Path) -> bool:
-    """Whether a root of data is an fsspec URL, such as ``s3://bucket/folder``, and no local path."""
-    return isinstance(root, str) and _URL.match(root) is not None
 
 
 def cache_folder() -> Path:
@@ -44,8 +32,7 @@ class FileInfo:
 
     Attributes:
         size: bytes.
-        stamp: text that changes when the file is written again: nanoseconds of its mtime, or an ETag; empty where a
-            file system knows none.
+        stamp: text that changes when the file is written again: nanoseconds of its mtime, or an ETag; may be empty.
     """
 
     size: int
@@ -78,7 +65,7 @@ class DataFolder:
         self.local_root = None if is_url(root) else Path(root)
         self._remote_root = ""
         if self.local_root is None:
-            filesystem, self._remote_root = _filesystem(str(root))
+            filesystem, self._remote_root = open_filesystem(str(root))
             self._remote_root = self._remote_root.rstrip("/")
             if isinstance(filesystem, LocalFileSystem):
                 self.local_root = Path(self._remote_root or "/")
@@ -103,7 +90,6 @@ class DataFolder:
         if self.local_root is None:
             raise UserError(f"{self.shown(name)}: is behind a URL, expected a local file; copy it to a local disk")
         local = self.local_root / name
-        # Costs a few microseconds, beside milliseconds for the picture that is read then.
         real, real_root = os.path.realpath(local), os.path.realpath(self.local_root)
         if real != real_root and not real.startswith(os.path.join(real_root, "")):
             raise UserError(
@@ -180,15 +166,9 @@ class DataFolder:
                 return None
             if found.get("type") == "directory":
                 return None
-            stamp = next((str(found[key]) for key in _STAMPS if found.get(key)), None)
-            if stamp is None:
-                try:
-                    stamp = str(filesystem.modified(path))
-                except (NotImplementedError, KeyError):
-                    stamp = ""
             if found.get("size") is None:
                 raise UserError(f"{self.shown(name)}: the server gives no size; copy the folder to a local disk")
-            return FileInfo(int(found["size"]), stamp)
+            return FileInfo(int(found["size"]), version(filesystem, path, found))
 
     def is_dir(self, name: str = "") -> bool:
         """Whether there is such a folder; of the root itself by default."""
@@ -203,7 +183,7 @@ class DataFolder:
 
         Args:
             name: folder relative to the root; by default the root.
-            folders: whether to give the names of the folders in it instead, but for those that begin with ".".
+            folders: give the names of the folders in it instead, without those that begin with ".".
 
         Returns:
             The names, without the folder.
@@ -330,7 +310,7 @@ class DataFolder:
         return [file for file in candidates if self.info(file) is not None]
 
     def _check_name(self, name: str) -> None:
-        if "\0" in name or "\\" in name or name.startswith("/") or _URL.match(name) or ".." in name.split("/"):
+        if not is_plain(name):
             raise UserError(
                 f"{self.root}: the name {one_line(name, 200)!r} leads out of the folder or is not plain, expected one "
                 "relative to it, with '/', without '..'; correct the name, or set data.root to a folder above"
@@ -339,7 +319,7 @@ class DataFolder:
     def _remote(self, name: str) -> tuple[Any, str]:
         """The file system and the path there; made anew in each process, as connections do not survive a fork."""
         self._check_name(name)
-        filesystem, _ = _filesystem(self.root)
+        filesystem, _ = open_filesystem(self.root)
         return filesystem, f"{self._remote_root}/{name}" if name else self._remote_root
 
     @contextmanager
@@ -361,22 +341,6 @@ class DataFolder:
             raise UserError(f"{self.shown(name)}: cannot be read ({reason}); correct the URL or try again") from error
 
 
-def _filesystem(root: str) -> tuple[Any, str]:
-    try:
-        filesystem, path = fsspec.core.url_to_fs(root)
-        return filesystem, path
-    except ImportError as error:
-        raise UserError(
-            f"data.root: {one_line(root, 200)!r} needs a package that is not installed ({one_line(str(error), 200)}); "
-            "install it, or copy the folder to a local disk"
-        ) from error
-    except Exception as error:  # of an unknown protocol, a missing host, credentials
-        raise UserError(
-            f"data.root: {one_line(root, 200)!r} cannot be opened ({one_line(str(error), 200)}), expected a local "
-            "folder or a URL of fsspec; correct it"
-        ) from error
-
-
 def _read_exactly(file: Any, length: int) -> bytes:
     """Up to ``length`` bytes; one system call, as a rule, gives them all."""
     parts: list[bytes] = []
@@ -384,42 +348,3 @@ def _read_exactly(file: Any, length: int) -> bytes:
         parts.append(part)
         length -= len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def expand_names(table: str) -> list[str]:
-    """The names that a table with braces stands for, as ``DataFolder.tables`` describes; a name without is itself.
-
-    Args:
-        table: such as ``"{00000..00331}"`` or ``"coco_{train,val}"``.
-
-    Returns:
-        The names, in the order of the range or the list.
-
-    Raises:
-        UserError: what stands in braces is neither.
-    """
-    pieces: list[list[str]] = []
-    end = 0
-    for match in _BRACES.finditer(table):
-        pieces += [[table[end : match.start()]], _choices(table, match[1])]
-        end = match.end()
-    pieces.append([table[end:]])
-    count = 1
-    for piece in pieces:
-        count *= len(piece)
-    if count > _MOST_TABLES:
-        raise UserError(f"tables: {table!r} stands for {count} names, expected {_MOST_TABLES} at most; correct it")
-    return ["".join(chosen) for chosen in itertools.product(*pieces)]
-
-
-def _choices(table: str, content: str) -> list[str]:
-    if found := _RANGE.fullmatch(content):
-        first, last = int(found[1]), int(found[2])
-        if 0 <= last - first < _MOST_TABLES:
-            return [str(number).zfill(len(found[1])) for number in range(first, last + 1)]
-    elif "," in content:
-        return content.split(",")
-    raise UserError(
-        f"tables: {table!r} has {{{content}}}, expected a rising range such as {{00000..00331}} or a list such as "
-        "{train,val}; correct it"
-    )

@@ -27,9 +27,8 @@ CAPTION = pa.field("caption", pa.list_(pa.large_string()))
 
 
 class IndexedPairs:
-    """Pairs of an index: a ``PairSource`` but for the bytes of an image and its name.
-
-    A subclass states what its files and their index are, and gives ``image_bytes`` and ``image_name``.
+    """Pairs of an index. Subclasses are a ``PairSource``: they state what their files and the index are, and give
+    ``image_bytes`` and ``image_name``.
 
     Args:
         root: folder of the files, or an fsspec URL.
@@ -124,7 +123,7 @@ class IndexedPairs:
         return self._rows.column(name).take(pa.array(self._image_row)) if name in self.schema.names else None
 
     def _place(self, image: int) -> tuple[str, dict[str, Any]]:
-        """The file of an image, and its row there but for the captions."""
+        """The file of an image, and its row there without the captions."""
         row = int(self._image_row[image])
         file = int(np.searchsorted(self._first_row, row, side="right")) - 1
         names = [name for name in self.schema.names if name != "caption"]
@@ -216,7 +215,7 @@ class PairNumbers:
 def number_pairs(
     length: np.ndarray, texts: pa.Array | pa.ChunkedArray, keep_row: np.ndarray, code: np.ndarray | None = None
 ) -> PairNumbers:
-    """Number the pairs of the rows that are kept; no caption becomes a Python object but for the digest.
+    """Number the pairs of the rows that are kept. Captions become Python objects for the digest alone, some at a time.
 
     Args:
         length: (rows,) int64, captions of each row.

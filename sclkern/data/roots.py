@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sclkern.data.files import is_url
+from sclkern.data.names import is_url
 
 
 def demo_root() -> Path:

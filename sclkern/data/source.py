@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from sclkern.data.files import DataFolder, expand_names
+from sclkern.data.files import DataFolder
+from sclkern.data.names import expand_names
 from sclkern.data.packed import PackedTexts
 from sclkern.data.roots import resolve_root
 from sclkern.errors import UserError
@@ -70,7 +71,7 @@ class PairSource(Protocol):
 
 
 class ClipSource(PairSource, Protocol):
-    """A source of clips, whose images are clips: it has ``frames``, by which it is told from one of images.
+    """A source whose images are clips; ``has_clips`` recognises it by its ``frames``.
 
     Its ``image`` is the middle frame, for pictures that people look at.
     """

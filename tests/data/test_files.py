@@ -11,7 +11,8 @@ import fsspec
 import pytest
 
 from sclkern.data import open_pairs, resolve_root
-from sclkern.data.files import DataFolder, FileInfo, is_url
+from sclkern.data.files import DataFolder, FileInfo
+from sclkern.data.names import is_url
 from sclkern.data.sources.arrow import write_pairs
 from sclkern.errors import UserError
 

@@ -1,4 +1,4 @@
-"""Small videos, encoded as cameras and sites do, whose frames can be told apart."""
+"""Small videos, encoded as cameras and sites do, whose frames all differ."""
 
 from fractions import Fraction
 

@@ -348,3 +348,25 @@ def test_converted_clips_are_read(tmp_path, frames):
         (frame,) = source.frames(clip, lambda count: counts.append(count) or [count - 1])
         assert frame.mode == "RGB"
     assert min(counts) >= 1 and (frames is None or set(counts) == {frames})
+
+
+def test_a_path_out_of_the_source_is_named_and_left_out(tmp_path):
+    (tmp_path / "secret.jpg").write_bytes(b"x")
+    make("coco", tmp_path / "source")
+    splits = tmp_path / "source" / "karpathy" / "dataset_coco.json"
+    content = json.loads(splits.read_text())
+    for image, folder in zip(content["images"], ("..", "/etc"), strict=False):
+        image |= {"filepath": folder, "filename": "secret.jpg"}
+        splits.write_text(json.dumps(content))
+        arguments = [
+            "data",
+            "convert",
+            "coco",
+            str(tmp_path / "source"),
+            "--output",
+            str(tmp_path / folder.strip("/.")),
+        ]
+        # One of them is named, two are too many.
+        assert main(arguments) == (0 if folder == ".." else 2)
+    card = json.loads((tmp_path / "coco.card.json").read_text())
+    assert "../secret.jpg" in str(card["missing"])

@@ -16,7 +16,8 @@ import numpy as np
 
 from sclkern.data.check.report import Finding
 from sclkern.data.check.tasks import TaskPictures
-from sclkern.data.files import DataFolder, is_url
+from sclkern.data.files import DataFolder
+from sclkern.data.names import is_url
 from sclkern.data.roots import resolve_root
 from sclkern.data.source import SOURCES, PairSource, detect_format, open_pairs
 from sclkern.errors import UserError

@@ -7,6 +7,7 @@ from collections import Counter
 from sclkern.data.convert.annotations import find, read_json, records
 from sclkern.data.convert.plan import CAPTIONED, Listing, Options, Plan, Row, Table
 from sclkern.data.files import DataFolder
+from sclkern.data.names import is_plain
 from sclkern.errors import UserError
 
 # Where the splits lie; COCO's zip file has no folder.
@@ -51,7 +52,8 @@ def _plan(source: DataFolder, files: tuple[str, ...], prefix: str, sizes: dict[s
             plan.dropped.add("records of a picture that an earlier one names", path)
             continue
         seen.add(path)
-        folders.add(folder)
+        if is_plain(path):
+            folders.add(folder)
         sentences = [one.get("raw") if isinstance(one, dict) else one for one in image["sentences"]]
         captions = plan.captions(sentences, path)
         plan.count("captions", len(captions))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from sclkern.data.files import DataFolder
+from sclkern.data.names import is_plain
 from sclkern.data.text import one_line
 
 # Names of files that a card lists for each reason; the rest is counted.
@@ -191,9 +192,9 @@ class Listing:
         return self._names[folder]
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Whether there is such a file; a name that leads out of the source is that of none."""
         folder, _, last = name.rpartition("/")
-        return last in self.names(folder)
+        return is_plain(name) and last in self.names(folder)
 
 
 STRINGS = pa.list_(pa.string())

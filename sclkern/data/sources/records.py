@@ -8,9 +8,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pyarrow as pa
 
-from sclkern.data.files import DataFolder, is_url
+from sclkern.data.files import DataFolder
 from sclkern.data.index import Index
 from sclkern.data.indexed import CAPTION, IndexedPairs
+from sclkern.data.names import is_plain, is_url
 from sclkern.data.record_files import Record, read_records
 from sclkern.data.source import register_source
 from sclkern.data.text import one_line, read_caption
@@ -210,7 +211,7 @@ class _Finder:
             if self._root is None or not PurePosixPath(path).is_relative_to(self._root):
                 raise ValueError(f"its picture lies outside the folder: {one_line(path, 200)}")
             path = str(PurePosixPath(path).relative_to(self._root))
-        if "\0" in path or "\\" in path or ".." in path.split("/"):
+        if not is_plain(path):
             raise ValueError(f"its picture's path leads out of the folder or is not plain: {one_line(path, 200)}")
         return str(PurePosixPath(path))
 
