@@ -65,7 +65,7 @@ def test_clips_need_a_model_with_frames(tmp_path: Path) -> None:
 def test_what_sources_replace_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     open_data(load_config(None, mixed(tmp_path, data__train_split="null", data__val_tables="[b]")), CPU)
     keys = [record.getMessage().split()[0] for record in caplog.records if "is not read" in record.getMessage()]
-    assert keys == ["data.train_split", "data.val_tables"]
+    assert keys == ["data.train_split", "data.val_tables", "data.val_split"]
 
 
 def test_a_source_without_a_format_has_that_of_the_data(tmp_path: Path) -> None:
