@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from sclkern.errors import UserError
@@ -212,6 +213,21 @@ def _clips_table(rows: list[Record]) -> str:
     return "\n".join(lines)
 
 
+def _retrieval_table(rows: list[Record]) -> str:
+    retrievals = sorted((row for row in rows if row["case"].startswith("retrieval/")), key=lambda row: row["case"])
+    if not retrievals:
+        return ""
+    lines = [
+        "| pairs that the fusion encoder scores a second | dtype | sclkern | published loop | faster |",
+        "|---|---|---|---|---|",
+    ]
+    for row in retrievals:
+        rates = [three_digits(median(row[name])) for name in ("pairs_a_second", "published_pairs_a_second")]
+        name = f"{row['case'].removeprefix('retrieval/')} channels, {row['images']} images, {row['texts']} captions"
+        lines.append(f"| {name} | {row['dtype']} | {' | '.join(rates)} | {row['ratio']:.2f}x |")
+    return "\n".join(lines)
+
+
 def _models_table(rows: list[Record]) -> str:
     models: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
     for row in rows:
@@ -280,6 +296,7 @@ _TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
     "ratio": ("step_ratio/", _ratio_table),
     "decoding": ("decoding/", _decoding_table),
     "clips": ("clips/", _clips_table),
+    "retrieval": ("retrieval/", _retrieval_table),
     "models": ("model/", _models_table),
     "training": ("training/", _training_table),
     "ops": ("op/", op_table),

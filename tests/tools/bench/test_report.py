@@ -16,7 +16,7 @@ from sclkern.tools.bench import plots, records, report
 from sclkern.tools.bench.roofline import measure, planned_table
 
 ROOT = Path(__file__).parents[3]
-DOCUMENTS = ("README.md", "benchmarks/README.md")
+DOCUMENTS = ("README.md", "benchmarks/README.md", "docs/retrieval.md")
 # A number with a unit of speed, or a ratio of speeds.
 FIGURE = re.compile(
     r"\d\s?(?:ms|µs|us|[GMT]B/s|[GT]FLOP/s|TFLOPS|(?:pairs|samples|images|tokens)(?: a second|/s))\b|"
@@ -138,6 +138,13 @@ def test_models_are_shown_fused_beside_unfused(tmp_path):
     assert "| vilt | two | 2 | float32 | 300 ms | 200 ms | 1.50x |" in report.report(records.read([tmp_path]))
 
 
+def test_pairs_a_second_of_a_retrieval_are_shown(tmp_path):
+    rates = {"pairs_a_second": [14.0, 12.0, 13.0], "published_pairs_a_second": [2.0], "ratio": 6.5}
+    records.append("retrieval/256", results=tmp_path, dtype="float32", images=2, texts=64, **rates)
+    expected = "| 256 channels, 2 images, 64 captions | float32 | 13 | 2 | 6.50x |"
+    assert expected in report.report(records.read([tmp_path]))
+
+
 def test_a_training_run_is_shown(tmp_path):
     records.append("training/demo/encodings", results=tmp_path, rows=1)
     assert report.report(records.read([tmp_path])) == "No records."
@@ -158,7 +165,7 @@ def test_a_document_chooses_its_tables(tmp_path):
     assert "base/planned" in report.embed(page.format(" step"), rows)
     assert "base/planned" not in report.embed(page.format(" ops memory"), rows)
     with pytest.raises(
-        UserError, match=r"\['speed'\], expected some of step, ratio, decoding, clips, models, training, ops, memory"
+        UserError, match=r"\['speed'\], expected some of step, ratio, decoding, clips, retrieval, models, training, ops"
     ):
         report.embed(page.format(" speed"), rows)
 
