@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 from fsspec.implementations.local import LocalFileSystem
 
+from sclkern.data.filesystems import open_file, open_filesystem, read_exactly, version
 from sclkern.data.names import expand_names, is_plain, is_url
-from sclkern.data.remote import open_filesystem, version
 from sclkern.data.text import one_line
 from sclkern.errors import UserError
 from sclkern.io import write_atomically
@@ -112,7 +112,7 @@ class DataFolder:
         """
         with self._reading(name):
             if self.local_root is not None:
-                return open(self.path(name), "rb")
+                return open(self.path(name), "rb", opener=open_file)
             filesystem, path = self._remote(name)
             return filesystem.open(path, "rb")
 
@@ -132,9 +132,9 @@ class DataFolder:
         """
         with self._reading(name):
             if self.local_root is not None:
-                with open(self.path(name), "rb", buffering=0 if length is not None else -1) as file:
+                with open(self.path(name), "rb", 0 if length is not None else -1, opener=open_file) as file:
                     file.seek(start)
-                    content = file.read() if length is None else _read_exactly(file, length)
+                    content = file.read() if length is None else read_exactly(file, length)
             else:
                 filesystem, path = self._remote(name)
                 content = filesystem.cat_file(path, start=start, end=None if length is None else start + length)
@@ -333,18 +333,11 @@ class DataFolder:
             raise UserError(f"{self.shown(name)}: no such file; correct data.root or the name") from error
         except OSError as error:
             reason = one_line(error.strerror or str(error), 200) or type(error).__name__
-            raise UserError(f"{self.shown(name)}: cannot be read ({reason}); correct its permissions") from error
+            raise UserError(
+                f"{self.shown(name)}: cannot be read ({reason}); correct its permissions, or replace it"
+            ) from error
         except Exception as error:  # clients of stores raise errors of their own
             if self.local_root is not None:
                 raise
             reason = one_line(str(error), 200) or type(error).__name__
             raise UserError(f"{self.shown(name)}: cannot be read ({reason}); correct the URL or try again") from error
-
-
-def _read_exactly(file: Any, length: int) -> bytes:
-    """Up to ``length`` bytes; one system call, as a rule, gives them all."""
-    parts: list[bytes] = []
-    while length and (part := file.read(length)):
-        parts.append(part)
-        length -= len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import pickle
 import uuid
 from pathlib import Path
@@ -174,3 +175,15 @@ def test_what_is_a_url() -> None:
     assert all(map(is_url, ["s3://b", "memory://", "simplecache::s3://b", "file:///a"]))
     assert not any(map(is_url, ["demo", "/a", "a:b", "./s3://b", Path("s3://b")]))
     assert resolve_root("s3://b/c") == "s3://b/c" and resolve_root("a/b") == Path("a/b")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    for read in (
+        DataFolder(tmp_path).open,
+        DataFolder(tmp_path).read,
+        lambda name: DataFolder(tmp_path).read(name, 0, 4),
+    ):
+        with pytest.raises(UserError, match=r"a\.jpg: cannot be read \(it is no regular file\)"):
+            read("a.jpg")

@@ -1,7 +1,10 @@
-"""File systems behind URLs."""
+"""File systems behind URLs, and regular files of the local one."""
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from typing import Any
 
 import fsspec
@@ -58,3 +61,32 @@ def version(filesystem: Any, path: str, found: dict[str, Any]) -> str:
         return str(filesystem.modified(path))
     except (NotImplementedError, KeyError):
         return ""
+
+
+def open_file(path: str, flags: int) -> int:
+    """Open a file, and no pipe or device, for which a reader would wait; an ``opener`` of ``open``.
+
+    Args:
+        path: of the file.
+        flags: of ``os.open``.
+
+    Returns:
+        The descriptor.
+
+    Raises:
+        OSError: there is no such file, or it is none.
+    """
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return descriptor
+
+
+def read_exactly(file: Any, length: int) -> bytes:
+    """Read as many bytes as there are, up to ``length``; as a rule one system call gives them all."""
+    parts: list[bytes] = []
+    while length and (part := file.read(length)):
+        parts.append(part)
+        length -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
