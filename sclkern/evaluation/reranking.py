@@ -172,7 +172,7 @@ def _score(model: SCLNetwork, pooled: Tensor, score: Score) -> Tensor:
 def reranked_standings(
     scores: Tensor, pairs: Pairs, candidates: Tensor, similarity: Tensor, relevance: Relevance, by_image: bool
 ) -> Iterator[Standing]:
-    """Where the best right answer of each query stands, candidates first.
+    """Where the best right answer of each query stands: candidates first, then the others by contrast, then NaN.
 
     Args:
         scores: of ``score_pairs``.
@@ -185,22 +185,26 @@ def reranked_standings(
     Yields:
         For each query, in no order.
     """
-    of_pairs, k = similarity if by_image else similarity.T, candidates.shape[1]
-    for part in row_parts(of_pairs):
+    of_queries = similarity if by_image else similarity.T
+    for part in row_parts(of_queries):
         chosen = candidates[part]
         relevant = relevance.tile(part, by_image, chosen.device)
         queries = np.arange(part.start, part.stop)[:, None]
         ends = (queries, chosen.numpy()) if by_image else (chosen.numpy(), queries)
-        right = relevant.gather(1, chosen)
-        inside = right.any(1)
-        if inside.any():
-            rows = torch.from_numpy(pairs.places(*ends))[inside]
-            yield from standings(scores[rows], right[inside])
-        if not inside.all():
-            others = torch.ones_like(relevant).scatter_(1, chosen, False)[~inside]
-            contrast = of_pairs[part].cpu()[~inside]
-            for one in standings(contrast, relevant[~inside], others):
-                yield one._replace(above=one.above + k)
+        contrast, of_chosen = of_queries[part].cpu(), scores[torch.from_numpy(pairs.places(*ends))]
+        # What stands in each of the three parts, as candidates of a row of their own.
+        others = torch.ones_like(relevant).scatter_(1, chosen, False) & ~contrast.isnan()
+        first = torch.zeros_like(relevant).scatter_(1, chosen, ~of_chosen.isnan())
+        scored = torch.zeros_like(contrast).scatter_(1, chosen, of_chosen)
+        levels = (scored, first), (contrast, others), (torch.zeros_like(contrast), ~first & ~others)
+        left = torch.ones(len(chosen), dtype=torch.bool)
+        before = torch.zeros(len(chosen), dtype=torch.int64)
+        for values, present in levels:
+            here = left & (relevant & present).any(1)
+            found = standings(values[here], relevant[here], present[here]) if here.any() else []
+            for one, above in zip(found, before[here].tolist(), strict=True):
+                yield one._replace(above=one.above + above)
+            left, before = left & ~here, before + present.sum(1)
 
 
 def standings_of(

@@ -1,13 +1,17 @@
 """Packed pairs against the fusion encoder pair by pair, in float64."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sclkern import SCLConfig, SCLModel
 from sclkern.evaluation.matching import EncodedTexts, ImageBatch
 from sclkern.models import VisionFeatures
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 LENGTHS = np.array([5, 3, 16, 3, 9, 4, 5])
 
 
@@ -53,3 +57,23 @@ def test_images_of_a_batch_do_not_mix():
     other = ImageBatch(model, changed).pooled(texts, rows, np.array([1, 1, 1]))
     torch.testing.assert_close(other[:2], whole[:2], rtol=1e-12, atol=1e-13)
     assert not torch.allclose(other[2], whole[2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["image", "video"])
+def test_pairs_are_those_of_the_reference_implementation(case):
+    golden = load_file(GOLDEN / f"{case}.safetensors")
+    of = lambda group: {key.removeprefix(group): x for key, x in golden.items() if key.startswith(group)}  # noqa: E731
+    model = SCLModel.from_reference(of("w.")).eval()
+    given, mask = of("in."), golden["in.text_mask"].bool()
+    image = model.encode_image(given["image" if case == "image" else "video"])
+    text = model.encode_text(given["text_ids"], mask)
+    lengths = mask.sum(1).numpy()
+    texts = EncodedTexts(text[mask], np.cumsum(lengths) - lengths, lengths)
+    rows = np.argsort(lengths, kind="stable")
+    pooled = ImageBatch(model, image).pooled(texts, rows, rows)
+    expected = golden["out.complete.cls_feats"][torch.from_numpy(rows)]
+    torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-4 * float(expected.abs().max().clamp_min(1)))
+    if case == "image":
+        scores = model.rank_head(pooled)[:, 0]
+        torch.testing.assert_close(scores, golden["out.rank_scores"][torch.from_numpy(rows)], rtol=1e-4, atol=1e-4)
