@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sclkern.data.frames import FrameSampling
 from sclkern.data.source import PairSource
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import ImageTransform, build_transform
@@ -55,25 +56,26 @@ class Answering:
         data, size = self.config.data, self.config.model.image_size
         return build_transform(name, size, normalize=data.normalize == "host", decoding=data.decoding)
 
-    def batches(self, source: TaskSource, transform: str) -> TaskBatches:
+    def batches(self, source: TaskSource, *, training: bool = False) -> TaskBatches:
         """What makes the batches of a source.
 
         Args:
             source: of the samples.
-            transform: name of that of the pictures.
+            training: whether pictures are augmented, and the frames of clips drawn, as in training.
 
         Returns:
             The batches.
         """
-        config = self.config
+        config, data = self.config, self.config.data
         return TaskBatches(
             self.task,
             source,
             self.tokenizer,
-            self.transform(transform),
+            self.transform(data.transform if training else data.val_transform),
             max_text_len=config.model.max_text_len,
             min_size=config.model.patch_size,
             seed=config.run.seed,
+            choose_frames=FrameSampling(data.num_frames, data.frame_sampling if training else data.val_frame_sampling),
         )
 
     @torch.no_grad()
@@ -94,7 +96,7 @@ class Answering:
         was_training = model.training
         model.eval()
         loader = TaskLoader(
-            self.batches(source, self.config.data.val_transform),
+            self.batches(source),
             batch_size=self.config.task.evaluation_batch,
             seed=self.config.run.seed,
             num_workers=self.config.data.num_workers,
@@ -132,6 +134,8 @@ class Answering:
             self.transform(self.config.data.val_transform),
             batch_size=self.config.task.evaluation_batch,
             rerank=Reranking(candidates=self.config.task.rerank, score="rank"),
+            ks=(50,),
+            choose_frames=FrameSampling(self.config.data.num_frames, self.config.data.val_frame_sampling),
             precision=torch.bfloat16 if self.config.run.precision == "bfloat16" else None,
             between_batches=self.between,
             distributed=self.world.size > 1,

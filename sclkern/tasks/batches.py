@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import torch
 from PIL import Image
@@ -15,9 +16,10 @@ from torch.utils.data import Dataset
 from sclkern.data.batches import Batch
 from sclkern.data.loader import load_batches
 from sclkern.data.order import PairOrder, data_seed
+from sclkern.data.source import has_clips
 from sclkern.data.text import one_line
 from sclkern.data.tokenizer import CaptionTokenizer
-from sclkern.data.undecodable import read_image
+from sclkern.data.undecodable import read_clip, read_image
 from sclkern.errors import UserError
 from sclkern.tasks.task import Sample, Task, TaskSource
 
@@ -45,7 +47,7 @@ class TaskBatches(Dataset[Batch | UserError]):
     """The batch of each ``TaskRequest``: a dict with ``image``, ``text_ids``, ``text_mask``, ``pair`` and what the task
     adds.
 
-    ``image`` is (B, 3, S, S), or (B, I, 3, S, S) of samples with I > 1 pictures, of the transform's dtype. Of several
+    ``image`` is (B, 3, S, S), of clips (B, F, 3, S, S), of samples with I > 1 pictures (B, I, 3, S, S). Of several
     texts a sample, the first text of each sample comes first, then the second of each. ``pair`` (B,) are the numbers of
     the samples, ``place`` (B,) their places. ``undecodable`` has reasons by name.
 
@@ -60,6 +62,8 @@ class TaskBatches(Dataset[Batch | UserError]):
         max_text_len: longest row of token ids.
         min_size: least height and width of a picture in pixels.
         seed: of every draw.
+        choose_frames: of clips: maps their number of frames to the indices that are read. A clip is (F, 3, S, S), every
+            frame augmented alike.
     """
 
     def __init__(
@@ -72,7 +76,9 @@ class TaskBatches(Dataset[Batch | UserError]):
         max_text_len: int,
         min_size: int,
         seed: int,
+        choose_frames: Callable[[int], Sequence[int]] | None = None,
     ) -> None:
+        self.choose_frames = choose_frames
         self.task, self.source, self.tokenizer, self.transform = task, source, tokenizer, transform
         self._reduction = getattr(transform, "reduction", None)
         self.max_text_len, self.min_size, self.seed = max_text_len, min_size, seed
@@ -116,7 +122,7 @@ class TaskBatches(Dataset[Batch | UserError]):
                 images = [self._picture(image, every, failed) for image in sample.images]
                 undecodable |= failed
                 if every or all(image is not None for image in images):
-                    return at, sample, [self.transform(image) for image in images if image is not None]
+                    return at, sample, [self._tensor(image) for image in images if image is not None]
                 if len(failed) >= _MAX_UNDECODABLE_IN_A_ROW:
                     break
         image, reason = next(iter(failed.items()))
@@ -126,8 +132,21 @@ class TaskBatches(Dataset[Batch | UserError]):
             "Pillow; convert the set again"
         )
 
-    def _picture(self, image: int, every: bool, failed: dict[int, str]) -> Image.Image | None:
+    def _tensor(self, decoded: Image.Image | list[Image.Image]) -> Tensor:
+        if isinstance(decoded, Image.Image):
+            return self.transform(decoded)
+        state = torch.default_generator.get_state()
+        frames = []
+        for frame in decoded:
+            torch.default_generator.set_state(state)
+            frames.append(self.transform(frame))
+        return torch.stack(frames)
+
+    def _picture(self, image: int, every: bool, failed: dict[int, str]) -> Image.Image | list[Image.Image] | None:
+        clips: Any = self.source
         try:
+            if self.choose_frames is not None and has_clips(clips):
+                return read_clip(clips, image, self.min_size, self.choose_frames)
             return read_image(self.source, image, self.min_size, self._reduction)
         except ValueError as error:
             failed[image] = str(error)

@@ -16,6 +16,8 @@ from sclkern.weights.pretrained import stored_config
 
 # What of a checkpoint's model may be another in fine-tuning; all else is what its weights are made for.
 CHANGEABLE = ("image_size", "max_frames", "image_temporal", "max_text_len", "dropout")
+# Keys of the data of pre-training that no task reads.
+UNREAD_DATA = ("format", "train_split", "val_split", "sources", "val_sources")
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,12 @@ def load_finetune(
         if own is not None and not isinstance(own, dict):
             raise UserError(f"{section}: got {own!r}, expected a section with keys")
         values[section] = {**recipes[recipe].get(section, {}), **(own or {})}
+    own_data = given.get("data") or {}
+    if unread := [key for key in UNREAD_DATA if key in own_data]:
+        raise UserError(
+            f"data.{unread[0]}: got {own_data[unread[0]]!r}, but a task reads every row of the arrow files "
+            "data.train_tables and data.val_tables; leave it out"
+        )
     weights, data = values.setdefault("weights", {}), values.setdefault("data", {})
     if checkpoint is not None:
         if sources := [key for key in ("pretrained", "reference", "text", "vision") if weights.get(key)]:
@@ -125,6 +133,13 @@ def load_finetune(
     if source is not None:
         wanted = given.get("model") or {}
         model = {**_model_of(Path(source), wanted), **{key: model[key] for key in model if key in CHANGEABLE}}
+        frames = data.get("num_frames", 1)
+        if frames > 1 and model["max_frames"] < frames:
+            if "max_frames" in wanted:
+                raise UserError(
+                    f"model.max_frames: got {model['max_frames']}, expected at least data.num_frames {frames}; raise it"
+                )
+            model["max_frames"] = frames
     # A task replaces no patches; the second image of NLVR2 has a type of its own.
     model |= {"heads": list(heads), "patch_mask_token": False, "token_types": 3 if "nlvr2" in heads else 2}
     values["model"] = model

@@ -116,7 +116,7 @@ class Finetuning(Training):
         check_tokenizer(config, tokenizer)
         self.answering = Answering(self.task, config, tokenizer, self.world, self.device, self.stop.check)
         loader = TaskLoader(
-            self.answering.batches(train, config.data.transform),
+            self.answering.batches(train, training=True),
             batch_size=config.run.batch_size,
             seed=config.run.seed,
             num_workers=config.data.num_workers,

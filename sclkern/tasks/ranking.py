@@ -25,14 +25,16 @@ from sclkern.step.dropout import BatchKeys
 from sclkern.tasks.model import TaskModel, right_share
 from sclkern.tasks.task import Evaluator, Outcome, Sample, Task
 
-# Captions of other pictures that a picture's own is ranked among, and the factor of the contrast, both as published.
-FALSE_TEXTS, CONTRAST_WEIGHT = 15, 0.5
+# Captions of other pictures that a picture's own is ranked among, as published.
+FALSE_TEXTS = 15
 
 
 class RankingModel(TaskModel):
     """Ranks captions of a picture by the head ``rank``, which begins as the matching head's logit of "matches"."""
 
     loss_name = "ranking"
+    # Of the contrast, as published.
+    contrast_weight: float = 0.5
 
     def loss(self, batch: Mapping[str, Any], keys: BatchKeys | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the own caption among T, and the contrast of all pictures with all captions.
@@ -49,7 +51,7 @@ class RankingModel(TaskModel):
         ranking = F.cross_entropy(scores, own)
         contrast = self._contrast(*self.project(first_token(texts.tokens, texts.mask), image.cls), batch)
         metrics = {"ranking_loss": ranking, "contrast_loss": contrast, "ranked_first": right_share(scores, own)}
-        return ranking + CONTRAST_WEIGHT * contrast, {name: value.detach() for name, value in metrics.items()}
+        return ranking + self.contrast_weight * contrast, {name: value.detach() for name, value in metrics.items()}
 
     def _contrast(self, text: Tensor, image: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """The contrast over the captions and pictures of all processes, the mean of both directions.
@@ -79,8 +81,14 @@ class RankingModel(TaskModel):
         return scores
 
 
+class ClipRankingModel(RankingModel):
+    """Ranks captions of a clip."""
+
+    contrast_weight = 1.0
+
+
 class CaptionTable:
-    """Captions of pictures as samples of a task, over any source of pairs.
+    """Captions of pictures or clips as samples of a task, over any source of pairs.
 
     Args:
         pairs: the pictures and their captions.
@@ -103,6 +111,8 @@ class CaptionTable:
         self.digest = digest(pairs)
         if hasattr(pairs, "image_bytes"):
             self.image_bytes = pairs.image_bytes
+        if has_clips(pairs):
+            self.frames = pairs.frames
 
     def image(self, image: int) -> Image.Image:
         """A picture, mode RGB."""
@@ -132,6 +142,8 @@ class CaptionTable:
 class CaptionRetrieval(Task):
     """Retrieval of captions by pictures and of pictures by captions."""
 
+    # Whether of clips.
+    clips: bool = False
     model = RankingModel
     heads = ("itc", "rank")
     zero_shot = ("itc", "itm")
@@ -139,9 +151,13 @@ class CaptionRetrieval(Task):
 
     def open(self, root: str | Path, tables: Sequence[str]) -> CaptionTable:
         """Open tables of pictures with captions."""
-        pairs = open_pairs(root, tables)
-        if has_clips(pairs):
-            raise UserError(f"{', '.join(tables)}: has clips, expected pictures; convert the set {self.name}")
+        pairs = open_pairs(root, tables, format="arrow")
+        if has_clips(pairs) != self.clips:
+            kinds = ("pictures", "clips") if self.clips else ("clips", "pictures")
+            raise UserError(
+                f"{', '.join(tables)}: got {kinds[0]}, expected {kinds[1]}; sclkern data convert {self.name} writes "
+                "them"
+            )
         return CaptionTable(pairs)
 
     def check_training(self, source: CaptionTable) -> None:
@@ -181,3 +197,10 @@ class CaptionRetrieval(Task):
         self.refuse(annotations)
         found = evaluator.retrieve(model, source.pairs)
         return Outcome({**found.recalls, **found.ranks, "rsum": found.sum})
+
+
+class ClipRetrieval(CaptionRetrieval):
+    """Retrieval of captions by clips and of clips by captions."""
+
+    clips = True
+    model = ClipRankingModel

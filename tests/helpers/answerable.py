@@ -6,6 +6,7 @@ import json
 import random
 from pathlib import Path
 
+import av
 from PIL import Image
 
 from look_alikes.tree import encoded, write
@@ -130,3 +131,57 @@ def flickr30k(root: Path, pictures: int = 256) -> Path:
     write(root / "raw" / "dataset_flickr30k.json", {"images": images, "dataset": "flickr30k"})
     convert("flickr30k", root / "raw", root / "arrow", Options(), workers=1)
     return root / "arrow"
+
+
+def lsmdc(root: Path, clips: int = 128) -> Path:
+    """LSMDC as folders of frames, of which the frames between black ones show a square whose colour is told, converted.
+
+    Held-out clips are 8, each of another colour: chance of the first candidate is 1 of 8 in either direction.
+    """
+    generator, number, names = random.Random(3), 0, [*COLOURS, *MORE_COLOURS]
+    for split, count in {"training": clips, "val": len(names), "public": len(names)}.items():
+        lines = []
+        for index in range(count):
+            colour, clip = names[index % len(names)], f"0001_FILM_00.00.00.000-00.00.04.000-{number}"
+            for frame in range(4):
+                image = square(colour, generator) if frame in (0, 3) else Image.new("RGB", (32, 32))
+                write(root / "raw" / "0001_FILM" / clip / f"{clip}_{frame:06}.jpg", encoded(image, "PNG"))
+            text = f"SOMEONE sees a {colour} square" + (f" {index}" if split == "training" else "")
+            lines.append(f"{clip}\t00:01\t00:05\t00:01\t00:05\t{text}\n")
+            number += 1
+        stem = "LSMDC16_challenge_1000_publictect" if split == "public" else f"LSMDC16_annos_{split}"
+        write(root / "raw" / f"{stem}.csv", "".join(lines))
+    convert("lsmdc", root / "raw", root / "raw", Options(), workers=1)
+    return root / "raw"
+
+
+def msrvtt(root: Path, clips: int = 64) -> Path:
+    """MSRVTT with the files of CLIP4Clip, of clips in which a square lies whose colour is told, converted.
+
+    Clips of the test split are 8, each of another colour: chance of the first candidate is 1 of 8.
+    """
+    generator, names = random.Random(4), [*COLOURS, *MORE_COLOURS]
+    sentences, test = list[dict[str, object]](), ["video_id,sentence"]
+    for number in range(clips + len(names)):
+        colour, clip = names[number % len(names)], f"video{number}"
+        write_frames(root / "raw" / "videos" / "all" / f"{clip}.mp4", [square(colour, generator) for _ in range(4)])
+        if number < clips:
+            sentences += [{"video_id": clip, "caption": f"a {colour} square {number} {i}"} for i in range(20)]
+        else:
+            test.append(f"{clip},a {colour} square")
+    write(root / "raw" / "MSRVTT_data.json", {"sentences": sentences})
+    write(root / "raw" / "MSRVTT_train.9k.csv", "video_id\n" + "".join(f"video{n}\n" for n in range(clips)))
+    write(root / "raw" / "MSRVTT_JSFUSION_test.csv", "\n".join(test) + "\n")
+    convert("msrvtt", root / "raw", root / "arrow", Options(frames=4), workers=1)
+    return root / "arrow"
+
+
+def write_frames(path: Path, frames: list[Image.Image]) -> None:
+    """Write a clip of these frames, without loss of their colours."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = *frames[0].size, "yuv420p", 2_000_000
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())

@@ -20,15 +20,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 # By task: its run, the metric, and what that must reach, its chance and 20 points. Of VQA the best constant answers to
 # both questions are right for 25 and 75 % of the pictures, of NLVR2 either answer for half of the sentences; a query of
-# the retrieval has 8 candidates.
+# the retrievals has 8 candidates.
+RETRIEVAL = {"task__global_batch": 16, "run__batch_size": 16}
+CLIPS = {**RETRIEVAL, "data__num_frames": 2, "task__val_epochs": "null"}
 CASES = {
     "vqav2": ({"task__epochs": 2}, "vqa_score", 0.5 + 0.2),
     "nlvr2": ({"task__epochs": 4}, "accuracy", 0.5 + 0.2),
-    "flickr30k": (
-        {"task__epochs": 2, "task__global_batch": 16, "run__batch_size": 16},
-        "rank_text_to_image_r1",
-        1 / 8 + 0.2,
-    ),
+    "flickr30k": ({**RETRIEVAL, "task__epochs": 1.5}, "rank_text_to_image_r1", 1 / 8 + 0.2),
+    "lsmdc": ({**CLIPS, "task__epochs": 5}, "rank_text_to_image_r1", 1 / 8 + 0.2),
+    "msrvtt": ({**CLIPS, "task__epochs": 0.6}, "rank_text_to_image_r1", 1 / 8 + 0.2),
 }
 
 
@@ -104,8 +104,10 @@ def test_refusals_name_what_came_and_what_was_expected(work, tmp_path, refused):
     folder, head = tmp_path / "a", TASKS[work.task].heads[0]
     line = refused(work.finetune(folder, model__width=128))
     assert f"model.width: got 128, the checkpoint {work.checkpoint} has 64" in line
+    line = refused(work.finetune(folder, data__train_split="train"))
+    assert "data.train_split: got 'train', but a task reads every row" in line
     line = refused(work.finetune(folder, data__val_tables="[other]"))
-    assert "other.arrow" in line and TASKS[work.task].splits["val"][0] in line
+    assert "other.arrow" in line and TASKS[work.task].splits["train"][0] in line
     line = refused(work.finetune(folder, task__global_batch=40))
     assert "task.global_batch: got 40, expected a multiple of " in line
     line = refused(work.finetune(folder, checkpoint=tmp_path))
@@ -172,6 +174,13 @@ class TestRetrieval:
         found = printed(capsys)
         assert found["chance_image_to_text_r1"] == found["chance_text_to_image_r1"] == 1 / 8
         assert 0 <= found["rank_image_to_text_r1"] <= 1
+
+    def test_pictures_are_no_clips(self, data, tmp_path, refused):
+        checkpoint = answerable.checkpoint(tmp_path / "checkpoint")
+        changes = {"data__root": data, "data__train_tables": "[f30k_caption_karpathy_train]"}
+        start = ["finetune", "lsmdc", "--checkpoint", str(checkpoint)]
+        line = refused(main([*start, *answerable.overrides(**changes, run__output_dir=tmp_path / "a")]))
+        assert "f30k_caption_karpathy_train: got pictures, expected clips" in line
 
     def test_too_few_captions_of_other_pictures_are_refused(self, data, tmp_path, refused):
         checkpoint = answerable.checkpoint(tmp_path / "checkpoint")
