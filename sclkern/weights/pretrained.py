@@ -36,7 +36,14 @@ def save_pretrained(network: nn.Module, path: str | Path) -> None:
     """
     path = Path(path).expanduser()
     tensors = saved_weights(network)
-    write_atomically(path / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+
+    def write(file: Path) -> None:
+        file.touch()
+        mode = file.stat().st_mode
+        save_file(tensors, file, metadata={"format": "pt"})
+        file.chmod(mode)  # safetensors lets nobody but the owner read its files
+
+    write_atomically(path / WEIGHTS, write)
     write_atomically(path / CONFIG, unwrapped(network).config.save)
 
 

@@ -1,26 +1,22 @@
 """Any number of processes trains as one does: losses of ten steps, and the weights after them.
 
-``torchrun ... test_equality.py FOLDER`` is the program of each rank; it trains every case of its world.
+``python test_equality.py RANK WORLD FOLDER`` is the program of each rank; it trains every case of its world.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
-from ranks import environment
+from ranks import be_rank, run_ranks
 
 import sclkern
 from sclkern.training.config import load_config
 from sclkern.training.logs import SilentLog
 from sclkern.training.loop import Pretraining
 from sclkern.training.parallel import share_model
-from sclkern.training.preflight import join_world
-from sclkern.training.world import World
+from sclkern.training.world import Place, World
 from tiny_run import overrides, small_data
 
 STEPS, PAIRS = 10, 50
@@ -128,15 +124,12 @@ def averaged_after_replay(world):
     return {parameter.grad.mean().item() for parameter in model.parameters() if parameter.grad is not None}
 
 
-def be_rank(folder):
-    with join_world(load_config(None, ["run.device=cpu"])) as world:
-        averaged = averaged_after_replay(world)
-        results = []
-        for case in CASES_OF[world.size]:
-            rows = case.global_batch(world.size)
-            results.append(train(case, configuration(case, world.size, rows, folder), world))
-        if world.main:
-            torch.save((results, averaged), folder / f"world-{world.size}.pt")
+def work(rank, size, folder):
+    world = World(Place(rank, size, rank))
+    averaged, results = averaged_after_replay(world), []
+    for case in CASES_OF[size]:
+        results.append(train(case, configuration(case, size, case.global_batch(size), folder.parent), world))
+    return (results, averaged) if world.main else None
 
 
 @pytest.fixture(scope="module")
@@ -183,16 +176,13 @@ def test_one_process_that_accumulates(alone, folder):
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_many_processes(world, alone, folder):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    done = subprocess.run(
-        [*command, __file__, str(folder)], env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    results, averaged = torch.load(folder / f"world-{world}.pt", weights_only=False)
+    of_world = folder / str(world)
+    of_world.mkdir()
+    (results, averaged), *_ = run_ranks(__file__, world, of_world, seconds=300)
     assert averaged == {(world + 1) / 2}
     for case, found in zip(CASES_OF[world], results, strict=True):
         assert_same(case, case.global_batch(world), found, alone)
 
 
 if __name__ == "__main__":
-    be_rank(Path(sys.argv[1]))
+    be_rank(work)

@@ -114,8 +114,10 @@ def test_torchrun_goes_on_by_itself(run, whole):
     assert_same_run(run.saved(), whole)
 
 
-def test_all_are_killed_while_a_checkpoint_is_written(run, whole, data):
-    process = run.start(("write", 0, 4, 0))  # the checkpoint of step 2 is whole then
+def test_a_run_outlives_one_fault_after_the_other(run, whole, data):
+    """Each start ends by another fault, and the last goes on to the end."""
+    # All are killed while the checkpoint of step 4 is written; that of step 2 is whole.
+    process = run.start(("write", 0, 4, 0))
     run.signal_when_ready(process, signal.SIGKILL)
     assert run.saved()["step"] == 2 and list(run.checkpoints.glob(".latest.pt.*.tmp"))
     shutil.copytree(run.folder / "run", run.folder / "other")
@@ -125,32 +127,22 @@ def test_all_are_killed_while_a_checkpoint_is_written(run, whole, data):
     other = load_checkpoint(run.folder / "other" / "checkpoints" / "latest.pt")
     for name, value in whole["model"].items():
         torch.testing.assert_close(other["model"][name], value, rtol=1e-3, atol=1e-4)
-    run.run()
-    assert_same_run(run.saved(), whole)
-    assert not list(run.checkpoints.glob(".*.tmp"))
-
-
-def test_the_group_gets_sigterm(run, whole):
-    """As from SLURM and systemd. The step is taken and saved."""
+    # The group gets SIGTERM, as from SLURM and systemd. The step is taken and saved.
     process = run.start(("sigterm", 0, 3, 0))
     run.signal_when_ready(process, signal.SIGTERM)
+    assert run.saved()["step"] == 3 and not list(run.checkpoints.glob(".*.tmp"))
+    # Not a number in a batch of one rank: all stop, and what is told is of that rank.
+    error = run.run(("nan", 1, 4, 0), status=1)
+    told = (
+        r"step 4: image t.arrow row \d+ \(\d+\) on rank 1 is not finite; the checkpoint of step 3 is kept; look at this"
+    )
+    assert re.search(told, error), error
     assert run.saved()["step"] == 3
-    run.run()
-    assert_same_run(run.saved(), whole)
-
-
-def test_a_disk_is_full(run, whole):
+    # A disk is full, when the checkpoint of step 4 is written.
     error = run.run(("full", 0, 4, 0), status=1)
     assert len(lines_of(error)) == 1 and "latest.pt: cannot be written (No space left on device)" in error
     assert "exitcode  : 2" in error
-    assert run.saved()["step"] == 2 and not list(run.checkpoints.glob(".*.tmp"))
-    # Not a number in a batch of one rank: all stop, and what is told is of that rank.
-    error = run.run(("nan", 1, 3, 0), status=1)
-    told = (
-        r"step 3: image t.arrow row \d+ \(\d+\) on rank 1 is not finite; the checkpoint of step 2 is kept; look at this"
-    )
-    assert re.search(told, error), error
-    assert run.saved()["step"] == 2
+    assert run.saved()["step"] == 3 and not list(run.checkpoints.glob(".*.tmp"))
     run.run()
     assert_same_run(run.saved(), whole)
 

@@ -20,14 +20,15 @@ def wide(value):
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def train(folder, rank, world, parallel, contrastive):
+def train(data, runs, rank, world, parallel, contrastive):
     """In float64, the kind and pairs of each micro-batch, and weights and held-out losses after the last."""
     changes = {"run__batch_size": 4 // world, "run__accumulation": 2, "run__parallel": parallel, "run__log_every": 100}
     # No step of images reaches the temporal positions.
     changes |= {"data__normalize": "host", "model__image_temporal": "none"}
     if contrastive:
         changes |= {"run__contrastive_batch": 8}
-    arguments = mixed(folder, weights=(1, 1, 2), run__output_dir=folder / f"{world}{parallel}{contrastive}", **changes)
+    output = runs / f"{world}{parallel}{contrastive}"
+    arguments = mixed(data, weights=(1, 1, 2), run__output_dir=output, **changes)
     torch.set_default_dtype(torch.float64)
     run = Pretraining(load_config(None, arguments), world=World(Place(rank, world, rank)))
     seen, batches = [], run.batches()
@@ -48,7 +49,7 @@ CASES = [("ddp", False), ("ddp", True), ("fsdp", False)]
 
 
 def work(rank, world, folder):
-    return [train(folder / str(rank), rank, world, *case) for case in CASES]
+    return [train(folder / str(rank), folder, rank, world, *case) for case in CASES]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def default_dtype():
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[str(case) for case in CASES])
 def test_two_ranks_train_as_one(ranks, tmp_path, case, default_dtype):
     _, contrastive = CASES[case]
-    seen, weights = train(tmp_path, 0, 1, "ddp", contrastive)
+    seen, weights = train(tmp_path, tmp_path, 0, 1, "ddp", contrastive)
     assert {kind for kind, _ in seen} == {"images", "clips"} and len(seen) == 2 * STEPS
     for micro, (kind, pairs) in enumerate(seen):
         (own, first), (other, second) = (ranks[rank][case][0][micro] for rank in range(2))

@@ -169,6 +169,13 @@ def test_save_and_load(tmp_path: Path, tiny: SCLModel) -> None:
     assert again.load_report.loaded == len(state)
 
 
+def test_whoever_may_read_the_configuration_may_read_the_weights(tmp_path: Path, tiny: SCLModel) -> None:
+    tiny.save_pretrained(tmp_path)
+    tiny.save_pretrained(tmp_path)  # over those that are there
+    modes = {(tmp_path / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1 and len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_temporal_table_that_images_do_not_read_may_be_dropped(tmp_path: Path) -> None:
     video = SCLModel(SCLConfig.preset("tiny").replace(max_frames=2, image_temporal="none")).eval()
     save_pretrained(video, tmp_path)
