@@ -27,8 +27,8 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"--output: {output} is a file, expected a folder; give another name")
     annotations = None if options.annotations is None else Path(options.annotations)
     config = load_evaluation(task, options.checkpoint, options.data, options.overrides)
-    with join_world(config) as world, StopSignals() as stop:
-        log_of_rank(world, stop)
+    with join_world(config) as world:
+        log_of_rank(world, StopSignals())
         outcome = evaluate(
             task,
             config,

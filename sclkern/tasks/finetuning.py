@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -124,10 +125,11 @@ class Finetuning(Training):
             world_size=self.world.size,
             accumulation=config.run.accumulation,
         )
+        vocabulary = json.dumps(sorted(tokenizer.tokenizer.get_vocab().items()))
         identity = {
             "training data": _identity_of(train),
             "held-out data": _identity_of(val),
-            "tokenizer": sorted(tokenizer.tokenizer.get_vocab())[:: max(1, tokenizer.vocab_size // 100)],
+            "tokenizer": hashlib.blake2b(vocabulary.encode(), digest_size=16).hexdigest(),
         }
         told = self.world.gather(identity)
         if different := [rank for rank, other in enumerate(told) if other != told[0]]:

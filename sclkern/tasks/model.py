@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sclkern.model import SCLModel
 from sclkern.models.captions import check_captions, first_token
@@ -145,6 +145,20 @@ class TaskModel(SCLModel):
             Padded(keys=image_keys),
         )
         return self.pool(first_token(text, texts.mask), image.with_tokens(fused).cls)
+
+    def scores(self, head: nn.Module, pooled: Tensor) -> Tensor:
+        """What a head says of pooled pairs, in the dtype of its weights, so that near scores do not tie.
+
+        Args:
+            head: of the network.
+            pooled: of ``fuse``.
+
+        Returns:
+            (B, ...).
+        """
+        with torch.autocast(pooled.device.type, enabled=False):
+            scores: Tensor = head(pooled.to(next(head.parameters()).dtype))
+        return scores
 
 
 @torch.no_grad()

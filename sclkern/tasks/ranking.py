@@ -46,10 +46,12 @@ class RankingModel(TaskModel):
         texts = self.encode_texts(batch["text_ids"], batch["text_mask"], keys, range(count))
         image = self.encode_image(batch["image"])
         pooled = self.fuse(texts, image.with_tokens(image.tokens.repeat(count, 1, 1)), keys, range(count))
-        scores = self.rank_head(pooled).float().view(count, rows).T
+        scores = self.scores(self.rank_head, pooled).float().view(count, rows).T
         own = scores.new_zeros(rows, dtype=torch.int64)
         ranking = F.cross_entropy(scores, own)
-        contrast = self._contrast(*self.project(first_token(texts.tokens, texts.mask), image.cls), batch)
+        projected = self.project(first_token(texts.tokens, texts.mask), image.cls)
+        with torch.autocast(scores.device.type, enabled=False):
+            contrast = self._contrast(*projected, batch)
         metrics = {"ranking_loss": ranking, "contrast_loss": contrast, "ranked_first": right_share(scores, own)}
         return ranking + self.contrast_weight * contrast, {name: value.detach() for name, value in metrics.items()}
 
@@ -77,8 +79,7 @@ class RankingModel(TaskModel):
         count = len(batch["text_ids"]) // rows
         texts, image = self.encode_texts(batch["text_ids"], batch["text_mask"]), self.encode_image(batch["image"])
         pooled = self.fuse(texts, image.with_tokens(image.tokens.repeat(count, 1, 1)))
-        scores: Tensor = self.rank_head(pooled).float().view(count, rows).T
-        return scores
+        return self.scores(self.rank_head, pooled).float().view(count, rows).T
 
 
 class ClipRankingModel(RankingModel):

@@ -60,7 +60,7 @@ class ReasoningModel(TaskModel):
 
     def predict(self, batch: Mapping[str, Any]) -> Tensor:
         """1 where the sentence is taken to be true, (B,) int64."""
-        return self._logits(batch).float().argmax(1)
+        return self._logits(batch).argmax(1)
 
     def _logits(self, batch: Mapping[str, Any], keys: BatchKeys | None = None) -> Tensor:
         texts = self.encode_texts(batch["text_ids"], batch["text_mask"], keys)
@@ -70,8 +70,7 @@ class ReasoningModel(TaskModel):
             self.fuse(texts, both.with_tokens(tokens), keys, (side,), image_type=IMAGE_TYPE + side)
             for side, tokens in enumerate(both.tokens.chunk(2))
         ]
-        logits: Tensor = self.nlvr2_head(torch.cat(pairs, dim=-1))
-        return logits
+        return self.scores(self.nlvr2_head, torch.cat(pairs, dim=-1))
 
 
 class SentenceTable(QuestionTable):

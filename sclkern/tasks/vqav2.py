@@ -76,12 +76,11 @@ class VqaModel(TaskModel):
 
     def predict(self, batch: Mapping[str, Any]) -> Tensor:
         """The number of the best answer to each question, (B,) int64."""
-        return self._logits(batch).float().argmax(1)
+        return self._logits(batch).argmax(1)
 
     def _logits(self, batch: Mapping[str, Any], keys: BatchKeys | None = None) -> Tensor:
         texts = self.encode_texts(batch["text_ids"], batch["text_mask"], keys)
-        logits: Tensor = self.vqa_head(self.fuse(texts, self.encode_image(batch["image"]), keys))
-        return logits
+        return self.scores(self.vqa_head, self.fuse(texts, self.encode_image(batch["image"]), keys))
 
 
 class VqaTable(QuestionTable):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import answerable
 from sclkern.cli import main
@@ -160,6 +161,13 @@ class TestVqav2:
         assert f"answers by {many} classes, and vqav2_answers.json of {tmp_path} has {many + 1}" in line
         table.write_text(json.dumps(answers[::-1]))
         assert "other answers than that of" in refused(work.evaluate(data=tmp_path))
+
+    def test_a_checkpoint_of_a_run_is_exported_as_any_other(self, work, tmp_path):
+        best = work.run / "checkpoints" / "best.pt"
+        assert main(["export", str(best), "--output", str(tmp_path / "model")]) == 0
+        folders = (work.run / "model", tmp_path / "model")
+        written, exported = (load_file(folder / "model.safetensors") for folder in folders)
+        assert all(torch.equal(value, exported[name]) for name, value in written.items())
 
 
 class TestRetrieval:

@@ -93,6 +93,21 @@ def test_the_loss_of_ranking_is_that_of_its_definition(make_batch):
     torch.testing.assert_close(losses.total, ranking + 0.5 * contrast, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [VqaModel, ReasoningModel, RankingModel])
+def test_scores_are_of_float32_in_half_of_the_precision(recorded, kind):
+    heads = {VqaModel: ("vqa",), ReasoningModel: ("nlvr2",), RankingModel: ("itc", "rank")}[kind]
+    model = network(kind, recorded, heads=heads, vqa_answers=recorded["out.vqa_logits"].shape[1], token_types=3)
+    asked = batch(recorded)
+    seen = []
+    head = getattr(model, f"{heads[-1]}_head")
+    head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    if kind is ReasoningModel:
+        asked["image"] = torch.stack([recorded["in.image"], recorded["in.false_image"]], dim=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.predict(asked)
+    assert seen[0].dtype == torch.float32 and not torch.equal(seen[0], seen[0].bfloat16().float())
+
+
 def test_dropout_follows_from_the_place_of_a_row(make_batch):
     torch.manual_seed(0)
     config = SCLConfig.preset("tiny").replace(heads=("nlvr2",), token_types=3, patch_mask_token=False, dropout=0.3)
