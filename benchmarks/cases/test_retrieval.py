@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sclkern import SCLConfig, SCLModel
@@ -26,6 +27,7 @@ from sclkern.evaluation.gallery import Batches, EncodedImages
 from sclkern.evaluation.matching import EncodedTexts
 from sclkern.evaluation.reranking import Pairs, Reranking, score_pairs
 from sclkern.evaluation.retrieval import evaluate_retrieval
+from sclkern.evaluation.room import Room
 from sclkern.tools.specs import captions
 
 GPU = torch.cuda.is_available()
@@ -139,4 +141,46 @@ def test_a_whole_retrieval(record, candidates):
     record(
         f"whole_retrieval/demo/{candidates or 'all'}",
         dtype="float32", images=result.images, texts=result.captions, pairs=pairs, seconds=seconds,
+    )  # fmt: skip
+
+
+class Noise:
+    """A source of 500 pictures of noise with five captions each, of COCO's lengths: a tenth of its test set."""
+
+    num_images, num_pairs = 500, 2500
+    pair_image, pair_group = np.arange(2500) // 5, np.arange(2500)
+
+    def __init__(self) -> None:
+        words = [word for pair in range(200) for word in open_pairs("demo", ["pairs"]).caption(pair).split()]
+        draw = np.random.default_rng(0)
+        self.captions = [" ".join(draw.choice(words, max(1, length - 4))) for length in captions(2500)]
+
+    def caption(self, pair: int) -> str:
+        return self.captions[pair]
+
+    def image(self, image: int) -> Image.Image:
+        return Image.fromarray(np.random.default_rng(image).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+
+    def image_name(self, image: int) -> str:
+        return str(image)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("candidates", [None, 128])
+def test_a_tenth_of_coco(record, candidates):
+    """All of a retrieval, its features in files, by the tiny model with random weights."""
+    torch.manual_seed(0)
+    config = SCLConfig.preset("tiny").replace(vocab_size=2048, mask_id=2047)
+    model, source, room = SCLModel(config).to(DEVICE), Noise(), Room(DEVICE, memory=0)
+    arguments = model, source, CaptionTokenizer.from_pretrained("demo"), build_transform("clip_test", 32)
+    results = []
+    options = {"rerank": Reranking(candidates, "logit"), "distinct_captions": False, "room": room}
+    seconds = seconds_of(lambda: results.append(evaluate_retrieval(*arguments, **options)))
+    plan = plan_retrieval(config, 500, 2500, Reranking(candidates))
+    (result,) = results
+    record(
+        f"whole_retrieval/a_tenth_of_coco/{candidates or 'all'}",
+        dtype="float32", images=result.images, texts=result.captions, seconds=seconds, planned_pairs=plan.pairs,
+        planned_flops=plan.flops, bytes_in_files=room.taken["file"],
+        recall={key: value for key, value in result.recalls.items() if key.endswith("_r1")},
     )  # fmt: skip
