@@ -135,7 +135,13 @@ def _plan(commands: Commands) -> None:
         "--rate",
         type=float,
         metavar="TFLOP/s",
-        help="with --gpus: arithmetic that a GPU reaches (default: 396, 40 %% of an H200's peak)",
+        help="with --gpus or --retrieval: arithmetic that a GPU reaches (default: 396, 40 %% of an H200's peak)",
+    )
+    command.add_argument(
+        "--retrieval",
+        metavar="IMAGESxTEXTS[:CANDIDATES]",
+        help="plan a retrieval instead: bytes, pairs, arithmetic and time on one GPU, such as 5000x25010:256 or "
+        "5000x25010:all (default: evaluation.rerank)",
     )
     command.add_argument("--parallel", choices=("ddp", "fsdp"), help="with --gpus: instead of run.parallel")
     _json(command)

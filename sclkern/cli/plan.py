@@ -11,6 +11,8 @@ from typing import Any
 
 from sclkern.cli.config_files import load
 from sclkern.errors import UserError
+from sclkern.evaluation.cost import plan_retrieval
+from sclkern.evaluation.reranking import Reranking
 from sclkern.step.flops import describe_plan, format_plan
 from sclkern.tools import scaling
 from sclkern.tools.ledger import budget as step_budget
@@ -28,6 +30,8 @@ def run(options: argparse.Namespace) -> int:
             raise UserError("--check and --update: belong to --ledger")
         return _budget(options)
     of_gpus = {"--link": options.link, "--rate": options.rate, "--parallel": options.parallel}
+    if options.retrieval:
+        return _retrieval(options)
     if alone := [name for name, value in of_gpus.items() if value is not None and not options.gpus]:
         raise UserError(f"{alone[0]}: got {of_gpus[alone[0]]} without --gpus, to which it belongs; add --gpus 8")
     config = load(options.config, options.overrides)
@@ -60,6 +64,30 @@ def run(options: argparse.Namespace) -> int:
         described["memory"] = {"rows": config.run.batch_size, **asdict(memory), "total": memory.total}
         text = _format
     print(json.dumps(described, indent=1) if options.json else text(described))
+    return 0
+
+
+def _retrieval(options: argparse.Namespace) -> int:
+    if given := [name for name in ("ledger", "gpus", "link", "parallel") if getattr(options, name)]:
+        raise UserError(f"--{given[0]}: got --retrieval too, which plans no step; give one of them")
+    config = load(options.config, options.overrides)
+    sizes, _, candidates = options.retrieval.partition(":")
+    try:
+        images, texts = (int(number) for number in sizes.split("x"))
+        count = None if candidates == "all" else int(candidates or config.evaluation.rerank)
+    except ValueError:
+        raise UserError(
+            f"--retrieval: got {options.retrieval!r}, expected images x texts, such as 5000x25010, and how many "
+            "candidates are re-ranked, such as 5000x25010:256 or 5000x25010:all"
+        ) from None
+    frames = options.frames or (config.data.num_frames if config.model.max_frames else 1)
+    reranking = None if count == 0 else Reranking(count)
+    plan = plan_retrieval(
+        config.model, images, texts, reranking, text_tokens=options.caption_tokens, num_frames=frames
+    )  # fmt: skip
+    rate = scaling.RATE if options.rate is None else 1e12 * options.rate
+    described = {**asdict(plan), "flops": plan.flops, "rate": rate, "seconds": plan.seconds(rate)}
+    print(json.dumps(described, indent=1) if options.json else plan.describe(rate))
     return 0
 
 

@@ -66,3 +66,20 @@ def test_what_ranks_exchange_is_shown_and_printed_as_json(capsys):
     ):
         assert main([*tiny[:5], *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_retrieval_is_planned(capsys):
+    command = ["plan", "--config", "pretrain_base", "model.image_size=384"]
+    assert main([*command, "--retrieval", "5000x25010:all"]) == 0
+    printed = capsys.readouterr().out
+    assert "5,000 images x 25,010 texts: 125,050,000 pairs on 1 ranks" in printed and "at 396 TFLOP/s" in printed
+    assert main([*command, "--retrieval", "5000x25010", "--rate", "100", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["pairs"] == 256 * 30_010 and planned["seconds"] == pytest.approx(planned["flops"] / 1e14)
+    assert main([*command, "--retrieval", "5000x25010:0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pairs"] == 0
+    for wrong in ("5000", "5000x", "5000x10:some"):
+        assert main([*command, "--retrieval", wrong]) == 2
+        assert f"--retrieval: got '{wrong}', expected images x texts" in capsys.readouterr().err
+    assert main([*command, "--retrieval", "5x5", "--gpus", "8"]) == 2
+    assert "--gpus: got --retrieval too" in capsys.readouterr().err
