@@ -100,7 +100,10 @@ class World:
         assert self.store is not None
         if left_alone(error):
             gone = Failure(-1, 3, "another process ended without a word, such as by kill -9; go on with --resume")
-            first = first_failure(self.store, seconds=2.0) or gone
+            try:
+                first = first_failure(self.store, seconds=2.0) or gone
+            except KeyboardInterrupt:  # torchrun ends the others when a process has died
+                first = gone
         else:
             first = tell(self.store, Failure.of(error, self.rank))
         if first.rank != self.rank:

@@ -5,8 +5,9 @@ import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from sclkern.errors import Interrupted, UserError, WorkerError
+from sclkern.errors import Interrupted, RankError, UserError, WorkerError
 from sclkern.objectives import ObjectiveConfig
 from sclkern.training import preflight, world
 from sclkern.training.config import build_config
@@ -101,6 +102,17 @@ def test_the_others_end_with_the_status_of_the_failure(error, status, text):
 def test_what_a_broken_collective_says_is_known():
     assert left_alone(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234"))
     assert not left_alone(UserError("gloo is bad")) and not left_alone(RuntimeError("shapes differ"))
+
+
+def test_the_signal_that_follows_a_death_does_not_hide_it(monkeypatch):
+    def interrupted(*_, **__):
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr("sclkern.training.world.first_failure", interrupted)
+    world = World(Place(1, 1, 1), dist.HashStore())
+    with pytest.raises(RankError) as raised:
+        world.__exit__(RuntimeError, RuntimeError("Connection closed by peer"), None)
+    assert raised.value.status == 3
 
 
 def processes(size, **run):
