@@ -42,7 +42,7 @@ class PairDataset(Dataset[dict[str, Any]]):
 
     Indices are ``SampleIndex``. A sample is a dict with ``image`` (3, S, S), ``caption`` (str), ``pair`` (int),
     ``image_id`` (int, of ``sclkern.data.image_ids``), ``undecodable`` (dict of image names and reasons, see below) and,
-    where the index asks for it, ``false_image`` (3, S, S): an image of the source of another picture.
+    where ``false_image`` of the index is true, ``false_image`` (3, S, S): an image of the source of another picture.
 
     An image that cannot be read or decoded, or is smaller than a patch, is skipped: the next pair of another image
     takes its place, and the name of the skipped image goes into ``undecodable``, with the reason.

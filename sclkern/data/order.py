@@ -128,8 +128,10 @@ class WeightedOrder:
         return list(zip(epochs.tolist(), pairs.tolist(), strict=True))
 
     def _ordered(self, source: int, epoch: int) -> np.ndarray:
-        """The order of an epoch whose first pairs are none of the last before it; its own last ones stay in place, so
-        that it depends on no other epoch but for these."""
+        """The order of an epoch whose first pairs are none of the last of the epoch before.
+
+        Its own last pairs stay where the permutation has them, so an order follows from two permutations alone.
+        """
         order, window = self._permutation(source, epoch), self._window[source]
         if epoch == 0 or self.sizes[source] < 3 * window:
             return order

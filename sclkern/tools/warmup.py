@@ -236,7 +236,7 @@ def compile_ahead(
     Args:
         found: of ``kernels_of``.
         target: of ``this_target``, or of another machine's GPU.
-        say: is told how many kernels are compiled, and on how many processes.
+        say: called with a line: how many kernels are compiled, on how many processes.
 
     Returns:
         What became of them.

@@ -34,7 +34,7 @@ TABLE_OF = {"gfx950": "gfx942"}
 # What every kernel must compile for; the others on request.
 REQUIRED_TARGETS = tuple(name for name in ARCHITECTURES if name.startswith("sm_"))
 # These have the tensor-core instructions of the target beside them, and Triton takes as much shared memory. Registers
-# differ, but for sm_86 and sm_89, so that a kernel that must not spill is compiled once for those two alone.
+# differ, except of sm_86 and sm_89, so that a kernel that must not spill is compiled once for those two alone.
 STAND_INS = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80"}
 HOT_STAND_INS = {"sm_86": "sm_89"}
 # Kernels of a few microseconds, which may spill on architectures other than sm_90, up to bytes of stack of a thread.
