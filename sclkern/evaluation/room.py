@@ -87,10 +87,34 @@ def _fill(file: int, start: int, size: int) -> None:
     os.ftruncate(file, start + size)
 
 
-def _free_memory() -> int:
+def _free_memory(root: Path = Path("/")) -> int:
+    """Of the machine, or of the part of it that a scheduler or a container leaves to this process."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         # No Linux: what a machine surely has.
         return 2**31
+    return min([free, *_left_by_groups(root)])
+
+
+def _left_by_groups(root: Path) -> list[int]:
+    left = []
+    try:
+        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return []
+    for _, controllers, path in groups:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        folder = root / ("sys/fs/cgroup/memory" if controllers else "sys/fs/cgroup") / path.lstrip("/")
+        limit, used = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+        try:
+            most = int((folder / f"memory.{limit}").read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            # What files have left in memory goes when it is needed.
+            cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+            left.append(max(0, most - int((folder / f"memory.{used}").read_text()) + cached))
+        except (OSError, ValueError):
+            continue  # without a limit ("max"), or not to be read
+    return left

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sclkern.errors import UserError
-from sclkern.evaluation.room import Room
+from sclkern.evaluation.room import Room, _free_memory
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -46,3 +46,30 @@ def test_files_go_where_temporary_files_go(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     with pytest.raises(UserError, match=r"missing: no room for .* \(No such file or directory\)"):
         Room(memory=0).tensor((10,), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "files"),
+    [
+        ("0::/job", "sys/fs/cgroup/job", ("max", "current", "inactive_file")),
+        ("4:cpu,memory:/job", "sys/fs/cgroup/memory/job", ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")),
+    ],
+)
+def test_the_memory_of_a_job_is_what_its_group_leaves(tmp_path, line, folder, files):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    5000 kB\n")
+    assert _free_memory(tmp_path) == 5_120_000
+    (tmp_path / "proc/self/cgroup").write_text(f"9:name=systemd:/\n{line}\n")
+    assert _free_memory(tmp_path) == 5_120_000
+    group, (limit, used, cached) = tmp_path / folder, files
+    group.mkdir(parents=True)
+    (group / "memory.stat").write_text(f"anon 5\n{cached} 300\n")
+    (group / f"memory.{used}").write_text("900\n")
+    (group / f"memory.{limit}").write_text("max\n")
+    assert _free_memory(tmp_path) == 5_120_000
+    (group / f"memory.{limit}").write_text("1000\n")
+    assert _free_memory(tmp_path) == 1000 - 900 + 300
+
+
+def test_without_linux_little_memory_is_taken(tmp_path):
+    assert _free_memory(tmp_path) == 2**31
