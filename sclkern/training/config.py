@@ -180,8 +180,11 @@ def build_as(kind: type[ConfigT], values: dict[str, Any]) -> ConfigT:
     for name in ("sources", "val_sources"):
         sources = values.get("data", {}).get(name)
         for number, source in enumerate(sources if isinstance(sources, list) else []):
-            if isinstance(source, dict):
-                _check_keys(f"data.{name}.{number}.", source, [f.name for f in dataclasses.fields(SourceConfig)])
+            if not isinstance(source, dict):
+                raise UserError(
+                    f"data.{name}.{number}: got {source!r}, expected a source with keys, such as {{tables: [train]}}"
+                )
+            _check_keys(f"data.{name}.{number}.", source, [f.name for f in dataclasses.fields(SourceConfig)])
     preset = values.get("model", {}).get("preset")
     if preset is not None:
         if not isinstance(preset, str):
@@ -223,7 +226,13 @@ def resume_difference(saved: dict[str, Any], current: dict[str, Any]) -> str | N
         for key, value in keys.items():
             before = saved.get(section, {}).get(key)
             if before != value and f"{section}.{key}" not in RESUMABLE_CHANGES:
-                return f"{section}.{key} was {before!r} and is now {value!r}"
+                if key not in ("sources", "val_sources") or not before or not value or len(before) != len(value):
+                    return f"{section}.{key} was {before!r} and is now {value!r}"
+                for number, (old, new) in enumerate(zip(before, value, strict=True)):
+                    for name in new:
+                        if old.get(name) != new[name] and f"{section}.{name}" not in RESUMABLE_CHANGES:
+                            was = f"{section}.{key}.{number}.{name} was {old.get(name)!r}"
+                            return f"{was} and is now {new[name]!r}"
     return None
 
 

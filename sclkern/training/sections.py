@@ -157,6 +157,10 @@ class DataConfig:
                 f"sources: got a weight for {sum(given)} of {len(given)}, expected one for each or for none; a source "
                 "without weight would have no share"
             )
+        if not math.isfinite(total := sum(source.weight or 0.0 for source in self.sources or ())):
+            raise UserError(
+                f"sources: got weights whose sum is {total}, expected a finite sum; make all of them smaller"
+            )
         if any(source.weight is not None for source in self.val_sources or ()):
             raise UserError("val_sources: got a weight, expected none, because every held-out pair is read; remove it")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from mixed_run import CLIPS, mixed
 
+from sclkern.data.sources.arrow import write_pairs
 from sclkern.errors import UserError
 from sclkern.training.config import load_config, resume_difference
 from sclkern.training.data import open_data
 from sclkern.training.loop import Pretraining
+from tiny_run import rows
 
 CPU = torch.device("cpu")
 
@@ -23,9 +26,14 @@ def test_sources_are_checked_by_their_keys(tmp_path: Path) -> None:
     assert config.data.sources is not None and [source.weight for source in config.data.sources] == [2, 1, 1]
     saved = config.to_dict()
     assert resume_difference(saved, load_config(None, mixed(tmp_path)).to_dict()) is None
-    assert "data.sources was" in str(
-        resume_difference(saved, load_config(None, mixed(tmp_path, weights=None)).to_dict())
-    )
+    shorter = load_config(None, mixed(tmp_path, weights=(2, 1))).to_dict()
+    shorter["data"]["sources"] = shorter["data"]["sources"][:2]
+    assert "data.sources was [" in str(resume_difference(saved, shorter))
+    other = load_config(None, mixed(tmp_path, weights=(2, 3, 1))).to_dict()
+    assert resume_difference(saved, other) == "data.sources.1.weight was 1.0 and is now 3.0"
+    reformatted = load_config(None, mixed(tmp_path)).to_dict()
+    reformatted["data"]["sources"][0]["format"] = "arrow"
+    assert resume_difference(saved, reformatted) is None
 
 
 @pytest.mark.parametrize(
@@ -37,6 +45,8 @@ def test_sources_are_checked_by_their_keys(tmp_path: Path) -> None:
         ("[]", "sources: got none, expected a list of sources"),
         ("[{root: x}]", "data.sources.0.tables"),
         ("[{tables: []}]", "tables: got none"),
+        ("[a]", "data.sources.0: got 'a', expected a source with keys, such as {tables: [train]}"),
+        ("[{tables: [a], weight: 1.0e+308}, {tables: [b], weight: 1.0e+308}]", "got weights whose sum is inf"),
     ],
 )
 def test_wrong_sources_are_refused(sources: str, message: str) -> None:
@@ -47,8 +57,38 @@ def test_wrong_sources_are_refused(sources: str, message: str) -> None:
 
 def test_a_source_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     changes = {"data__sources": '[{"tables": ["a"]}, {"root": "gone", "tables": ["b"]}]'}
-    with pytest.raises(UserError, match=r"data.sources.1: .*gone"):
+    with pytest.raises(UserError, match=r"data.sources.1: .*gone.*correct data.sources.1.root$"):
         open_data(load_config(None, mixed(tmp_path, **changes)), CPU)
+
+
+@pytest.mark.parametrize(
+    ("sources", "key"),
+    [
+        ([{"tables": ["a", "a"]}], "0.tables: got 'a', which it reads as 'a' too"),
+        ([{"tables": ["a"]}, {"tables": ["{b,a}"]}], "1.tables: got 'a', which data.sources.0 reads as 'a' too"),
+        ([{"tables": ["[ab]"]}, {"tables": ["b"]}], "1.tables: got 'b', which data.sources.0 reads as '[ab]' too"),
+        ([{"tables": ["b"]}, {"tables": ["*"]}], "1.tables: got '*', which data.sources.0 reads as 'b' too"),
+    ],
+)
+def test_a_table_is_read_once(tmp_path: Path, sources: list[dict[str, Any]], key: str) -> None:
+    arguments = mixed(tmp_path, data__sources=json.dumps(sources))
+    with pytest.raises(UserError, match=rf"^data.sources.{re.escape(key)}, expected each table once"):
+        open_data(load_config(None, arguments), CPU)
+
+
+def test_a_table_of_two_folders_or_two_splits_is_no_table_read_twice(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    write_pairs(tmp_path / "other" / "a.arrow", rows(9))
+    write_pairs(tmp_path / "c.arrow", [*rows(5), *rows(4, "restval")])
+    sources = [{"tables": ["a"]}, {"tables": ["a"], "root": f"{tmp_path}/other"}]
+    sources += [{"tables": ["c"], "split": split} for split in ("train", "restval")]
+    data = open_data(load_config(None, mixed(tmp_path, data__sources=json.dumps(sources))), CPU)
+    assert data.train_source.num_pairs == 40 + 9 + 9
+
+
+def test_a_batch_above_the_clips_is_refused_by_their_number(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run.batch_size: got 25, .* at most the 24 clip-caption pairs"):
+        open_data(load_config(None, mixed(tmp_path, run__batch_size=25)), CPU)
 
 
 def test_a_source_too_small_for_its_weight_is_refused(tmp_path: Path) -> None:
