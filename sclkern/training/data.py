@@ -222,9 +222,9 @@ def _check_batch(config: PretrainConfig, world_size: int, mixed: Mixed, val: Pai
         name, got, remedy = "run.batch_size", f"{run.batch_size}{many}", "make it smaller and raise run.accumulation"
         if rows <= train.num_pairs:
             name, got, remedy = "run.contrastive_batch", f"{run.contrastive_batch}", "make run.accumulation smaller"
-        pairs = f"{train.num_pairs} clip-caption" if kind_of(train) == "clips" else f"{train.num_pairs}"
+        many_pairs = f"{train.num_pairs} clip-caption" if kind_of(train) == "clips" else f"{train.num_pairs}"
         raise UserError(
-            f"{name}: got {got}, expected at most the {pairs} pairs of the training data, because no "
+            f"{name}: got {got}, expected at most the {many_pairs} pairs of the training data, because no "
             f"contrast may see a pair twice; {remedy}, or use more data"
         )
     if not config.objectives.in_batch_negatives:
