@@ -17,7 +17,7 @@ import torch
 from sclkern.data import demo_root
 from sclkern.training.config import load_config
 from sclkern.training.logs import RunLog, read_metrics
-from sclkern.training.loop import Pretraining
+from sclkern.training.pretraining import Pretraining
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "pretrain_base.yaml"

@@ -11,9 +11,9 @@ from sclkern.errors import Interrupted
 from sclkern.ops.dispatch import TRITON_INSTALLED, interpreted
 from sclkern.tools import warmup
 from sclkern.training.data import caption_widths
-from sclkern.training.loop import Pretraining
 from sclkern.training.memory import describe_cost
 from sclkern.training.preflight import join_world
+from sclkern.training.pretraining import Pretraining
 from sclkern.training.signals import StopSignals
 from sclkern.training.world import World
 

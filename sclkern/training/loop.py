@@ -1,4 +1,4 @@
-"""The training loop, and pre-training by it.
+"""The training loop, whatever it trains.
 
 Everything random is a function of (seed, step): masks, dropout, the order and augmentation of the data. A checkpoint
 therefore needs no generator state, and a resumed run computes what an uninterrupted one would, bit for bit on a CPU.
@@ -18,35 +18,31 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sclkern.data.mixture import kind_of_batch
 from sclkern.data.undecodable import UndecodableImages
 from sclkern.errors import Interrupted, UserError
 from sclkern.model import SCLModel
 from sclkern.profiling import phase
 from sclkern.random import mix_seed, step_seed
-from sclkern.step import SCLLosses, check_capture, check_objectives
+from sclkern.step import SCLLosses, check_capture
 from sclkern.training.checkpoint import remedy
 from sclkern.training.choices import check_choices, describe_choices
 from sclkern.training.clock import StepClock
 from sclkern.training.config import PretrainConfig
-from sclkern.training.data import TrainingData, data_difference, open_data
+from sclkern.training.data import data_difference
 from sclkern.training.deadline import deadline_of
 from sclkern.training.directory import SavedRun, begin, check_shared, lock_directory, open_directory
-from sclkern.training.evaluation import RunEvaluation
 from sclkern.training.forecast import Forecast
 from sclkern.training.health import FiniteCheck
 from sclkern.training.keeping import Keeper
 from sclkern.training.logs import RunLog, SilentLog
-from sclkern.training.negatives import count_negatives
 from sclkern.training.observing import Processes, learning_rates
 from sclkern.training.optim import build_optimizer, schedule_factor, set_learning_rate
 from sclkern.training.parallel import check_parallel, share_model
 from sclkern.training.passes import Passes
-from sclkern.training.results import Results
-from sclkern.training.setup import initial_model, resolve_device
+from sclkern.training.setup import resolve_device
 from sclkern.training.signals import StopSignals
 from sclkern.training.state import TrainingState
-from sclkern.training.throughput import Throughput, precision_remark
+from sclkern.training.throughput import precision_remark
 from sclkern.training.tracking import check_tracker, open_tracker
 from sclkern.training.validation import Validation
 from sclkern.training.watchdog import Watchdog
@@ -401,55 +397,3 @@ class Training(ABC):
         # The first step, which compiles and opens files, says nothing of the others.
         for line in self.processes.warnings(ranks, self.clock.steps) if self.state.step > 1 else ():
             run_log.message(line)
-
-
-class Pretraining(Training):
-    """Pre-training by the recipe of a configuration; the arguments are those of ``Training``.
-
-    Attributes:
-        data: of the run.
-    """
-
-    data: TrainingData
-
-    def check(self) -> None:
-        """Raise a ``UserError`` unless the model has the heads of the recipe."""
-        check_objectives(self.config.model, self.config.objectives)
-
-    def open_data(self) -> TrainingData:
-        """The data that ``config.data`` names."""
-        return open_data(self.config, self.device, rank=self.world.rank, world_size=self.world.size)
-
-    def build_model(self, *, initial: bool) -> SCLModel:
-        """The model of ``config.model``."""
-        config = self.config
-        return initial_model(config) if initial else SCLModel(config.model, config.objectives)
-
-    def prepare(self) -> None:
-        """Set what measures and reports the model."""
-        config, data = self.config, self.data
-        self.evaluation = RunEvaluation(config, data, self.passes, self.state.undecodable, self.stop)
-        self.results = Results(self.directory, data, self.parallel, self.passes, self.evaluation)
-        self.validation = Validation(config, self.state, self.passes, self.evaluation, self.keeper, self.stop)
-        pad_to_max, shares = data.train_loader.pad_to_max, data.frame_shares(config)
-        self.throughput = Throughput(config, data.caption_lengths, pad_to_max, self.device, shares)
-
-    def describe(self) -> str:
-        """The run in one line."""
-        return self.evaluation.describe()
-
-    def image_name(self, batch: Mapping[str, Any], pair: int) -> str:
-        """The name of the image of a training pair of a batch."""
-        source = self.data.train_sources[kind_of_batch(batch)]
-        return source.image_name(source.pair_image[pair])
-
-    @property
-    def loss_names(self) -> tuple[str, ...]:
-        """``total`` and the objectives of the recipe."""
-        return ("total", *(objective.name for objective in self.config.objectives.selected))
-
-    def rates(self, pairs_per_second: float) -> dict[str, float]:
-        """Arithmetic a second, and the negatives of each contrast."""
-        size = self.world.size
-        negatives = {f"{name}_negatives": number for name, number in count_negatives(self.config, size).items()}
-        return {**self.throughput.at(pairs_per_second, size), **negatives}

@@ -8,7 +8,7 @@ from sclkern import SCLModel
 from sclkern.cli import main
 from sclkern.training.checkpoint import load_checkpoint
 from sclkern.training.config import load_config
-from sclkern.training.loop import Pretraining
+from sclkern.training.pretraining import Pretraining
 from tiny_run import NO_LAYERS, overrides, small_data
 
 

@@ -17,7 +17,7 @@ import torch
 
 from sclkern.cli import main
 from sclkern.training import checkpoint
-from sclkern.training.loop import Pretraining
+from sclkern.training.pretraining import Pretraining
 
 RANK, ATTEMPT = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 

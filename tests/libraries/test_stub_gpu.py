@@ -18,7 +18,7 @@ import torch
 import stand_ins
 from sclkern.libraries import apex, flash
 from sclkern.training.config import load_config
-from sclkern.training.loop import Pretraining
+from sclkern.training.pretraining import Pretraining
 
 stand_ins.install(pytest.MonkeyPatch())
 # As on a GPU that has the libraries.

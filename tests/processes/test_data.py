@@ -11,7 +11,7 @@ from sclkern.errors import UserError
 from sclkern.training.config import load_config
 from sclkern.training.data import open_data
 from sclkern.training.logs import SilentLog
-from sclkern.training.loop import Pretraining
+from sclkern.training.pretraining import Pretraining
 from sclkern.training.world import Place, World
 from tiny_run import NO_LAYERS, overrides, rows
 

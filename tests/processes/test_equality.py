@@ -14,8 +14,8 @@ from ranks import be_rank, run_ranks
 import sclkern
 from sclkern.training.config import load_config
 from sclkern.training.logs import SilentLog
-from sclkern.training.loop import Pretraining
 from sclkern.training.parallel import share_model
+from sclkern.training.pretraining import Pretraining
 from sclkern.training.world import Place, World
 from tiny_run import overrides, small_data
 

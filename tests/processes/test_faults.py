@@ -15,7 +15,7 @@ import torch
 
 from sclkern.training.checkpoint import load_checkpoint
 from sclkern.training.config import load_config
-from sclkern.training.loop import Pretraining
+from sclkern.training.pretraining import Pretraining
 from sclkern.training.watchdog import HANGS
 from tiny_run import NO_LAYERS, overrides, small_data
 

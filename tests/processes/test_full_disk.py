@@ -18,7 +18,7 @@ from ranks import environment
 from same_state import assert_states_equal
 from sclkern.cli import main
 from sclkern.training.checkpoint import load_checkpoint
-from sclkern.training.loop import Pretraining
+from sclkern.training.pretraining import Pretraining
 from tiny_run import NO_LAYERS, overrides, small_data
 
 IN_A_NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]

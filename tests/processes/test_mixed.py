@@ -10,7 +10,7 @@ from ranks import be_rank, run_ranks
 from sclkern.data.mixture import kind_of_batch
 from sclkern.training.config import load_config
 from sclkern.training.logs import SilentLog
-from sclkern.training.loop import Pretraining
+from sclkern.training.pretraining import Pretraining
 from sclkern.training.world import Place, World
 
 STEPS = 4

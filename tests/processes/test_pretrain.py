@@ -18,7 +18,7 @@ import sclkern
 from sclkern.cli import main
 from sclkern.errors import UserError
 from sclkern.training.checkpoint import load_checkpoint
-from sclkern.training.loop import Pretraining
+from sclkern.training.pretraining import Pretraining
 from tiny_run import NO_LAYERS, overrides
 
 TWO = {"run__batch_size": 4, "run__device": "cpu", "evaluation__train_images": 0, "evaluation__attention_images": 1}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sclkern.training.config import load_config
-from sclkern.training.loop import Pretraining
+from sclkern.training.pretraining import Pretraining
 from tiny_run import overrides
 
 

@@ -17,7 +17,7 @@ from sclkern.errors import UserError
 from sclkern.training.checkpoint import load_checkpoint, save_checkpoint
 from sclkern.training.config import load_config
 from sclkern.training.directory import lock_directory
-from sclkern.training.loop import Pretraining
+from sclkern.training.pretraining import Pretraining
 from tiny_run import NO_LAYERS, overrides, rows, small_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -263,7 +263,7 @@ def test_a_reader_may_count_and_name_with_numpy(pretraining, tmp_path, monkeypat
     def opened(*arguments, **options):
         return Numpy(open_pairs(*arguments, **options))
 
-    monkeypatch.setattr("sclkern.training.data.open_pairs", opened)
+    monkeypatch.setattr("sclkern.training.sources.open_pairs", opened)
     pairs = rows(8)
     table(tmp_path, [{**pairs[0], "image": b""}, *pairs[1:]], "n")
     options = {**TINY, "data__root": tmp_path, "data__train_tables": "[n]", "data__val_tables": "[n]"}

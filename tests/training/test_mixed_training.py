@@ -15,7 +15,7 @@ from sclkern.data.sources.arrow import write_pairs
 from sclkern.errors import UserError
 from sclkern.training.config import load_config, resume_difference
 from sclkern.training.data import open_data
-from sclkern.training.loop import Pretraining
+from sclkern.training.pretraining import Pretraining
 from tiny_run import rows
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import yaml
 
 from sclkern.training.checkpoint import load_checkpoint, save_checkpoint
 from sclkern.training.config import load_config
-from sclkern.training.loop import Pretraining
+from sclkern.training.pretraining import Pretraining
 
 # config.yaml of a run of that version, with recipe "glscl", every option "reference" and the step without sharing.
 FIRST_VERSION = Path(__file__).parent / "first_version.yaml"

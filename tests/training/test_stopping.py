@@ -14,10 +14,11 @@ from sclkern.cli import main
 from sclkern.errors import Interrupted, UserError, WorkerError
 from sclkern.evaluation import retrieval
 from sclkern.training import loop, results, saving
+from sclkern.training import pretraining as module
 from sclkern.training.checkpoint import load_checkpoint, save_checkpoint
 from sclkern.training.config import load_config
 from sclkern.training.deadline import Deadline
-from sclkern.training.loop import Pretraining
+from sclkern.training.pretraining import Pretraining
 from tiny_run import NO_LAYERS, overrides, small_data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,8 +83,8 @@ def test_a_signal_during_validation(pretraining, monkeypatch, capfd, tmp_path, u
     run = pretraining(**VALIDATING)
     owner, name = {
         "losses": (run.passes, "forward"),
-        "retrieval": (retrieval, "_encode_texts"),
-        "re-ranking": (retrieval, "_match"),
+        "retrieval": (retrieval, "encode_texts"),
+        "re-ranking": (retrieval, "score_pairs"),
     }[moment]
     with monkeypatch.context() as patch:
         signals_within(patch, owner, name, *[signal.SIGTERM] * count, where=lambda: not run.model.training)
@@ -156,7 +157,7 @@ def test_a_second_signal_does_not_wait_for_data(pretraining, monkeypatch, tmp_pa
 
 def test_a_signal_before_the_first_step_leaves_nothing(arguments, monkeypatch, capfd, tmp_path):
     with monkeypatch.context() as patch:
-        signals_within(patch, loop, "open_data", signal.SIGTERM)
+        signals_within(patch, module, "open_data", signal.SIGTERM)
         assert main(["pretrain", *arguments()]) == 128 + signal.SIGTERM
     assert capfd.readouterr().err.split("\n")[-3:] == [
         "SIGTERM: stops now",

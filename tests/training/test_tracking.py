@@ -7,7 +7,7 @@ import pytest
 
 from sclkern import UserError
 from sclkern.training.config import load_config
-from sclkern.training.loop import Pretraining
+from sclkern.training.pretraining import Pretraining
 from sclkern.training.tracking import check_tracker, open_tracker
 from tiny_run import NO_LAYERS, overrides, small_data
 

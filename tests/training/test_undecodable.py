@@ -46,7 +46,7 @@ def test_bad_pictures_are_named_counted_and_skipped(pretraining, tmp_path, caplo
     named = [record.getMessage() for record in caplog.records if record.name == "sclkern.data"]
     start = "skipped an image that cannot be decoded: "
     assert named[0] == f"{start}val.arrow row 1 (1) (the image is 1 x 1 pixels, smaller than a patch (16))"
-    assert len(named) == 1 + len(BAD) and "bomb" in named[-1]
+    assert len(named) == 1 + len(BAD) and "unfolds" in named[-1]
     for row, name in enumerate(named[1:]):
         assert name.startswith(f"{start}train.arrow row {row} ({row}) (") and "()" not in name
     assert f"Undecodable training images, skipped: {len(BAD)}" in report

@@ -30,7 +30,7 @@ from sclkern.profiling import DOMAIN, PHASES, collective, format_table, phase, p
 from sclkern.tools.profile.plot import plot_profile
 from sclkern.training.config import PretrainConfig
 from sclkern.training.logs import RunLog, SilentLog
-from sclkern.training.loop import Pretraining
+from sclkern.training.pretraining import Pretraining
 from sclkern.training.setup import resolve_device
 from sclkern.training.world import World
 
