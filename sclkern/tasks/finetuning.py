@@ -17,6 +17,7 @@ from sclkern.tasks.batches import TaskLoader
 from sclkern.tasks.config import FinetuneConfig
 from sclkern.tasks.model import TaskModel
 from sclkern.tasks.task import Outcome, Task, TaskSource
+from sclkern.training.checkpoint import best_folders
 from sclkern.training.data import check_tokenizer
 from sclkern.training.directory import read_newest
 from sclkern.training.logs import read_metrics
@@ -202,7 +203,7 @@ class Finetuning(Training):
         if self.world.main:
             checkpoints = self.directory / "checkpoints"
             whole = checkpoints / "best.pt"
-            best = read_newest(whole if whole.exists() else sorted(checkpoints.glob("best-*[0-9]"))[-1])
+            best = read_newest(whole if whole.exists() else best_folders(checkpoints)[0])
             model = self.task.model(self.config.model)
             model.load_state_dict(best.state["model"])
             model.save_pretrained(folder)
