@@ -94,8 +94,6 @@ class ImageTransform:
             crop = draw_crop(image.width, image.height, self._geometry.least_area)
         mirrored = self._geometry.flips and float(torch.rand(())) < 0.5
         picture = (_resize_by_pillow if self.decoding == "published" else _resize_by_torch)(image, crop, self.size)
-        # A copy, which keeps neither an unused channel nor the memory of the image.
-        picture = picture.clone(memory_format=torch.contiguous_format)
         if mirrored:
             picture = picture.flip(-1)
         return normalize_images(picture) if self._normalize else picture
@@ -121,14 +119,28 @@ class ImageTransform:
 
 def _resize_by_pillow(image: Image.Image, crop: Crop, size: int) -> torch.Tensor:
     resized = v2.functional.resized_crop(image, *crop, [size, size], v2.InterpolationMode.BICUBIC)
-    return v2.functional.pil_to_tensor(resized)
+    return v2.functional.pil_to_tensor(resized).contiguous()
 
 
 def _resize_by_torch(image: Image.Image, crop: Crop, size: int) -> torch.Tensor:
     part = _levels(image)[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
     # In this order of channels torch's filter takes the four bytes of a pixel at once, and returns them so.
     part = part.permute(0, 3, 1, 2)
-    return torch.nn.functional.interpolate(part, (size, size), mode="bicubic", antialias=True)[0, :3]
+    resized = torch.nn.functional.interpolate(part, (size, size), mode="bicubic", antialias=True)
+    return _planes(resized[0].permute(1, 2, 0))
+
+
+def _planes(levels: torch.Tensor) -> torch.Tensor:
+    """(3, H, W) in one piece from levels (H, W, 3), or (H, W, 4) with an unused channel."""
+    if levels.shape[2] == 3 or not levels.is_contiguous():
+        # A copy, which does not keep the memory of the image.
+        return levels[..., :3].permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+    # The four bytes of a pixel as one number: a strided copy takes more than three times as long.
+    pixels = levels.numpy().view("<u4")[..., 0]
+    planes = np.empty((3, *pixels.shape), np.uint8)
+    for channel, plane in enumerate(planes):
+        np.right_shift(pixels, 8 * channel, out=plane, casting="unsafe")
+    return torch.from_numpy(planes)
 
 
 def _levels(image: Image.Image) -> torch.Tensor:
