@@ -32,7 +32,7 @@ from sclkern.data.sources.arrow import write_pairs
 from sclkern.data.transforms import CLIP_MEAN, CLIP_STD, build_transform, draw_crop, normalize_images
 from sclkern.data.undecodable import read_image
 
-PICTURES, ROUNDS = 4, 7
+PICTURES, ROUNDS = 4, 21
 SIZES = {"coco": (640, 480), "web": (2400, 1800)}
 # Greatest root mean square of an error, in levels: of a filter that rounds after each pass; of a JPEG in reduced size.
 IN_WHOLE, REDUCED = 0.7, 1.5
