@@ -13,6 +13,7 @@ from sclkern.data.order import data_seed
 from sclkern.data.source import PairSource, has_clips, image_ids
 from sclkern.data.text import one_line
 from sclkern.data.tokenizer import CaptionTokenizer
+from sclkern.data.transforms import apply_transform
 from sclkern.data.undecodable import read_clip, read_image
 from sclkern.errors import UserError
 
@@ -96,15 +97,18 @@ class PairDataset(Dataset[dict[str, Any]]):
             image = int(source.pair_image[pair])
             picture = int(image_ids(source, image))
             sample = {
-                "image": self._tensor(decoded), "caption": source.caption(pair), "pair": pair, "image_id": picture
-            }  # fmt: skip
+                "image": apply_transform(self.transform, decoded),
+                "caption": source.caption(pair),
+                "pair": pair,
+                "image_id": picture,
+            }
             if false_image:
                 count = source.num_images - 1
                 drawn = int(torch.randint(count, ()))
                 others = ((image + 1 + (drawn + step) % count) % source.num_images for step in range(count))
                 different = (other for other in others if int(image_ids(source, other)) != picture)
                 _, decoded = self._first_decodable(different, undecodable)
-                sample["false_image"] = self._tensor(decoded)
+                sample["false_image"] = apply_transform(self.transform, decoded)
         sample["undecodable"] = {source.image_name(image): reason for image, reason in undecodable.items()}
         return sample
 
@@ -112,16 +116,6 @@ class PairDataset(Dataset[dict[str, Any]]):
         if self.choose_frames is not None and has_clips(self.source):
             return read_clip(self.source, image, self.min_size, self.choose_frames)
         return read_image(self.source, image, self.min_size, self._reduction)
-
-    def _tensor(self, decoded: Decoded) -> torch.Tensor:
-        if isinstance(decoded, Image.Image):
-            return self.transform(decoded)
-        state = torch.default_generator.get_state()
-        frames = []
-        for frame in decoded:
-            torch.default_generator.set_state(state)
-            frames.append(self.transform(frame))
-        return torch.stack(frames)
 
     def _first_decodable(self, images: Iterable[int], undecodable: dict[int, str]) -> tuple[int, Decoded]:
         """Position and content of the first of these images that can be decoded; adds the others to ``undecodable``."""

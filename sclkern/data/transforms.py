@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -215,6 +215,28 @@ def build_transform(name: str, size: int, *, normalize: bool = True, decoding: D
     if decoding not in ("fast", "published"):
         raise ValueError(f"decoding: got {decoding!r}, expected fast or published")
     return ImageTransform(_GEOMETRY[name](), size, normalize=normalize, decoding=decoding)
+
+
+def apply_transform(
+    transform: Callable[[Image.Image], torch.Tensor], decoded: Image.Image | Sequence[Image.Image]
+) -> torch.Tensor:
+    """Transform an image, or all frames of a clip by the same draws.
+
+    Args:
+        transform: from an image, mode RGB, to a tensor (3, S, S), random through torch's default generator alone.
+        decoded: an image, or the frames of a clip.
+
+    Returns:
+        (3, S, S), of a clip (F, 3, S, S).
+    """
+    if isinstance(decoded, Image.Image):
+        return transform(decoded)
+    state = torch.default_generator.get_state()
+    frames = []
+    for frame in decoded:
+        torch.default_generator.set_state(state)
+        frames.append(transform(frame))
+    return torch.stack(frames)
 
 
 def normalize_images(images: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from sclkern.data import PairSource
 from sclkern.data.source import has_clips
 from sclkern.data.tokenizer import CaptionTokenizer
-from sclkern.data.transforms import normalize_images
+from sclkern.data.transforms import apply_transform, normalize_images
 from sclkern.data.undecodable import UndecodableImages, read_clip, read_image
 from sclkern.distributed import gather_parts, merge
 from sclkern.errors import UserError
@@ -176,8 +176,7 @@ def _read(
     if choose_frames is None or not has_clips(source):
         reduction = getattr(transform, "reduction", None)
         return transform(read_image(source, image, model.config.patch_size, reduction))
-    frames = read_clip(source, image, model.config.patch_size, choose_frames)
-    return torch.stack([transform(frame) for frame in frames])
+    return apply_transform(transform, read_clip(source, image, model.config.patch_size, choose_frames))
 
 
 def _projected(project: Callable[[Tensor], Tensor], cls: Tensor, model: SCLNetwork) -> Tensor:

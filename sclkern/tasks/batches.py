@@ -19,6 +19,7 @@ from sclkern.data.order import PairOrder, data_seed
 from sclkern.data.source import has_clips
 from sclkern.data.text import one_line
 from sclkern.data.tokenizer import CaptionTokenizer
+from sclkern.data.transforms import apply_transform
 from sclkern.data.undecodable import read_clip, read_image
 from sclkern.errors import UserError
 from sclkern.tasks.task import Sample, Task, TaskSource
@@ -122,7 +123,7 @@ class TaskBatches(Dataset[Batch | UserError]):
                 images = [self._picture(image, every, failed) for image in sample.images]
                 undecodable |= failed
                 if every or all(image is not None for image in images):
-                    return at, sample, [self._tensor(image) for image in images if image is not None]
+                    return at, sample, [apply_transform(self.transform, image) for image in images if image is not None]
                 if len(failed) >= _MAX_UNDECODABLE_IN_A_ROW:
                     break
         image, reason = next(iter(failed.items()))
@@ -132,16 +133,6 @@ class TaskBatches(Dataset[Batch | UserError]):
             "Pillow; convert the set again"
         )
 
-    def _tensor(self, decoded: Image.Image | list[Image.Image]) -> Tensor:
-        if isinstance(decoded, Image.Image):
-            return self.transform(decoded)
-        state = torch.default_generator.get_state()
-        frames = []
-        for frame in decoded:
-            torch.default_generator.set_state(state)
-            frames.append(self.transform(frame))
-        return torch.stack(frames)
-
     def _picture(self, image: int, every: bool, failed: dict[int, str]) -> Image.Image | list[Image.Image] | None:
         clips: Any = self.source
         try:
@@ -150,7 +141,12 @@ class TaskBatches(Dataset[Batch | UserError]):
             return read_image(self.source, image, self.min_size, self._reduction)
         except ValueError as error:
             failed[image] = str(error)
-            return Image.new("RGB", (2 * self.min_size, 2 * self.min_size), _GREY) if every else None
+            if not every:
+                return None
+            grey = Image.new("RGB", (2 * self.min_size, 2 * self.min_size), _GREY)
+            if self.choose_frames is not None and has_clips(clips):
+                return [grey for _ in self.choose_frames(1)]
+            return grey
 
     def _texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         ids, mask = self.tokenizer(texts, self.max_text_len)

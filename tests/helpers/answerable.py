@@ -134,7 +134,7 @@ def flickr30k(root: Path, pictures: int = 256) -> Path:
 
 
 def lsmdc(root: Path, clips: int = 128) -> Path:
-    """LSMDC as folders of frames, of which the frames between black ones show a square whose colour is told, converted.
+    """LSMDC as folders of frames, whose captions name the colour of a square, which is between black frames; converted.
 
     Held-out clips are 8, each of another colour: chance of the first candidate is 1 of 8 in either direction.
     """
@@ -156,7 +156,7 @@ def lsmdc(root: Path, clips: int = 128) -> Path:
 
 
 def msrvtt(root: Path, clips: int = 64) -> Path:
-    """MSRVTT with the files of CLIP4Clip, of clips in which a square lies whose colour is told, converted.
+    """MSRVTT with the files of CLIP4Clip, of clips of a square whose colour the captions name; converted.
 
     Clips of the test split are 8, each of another colour: chance of the first candidate is 1 of 8.
     """

@@ -131,7 +131,7 @@ def test_a_run_outlives_one_fault_after_the_other(run, whole, data):
     process = run.start(("sigterm", 0, 3, 0))
     run.signal_when_ready(process, signal.SIGTERM)
     assert run.saved()["step"] == 3 and not list(run.checkpoints.glob(".*.tmp"))
-    # Not a number in a batch of one rank: all stop, and what is told is of that rank.
+    # Not a number in a batch of one rank: all stop, and the message names that rank.
     error = run.run(("nan", 1, 4, 0), status=1)
     told = (
         r"step 4: image t.arrow row \d+ \(\d+\) on rank 1 is not finite; the checkpoint of step 3 is kept; look at this"

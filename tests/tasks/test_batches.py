@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from sclkern.data.frames import FrameSampling
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import build_transform
 from sclkern.errors import UserError
@@ -34,9 +35,11 @@ def write_table(folder, broken=(), rows=6):
     return TASK.open(folder, ["t"])
 
 
-def loader(source, **options):
+def loader(source, choose_frames=None, **options):
     transform, tokenizer = build_transform("clip_test", 32), CaptionTokenizer.from_pretrained("demo")
-    batches = TaskBatches(TASK, source, tokenizer, transform, max_text_len=16, min_size=8, seed=3)
+    batches = TaskBatches(
+        TASK, source, tokenizer, transform, max_text_len=16, min_size=8, seed=3, choose_frames=choose_frames
+    )
     return TaskLoader(batches, seed=3, **options)
 
 
@@ -81,6 +84,13 @@ def test_a_picture_that_cannot_be_decoded_is_skipped_in_training_and_grey_in_an_
     batch = next(loader(source, batch_size=12).in_order())
     assert batch["pair"].tolist() == list(range(12)) and list(batch["undecodable"]) == ["t.arrow row 2"]
     assert batch["image"][4].std((1, 2)).max() < 1e-6
+
+
+def test_a_clip_that_cannot_be_decoded_has_as_many_frames_as_the_others(tmp_path):
+    source = write_table(tmp_path, broken=(2,))
+    source.frames = lambda image, choose: [source.image(image)] * len(choose(9))
+    batch = next(loader(source, FrameSampling(3), batch_size=12).in_order())
+    assert batch["image"].shape == (12, 3, 3, 32, 32) and list(batch["undecodable"]) == ["t.arrow row 2"]
 
 
 def test_only_broken_pictures_are_an_error_of_one_line(tmp_path):

@@ -59,7 +59,7 @@ def test_an_image_is_named_first(layer):
     assert "step 7: image row 9, read in step 6, is not finite; " in message_of(check, 7, 4, values)
 
 
-def test_a_negative_image_that_no_row_has_is_told(layer):
+def test_a_negative_image_that_no_row_has_is_named(layer):
     check = FiniteCheck(layer, torch.device("cpu"))
     check.observe(torch.tensor(float("nan")))
     false = torch.full((1, 3, 2, 2), torch.nan)

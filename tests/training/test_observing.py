@@ -26,7 +26,7 @@ def config_of(recipe="scl", **run):
     return PretrainConfig(model=SCLConfig.preset("tiny"), objectives=ObjectiveConfig(recipe), run=RunConfig(**options))
 
 
-def told(own, data=0.0, memory=1.0, step=1.0):
+def described(own, data=0.0, memory=1.0, step=1.0):
     return {"step_seconds": step, "own_seconds": own, "data_seconds": data, "memory_gb": memory}
 
 
@@ -51,30 +51,30 @@ def test_learning_rates_are_those_of_the_groups():
 def test_the_slowest_process_is_named_by_its_own_time():
     processes = Processes(CPU, 2)
     # All steps take as long, because all wait for rank 1.
-    ranks = [told(0.6), told(1.0, memory=3.0), told(0.5), told(0.6)]
+    ranks = [described(0.6), described(1.0, memory=3.0), described(0.5), described(0.6)]
     found = processes.compare(ranks)
     assert found["slowest_rank"] == 1 and found["slowest_lag"] == pytest.approx(1 / 0.6 - 1)
     assert found["memory_gb"] == 3.0
-    assert processes.compare([told(1.0)]) == {"memory_gb": 1.0}
+    assert processes.compare([described(1.0)]) == {"memory_gb": 1.0}
     lines = [processes.warnings(ranks, 10) for _ in range(5)]
     assert [len(line) for line in lines] == [0, 0, 1, 0, 0]
     assert lines[2][0].startswith("rank 1 is the slowest: its steps take 67% longer than the median")
     # Not one that is slow now and then.
     others = Processes(CPU, 2)
     for number in range(6):
-        slow = [told(1.0 if rank == number % 2 else 0.5) for rank in range(3)]
+        slow = [described(1.0 if rank == number % 2 else 0.5) for rank in range(3)]
         assert others.warnings(slow, 10) == []
 
 
 def test_waiting_for_data_is_said_once_with_the_remedy():
     processes = Processes(CPU, 3)
-    waits = [told(1.0, data=0.05), told(1.0, data=0.2)]
+    waits = [described(1.0, data=0.05), described(1.0, data=0.2)]
     assert processes.warnings(waits, 10) == []
     (line,) = processes.warnings(waits, 10)
     assert line.startswith("a step waits for data 20% of its time (mean of 20 steps): raise data.num_workers (now 3;")
     assert processes.warnings(waits, 50) == []
     few = Processes(CPU, 3)
-    assert not any(few.warnings([told(1.0, data=0.09)], 10) for _ in range(5))
+    assert not any(few.warnings([described(1.0, data=0.09)], 10) for _ in range(5))
 
 
 def test_own_time_is_without_the_waits_for_others():

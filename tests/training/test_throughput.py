@@ -90,6 +90,6 @@ def test_the_first_pass_of_a_contrastive_batch_is_what_its_features_need():
     assert first_pass("scl", 2, "null") == first_pass("scl", 1, 8) == first_pass("[itm, mlm]", 2, 16) == 0
     itc, scl = first_pass("[itc]", 2, 16), first_pass("scl", 2, 16)
     config, objectives = SCLConfig.preset("tiny"), ObjectiveConfig(recipe=("itc",))
-    # Of ITC alone the whole forward, which is a third of the step but for the pixels, which need no gradient.
+    # Of ITC alone the whole forward, a third of the step, except that pixels need no gradient.
     assert itc == pytest.approx(flops_a_pair(config, objectives, StepConfig(), 13, 13) / 3, rel=0.05)
     assert itc < scl < flops_a_pair(config, ObjectiveConfig(), StepConfig(), 13, 13) / 3
