@@ -279,14 +279,17 @@ def test_too_many_undecodable(tmp_path):
     compare(tree, tables, {"image": "file"}, ("caption",))
 
 
-def test_names_that_lead_out_are_refused(tmp_path):
+def test_a_picture_out_of_the_source_is_named_and_counted_as_missing(tmp_path):
     tree = make("coco", tmp_path / "in")
     path = tree.root / "karpathy" / "dataset_coco.json"
     content = json.loads(path.read_text())
+    name = content["images"][3]["filename"]
+    write(tmp_path / "elsewhere" / name, b"")
     content["images"][3]["filepath"] = "../elsewhere"
     write(path, content)
-    with pytest.raises(UserError, match=r"'\.\./elsewhere'.* leads out of the folder"):
-        convert("coco", tree.root, tmp_path / "out")
+    _, card = converted(tree, "coco", tmp_path / "out")
+    missing = card["missing"]
+    assert missing["count"] == 1 and f"../elsewhere/{name}" in json.dumps(missing["reasons"])
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
