@@ -30,7 +30,7 @@ from benchmarks.harness.photographs import jpeg, photograph, resample
 from sclkern.data import open_pairs
 from sclkern.data.sources.arrow import write_pairs
 from sclkern.data.transforms import CLIP_MEAN, CLIP_STD, build_transform, draw_crop, normalize_images
-from sclkern.data.undecodable import read_image
+from sclkern.data.undecodable import read_picture
 
 PICTURES, ROUNDS = 4, 21
 SIZES = {"coco": (640, 480), "web": (2400, 1800)}
@@ -93,7 +93,7 @@ def build_ways(folder: Path, pixels: int) -> dict[str, Load]:
 
     def by_sclkern(normalize: bool) -> Load:
         transform = build_transform("clip", pixels, normalize=normalize)
-        return lambda number: transform(read_image(source, number, 16, transform.reduction))
+        return lambda number: transform(read_picture(source, number, 16, transform.decode))
 
     def by_decoder(decode: Callable[[torch.Tensor], torch.Tensor], transform: v2.Transform) -> Load:
         # A copy, as these decoders take no memory that must not be written to.

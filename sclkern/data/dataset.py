@@ -9,19 +9,20 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from sclkern.data.images import Picture
 from sclkern.data.order import data_seed
 from sclkern.data.source import PairSource, has_clips, image_ids
 from sclkern.data.text import one_line
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import apply_transform
-from sclkern.data.undecodable import read_clip, read_image
+from sclkern.data.undecodable import read_clip, read_picture
 from sclkern.errors import UserError
 
 # Only a file that is broken as a whole has so many broken images in a row.
 _MAX_UNDECODABLE_IN_A_ROW = 100
 
-# An image, or the frames of a clip.
-Decoded = Image.Image | list[Image.Image]
+# A picture, or the frames of a clip.
+Decoded = Picture | list[Image.Image]
 
 
 class SampleIndex(NamedTuple):
@@ -52,8 +53,8 @@ class PairDataset(Dataset[dict[str, Any]]):
         source: The pairs.
         tokenizer: Tokenizes the captions of a batch.
         transform: Maps a PIL image (RGB) to a tensor (3, S, S), uint8 or normalised float32; random only through
-            torch's default generator. If it has a method ``reduction``, that of ``ImageTransform``, a large JPEG is
-            decoded at a part of its size.
+            torch's default generator. If it has a method ``decode``, that of ``ImageTransform``, it gets what that
+            makes of the encoded file.
         max_text_len: Longest row of token ids, special tokens included.
         min_size: Least height and width of an image in pixels: the side of a patch.
         seed: Seed of all random draws, not negative.
@@ -78,7 +79,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         self.source = source
         self.tokenizer = tokenizer
         self.transform = transform
-        self._reduction = getattr(transform, "reduction", None)
+        self._decode = getattr(transform, "decode", None)
         self.max_text_len = max_text_len
         self.min_size = min_size
         self.seed = seed
@@ -115,7 +116,7 @@ class PairDataset(Dataset[dict[str, Any]]):
     def _read(self, image: int) -> Decoded:
         if self.choose_frames is not None and has_clips(self.source):
             return read_clip(self.source, image, self.min_size, self.choose_frames)
-        return read_image(self.source, image, self.min_size, self._reduction)
+        return read_picture(self.source, image, self.min_size, self._decode)
 
     def _first_decodable(self, images: Iterable[int], undecodable: dict[int, str]) -> tuple[int, Decoded]:
         """Position and content of the first of these images that can be decoded; adds the others to ``undecodable``."""

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable
 
 import numpy as np
+import torch
+import torchvision.io
 from PIL import Image
 
 # Begins the message of every image that cannot be decoded.
@@ -30,7 +32,14 @@ _SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")
 _ALPHA_MAY_BE_UNUSED = ("BMP", "DIB", "TGA", "ICO", "CUR")
 
 
+# The markers that a JPEG begins and ends with: a file that is cut short has no last one.
+_FIRST, _LAST = b"\xff\xd8", b"\xff\xd9"
+# Deprecated by torchvision 0.29; without it Pillow decodes.
+_decode_jpeg = getattr(torchvision.io, "decode_jpeg", None)
+
 Reduction = Callable[[int, int], int]
+# An image, mode RGB, or its levels (H, W, 3) uint8.
+Picture = Image.Image | torch.Tensor
 
 
 def decode_image(data: bytes | memoryview, reduction: Reduction | None = None) -> Image.Image:
@@ -75,6 +84,34 @@ def decode_image(data: bytes | memoryview, reduction: Reduction | None = None) -
             return rgb if turn is None else rgb.transpose(turn)
     except Exception as error:  # Pillow's plug-ins raise errors of every kind on broken files
         raise ValueError(UNDECODABLE + _reason(error, data)) from error
+
+
+def decode_levels(data: bytes | memoryview, reduction: Reduction) -> torch.Tensor | None:
+    """Decode an ordinary JPEG by torchvision's decoder, which takes a sixth less time than Pillow's.
+
+    Args:
+        data: content of a file.
+        reduction: as of ``decode_image``.
+
+    Returns:
+        Levels (H, W, 3) uint8; None for every file that is not in colour, upright, whole, and to be decoded at its own
+        size: ``decode_image`` decodes it, or says what is wrong with it.
+    """
+    if _decode_jpeg is None or (bytes(data[:2]), bytes(data[-2:])) != (_FIRST, _LAST):
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            header = Image.open(io.BytesIO(data))
+            if (header.format, header.mode, _orientation(header)) != ("JPEG", "RGB", 1) or reduction(*header.size) > 1:
+                return None
+            # A copy, because the decoder takes no memory that must not be written to.
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            levels = _decode_jpeg(encoded, torchvision.io.ImageReadMode.RGB).permute(1, 2, 0)
+    except Exception:  # Pillow and torchvision raise errors of every kind on broken files
+        return None
+    return levels
 
 
 def _reduce(jpeg: Image.Image, reduction: Reduction) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from sclkern.data.images import Picture, decode_image, decode_levels
 from sclkern.errors import UserError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -85,18 +86,45 @@ class ImageTransform:
         self._geometry = geometry
         self._normalize = normalize
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Transform an image, with draws from torch's default generator."""
-        for step in self._geometry.colour:
-            image = step(image)
-        crop = Crop(0, 0, image.height, image.width)
+    def __call__(self, image: Picture) -> torch.Tensor:
+        """Transform an image, or what ``decode`` made of one, with draws from torch's default generator."""
+        if isinstance(image, Image.Image):
+            for step in self._geometry.colour:
+                image = step(image)
+                assert isinstance(image, Image.Image)
+            width, height = image.size
+        else:
+            height, width, _ = image.shape
+        crop = Crop(0, 0, height, width)
         if self._geometry.least_area is not None:
-            crop = draw_crop(image.width, image.height, self._geometry.least_area)
+            crop = draw_crop(width, height, self._geometry.least_area)
         mirrored = self._geometry.flips and float(torch.rand(())) < 0.5
-        picture = (_resize_by_pillow if self.decoding == "published" else _resize_by_torch)(image, crop, self.size)
+        if self.decoding == "published":
+            assert isinstance(image, Image.Image)
+            picture = _resize_by_pillow(image, crop, self.size)
+        else:
+            picture = _resize_by_torch(image, crop, self.size)
         if mirrored:
             picture = picture.flip(-1)
         return normalize_images(picture) if self._normalize else picture
+
+    def decode(self, data: bytes | memoryview) -> Picture:
+        """Decode an image file to what this transform takes.
+
+        Args:
+            data: content of the file.
+
+        Returns:
+            The image, mode RGB, or its levels (H, W, 3) uint8.
+
+        Raises:
+            ValueError: as of ``decode_image``.
+        """
+        if self.decoding == "fast" and not self._geometry.colour:
+            levels = decode_levels(data, self.reduction)
+            if levels is not None:
+                return levels
+        return decode_image(data, self.reduction)
 
     def reduction(self, width: int, height: int) -> int:
         """How much smaller a picture may be decoded; the ``reduction`` of ``decode_image``.
@@ -122,8 +150,9 @@ def _resize_by_pillow(image: Image.Image, crop: Crop, size: int) -> torch.Tensor
     return v2.functional.pil_to_tensor(resized).contiguous()
 
 
-def _resize_by_torch(image: Image.Image, crop: Crop, size: int) -> torch.Tensor:
-    part = _levels(image)[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+def _resize_by_torch(image: Picture, crop: Crop, size: int) -> torch.Tensor:
+    levels = _levels(image) if isinstance(image, Image.Image) else image[None]
+    part = levels[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
     # In this order of channels torch's filter takes the four bytes of a pixel at once, and returns them so.
     part = part.permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(part, (size, size), mode="bicubic", antialias=True)
@@ -132,14 +161,15 @@ def _resize_by_torch(image: Image.Image, crop: Crop, size: int) -> torch.Tensor:
 
 def _planes(levels: torch.Tensor) -> torch.Tensor:
     """(3, H, W) in one piece from levels (H, W, 3), or (H, W, 4) with an unused channel."""
-    if levels.shape[2] == 3 or not levels.is_contiguous():
-        # A copy, which does not keep the memory of the image.
-        return levels[..., :3].permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
-    # The four bytes of a pixel as one number: a strided copy takes more than three times as long.
-    pixels = levels.numpy().view("<u4")[..., 0]
-    planes = np.empty((3, *pixels.shape), np.uint8)
-    for channel, plane in enumerate(planes):
-        np.right_shift(pixels, 8 * channel, out=plane, casting="unsafe")
+    planes = np.empty((3, *levels.shape[:2]), np.uint8)
+    if levels.shape[2] == 4 and levels.is_contiguous():
+        # The four bytes of a pixel as one number: torch's strided copy takes three times as long, numpy's twice.
+        pixels = levels.numpy().view("<u4")[..., 0]
+        for channel, plane in enumerate(planes):
+            np.right_shift(pixels, 8 * channel, out=plane, casting="unsafe")
+    else:
+        for channel, plane in enumerate(planes):
+            plane[:] = levels[..., channel].numpy()
     return torch.from_numpy(planes)
 
 
@@ -217,19 +247,17 @@ def build_transform(name: str, size: int, *, normalize: bool = True, decoding: D
     return ImageTransform(_GEOMETRY[name](), size, normalize=normalize, decoding=decoding)
 
 
-def apply_transform(
-    transform: Callable[[Image.Image], torch.Tensor], decoded: Image.Image | Sequence[Image.Image]
-) -> torch.Tensor:
+def apply_transform(transform: Callable[[Any], torch.Tensor], decoded: Picture | Sequence[Image.Image]) -> torch.Tensor:
     """Transform an image, or all frames of a clip by the same draws.
 
     Args:
         transform: from an image, mode RGB, to a tensor (3, S, S), random through torch's default generator alone.
-        decoded: an image, or the frames of a clip.
+        decoded: an image, what its ``decode`` made of one, or the frames of a clip.
 
     Returns:
         (3, S, S), of a clip (F, 3, S, S).
     """
-    if isinstance(decoded, Image.Image):
+    if isinstance(decoded, Image.Image | torch.Tensor):
         return transform(decoded)
     state = torch.default_generator.get_state()
     frames = []

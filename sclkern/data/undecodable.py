@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+import torch
 from PIL import Image
 
-from sclkern.data.images import UNDECODABLE, Reduction, decode_image
+from sclkern.data.images import UNDECODABLE, Picture
 from sclkern.data.source import ClipSource
 from sclkern.data.text import one_line
 from sclkern.errors import UserError
 
 _log = logging.getLogger("sclkern.data")
+_P = TypeVar("_P", bound=Picture)
+Decode = Callable[[bytes], Picture]
 
 
 class Pictures(Protocol):
@@ -28,14 +31,13 @@ def undecodable_limit(num_images: int) -> int:
     return max(1, num_images // 100)
 
 
-def read_image(source: Pictures, image: int, min_size: int, reduction: Reduction | None = None) -> Image.Image:
+def read_image(source: Pictures, image: int, min_size: int) -> Image.Image:
     """An image of a source that a model can take.
 
     Args:
         source: of the image.
         image: image index.
         min_size: least height and width in pixels: the side of a patch.
-        reduction: of ``decode_image``; without effect where the source has no ``image_bytes``.
 
     Returns:
         The image, mode RGB.
@@ -43,12 +45,28 @@ def read_image(source: Pictures, image: int, min_size: int, reduction: Reduction
     Raises:
         ValueError: The image cannot be used: the source raises an error, or it is too small. The message is the reason.
     """
+    return _checked(lambda: [source.image(image)], min_size)[0]
 
-    def read() -> list[Image.Image]:
-        encoded = getattr(source, "image_bytes", None) if reduction is not None else None
-        return [source.image(image) if encoded is None else decode_image(encoded(image), reduction)]
 
-    return _checked(read, min_size)[0]
+def read_picture(source: Pictures, image: int, min_size: int, decode: Decode | None) -> Picture:
+    """As ``read_image``, decoded as a transform takes it.
+
+    Args:
+        source: of the image.
+        image: image index.
+        min_size: as of ``read_image``.
+        decode: that of ``ImageTransform``; without effect where it is None, or the source has no ``image_bytes``.
+
+    Returns:
+        The picture.
+
+    Raises:
+        ValueError: The image cannot be used, as of ``read_image``.
+    """
+    encoded = getattr(source, "image_bytes", None)
+    if decode is None or encoded is None:
+        return read_image(source, image, min_size)
+    return _checked(lambda: [decode(encoded(image))], min_size)[0]
 
 
 def read_clip(
@@ -71,16 +89,18 @@ def read_clip(
     return _checked(lambda: source.frames(image, choose), min_size)
 
 
-def _checked(read: Callable[[], list[Image.Image]], min_size: int) -> list[Image.Image]:
+def _checked(read: Callable[[], list[_P]], min_size: int) -> list[_P]:
     try:
         images = read()
         for decoded in images:
-            if decoded.mode != "RGB":
+            if isinstance(decoded, torch.Tensor):
+                height, width, _ = decoded.shape
+            elif decoded.mode != "RGB":
                 raise ValueError(f"its mode is {decoded.mode}, expected RGB; a reader decodes with decode_image")
-            if min(decoded.size) < min_size:
-                raise ValueError(
-                    f"the image is {decoded.width} x {decoded.height} pixels, smaller than a patch ({min_size})"
-                )
+            else:
+                width, height = decoded.size
+            if min(width, height) < min_size:
+                raise ValueError(f"the image is {width} x {height} pixels, smaller than a patch ({min_size})")
     except Exception as error:  # Pillow and readers of other formats raise errors of every kind on one bad file
         reason = one_line(str(error).removeprefix(UNDECODABLE), 200)
         raise ValueError(reason or type(error).__name__) from error

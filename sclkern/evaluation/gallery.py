@@ -17,7 +17,7 @@ from sclkern.data import PairSource
 from sclkern.data.source import has_clips
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import apply_transform, normalize_images
-from sclkern.data.undecodable import UndecodableImages, read_clip, read_image
+from sclkern.data.undecodable import UndecodableImages, read_clip, read_picture
 from sclkern.distributed import gather_parts, merge
 from sclkern.errors import UserError
 from sclkern.evaluation.matching import EncodedTexts
@@ -174,8 +174,8 @@ def _read(
     model: SCLNetwork, source: PairSource, image: int, transform: Transform, choose_frames: ChooseFrames | None
 ) -> Tensor:
     if choose_frames is None or not has_clips(source):
-        reduction = getattr(transform, "reduction", None)
-        return transform(read_image(source, image, model.config.patch_size, reduction))
+        decode = getattr(transform, "decode", None)
+        return apply_transform(transform, read_picture(source, image, model.config.patch_size, decode))
     return apply_transform(transform, read_clip(source, image, model.config.patch_size, choose_frames))
 
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sclkern.data.batches import Batch
+from sclkern.data.images import Picture
 from sclkern.data.loader import load_batches
 from sclkern.data.order import PairOrder, data_seed
 from sclkern.data.source import has_clips
 from sclkern.data.text import one_line
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import apply_transform
-from sclkern.data.undecodable import read_clip, read_image
+from sclkern.data.undecodable import read_clip, read_picture
 from sclkern.errors import UserError
 from sclkern.tasks.task import Sample, Task, TaskSource
 
@@ -81,7 +82,7 @@ class TaskBatches(Dataset[Batch | UserError]):
     ) -> None:
         self.choose_frames = choose_frames
         self.task, self.source, self.tokenizer, self.transform = task, source, tokenizer, transform
-        self._reduction = getattr(transform, "reduction", None)
+        self._decode = getattr(transform, "decode", None)
         self.max_text_len, self.min_size, self.seed = max_text_len, min_size, seed
 
     def __getitem__(self, request: TaskRequest) -> Batch | UserError:
@@ -133,12 +134,12 @@ class TaskBatches(Dataset[Batch | UserError]):
             "Pillow; convert the set again"
         )
 
-    def _picture(self, image: int, every: bool, failed: dict[int, str]) -> Image.Image | list[Image.Image] | None:
+    def _picture(self, image: int, every: bool, failed: dict[int, str]) -> Picture | list[Image.Image] | None:
         clips: Any = self.source
         try:
             if self.choose_frames is not None and has_clips(clips):
                 return read_clip(clips, image, self.min_size, self.choose_frames)
-            return read_image(self.source, image, self.min_size, self._reduction)
+            return read_picture(self.source, image, self.min_size, self._decode)
         except ValueError as error:
             failed[image] = str(error)
             if not every:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from PIL import Image
 
 from benchmarks.harness.photographs import jpeg, photograph, resample
 from sclkern.data import open_pairs
-from sclkern.data.images import decode_image
+from sclkern.data.images import decode_image, decode_levels
 from sclkern.data.sources.arrow import write_pairs
 from sclkern.data.transforms import build_transform, draw_crop
-from sclkern.data.undecodable import read_image
+from sclkern.data.undecodable import read_image, read_picture
 
 PHOTOGRAPH = photograph(601, 447)
 
@@ -173,6 +174,63 @@ def test_how_to_decode_is_one_of_two() -> None:
 def test_a_source_with_encoded_images_is_read_at_a_part_of_their_size(tmp_path: Path) -> None:
     write_pairs(tmp_path / "t.arrow", [{"image": jpeg(PHOTOGRAPH), "caption": ["a portrait"]}])
     source = open_pairs(tmp_path, ["t"])
-    reduction = build_transform("clip_test", 100).reduction
     assert read_image(source, 0, 16).size == (601, 447)
-    assert read_image(source, 0, 16, reduction).size == (301, 224)
+    assert read_picture(source, 0, 16, build_transform("clip_test", 100).decode).size == (301, 224)
+    with pytest.raises(ValueError, match="601 x 447 pixels, smaller than a patch \\(500\\)"):
+        read_picture(source, 0, 500, build_transform("clip_test", 300).decode)
+
+
+def colour_jpeg(width: int, height: int, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(PHOTOGRAPH[:height, :width]).save(buffer, "JPEG", quality=90, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("options", [{"subsampling": s} for s in (0, 1, 2)] + [{"progressive": True}], ids=str)
+@pytest.mark.parametrize("size", [(200, 150), (201, 151)])
+def test_an_ordinary_jpeg_has_the_same_levels_by_either_decoder(options: dict[str, Any], size: tuple[int, int]) -> None:
+    data = colour_jpeg(*size, **options)
+    levels = decode_levels(memoryview(data), lambda *_: 1)
+    assert levels is not None and tuple(levels.shape) == (size[1], size[0], 3)
+    # Pillow and torchvision may be built with different versions of libjpeg.
+    assert (levels.int() - torch.from_numpy(np.array(decode_image(data))).int()).abs().max() <= 1
+
+
+def test_every_other_file_is_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, turned = colour_jpeg(200, 150), Image.Exif()
+    turned[0x0112] = 6
+    others = {name: io.BytesIO() for name in ("png", "grey", "cmyk")}
+    image = Image.fromarray(PHOTOGRAPH[:40, :40])
+    image.save(others["png"], "PNG")
+    image.convert("L").save(others["grey"], "JPEG")
+    image.convert("CMYK").save(others["cmyk"], "JPEG")
+    files = {name: buffer.getvalue() for name, buffer in others.items()}
+    files |= {
+        "turned": colour_jpeg(200, 150, exif=turned),
+        "cut short": data[:-100],
+        "longer": data + b"0",
+        "none": b"",
+    }
+    for name, content in files.items():
+        assert decode_levels(content, lambda *_: 1) is None, name
+    assert decode_levels(data, lambda *_: 2) is None
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200 * 150 - 1)
+    assert decode_levels(data, lambda *_: 1) is None
+
+
+@pytest.mark.parametrize("name", ["clip", "clip_test"])
+def test_levels_are_transformed_as_their_image(name: str) -> None:
+    transform = build_transform(name, 64)
+    levels = transform.decode(colour_jpeg(201, 151))
+    assert isinstance(levels, torch.Tensor)
+    results = []
+    for picture in (levels, Image.fromarray(levels.numpy())):
+        torch.manual_seed(3)
+        results.append(transform(picture))
+    assert torch.equal(*results)
+
+
+def test_augmented_and_published_pictures_are_images() -> None:
+    data = colour_jpeg(200, 150)
+    assert isinstance(build_transform("clip_randaug", 64).decode(data), Image.Image)
+    assert isinstance(build_transform("clip", 64, decoding="published").decode(data), Image.Image)
