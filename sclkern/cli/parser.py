@@ -15,7 +15,7 @@ SETS = (
     "coco", "flickr30k", "vg", "sbu", "cc3m", "cc12m", "vqav2", "nlvr2", "msrvtt", "lsmdc", "webvid", "align-bench",
 )  # fmt: skip
 # Of ``sclkern.tasks.registered``, which a test compares.
-TASKS = ("coco", "flickr30k", "lsmdc", "msrvtt", "nlvr2", "vqav2")
+TASKS = ("coco", "flickr30k", "image-retrieval", "lsmdc", "msrvtt", "nlvr2", "video-retrieval", "vqav2")
 # Evaluated alone: no model is fine-tuned for them.
 BENCHMARKS = ("align-bench",)
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"

@@ -27,6 +27,8 @@ _COLUMNS = {
     "image_id": pa.string(),
     "split": pa.string(),
 }
+# What a row shows: a picture, or the frames of a clip.
+_CONTENTS = {"image": pa.binary(), "frames": pa.list_(pa.binary())}
 _REWRITE = "write it again with sclkern.data.sources.arrow.write_pairs"
 
 
@@ -246,12 +248,13 @@ class ArrowPairs:
 
 
 def write_pairs(path: str | Path, rows: Iterable[dict[str, Any]], *, batch_rows: int = 256) -> None:
-    """Write rows in the layout ``ArrowPairs`` reads; the file appears whole or not at all.
+    """Write rows in the layout that the format "arrow" reads; the file appears whole or not at all.
 
     Args:
         path: The file to write, ending in ``.arrow``; an older one is replaced.
-        rows: Dicts with ``image`` (bytes), ``caption`` (list of str) and, in all rows or none, ``image_id``
-            (str) and ``split`` (str). Taken one batch at a time, so a generator need not fit in memory.
+        rows: Dicts with ``image`` (bytes) or, of clips, ``frames`` (list of bytes), ``caption`` (list of str) and, in
+            all rows or none, ``image_id`` (str) and ``split`` (str). Taken one batch at a time, so a generator need not
+            fit in memory.
         batch_rows: Rows per record batch.
 
     Raises:
@@ -263,9 +266,13 @@ def write_pairs(path: str | Path, rows: Iterable[dict[str, Any]], *, batch_rows:
     if not chunk:
         raise UserError(f"{path}: no row to write, expected at least one")
     keys = set(chunk[0])
-    if not {"image", "caption"} <= keys <= set(_COLUMNS):
-        raise UserError(f"{path}: row 0 has the keys {sorted(keys)}, expected image, caption, (image_id), (split)")
-    schema = pa.schema([(name, kind) for name, kind in _COLUMNS.items() if name in keys])
+    content = "frames" if "frames" in keys else "image"
+    columns = {content: _CONTENTS[content], **{name: kind for name, kind in _COLUMNS.items() if name != "image"}}
+    if not {content, "caption"} <= keys <= set(columns):
+        raise UserError(
+            f"{path}: row 0 has the keys {sorted(keys)}, expected image or frames, caption, (image_id), (split)"
+        )
+    schema = pa.schema([(name, kind) for name, kind in columns.items() if name in keys])
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
@@ -288,8 +295,12 @@ def _record_batch(path: Path, start: int, rows: list[dict[str, Any]], schema: pa
         if set(row) != set(schema.names):
             raise UserError(f"{path}: row {number} has the keys {sorted(row)}, expected {schema.names} as in row 0")
         # pyarrow would store a path as if it were an image, and a text as the list of its letters.
-        for name, expected in (("image", "the bytes of an image file"), ("caption", "a list of str")):
-            if isinstance(row[name], str):
+        for name, expected in (
+            ("image", "the bytes of an image file"),
+            ("frames", "a list of the bytes of image files"),
+            ("caption", "a list of str"),
+        ):
+            if isinstance(row.get(name), str):
                 raise UserError(f"{path}: row {number}: {name} is the str {row[name]!r:.60}, expected {expected}")
     try:
         return pa.RecordBatch.from_pylist(rows, schema=schema)

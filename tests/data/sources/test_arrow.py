@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from sclkern.data import demo_root, open_pairs, resolve_root
+from sclkern.data.source import has_clips
 from sclkern.data.sources.arrow import ArrowPairs, write_pairs
 from sclkern.errors import UserError
 
@@ -25,6 +28,12 @@ def row(caption: Any = ("a cat",), image: bytes | None = b"image", split: str = 
         "image_id": name,
         "split": split,
     }
+
+
+def encoded(shade: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (8, 8), shade).save(file, "PNG")
+    return file.getvalue()
 
 
 def write_columns(path: Path, schema: pa.Schema, *batches: list[Row]) -> None:
@@ -233,6 +242,14 @@ def test_a_few_rows_without_an_image_are_undecodable(tmp_path: Path, total: int,
     assert message.startswith(f"t.arrow row 1: has no image (null), as {without + 1} of {total + 1} rows")
 
 
+def test_write_of_clips(tmp_path: Path) -> None:
+    frames = [encoded(shade) for shade in (0, 128, 255)]
+    write_pairs(tmp_path / "t.arrow", [{"frames": frames, "caption": ["a dawn"]}] * 2)
+    clips = open_pairs(tmp_path, ["t"])
+    assert has_clips(clips) and clips.num_images == 2 and clips.caption(0) == "a dawn"
+    assert [frame.getpixel((0, 0))[0] for frame in clips.frames(1, range)] == [0, 128, 255]
+
+
 def test_write_is_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "t.arrow"
     write_pairs(path, [row(["old"])])
@@ -251,6 +268,9 @@ def test_write_is_whole_or_not_at_all(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ([], "no row to write"),
+        ([{"frames": "a.png", "caption": ["a"]}], "expected a list of the bytes of image files"),
+        ([{"frames": b"png", "caption": ["a"]}], "do not fit"),
+        ([{"frames": [b"png"], "image": b"png", "caption": ["a"]}], "expected image or frames"),
         ([{"caption": ["a"]}], "row 0 has the keys"),
         ([{**row(), "width": 3}], "row 0 has the keys"),
         ([row(), {"image": b"1", "caption": ["a"]}], "row 1 has the keys"),
