@@ -10,7 +10,7 @@ OLDEST := $(VENV)/oldest
 # Version of Triton of `make static`; the budget is recorded with 3.9.
 TRITON ?= 3.9
 
-.PHONY: demo test test-processes test-data quick test-op test-sanitized test-models record-models test-oldest static lint api gpu
+.PHONY: demo test test-processes test-data quick test-op test-sanitized test-models record-models test-oldest static lint docs gpu
 
 # Stamped, so that an interrupted installation is done again. PIP_ARGS: further arguments of pip.
 $(VENV)/.installed: setup.py pyproject.toml
@@ -94,11 +94,14 @@ lint: $(VENV)/.installed
 	$(RUN)/pydoclint --quiet sclkern kernels
 	$(RUN)/mypy
 
-# Pages of every public docstring, in build/api/index.html.
-PUBLIC := ops nn models model step objectives reference integrations weights data distributed profiling
-api: $(VENV)/.installed
+# The pages of docs/ and the reference of every public docstring as one site, build/docs/index.html. A link that leads
+# nowhere, to a page, a heading or a file, is an error; so is a docstring that does not parse.
+docs: $(VENV)/.docs-installed
+	OMP_NUM_THREADS=1 $(RUN)/python -m sphinx --fresh-env --write-all --quiet --fail-on-warning -c docs/site . build/docs
+
+$(VENV)/.docs-installed: $(VENV)/.installed
 	$(RUN)/python -m pip install --quiet $(PIP_ARGS) -e ".[docs]"
-	$(RUN)/python -m pdoc --docformat google --output-directory build/api $(addprefix sclkern.,$(PUBLIC))
+	touch $@
 
 # On a GPU machine with nothing installed but torch, transformers, timm, pytest and pytest-benchmark: tests, then the
 # benchmarks by priority, within BUDGET seconds. GPU_ARGS: further arguments (--only GROUPS --resume --output FOLDER).

@@ -75,6 +75,7 @@ setup(
     # calls. NVIDIA's apex is no package of the index: docs/pretraining.md says how to build it.
     # kernels: Hugging Face's, to prove that our folder of that name does not get in its way. open_clip_torch: ops are
     # swapped into its models.
+    # docs: Sphinx with MyST-Parser, because MkDocs is no longer maintained.
     extras_require={
         "flash": ["flash-attn>=2.8,<3"],
         "liger": ["liger-kernel>=0.8"],
@@ -92,6 +93,6 @@ setup(
             "types-PyYAML",
             "types-tqdm",
         ],
-        "docs": ["pdoc"],
+        "docs": ["sphinx>=9", "myst-parser>=5", "furo"],
     },
 )

@@ -13,16 +13,21 @@ from sclkern.tasks.config import FinetuneConfig
 from sclkern.training.config import build_as, read_values
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 PAGES = {page.name: page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))}
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-BLOCKS = [
-    pytest.param(code, id=f"{name}-{number}")
-    for name, text in PAGES.items()
-    for number, code in enumerate(code for language, code in FENCED.findall(text) if language == "python")
+# An example that cannot run here says why in a comment before it, which neither GitHub nor the site shows.
+EXAMPLE = re.compile(r"(?:^<!-- not run: (.+?) -->\n+)?^```python\n(.*?)^```$", re.M | re.S)
+EXAMPLES = [
+    pytest.param(code, reason, id=f"{name}-{number}")
+    for name, text in {"/README.md": README, **PAGES}.items()
+    for number, (reason, code) in enumerate(EXAMPLE.findall(text))
 ]
+# The pages that begin with a start for somebody.
+STARTS = re.findall(r"\]\((\w+\.md)\)", PAGES["README.md"].partition("## Start here")[2].partition("\n## ")[0])
 COMMANDS = [
     line.partition("#")[0].strip()
-    for text in PAGES.values()
+    for text in (README, *PAGES.values())
     for language, code in FENCED.findall(text)
     if not language
     for line in code.splitlines()
@@ -30,10 +35,27 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("code", BLOCKS)
-def test_every_example_runs(code, capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("code", "reason"), EXAMPLES)
+def test_every_example_runs(code, reason, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "example", "exec"), {"__name__": "example"})
+    tree = ast.parse(code, "example")
+    if reason:  # what it imports is there all the same
+        tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    exec(compile(tree, "example", "exec"), {"__name__": "example"})
+
+
+def test_a_block_of_python_is_marked_as_such():
+    """A block of another language, or of none, would not be run."""
+    for name, text in PAGES.items():
+        for language, code in FENCED.findall(text):
+            assert language in ("", "python", "sh", "text", "yaml"), (name, language)
+            assert language or not re.search(r"^(import|from) \w", code, re.M), (name, code)
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_page_begins_with_a_start_of_ten_lines(name):
+    _, code = FENCED.search(PAGES[name]).groups()
+    assert len(code.splitlines()) <= 10
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -70,6 +92,20 @@ def test_every_message_is_in_the_source():
 def test_every_linked_file_exists(name):
     for target in re.findall(r"\]\((?!https?:)([^)#\s]+)[^)]*\)", PAGES[name]):
         assert (ROOT / "docs" / target).exists(), target
+
+
+def test_every_public_module_is_in_the_reference():
+    """``make docs`` shows what docs/api lists."""
+    listed = set(
+        re.findall(r"^\.\. automodule:: (\S+)$", "".join(map(Path.read_text, (ROOT / "docs/api").glob("*.rst"))), re.M)
+    )
+    folders = ("data", "integrations", "models", "nn", "objectives", "ops", "reference", "step", "tasks", "weights")
+    files = [file for folder in folders for file in (ROOT / "sclkern" / folder).rglob("*.py")]
+    public = [
+        file.relative_to(ROOT).with_suffix("") for file in files if re.search(r"^__all__ = ", file.read_text(), re.M)
+    ]
+    names = {".".join(path.parts).removesuffix(".__init__") for path in public} - {"sclkern.tasks.registered"}
+    assert len(names) > 10 and names <= listed, names - listed
 
 
 def test_every_page_is_in_the_list():

@@ -9,21 +9,21 @@ import pytest
 from sclkern.cli import main
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_model_in_ten_lines():
-    block = re.search(r"```python\n(import torch\n.*?)```", README, re.S).group(1)
-    assert len(block.splitlines()) <= 10
+    (block,) = (block for block in EXAMPLES if "model = SCLModel(" in block)
     names = {}
     exec(block, names)
     assert set(names["losses"].named()) == {"total", "itm", "mlm", "itc", "mvsc", "mlsc"}
     assert names["fused"].text.shape == (2, 4, 64)
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(import .*?)```", README, re.S))
-def test_every_example_runs(block, capsys):
-    assert len(block.splitlines()) <= 10
-    exec(block, {"__name__": "example"})
+def test_every_example_is_short():
+    """``tests/test_docs.py`` runs them."""
+    assert len(EXAMPLES) > 2
+    assert all(len(block.splitlines()) <= 10 for block in EXAMPLES)
 
 
 @pytest.mark.parametrize("command", re.findall(r"^sclkern pretrain .*$", README, re.M))
