@@ -49,6 +49,7 @@ setup(
         "sclkern.configs": ["*.yaml"],
         "sclkern.data.demo": ["*", "tokenizer/*"],
         "sclkern.integrations.fuse": ["known.json"],
+        "sclkern.tools.bench": ["published.json"],
         "sclkern.visualize": ["page.css", "page.js"],
     },
     entry_points={"console_scripts": ["sclkern = sclkern.cli:main"]},

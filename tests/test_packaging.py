@@ -53,6 +53,7 @@ def test_only_sclkern_is_installed(wheel):
         "cli/parser.py",
         "configs/pretrain_base.yaml",
         "kernels/attention.py",
+        "tools/bench/published.json",
         "visualize/page.css",
         "visualize/page.js",
     ):

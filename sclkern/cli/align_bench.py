@@ -11,7 +11,8 @@ from sclkern.cli.pretrain import log_of_rank
 from sclkern.data.transforms import build_transform
 from sclkern.errors import UserError
 from sclkern.tasks.align_bench import TABLE, AlignBench, evaluate_align_bench
-from sclkern.tasks.finetuning import write_json
+from sclkern.tasks.results import ZERO_SHOT, write_results
+from sclkern.tools.bench.records import made_by
 from sclkern.training.config import build_config, read_values
 from sclkern.training.opening import open_model
 from sclkern.training.preflight import join_world
@@ -50,6 +51,8 @@ def run_align_bench(options: argparse.Namespace) -> int:
             found = dataclasses.asdict(result)
             scores = found.pop("scores")
             if output is not None:
-                write_json(output / "results.json", {"task": ALIGN_BENCH, "tables": [TABLE], "values": scores, **found})
+                about = {"task": ALIGN_BENCH, "recipe": ZERO_SHOT, "tables": [TABLE], **found}
+                about |= {"model": dataclasses.asdict(model.config), **made_by()}
+                write_results(output / "results.json", about, scores)
             print(json.dumps({**scores, **found}))
     return 0

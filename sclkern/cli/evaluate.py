@@ -10,8 +10,9 @@ from sclkern.cli.align_bench import ALIGN_BENCH, run_align_bench
 from sclkern.cli.pretrain import log_of_rank
 from sclkern.errors import UserError
 from sclkern.tasks.evaluating import evaluate, load_evaluation
-from sclkern.tasks.finetuning import results, write_json
 from sclkern.tasks.registered import TASKS
+from sclkern.tasks.results import write_json, write_results
+from sclkern.tools.bench.records import made_by
 from sclkern.training.preflight import join_world
 from sclkern.training.setup import resolve_device
 from sclkern.training.signals import StopSignals
@@ -39,9 +40,8 @@ def run(options: argparse.Namespace) -> int:
             device=resolve_device(config.run.device, world),
         )
         if world.main:
-            tables = config.data.val_tables if options.split == "val" else task.splits[options.split]
             if output is not None:
-                write_json(output / "results.json", results(task, list(tables), outcome.values))
+                write_results(output / "results.json", {**outcome.about, **made_by()}, outcome.values)
                 if outcome.submission is not None:
                     write_json(output / "submission.json", outcome.submission)
             print(json.dumps(outcome.values))

@@ -12,6 +12,7 @@ from sclkern.errors import Interrupted
 from sclkern.tasks.config import load_finetune
 from sclkern.tasks.finetuning import Finetuning
 from sclkern.tasks.registered import TASKS
+from sclkern.tools.bench.records import made_by
 from sclkern.training.preflight import join_world
 from sclkern.training.signals import StopSignals
 
@@ -37,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
         try:
             if finished and training.all_go_on():
                 with stop.stage("the model is written, then the run stops", patience=None):
-                    model = training.export()
+                    model = training.export(made_by())
                 if world.main:
                     found = json.loads((training.directory / "results.json").read_text(encoding="utf-8"))
                     print(f"{json.dumps(found['values'])} of step {found['step']}\nmodel: {model}")

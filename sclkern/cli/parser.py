@@ -347,6 +347,21 @@ def _bench(commands: Commands) -> None:
     report.add_argument("--output", metavar="DIR", help="folder for report.md and PNG plots")
     report.add_argument("--update", metavar="FILE", help="write the tables between the markers of a document")
 
+    record = _add(
+        benches,
+        "record",
+        module="bench.record",
+        help="keep a model's metrics on a task for the page of results",
+        description="Record what a results.json of sclkern finetune or evaluate says, under the name of the model; "
+        "sclkern bench report --update docs/results.md shows it beside published figures.",
+    )
+    record.add_argument("model", metavar="NAME", help="of the model, such as base")
+    record.add_argument("file", metavar="FILE", help="results.json")
+    record.add_argument(
+        "scores", nargs="*", metavar="SCORE=VALUE", help="of the task's server, of vqav2 such as test_dev=0.7872"
+    )
+    record.add_argument("--output", metavar="DIR", help="folder of records; default: benchmarks/results")
+
     roofline = _add(
         benches,
         "roofline",

@@ -12,14 +12,9 @@ from torch.utils.data import Dataset
 from sclkern.data.images import Picture
 from sclkern.data.order import data_seed
 from sclkern.data.source import PairSource, has_clips, image_ids
-from sclkern.data.text import one_line
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import apply_transform
-from sclkern.data.undecodable import read_clip, read_picture
-from sclkern.errors import UserError
-
-# Only a file that is broken as a whole has so many broken images in a row.
-_MAX_UNDECODABLE_IN_A_ROW = 100
+from sclkern.data.undecodable import MAX_IN_A_ROW, none_decodable, read_clip, read_picture
 
 # A picture, or the frames of a clip.
 Decoded = Picture | list[Image.Image]
@@ -127,11 +122,6 @@ class PairDataset(Dataset[dict[str, Any]]):
                 return position, self._read(image)
             except ValueError as error:
                 undecodable[image] = str(error)
-                if len(undecodable) >= _MAX_UNDECODABLE_IN_A_ROW:
+                if len(undecodable) >= MAX_IN_A_ROW:
                     break
-        image, reason = next(iter(undecodable.items()))
-        raise UserError(
-            f"{len(undecodable)} images in a row cannot be decoded, the first is "
-            f"{one_line(self.source.image_name(image), 200)} ({reason}), expected JPEG, PNG or another format of "
-            "Pillow; write the data again"
-        )
+        raise none_decodable(self.source, undecodable)

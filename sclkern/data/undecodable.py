@@ -17,6 +17,8 @@ from sclkern.errors import UserError
 _log = logging.getLogger("sclkern.data")
 _P = TypeVar("_P", bound=Picture)
 Decode = Callable[[bytes], Picture]
+# Only a file that is broken as a whole has so many broken images in a row.
+MAX_IN_A_ROW = 100
 
 
 class Pictures(Protocol):
@@ -26,9 +28,22 @@ class Pictures(Protocol):
         """As in ``PairSource``."""
 
 
+class _Named(Protocol):
+    def image_name(self, image: int) -> str: ...
+
+
 def undecodable_limit(num_images: int) -> int:
     """Images of a source that may be undecodable: 1 %, and one in any case, as no single image may stop a run."""
     return max(1, num_images // 100)
+
+
+def none_decodable(source: _Named, reasons: Mapping[int, str]) -> UserError:
+    """The error of images in a row none of which can be used, by number, the first one first."""
+    image, reason = next(iter(reasons.items()))
+    return UserError(
+        f"{len(reasons)} images in a row cannot be decoded, the first is {one_line(source.image_name(image), 200)} "
+        f"({reason}), expected JPEG, PNG or another format of Pillow; write or convert the data again"
+    )
 
 
 def read_image(source: Pictures, image: int, min_size: int) -> Image.Image:

@@ -18,10 +18,9 @@ from sclkern.data.images import Picture
 from sclkern.data.loader import load_batches
 from sclkern.data.order import PairOrder, data_seed
 from sclkern.data.source import has_clips
-from sclkern.data.text import one_line
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.data.transforms import apply_transform
-from sclkern.data.undecodable import read_clip, read_picture
+from sclkern.data.undecodable import MAX_IN_A_ROW, none_decodable, read_clip, read_picture
 from sclkern.errors import UserError
 from sclkern.tasks.task import Sample, Task, TaskSource
 
@@ -29,7 +28,6 @@ from sclkern.tasks.task import Sample, Task, TaskSource
 _LENGTHS = 8
 # In place of a picture that cannot be decoded: CLIP's mean colour.
 _GREY = (123, 117, 104)
-_MAX_UNDECODABLE_IN_A_ROW = 100
 
 
 @dataclass(frozen=True)
@@ -125,14 +123,9 @@ class TaskBatches(Dataset[Batch | UserError]):
                 undecodable |= failed
                 if every or all(image is not None for image in images):
                     return at, sample, [apply_transform(self.transform, image) for image in images if image is not None]
-                if len(failed) >= _MAX_UNDECODABLE_IN_A_ROW:
+                if len(failed) >= MAX_IN_A_ROW:
                     break
-        image, reason = next(iter(failed.items()))
-        raise UserError(
-            f"{len(failed)} images in a row cannot be decoded, the first is "
-            f"{one_line(self.source.image_name(image), 200)} ({reason}), expected JPEG, PNG or another format of "
-            "Pillow; convert the set again"
-        )
+        raise none_decodable(self.source, failed)
 
     def _picture(self, image: int, every: bool, failed: dict[int, str]) -> Picture | list[Image.Image] | None:
         clips: Any = self.source

@@ -7,8 +7,6 @@ SPLITS = {split: (f"coco_caption_karpathy_{split}",) for split in ("train", "res
 _OPTIMIZER = {"learning_rate": 5e-6, "head_factor": 5.0, "fusion_factor": 5.0, "warmup": 0.1}
 _DATA = {
     "train_tables": [*SPLITS["train"], *SPLITS["restval"]],
-    "train_split": None,
-    "val_split": None,
     "transform": "clip_randaug",
 }
 _TASK = {"epochs": 10.0, "global_batch": 512}

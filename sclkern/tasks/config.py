@@ -115,6 +115,7 @@ def load_finetune(
             "data.train_tables and data.val_tables; leave it out"
         )
     weights, data = values.setdefault("weights", {}), values.setdefault("data", {})
+    data |= {"train_split": None, "val_split": None}
     if checkpoint is not None:
         if sources := [key for key in ("pretrained", "reference", "text", "vision") if weights.get(key)]:
             raise UserError(f"--checkpoint: got {str(checkpoint)!r} and weights.{sources[0]}; give one of them")

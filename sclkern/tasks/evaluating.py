@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from sclkern.errors import UserError
 from sclkern.tasks.answering import Answering
 from sclkern.tasks.config import FinetuneConfig, load_finetune, model_folder
 from sclkern.tasks.finetuning import TASK_FILE
+from sclkern.tasks.results import UNKNOWN, ZERO_SHOT, describe
 from sclkern.tasks.task import Outcome, Task
 from sclkern.training.config import build_as
 from sclkern.training.data import check_tokenizer
@@ -38,7 +40,7 @@ def load_evaluation(
         UserError: no such model, or one of another task.
     """
     folder = model_folder(checkpoint)
-    recipes = dict(task.recipes)
+    recipes, recipe = dict(task.recipes), "default"
     if (folder / TASK_FILE).is_file():
         try:
             saved = json.loads((folder / TASK_FILE).read_text(encoding="utf-8"))
@@ -54,10 +56,10 @@ def load_evaluation(
         run = {key: value for key, value in trained["run"].items() if key in ("seed", "precision", "backend")}
         kept = ("root", "tokenizer")
         read = {key: value for key, value in trained["data"].items() if key not in kept}
-        recipes["default"] = {"data": read, "run": run, "task": {**trained["task"], "recipe": "default"}}
-    return load_finetune(
-        task.name, recipes, task.heads, checkpoint=checkpoint, overrides=[*overrides, f"data.root={data}"]
-    )
+        recipe = trained["task"]["recipe"]
+        recipes[recipe] = {"data": read, "run": run, "task": trained["task"]}
+    overrides = [*overrides, f"data.root={data}"]
+    return load_finetune(task.name, recipes, task.heads, recipe=recipe, checkpoint=checkpoint, overrides=overrides)
 
 
 def evaluate(
@@ -82,7 +84,7 @@ def evaluate(
         device: of the model.
 
     Returns:
-        What was found, the same on every rank and for any number of them.
+        What was found, the same on every rank and for any number of them; with ``about``.
 
     Raises:
         UserError: the model has no head of the task or answers by other classes, no such split, or one without answers
@@ -99,7 +101,8 @@ def evaluate(
             f"--checkpoint: {folder} has no head {lacking[0]!r} (it has {', '.join(stored.heads) or 'none'}), expected "
             f"a model of sclkern finetune {task.name}"
         )
-    source = task.open(config.data.root, config.data.val_tables if split == "val" else task.splits[split])
+    tables = config.data.val_tables if split == "val" else task.splits[split]
+    source = task.open(config.data.root, tables)
     task.check_model(source, folder, stored)
     tokenizer = CaptionTokenizer.from_pretrained(config.data.tokenizer)
     check_tokenizer(config, tokenizer)
@@ -108,7 +111,10 @@ def evaluate(
             f"--split: {split} has no answers to score, expected one that has, such as val; with --output FOLDER its "
             "answers are written for the task's server"
         )
-    model = task.model.from_pretrained(folder, config=config.model.replace(**task.sizes(source)))
+    config = replace(config, model=config.model.replace(**task.sizes(source)))
+    model = task.model.from_pretrained(folder, config=config.model)
     model.set_backend(config.run.backend).to(device).eval()
     answering = Answering(task, config, tokenizer, world or World(), device)
-    return task.evaluate(source, model, answering, annotations=annotations)
+    outcome = task.evaluate(source, model, answering, annotations=annotations)
+    recipe = config.task.recipe if (folder / TASK_FILE).is_file() else UNKNOWN
+    return outcome._replace(about=describe(task, config, source, tables, ZERO_SHOT if lacking else recipe))

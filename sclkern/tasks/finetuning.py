@@ -11,11 +11,11 @@ from typing import Any
 
 from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.errors import UserError
-from sclkern.io import write_atomically
 from sclkern.tasks.answering import Answering
 from sclkern.tasks.batches import TaskLoader
 from sclkern.tasks.config import FinetuneConfig
 from sclkern.tasks.model import TaskModel
+from sclkern.tasks.results import describe, write_json, write_results
 from sclkern.tasks.task import Outcome, Task, TaskSource
 from sclkern.training.checkpoint import best_folders
 from sclkern.training.data import check_tokenizer
@@ -190,8 +190,11 @@ class Finetuning(Training):
         """Nothing: samples a second say it."""
         return {}
 
-    def export(self) -> Path:
+    def export(self, about: Mapping[str, Any] | None = None) -> Path:
         """Write the best model to ``model/``, with its tokenizer, what its answers mean, and its metrics.
+
+        Args:
+            about: what ``results.json`` is to say besides, such as the commit.
 
         Returns:
             The folder.
@@ -214,29 +217,11 @@ class Finetuning(Training):
             values = next(row for row in reversed(rows) if row["kind"] == "val" and row["step"] == step)
             write_json(folder / TASK_FILE, {"task": self.task.name, "config": self.config.to_dict()})
             found = {name: value for name, value in values.items() if name not in ("kind", "step")}
-            tables = list(self.config.data.val_tables)
-            write_json(self.directory / "results.json", {**results(self.task, tables, found), "step": step})
+            source, tables = self.data.val_source, self.config.data.val_tables
+            told = describe(self.task, self.config, source, tables, self.config.task.recipe)
+            write_results(self.directory / "results.json", {**told, "step": step, **(about or {})}, found)
         self.world.barrier()
         return folder
-
-
-def results(task: Task, tables: list[str], values: Mapping[str, float]) -> dict[str, Any]:
-    """What ``results.json`` holds of an evaluation.
-
-    Args:
-        task: that was evaluated.
-        tables: that it was evaluated on.
-        values: the metrics.
-
-    Returns:
-        Plain values.
-    """
-    return {"task": task.name, "tables": tables, "values": dict(values)}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write plain values as JSON, whole or not at all."""
-    write_atomically(path, lambda file: file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
 
 
 def resolve(task: Task, config: FinetuneConfig, train: TaskSource, world_size: int) -> FinetuneConfig:

@@ -5,7 +5,7 @@ from sclkern.tasks.task import Recipes, register_task
 
 SPLITS = {split: (f"f30k_caption_karpathy_{split}",) for split in ("train", "val", "test")}
 _OPTIMIZER = {"learning_rate": 5e-6, "head_factor": 10.0, "fusion_factor": 10.0, "warmup": 0.1}
-_DATA = {"train_split": None, "val_split": None, "transform": "clip_randaug"}
+_DATA = {"transform": "clip_randaug"}
 _TASK = {"epochs": 10.0, "global_batch": 512}
 RECIPES: Recipes = {
     "default": {

@@ -10,8 +10,6 @@ SPLITS = {split: (f"lsmdc_{split}",) for split in ("train", "val", "test", "publ
 _OPTIMIZER = {"learning_rate": 5e-6, "head_factor": 5.0, "fusion_factor": 5.0, "warmup": 0.05}
 _DATA = {
     "train_tables": list(SPLITS["train"]),
-    "train_split": None,
-    "val_split": None,
     "transform": "clip_randaug",
     "num_frames": 4,
     # Uniform in training too, as the published code reads the frames of a second each.

@@ -13,8 +13,6 @@ RECIPES: Recipes = {
         "data": {
             "train_tables": list(SPLITS["train"]),
             "val_tables": list(SPLITS["test"]),
-            "train_split": None,
-            "val_split": None,
             "transform": "clip_randaug",
             "num_frames": 4,
         },

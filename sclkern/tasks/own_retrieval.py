@@ -8,8 +8,6 @@ _OPTIMIZER = {"learning_rate": 5e-6, "head_factor": 5.0, "fusion_factor": 5.0, "
 _DATA = {
     "train_tables": list(SPLITS["train"]),
     "val_tables": list(SPLITS["val"]),
-    "train_split": None,
-    "val_split": None,
     "transform": "clip_randaug",
 }
 

@@ -28,7 +28,7 @@ SPLITS = {
     )
 } | {"val": ("nlvr2_dev",)}  # fmt: skip
 _OPTIMIZER = {"learning_rate": 1e-5, "head_factor": 10.0, "fusion_factor": 10.0, "warmup": 0.1}
-_DATA = {"train_tables": ["nlvr2_train"], "train_split": None, "val_split": None, "transform": "clip_randaug"}
+_DATA = {"train_tables": ["nlvr2_train"], "transform": "clip_randaug"}
 _TASK = {"epochs": 10.0, "global_batch": 256}
 RECIPES: Recipes = {
     "default": {

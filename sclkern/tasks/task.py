@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -56,10 +57,12 @@ class Outcome(NamedTuple):
     Attributes:
         values: metrics by name; none where the data have no answers.
         submission: the file that a server of the task takes, as plain values; None where it has none.
+        about: what was evaluated, as plain values; that of a task itself is empty.
     """
 
     values: dict[str, float]
     submission: Any = None
+    about: Mapping[str, Any] = MappingProxyType({})
 
 
 class Evaluator(Protocol):

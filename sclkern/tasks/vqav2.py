@@ -37,7 +37,7 @@ SPLITS = {
     "test-dev": ("vqav2_test-dev",),
 }
 _OPTIMIZER = {"learning_rate": 5e-6, "head_factor": 50.0, "fusion_factor": 10.0, "warmup": 0.1}
-_DATA = {"train_split": None, "val_split": None, "transform": "clip_randaug"}
+_DATA = {"transform": "clip_randaug"}
 _TASK = {"epochs": 10.0, "global_batch": 512}
 RECIPES: Recipes = {
     "default": {

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = [
     ["pretrain"], ["plan"], ["configs"], ["convert", "in.ckpt", "out"], ["parity", "golden.safetensors"],
     ["data", "convert", "coco", "in", "--output", "out"],
-    ["bench", "static"], ["bench", "report"], ["bench", "roofline"], ["profile"], ["doctor"],
+    ["bench", "static"], ["bench", "report"], ["bench", "record", "base", "results.json"], ["bench", "roofline"],
+    ["profile"], ["doctor"],
 ]  # fmt: skip
 
 

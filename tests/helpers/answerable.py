@@ -117,23 +117,40 @@ def flickr30k(root: Path, pictures: int = 256) -> Path:
 
     Held-out pictures are 8, each of another colour: chance of the first candidate is 1 of 8 in either direction.
     """
-    generator, images, number = random.Random(2), list[dict[str, object]](), 0
-    names = [*COLOURS, *MORE_COLOURS]
-    for split, count in {"train": pictures, "val": len(names), "test": len(names)}.items():
-        for index in range(count):
-            colour, file = names[index % len(names)], f"{number}.jpg"
-            write(root / "raw" / "flickr30k-images" / file, encoded(square(colour, generator), "PNG"))
-            texts = (f"a {colour} square", f"there is a square, it is {colour}")
-            # Of training also in other words, so that captions of different pictures differ.
-            said = [{"raw": f"{text} {index}" if split == "train" else text, "imgid": number} for text in texts]
-            images.append({"filename": file, "imgid": number, "split": split, "sentences": said})
-            number += 1
-    write(root / "raw" / "dataset_flickr30k.json", {"images": images, "dataset": "flickr30k"})
+    folders = {"train": "flickr30k-images", "val": "flickr30k-images", "test": "flickr30k-images"}
+    captioned(root / "raw", "dataset_flickr30k.json", "flickr30k", {"train": pictures, "val": 8, "test": 8}, folders)
     convert("flickr30k", root / "raw", root / "arrow", Options(), workers=1)
     return root / "arrow"
 
 
-def lsmdc(root: Path, clips: int = 128) -> Path:
+def coco(root: Path, pictures: int = 256) -> Path:
+    """COCO, as ``flickr30k``; a quarter of the pictures to train on are those of restval."""
+    counts = {"train": pictures - pictures // 4, "restval": pictures // 4, "val": 8, "test": 8}
+    folders = {split: "train2014" if split == "train" else "val2014" for split in counts}
+    captioned(root / "raw", "karpathy/dataset_coco.json", "coco", counts, folders)
+    convert("coco", root / "raw", root / "arrow", Options(), workers=1)
+    return root / "arrow"
+
+
+def captioned(raw: Path, listing: str, dataset: str, counts: dict[str, int], folders: dict[str, str]) -> None:
+    """Write pictures of a square with two captions each, in Karpathy's form."""
+    generator, images, number = random.Random(2), list[dict[str, object]](), 0
+    names = [*COLOURS, *MORE_COLOURS]
+    for split, count in counts.items():
+        for index in range(count):
+            colour, file = names[index % len(names)], f"{number}.jpg"
+            write(raw / folders[split] / file, encoded(square(colour, generator), "PNG"))
+            texts = (f"a {colour} square", f"there is a square, it is {colour}")
+            # Of training also in other words, so that captions of different pictures differ.
+            trained = split in ("train", "restval")
+            said = [{"raw": f"{text} {number}" if trained else text, "imgid": number} for text in texts]
+            image = {"filename": file, "filepath": folders[split], "imgid": number, "split": split, "sentences": said}
+            images.append({**image, "cocoid": number})
+            number += 1
+    write(raw / listing, {"images": images, "dataset": dataset})
+
+
+def lsmdc(root: Path, clips: int = 512) -> Path:
     """LSMDC as folders of frames, whose captions name the colour of a square, which is between black frames; converted.
 
     Held-out clips are 8, each of another colour: chance of the first candidate is 1 of 8 in either direction.

@@ -32,7 +32,7 @@ def run_ranks(file: str, world: int, folder: Path, *, seconds: float = 180, **ch
     A rank is a copy of one process that has imported the package, which takes most of the time of starting it; with
     changes of the environment, which an import may read, it imports it by itself.
     """
-    start = _start_anew if changes else _start_copy
+    start = _start_anew if changes else start_copy
     processes = []
     try:
         for rank in range(world):
@@ -51,7 +51,8 @@ def _start_anew(arguments: list[str], output: Path, changes: dict[str, str]) -> 
         return subprocess.Popen([sys.executable, *arguments], env=environment(**changes), stdout=file, stderr=file)
 
 
-def _start_copy(arguments: list[str], output: Path, _: dict[str, str]) -> BaseProcess:
+def start_copy(arguments: list[str], output: Path, _: object = None) -> BaseProcess:
+    """Start a program, a file with its arguments, in a copy of a process that has imported the package."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sclkern.cli.pretrain", "pytest"])
     process = context.Process(target=_be_program, args=(arguments, str(output)))

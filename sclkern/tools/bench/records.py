@@ -74,6 +74,11 @@ def environment() -> dict[str, Any]:
     return details
 
 
+def made_by() -> dict[str, Any]:
+    """What a result of a model names of the code and the machine that made it."""
+    return {name: environment()[name] for name in ("device", "commit", "sclkern", "torch")}
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -100,15 +105,17 @@ def append(case: str, *, results: Path = RESULTS, **values: Any) -> Path:
     Args:
         case: what was measured, such as "op/bias_gelu/64x325/bfloat16/both/sclkern".
         results: folder of the records.
-        **values: JSON values: figures in seconds, bytes, and bytes or FLOPs per second, and what they depend on.
+        **values: JSON values: figures in seconds, bytes, and bytes or FLOPs per second, and what they depend on. A
+            "device" and a "commit" among them say that another process has measured, as ``made_by`` told it.
 
     Returns:
         The file.
     """
-    folder = Path(results) / device_name()
+    here = {} if "device" in values else environment()
+    row = {"case": case, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **here, **values}
+    folder = Path(results) / row["device"]
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{time.strftime('%Y-%m-%d')}-{commit()}.jsonl"
-    row = {"case": case, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **environment(), **values}
+    file = folder / f"{time.strftime('%Y-%m-%d')}-{row['commit']}.jsonl"
     with file.open("a") as stream:
         stream.write(json.dumps(row) + "\n")
         stream.flush()

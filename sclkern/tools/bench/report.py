@@ -10,15 +10,18 @@ from statistics import median
 from typing import Any
 
 from sclkern.errors import UserError
+from sclkern.tools.bench.results import page
 from sclkern.tools.specs import PASSES, SPECS
 
 # A record as JSON: "case", "device", and figures by name.
 Record = dict[str, Any]
 
-# The words between "begin" and "-->" choose the tables; without words, all tables.
+# The words between "begin" and "-->" choose the tables; without words, all tables of benchmarks.
 BEGIN = re.compile(r"<!-- sclkern bench report: begin((?: [a-z]+)*) -->")
 END = "<!-- sclkern bench report: end -->"
 OURS = "sclkern"
+# Chooses the page of results, which is not told by machine.
+RESULTS = "results"
 # Op, size, dtype and pass of a record.
 Key = tuple[str, str, str, str]
 # The step's phases as plots show them: the fusion encoder's layers together, the losses together, the rest as "other".
@@ -324,10 +327,11 @@ def embed(document: str, rows: list[Record]) -> str:
             f"expected <!-- sclkern bench report: begin --> once and {END} once after it, around what the records say"
         )
     tables = tuple(begins[0][1].split()) or TABLES
-    if unknown := set(tables) - set(TABLES):
-        raise UserError(f"got the tables {sorted(unknown)}, expected some of {', '.join(TABLES)}")
+    if (unknown := set(tables) - set(TABLES)) and tables != (RESULTS,):
+        raise UserError(f"got the tables {sorted(unknown)}, expected some of {', '.join(TABLES)}, or {RESULTS} alone")
+    shown = page(rows) if tables == (RESULTS,) else report(rows, tables)
     before, after = document[: begins[0].end()], document.split(END)[1]
-    return f"{before}\n{report(rows, tables)}\n{END}{after}"
+    return f"{before}\n{shown}\n{END}{after}"
 
 
 def update(file: Path, rows: list[Record]) -> None:
