@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from sclkern.kernels.config import LaunchConfig
 from sclkern.kernels.launch import static_entry
@@ -53,18 +56,30 @@ def dots(x_ptr, y_ptr, x_in, y_in, WIDTH: tl.constexpr, X: tl.constexpr, Y: tl.c
     return products
 
 
+def columns_valid(valid: Tensor | None, columns: int) -> Tensor | None:
+    """(G, M) bool: which columns take part, those of valid (G, N) rows and all that belong to no row."""
+    further = 0 if valid is None else columns - valid.shape[1]
+    return F.pad(valid, (0, further), value=True) if valid is not None and further else valid
+
+
+def bytes_of(valid: Tensor | None) -> Tensor | None:
+    """A mask as kernels read it."""
+    return None if valid is None else valid.view(torch.uint8)
+
+
 _FLOATS = (
-    "temperature_ptr", "rnorm_ptr", "x_rnorm_ptr", "y_rnorm_ptr", "positive_ptr", "maximum_ptr", "total_ptr",
-    "spread_ptr", "column_maximum_ptr", "column_total_ptr", "column_spread_ptr", "previous_ptr", "lse_ptr",
-    "mean_spread_ptr", "losses_ptr", "grad_ptr", "weight_ptr", "x_weight_ptr", "y_weight_ptr", "x_lse_ptr", "y_lse_ptr",
-    "scale_ptr", "push_ptr",
+    "temperature_ptr", "recovered_rnorm_ptr", "complete_rnorm_ptr", "x_rnorm_ptr", "y_rnorm_ptr", "positive_ptr",
+    "maximum_ptr", "total_ptr", "spread_ptr", "column_maximum_ptr", "column_total_ptr", "column_spread_ptr",
+    "previous_ptr", "lse_ptr", "mean_spread_ptr", "losses_ptr", "grad_ptr", "weight_ptr", "x_weight_ptr",
+    "y_weight_ptr", "x_lse_ptr", "y_lse_ptr", "scale_ptr", "push_ptr",
 )  # fmt: skip
 
 
 def entry(kernel: Any, config: LaunchConfig, features: str, same: bool = False, **constants: Any) -> dict[str, Any]:
     """What the static checks compile, at the model's width, with ids of pairs that are no negatives or without."""
     names = ("recovered_ptr", "complete_ptr", "x_ptr", "y_ptr", "weights_ptr", "grad_x_ptr")
-    signature = {name: "*fp32" for name in _FLOATS} | {"valid_ptr": "*u8", "eps": "fp32"}
+    signature = {name: "*fp32" for name in _FLOATS} | {"eps": "fp32"}
+    signature |= dict.fromkeys(("valid_ptr", "x_valid_ptr", "y_valid_ptr"), "*u8")
     signature |= {"same_ptr": "*i64"} if same else {}
     signature |= {name: f"*{features}" for name in names}
     constants |= {"WIDTH": 768} if "WIDTH" in kernel.arg_names else {}

@@ -16,8 +16,11 @@ from sclkern.ops.dispatch import TRITON_INSTALLED, interpreted
 from sclkern.reference import completion_loss as definition
 
 ROWS, FRAMES, TOKENS, WIDTH = 4, 2, 3, 5
+# Columns of a rank that belong to no row.
+FURTHER = 3
 CASES = [*product(["itc", "mvsc", "frames", "mlsc", "mltc"], ["exact", "published"], ["all", "published"])]
-OP_CASES = [*product(["exact", "published"], ["both", "recovered_to_complete"], ["plain", "valid", "groups", "same"])]
+KINDS = ["plain", "valid", "groups", "same", "negatives", "negatives and all"]
+OP_CASES = [*product(["exact", "published"], ["both", "recovered_to_complete"], KINDS)]
 NAMES = ("recovered", "complete", "temperature")
 
 
@@ -60,17 +63,40 @@ def evaluate(name, gather, negatives, inputs, valid, weight, same):
 
 
 def op_samples(world, kind):
-    """Features (N, D) or (G, N, D) of all ranks, which are valid (not as many on each rank), weights of the losses."""
+    """Features (N, D) or (G, N, D) of all ranks, which are valid (not as many on each rank), weights of the losses.
+    With further negatives, those of all ranks come after all columns that belong to a row."""
     generator = torch.Generator().manual_seed(10 + world)
-    groups = (2,) * (kind in ("groups", "same"))
-    features = torch.randn(2, *groups, world * ROWS, WIDTH, generator=generator, dtype=torch.float64)
+    groups, further = (2,) * (kind in ("groups", "same", "negatives and all")), FURTHER * kind.startswith("negatives")
+    # Above logits of 20 torch's softplus is its argument, and so no more exact than 2e-9.
+    scale = 0.3 if kind == "negatives and all" else 1.0
+    features = [
+        scale * torch.randn(*groups, world * rows, WIDTH, generator=generator, dtype=torch.float64)
+        for rows in (ROWS, ROWS + further)
+    ]
     valid = torch.rand(*groups, world * ROWS, generator=generator) < 0.6
     valid[..., 1:ROWS] = False
-    return features, None if kind == "plain" else valid, torch.rand(valid.shape, generator=generator).double()
+    return (
+        features,
+        None if kind in ("plain", "negatives") else valid,
+        torch.rand(valid.shape, generator=generator).double(),
+    )
 
 
 def op_ids(world, kind):
+    if kind == "negatives and all":
+        return torch.cat([same_images(world), torch.arange(world * FURTHER) % 4])
     return same_images(world) if kind == "same" else None
+
+
+def op_options(kind, directions):
+    return {"directions": directions} | ({"normalize": False} if kind == "negatives and all" else {})
+
+
+def of_rank(rank, world, tensor, dim):
+    """Of rows or columns of all ranks those of one; the further columns of ranks come last."""
+    further = (tensor.shape[dim] - world * ROWS) // world
+    own = [tensor.narrow(dim, rank * ROWS, ROWS), tensor.narrow(dim, world * ROWS + rank * further, further)]
+    return torch.cat(own, dim)
 
 
 def evaluate_op(function, dtype, features, valid, weights=None, **options):
@@ -86,15 +112,20 @@ def evaluate_ops(rank, world):
     dtype, results = torch.float32 if interpreted() else torch.float64, {}
     for mode, directions, kind in OP_CASES:
         features, valid, weights = op_samples(world, kind)
-        own = slice(rank * ROWS, (rank + 1) * ROWS)
-        features, valid = features[..., own, :], None if valid is None else valid[..., own]
-        same = op_ids(world, kind)
-        options = {"directions": directions, "gather": mode, "same": None if same is None else same[own]}
+        features = [of_rank(rank, world, x, -2) for x in features]
+        valid, same = (None if x is None else of_rank(rank, world, x, -1) for x in (valid, op_ids(world, kind)))
+        options = {"gather": mode, "same": same, **op_options(kind, directions)}
         results[mode, directions, kind] = evaluate_op(completion_loss, dtype, features, valid, **options)
         results[mode, directions, kind, "none"] = evaluate_op(
             completion_loss, dtype, features, valid, weights, reduction="none", **options
         )
-    recovered, complete = (x.to(dtype).requires_grad_() for x in features)
+        if kind == "negatives":
+            results[mode, directions, kind, "eager"] = evaluate_op(
+                completion_loss, dtype, features, valid, backend="eager", **options
+            )
+    features, valid, _ = op_samples(world, "groups")
+    recovered, complete = (of_rank(rank, world, x, -2).to(dtype).requires_grad_() for x in features)
+    valid = of_rank(rank, world, valid, -1)
     loss = completion_loss(recovered, complete.detach(), temperature=0.2, valid=valid)
     results["detached"] = torch.autograd.grad(loss, recovered, retain_graph=True)[0]
     results["again"] = torch.autograd.grad(loss, recovered, retain_graph=True)[0]
@@ -112,7 +143,11 @@ def mistakes(rank):
         torch.ones(4, WIDTH).to(torch.float32 if rank else torch.float16),
     )
     valid, same = (torch.ones(4, dtype=torch.bool), torch.ones(4).long()) if rank == 0 else (None, None)
+    more = torch.ones(6 if rank else 5, WIDTH)
     calls = {
+        "columns": lambda: completion_loss(torch.ones(4, WIDTH), more, temperature=0.1),
+        "further": lambda: completion_loss(torch.ones(5, WIDTH), more, temperature=0.1),
+        "products": lambda: completion_loss(more[:4], more[:4], temperature=0.1, normalize=rank == 0),
         "rows": lambda: completion_loss(x, x, temperature=0.1),
         "eager rows": lambda: completion_loss(x, x, temperature=0.1, backend="eager"),
         "dtypes": lambda: completion_loss(half, half, temperature=0.1),
@@ -224,20 +259,20 @@ def test_rows_are_stacked_rank_by_rank(ranks):
         assert results["alone"].tolist() == [rank]
 
 
-def check_op(results, case, none, tolerance):
+def check_op(results, case, none, tolerance, *path):
     world, (mode, directions, kind) = len(results), case
     features, valid, weights = op_samples(world, kind)
-    options = {"directions": directions, "same": op_ids(world, kind)}
+    options = {"same": op_ids(world, kind), **op_options(kind, directions)}
     options |= {"reduction": "none", "weights": weights} if none else {}
     big = evaluate_op(definition, torch.float64, features, valid, **options)
-    ours = [rank["ops"][(*case, "none") if none else case] for rank in results]
+    ours = [rank["ops"][(*case, "none") if none else (*case, *path)] for rank in results]
     assert all(torch.equal(rank["loss"], ours[0]["loss"]) for rank in ours)
     factor = world if mode == "exact" else 1
     for rank, own in enumerate(ours):
         torch.testing.assert_close(own["loss"].double(), big["loss"], **tolerance)
         torch.testing.assert_close(own["temperature"].double(), big["temperature"], **tolerance)
         for name in ("recovered", "complete"):
-            theirs = factor * big[name][..., rank * ROWS : (rank + 1) * ROWS, :]
+            theirs = factor * of_rank(rank, world, big[name], -2)
             torch.testing.assert_close(own[name].double(), theirs, **tolerance)
 
 
@@ -253,6 +288,11 @@ def test_the_kernels_across_ranks_are_those_of_one_big_batch(interpreted_ranks, 
     check_op(interpreted_ranks, case, none, {"rtol": 2e-5, "atol": 2e-6})
 
 
+@pytest.mark.parametrize("case", [case for case in OP_CASES if case[-1] == "negatives"], ids="-".join)
+def test_the_definition_across_ranks_is_that_of_one_big_batch(ranks, case):
+    check_op(ranks, case, False, {"rtol": 1e-10, "atol": 1e-12}, "eager")
+
+
 def test_a_detached_side_leaves_the_other_as_it_is_across_ranks(ranks):
     for results in ranks:
         ops = results["ops"]
@@ -265,7 +305,10 @@ def test_a_detached_side_leaves_the_other_as_it_is_across_ranks(ranks):
     ("name", "parts"),
     [
         ("rows", ["recovered: got rank 0 (4, 5) float32 both, rank 1 (3, 5) float32 both"]),
-        ("eager rows", ["features: got rank 0 (4, 5) float32, rank 1 (3, 5) float32"]),
+        ("eager rows", ["recovered: got rank 0 (4, 5) float32 both, rank 1 (3, 5) float32 both"]),
+        ("columns", ["complete: got rank 0 (5, 5) float32, rank 1 (6, 5) float32"]),
+        ("further", ["recovered: got rank 0 (5, 5) float32 both, rank 1 (5, 5) float32 both further columns"]),
+        ("products", ["rank 0 (4, 5) float32 both, rank 1 (4, 5) float32 both plain products"]),
         ("dtypes", ["rank 0 (4, 5) float16", "rank 1 (4, 5) float32"]),
         ("valid", ["rank 0 (4, 5) float32 both valid", "rank 1 (4, 5) float32 both"]),
         ("same", ["rank 0 (4, 5) float32 both same", "rank 1 (4, 5) float32 both"]),

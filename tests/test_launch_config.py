@@ -121,9 +121,10 @@ def test_the_architecture_is_that_of_the_device(monkeypatch):
         assert current_arch(torch.device("cuda", 40 + index)) == arch
 
 
-# Public functions of kernel modules that launch nothing.
+# Public functions of kernel modules that launch nothing, or by launchers alone.
 HELPERS = (
-    "ahead_of_time", "arguments", "backward_launches", "bounds", "entry", "padded_keys", "shared_patches", "sizes",
+    "ahead_of_time", "arguments", "backward_launches", "bounds", "completion_loss_backward", "entry", "padded_keys",
+    "shared_patches", "sizes",
 )  # fmt: skip
 
 
@@ -174,7 +175,7 @@ def test_a_given_configuration_is_launched():
 
 def test_one_configuration_replaces_that_of_its_kernel():
     features, temperature = meta(1, 4096, 768), meta(dtype=torch.float32)
-    arguments = features, features, temperature, None, None, True, False, 1e-8, 0, 4096
+    arguments = features, features, temperature, None, None, True, False, True, 1e-8, 0, 4096
     with recorded() as selected:
         completion_loss_forward(*arguments)
     merge = LaunchConfig.of("completion_loss_merge_kernel", BLOCK_ROWS=64, BLOCK_SPLITS=16, num_warps=4)

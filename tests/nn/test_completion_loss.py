@@ -44,6 +44,16 @@ def test_is_the_reference_with_its_options(learnable, directions, backend, dtype
         torch.testing.assert_close(loss.temperature.grad.double(), temperature.grad, rtol=1e-5, atol=1e-5)
 
 
+def test_further_columns_and_plain_products():
+    recovered, complete = features(torch.float32)[0], torch.randn(9, 8, device=DEVICE)
+    loss = nn.CompletionLoss(2.0, normalize=False)
+    expected = reference.completion_loss(recovered, complete, temperature=2.0, normalize=False)
+    torch.testing.assert_close(loss(recovered, complete), expected, rtol=1e-5, atol=1e-6)
+    assert "normalize=False" in repr(loss)
+    with pytest.raises(TypeError, match="normalize: got str, expected a bool"):
+        nn.CompletionLoss(normalize="no")
+
+
 @pytest.mark.parametrize(("stored", "used"), [(-0.2, 0.01), (0.02, 0.02), (3.0, 0.5)])
 def test_a_temperature_outside_its_range_comes_back(stored, used):
     loss = nn.CompletionLoss(0.1, learnable=True).to(DEVICE)

@@ -64,6 +64,7 @@ WRONG = {
     "mask_id": [*INTEGER, NEGATIVE],
     "max_seqlen_k": [*INTEGER, NEGATIVE],
     "max_seqlen_q": [*INTEGER, NEGATIVE],
+    "normalize": BOOLEAN,
     "num_frames": [*INTEGER, NEGATIVE],
     "num_heads": [*INTEGER, NEGATIVE],
     "num_patches": [*INTEGER, NEGATIVE],

@@ -63,17 +63,18 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.skipif(KERNELS_RUN, reason="for the CPU path")
-def test_nothing_of_n_by_n_on_a_cpu(monkeypatch):
+@pytest.mark.parametrize("further", [0, 500])
+def test_nothing_of_n_by_n_on_a_cpu(monkeypatch, further):
     monkeypatch.setattr(completion_loss_cpu, "TILE", 2**20)
     # Seen only from inside the op: a dispatch mode that is active outside does not look into it.
-    n, (recovered, complete) = 6000, (x.detach()[None] for x in features((6000, 4)))
+    n, m = 6000, 6000 + further
+    recovered, complete = (torch.randn(1, rows, 4) for rows in (n, m))
     temperature = torch.tensor(0.1)
     with Largest() as largest:
-        losses, _, lse, _, rnorm = completion_loss_cpu.forward(
-            recovered, complete, temperature, None, None, True, True, 1e-8, 0, n
-        )
-        sides = completion_loss_cpu.backward(
-            recovered, complete, temperature, None, None, torch.ones_like(lse), lse, rnorm, 1e-8, 0, n, True, True
+        features = recovered, complete, temperature, None, None
+        losses, positive, lse, _, *rnorms = completion_loss_cpu.forward(*features, True, True, True, 1e-8, 0, n)
+        _, sides = completion_loss_cpu.backward(
+            torch.ones_like(losses), *features, positive, lse, rnorms, True, 1e-8, ([(0, n)], [(0, m)])
         )
     assert all(side.isfinite().all() for side in (losses, *sides))
     assert n < largest.elements <= 2**20 < n * n
@@ -93,7 +94,13 @@ X = torch.zeros(4, 3)
     [
         ({"recovered": X.long()}, TypeError, r"recovered: got torch\.int64, expected a floating"),
         ({"recovered": X[0]}, ValueError, r"recovered: got shape \(3,\), expected \(N, D\) or \(G, N, D\)"),
-        ({"complete": X[:3]}, ValueError, r"complete: got shape \(3, 3\), expected .* = \(4, 3\)"),
+        (
+            {"complete": X[:3]},
+            ValueError,
+            r"complete: got shape \(3, 3\), expected at least 4 rows, of which row i",
+        ),
+        ({"complete": X[:, :2]}, ValueError, r"complete: got shape \(4, 2\), expected .* = \(any, 3\)"),
+        ({"complete": X[None]}, ValueError, r"complete: got shape \(1, 4, 3\), expected .* = \(any, 3\)"),
         ({"complete": X.to("meta")}, ValueError, r"complete: got device meta, expected that of recovered"),
         ({"temperature": 0.0}, ValueError, r"temperature: got 0\.0, expected a positive number"),
         ({"temperature": torch.ones(1)}, ValueError, r"temperature: got shape \(1,\), expected \(\)"),
@@ -101,7 +108,17 @@ X = torch.zeros(4, 3)
         ({"valid": torch.ones(4)}, TypeError, r"valid: got torch\.float32, expected torch\.bool"),
         ({"valid": torch.ones(3, dtype=torch.bool)}, ValueError, r"valid: got shape \(3,\), expected .* = \(4,\)"),
         ({"same": torch.zeros(4)}, TypeError, r"same: got torch\.float32, expected torch\.int64"),
-        ({"same": torch.zeros(3, dtype=torch.int64)}, ValueError, r"same: got shape \(3,\), expected \(N,\) = \(4,\)"),
+        (
+            {"same": torch.zeros(3, dtype=torch.int64)},
+            ValueError,
+            r"same: got shape \(3,\), expected \(M,\) = \(4,\)",
+        ),
+        (
+            {"complete": torch.zeros(6, 3), "same": torch.zeros(4, dtype=torch.int64)},
+            ValueError,
+            r"same: got shape \(4,\), expected \(M,\) = \(6,\)",
+        ),
+        ({"normalize": 1}, TypeError, r"normalize: got int, expected a bool"),
         (
             {"same": torch.zeros(4, dtype=torch.int64, device="meta")},
             ValueError,

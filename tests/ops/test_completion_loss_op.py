@@ -262,15 +262,17 @@ def test_a_window_has_its_part_of_the_whole(both, with_same):
     options = {"valid": valid, "same": same, "directions": directions, "reduction": "none"}
     truth = reference.completion_loss(*leaves[:2], temperature=leaves[2], **options)
     gradients = torch.autograd.grad(truth, leaves, upstream.double())
-    _, *saved = torch.ops.sclkern.completion_loss(recovered, complete, tau, valid, same, both, True, 1e-8, 0, length)
+    whole = both, True, True, 1e-8, 0, length, length, 0
+    _, *saved = torch.ops.sclkern.completion_loss(recovered, complete, tau, valid, same, *whole)
     for offset, rows in ((0, length), (30, 70)):
         window, common = slice(offset, offset + rows), (recovered, complete, tau, valid, same)
-        own = torch.ops.sclkern.completion_loss(*common, both, True, 1e-8, offset, rows)
+        numbers = True, 1e-8, offset, rows, length, 0
+        own = torch.ops.sclkern.completion_loss(*common, both, True, *numbers)
         torch.testing.assert_close(
             own[0].masked_fill(~valid[:, window], 0).double(), truth[:, window], rtol=1e-5, atol=1e-5
         )
-        assert [x.shape[-1] for x in own] == [rows, length, rows, rows, length]
-        found = torch.ops.sclkern.completion_loss_backward(upstream, *common, *saved, 1e-8, offset, rows, True, True)
+        assert [x.shape[-1] for x in own] == [rows, length, rows, rows, length, length]
+        found = torch.ops.sclkern.completion_loss_backward(upstream, *common, *saved, *numbers, True, True)
         for a, t in zip(found[:2], gradients[:2], strict=True):
             assert (a - t[:, window]).abs().max() <= 6e-5 * t.abs().max()
         torch.testing.assert_close(found[2].double(), gradients[2], rtol=1e-4, atol=1e-5)
@@ -306,7 +308,7 @@ def test_registration(with_valid, with_same, both):
     temperature = torch.tensor(0.1, device=DEVICE, requires_grad=True)
     valid = torch.tensor([[True] * 5 + [False]] * 2, device=DEVICE) if with_valid else None
     same = torch.tensor([3, 1, 3, 4, 1, 5], device=DEVICE) if with_same else None
-    arguments = (recovered, complete, temperature, valid, same, both, True, 1e-8, 0, 6)
+    arguments = (recovered, complete, temperature, valid, same, both, True, True, 1e-8, 0, 6, 6, 0)
     # Only the losses have a gradient; the statistics beside them are for the backward alone.
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.sclkern.completion_loss, arguments, test_utils=tests)
@@ -315,7 +317,7 @@ def test_registration(with_valid, with_same, both):
     losses, *saved = torch.ops.sclkern.completion_loss(*detached)
     torch.library.opcheck(
         torch.ops.sclkern.completion_loss_backward,
-        (torch.ones_like(losses), *detached[:5], *saved, 1e-8, 0, 6, True, both),
+        (torch.ones_like(losses), *detached[:5], *saved, True, 1e-8, 0, 6, 6, 0, True, both),
     )
 
 
@@ -333,9 +335,12 @@ def test_compiles_whole(dynamic):
             None,
             True,
             True,
+            True,
             1e-8,
             0,
             len(recovered),
+            len(recovered),
+            0,
         )[0]
         return losses.mean() + 1
 

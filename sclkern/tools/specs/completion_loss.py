@@ -35,14 +35,11 @@ def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None) -> Backward:
     x, y = inputs["recovered"][None], inputs["complete"][None]
     temperature, rows = torch.empty((), device=x.device), x.shape[1]
     forward = kernels("completion_loss").completion_loss_forward
-    losses, positive, lse, _, rnorm = forward(x, y, temperature, None, None, True, False, 1e-8, 0, rows)
-
-    def backward() -> None:
-        launchers = kernels("completion_loss_backward")
-        weight = launchers.completion_loss_anchors(losses, None, positive, lse)
-        launchers.completion_loss_gradient(x, y, temperature, None, None, *weight, *lse, *rnorm, 1e-8, 0, rows)
-
-    return backward
+    losses, positive, lse, _, *rnorms = forward(x, y, temperature, None, None, True, False, True, 1e-8, 0, rows)
+    saved = x, y, temperature, None, None, positive, lse, tuple(rnorms), True, 1e-8
+    launch = kernels("completion_loss_backward").completion_loss_backward
+    # Complete features are detached.
+    return lambda: launch(losses, *saved, ([(0, rows)], []))
 
 
 def _shape(name: str, **values: int) -> AccuracyShape:
