@@ -82,6 +82,8 @@ setup(
         "liger": ["liger-kernel>=0.8"],
         "test": [
             "pytest",
+            # transformers' Trainer needs it.
+            "accelerate>=1.1",
             "pytest-benchmark",
             "hypothesis",
             "kernels",

@@ -9,16 +9,19 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sclkern.data.roots import demo_root
 from sclkern.data.source import open_pairs
 from sclkern.data.text import one_line
 from sclkern.errors import UserError
 from sclkern.weights.encoders import HUB_NAME
+from sclkern.weights.files import read_json
+from sclkern.weights.pretrained import CONFIG, MODEL_TYPE
 
 _SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 
@@ -91,7 +94,7 @@ class CaptionTokenizer:
         try:
             if not local.is_dir():
                 return cls(AutoTokenizer.from_pretrained(path))
-            tokenizer = AutoTokenizer.from_pretrained(str(local), local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(str(local), local_files_only=True, **_of_our_model(local))
         except UserError:
             raise
         except Exception as error:  # transformers lets through whatever its parsers raise
@@ -187,6 +190,15 @@ class CaptionTokenizer:
         backend.no_truncation()
         backend.encode_special_tokens = True
         return backend
+
+
+def _of_our_model(folder: Path) -> dict[str, Any]:
+    """Options for a tokenizer beside a model of ours: transformers would warn of its type."""
+    try:
+        ours = read_json(folder / CONFIG).get("model_type") == MODEL_TYPE
+    except UserError:
+        ours = False
+    return {"config": PreTrainedConfig()} if ours else {}
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, path: str | Path) -> None:

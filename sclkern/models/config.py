@@ -13,6 +13,8 @@ from typing import Any, Literal
 from sclkern.errors import UserError
 
 HEAD_DIM = 64
+# What ``config.json`` says of a saved model, by which transformers finds its classes.
+MODEL_TYPE = "sclkern"
 HEADS = ("itm", "mlm", "itc", "vqa", "nlvr2", "rank")
 
 
@@ -154,8 +156,8 @@ class SCLConfig:
         return PRESETS[name]
 
     def save(self, path: Path) -> None:
-        """Write every field as JSON to the file ``path``."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        """Write every field, and the type of the model, as JSON to the file ``path``."""
+        path.write_text(json.dumps({"model_type": MODEL_TYPE, **dataclasses.asdict(self)}, indent=2) + "\n")
 
 
 PRESETS = MappingProxyType(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from sclkern.errors import UserError
 from sclkern.io import write_atomically
 from sclkern.models import SCLConfig
+from sclkern.models.config import MODEL_TYPE
 from sclkern.weights.encoders import Encoder, local_path, read_text_encoder, read_vision_encoder
 from sclkern.weights.files import read_json, read_tensors
 from sclkern.weights.loading import LoadReport, NetworkT, changed, fill, on_cpu, part_changes, part_of
@@ -124,7 +126,7 @@ def _from_directory(
 
 
 def stored_config(file: Path) -> SCLConfig:
-    """The configuration that ``save_pretrained`` wrote.
+    """The configuration that ``save_pretrained`` wrote, of this library or of its model for transformers.
 
     Args:
         file: ``config.json``.
@@ -136,11 +138,16 @@ def stored_config(file: Path) -> SCLConfig:
         UserError: the file cannot be read, or describes another model.
     """
     values = read_json(file)
-    if "model_type" in values or "architecture" in values:
+    kind = values.pop("model_type", None) or values.get("architecture")
+    if kind not in (None, MODEL_TYPE):
         raise UserError(
-            f"{file}: describes {values.get('model_type') or values.get('architecture')!r}, expected a directory of "
+            f"{file}: describes {kind!r}, expected a directory of "
             "save_pretrained; RoBERTa and CLIP weights go in as a pair (text, vision)"
         )
+    if "transformers_version" in values:
+        # Beside the sizes stands what transformers writes of every model.
+        sizes = {field.name for field in dataclasses.fields(SCLConfig)}
+        values = {name: value for name, value in values.items() if name in sizes}
     try:
         return SCLConfig.from_dict(values)
     except (UserError, TypeError) as error:

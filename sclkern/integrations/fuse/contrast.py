@@ -16,6 +16,7 @@ from sclkern import ops
 from sclkern.integrations.fuse.modules import Fused, Swap, Verdict, fused_class
 from sclkern.integrations.source import source_digest
 
+CONTRAST = "ops.completion_loss"
 _LOSS = re.compile(r"\w*clip_loss|image_text_contrastive_loss")
 # Digests of the two forms that transformers 5.0 to 5.24 have: the mean of the cross-entropies of both directions.
 _LOSSES = ("6e5775632d452c54", "79ea9786d7f01f99")
@@ -42,18 +43,28 @@ class FusedContrast(Fused):
 
     def forward(self, *args, **options):
         """Compute the model without its loss, then the loss."""
-        as_tuple = options.get("return_dict", getattr(self.config, "return_dict", True)) is False
-        if as_tuple or not options.get("return_loss"):
+        gather = self.__dict__.get("_sclkern")
+        if gather is not None:
+            # However it is called: the model's own loss knows no other rank.
+            names = list(inspect.signature(self._original.forward).parameters)[1:]
+            options, args = {**dict(zip(names, args, strict=False)), **options}, ()
+        chosen = options.get("return_dict")
+        as_tuple = (getattr(self.config, "return_dict", True) if chosen is None else chosen) is False
+        if (as_tuple and gather is None) or not options.get("return_loss"):
             return super().forward(*args, **options)
-        out = super().forward(*args, **{**options, "return_loss": False})
+        out = super().forward(*args, **{**options, "return_loss": False, "return_dict": True})
         loss = ops.completion_loss(
-            out.text_embeds, out.image_embeds, temperature=torch.exp(-self.logit_scale), gather=None
+            out.text_embeds,
+            out.image_embeds,
+            temperature=torch.exp(-self.logit_scale),
+            gather=gather,
         )
         # The op returns float32; cross_entropy returns the dtype of the logits, or what autocast makes of it.
         logit = out.logits_per_text.detach()[:1, :1]
         dtype = F.cross_entropy(logit, torch.zeros(len(logit), dtype=torch.int64, device=logit.device)).dtype
         # The op adds the two directions; these models average them.
-        return type(out)(**{**out, "loss": (loss / 2).to(dtype)})
+        out = type(out)(**{**out, "loss": (loss / 2).to(dtype)})
+        return out.to_tuple() if as_tuple else out
 
 
 def completion_loss(module: Any) -> Verdict:
@@ -68,7 +79,23 @@ def completion_loss(module: Any) -> Verdict:
     if source_digest(forward.__globals__.get(names[0])) not in _LOSSES or not _is_contrast(forward):
         return "its loss is not known to be that of its normalised text_embeds and image_embeds"
     calls = "calls with return_loss=True that return no tuple; others have no loss, or the model's own"
-    return Swap("ops.completion_loss", fused_class(type(module), FusedContrast), {}, calls=calls)
+    return Swap(CONTRAST, fused_class(type(module), FusedContrast), {}, calls=calls)
+
+
+def gathering(swap: Swap, gather: str | None) -> Swap:
+    """The swap of a contrastive loss whose features come from all ranks.
+
+    Args:
+        swap: of ``completion_loss``.
+        gather: as in ``fuse``.
+
+    Returns:
+        The swap.
+    """
+    if gather is None:
+        return swap
+    calls = f"{swap.calls}; contrasts with the features of all ranks ({gather})"
+    return swap._replace(attributes={**swap.attributes, "_sclkern": gather}, calls=calls)
 
 
 def _is_contrast(forward: Any) -> bool:

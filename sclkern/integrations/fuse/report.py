@@ -12,10 +12,12 @@ from torch import nn
 
 from sclkern.errors import UserError
 from sclkern.integrations.fuse.attention import owner_obstacle
+from sclkern.integrations.fuse.contrast import CONTRAST, gathering
 from sclkern.integrations.fuse.modules import Fused, Swap, Verdict
 from sclkern.integrations.fuse.rules import RULES
 from sclkern.integrations.fuse.trial import remembered
 from sclkern.integrations.huggingface.fusing import around, configure, dispatches, obstacle
+from sclkern.ops.completion_loss import GATHERS
 from sclkern.ops.dispatch import select_backend
 
 
@@ -135,7 +137,13 @@ def _against_kernels(module: nn.Module) -> tuple[str, ...]:
     return () if choice.backend == "triton" else choice.reasons
 
 
-def fuse(model: nn.Module, *, only: str | Iterable[str] | None = None, strict: bool = True) -> FuseReport:
+def fuse(
+    model: nn.Module,
+    *,
+    only: str | Iterable[str] | None = None,
+    strict: bool = True,
+    gather: Literal["exact", "published"] | None = None,
+) -> FuseReport:
     """Make ``model`` compute with the fused ops, in place: this instance only, no class and no other model.
 
     Only what is known is replaced: classes of torch, classes whose source was examined (``known.json``), and modules
@@ -170,13 +178,18 @@ def fuse(model: nn.Module, *, only: str | Iterable[str] | None = None, strict: b
         model: any module.
         only: names of the rules to apply; None applies all of them.
         strict: whether to raise if no op would run on the device where the model is.
+        gather: of "completion_loss", under torch.distributed: None contrasts within each process, as these models do;
+            "exact" contrasts with the features of all ranks, so that DDP's mean is the gradient of one big batch;
+            "published" leaves the gradient of other ranks' features out, see ``ops.completion_loss``. Every rank must
+            have as many rows.
 
     Returns:
         What was replaced, what was left and why; its ``revert`` restores the model.
 
     Raises:
-        TypeError: model is not a module. UserError: an unknown rule, or with ``strict`` no op would run; the message
-            gives the reasons, and the model is as it was.
+        TypeError: model is not a module. UserError: an unknown rule or ``gather``, a ``gather`` where no contrastive
+            loss was replaced, or with ``strict`` no op would run; the message gives the reasons, and the model is as it
+            was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
@@ -184,10 +197,18 @@ def fuse(model: nn.Module, *, only: str | Iterable[str] | None = None, strict: b
     for name in names:
         if name not in RULES:
             raise UserError(f"only: got {name!r}, expected any of {', '.join(RULES)}")
+    if gather not in GATHERS:
+        raise UserError(f"gather: got {gather!r}, expected 'exact', 'published' or None")
     report = FuseReport()
     try:
         with remembered():
-            _fuse(model, names, report)
+            _fuse(model, names, report, gather)
+        if gather is not None and not any(entry.by == CONTRAST for entry in report.replaced):
+            left = "; ".join(sorted({f"{left.module}: {left.why}" for left in report.left}))
+            raise UserError(
+                f"gather: got {gather!r}, but this {type(model).__name__} has no contrastive loss that was replaced"
+                + (f" ({left})" if left else "")
+            )
         if strict:
             _require_active(model, names, report)
     except BaseException:
@@ -215,7 +236,7 @@ def _require_active(model: nn.Module, names: tuple[str, ...], report: FuseReport
     )
 
 
-def _fuse(model: nn.Module, names: tuple[str, ...], report: FuseReport) -> None:
+def _fuse(model: nn.Module, names: tuple[str, ...], report: FuseReport, gather: str | None) -> None:
     dispatching: list[tuple[str, nn.Module]] = []
     attentions: list[nn.Module] = []
     for path, module in list(model.named_modules()):
@@ -232,6 +253,8 @@ def _fuse(model: nn.Module, names: tuple[str, ...], report: FuseReport) -> None:
                 verdict: Verdict = RULES[name](module)
                 if name == "attention" and isinstance(verdict, Swap):
                     verdict = owner_obstacle(model, path) or verdict
+                if name == "completion_loss" and isinstance(verdict, Swap):
+                    verdict = gathering(verdict, gather)
             except Exception as error:
                 # Whatever a module of somebody else raises while it is looked at.
                 verdict = f"it cannot be tried: {type(error).__name__}: {error}"
