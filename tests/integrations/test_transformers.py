@@ -24,7 +24,8 @@ from sclkern.data.transforms import build_transform, normalize_images
 from sclkern.integrations.transformers import SCLHFConfig, SCLHFModel, SCLImageProcessor, SCLProcessor
 
 TEXTS = ["a dog <mask> on the grass", "two cats", "a bird in the blue sky over the sea"]
-PAGE = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text()
+PAGE = Path(__file__).parents[2] / "docs" / "transformers.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
 
 
 def pictures(count=3):
@@ -116,7 +117,7 @@ def test_parts_that_no_file_has_are_drawn_as_in_a_new_network(folder):
 
 def test_a_fresh_process_without_a_network(folder, processor, tmp_path):
     """By the lines of the page."""
-    first = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)[0]
+    first = BLOCKS[0]
     assert len(re.findall(r".+", first)) <= 10
     processor.save_pretrained(tmp_path / "processor")
     options = environment(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "nothing"))
@@ -391,7 +392,7 @@ def test_what_a_configuration_refuses(folder, model, tmp_path):
 
 def test_trainer_by_the_lines_of_the_page(folder, tmp_path, monkeypatch):
     pytest.importorskip("accelerate")  # of the extra "test"; the machine with a GPU lacks it
-    (code,) = re.findall(r"^```py\n(.*?)^```$", PAGE, re.M | re.S)
+    code = BLOCKS[1]
     assert len(re.findall(r".+", code)) <= 10
     monkeypatch.chdir(tmp_path)
     rows = [{"image": picture, "text": text} for picture, text in zip(pictures(), TEXTS, strict=True)] * 2
