@@ -14,6 +14,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT)]
 
+from pygments.lexers import TextLexer  # noqa: E402
 from source_pages import show  # noqa: E402
 
 project = "sclkern"
@@ -86,5 +87,6 @@ def untyped_returns(app, what: str, name: str, found: object, options, lines: li
 
 
 def setup(app) -> None:
+    app.add_lexer("layers", TextLexer)  # the diagram of CONTRIBUTING
     app.connect("source-read", contents)
     app.connect("autodoc-process-docstring", untyped_returns, priority=400)
