@@ -42,7 +42,9 @@ def run(options: argparse.Namespace) -> int:
         if world.main:
             if output is not None:
                 write_results(output / "results.json", {**outcome.about, **made_by()}, outcome.values)
+                print(f"written: {output / 'results.json'}")
                 if outcome.submission is not None:
                     write_json(output / "submission.json", outcome.submission)
+                    print(f"written: {output / 'submission.json'}, {len(outcome.submission)} answers")
             print(json.dumps(outcome.values))
     return 0

@@ -54,8 +54,11 @@ def load_evaluation(
             )
         # The device is that of this machine, and the model that of the folder.
         run = {key: value for key, value in trained["run"].items() if key in ("seed", "precision", "backend")}
-        kept = ("root", "tokenizer")
-        read = {key: value for key, value in trained["data"].items() if key not in kept}
+        own = ["root", "tokenizer"]
+        if "num_frames" not in task.recipes["default"]["data"]:
+            # Of pictures, whose model needs no more temporal positions than it has.
+            own.append("num_frames")
+        read = {key: value for key, value in trained["data"].items() if key not in own}
         recipe = trained["task"]["recipe"]
         recipes[recipe] = {"data": read, "run": run, "task": trained["task"]}
     overrides = [*overrides, f"data.root={data}"]

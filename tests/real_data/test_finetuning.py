@@ -80,14 +80,17 @@ def printed(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_it_beats_chance_and_evaluation_repeats_the_metric_to_the_digit(work, capsys):
+def test_it_beats_chance_and_evaluation_repeats_the_metric_to_the_digit(work, tmp_path, capsys):
     _, metric, least = CASES[work.task]
     task = TASKS[work.task]
     assert task.open(work.data, task.recipes["default"]["data"]["train_tables"]).num_samples >= 500
     assert work.results["values"][metric] >= least
     capsys.readouterr()
-    assert work.evaluate() == 0
+    assert work.evaluate("--output", tmp_path) == 0
     assert printed(capsys) == work.results["values"]
+    # Also what was measured, by which model.
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert {**found, "step": work.results["step"]} == work.results and found["recipe"] == "default"
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_weights(work, tmp_path):
@@ -142,6 +145,7 @@ class TestVqav2:
         found = printed(capsys)
         assert found["vqa_accuracy"] == pytest.approx(found["vqa_score"], abs=1e-12)
         assert work.evaluate("--split", "test", "--output", tmp_path) == 0
+        assert f"written: {tmp_path / 'submission.json'}, 16 answers" in capsys.readouterr().out
         said = json.loads((tmp_path / "submission.json").read_text())
         asked = json.loads((work.root / "raw" / "v2_OpenEnded_mscoco_test2015_questions.json").read_text())["questions"]
         assert [one["question_id"] for one in said] == [one["question_id"] for one in asked]
@@ -181,8 +185,9 @@ class TestRetrieval:
     def test_a_pre_trained_model_is_evaluated_without_fine_tuning(self, data, tmp_path, capsys):
         checkpoint = answerable.checkpoint(tmp_path / "checkpoint")
         arguments = ["evaluate", "flickr30k", "--checkpoint", str(checkpoint), "--data", str(data), "--split", "test"]
-        assert main([*arguments, "run.device=cpu", "task.rerank=null"]) == 0
+        assert main([*arguments, "run.device=cpu", "task.rerank=null", "--output", str(tmp_path / "out")]) == 0
         found = printed(capsys)
+        assert json.loads((tmp_path / "out" / "results.json").read_text())["recipe"] == "zero-shot"
         assert found["chance_image_to_text_r1"] == found["chance_text_to_image_r1"] == 1 / 8
         assert 0 <= found["rank_image_to_text_r1"] <= 1
 

@@ -44,6 +44,7 @@ def test_visual_question_answering(recorded):
     losses = model(asked, seed=0)
     close(losses.total, recorded["loss.vqa_loss"])
     assert set(losses.named()) == {"total", "vqa"}
+    close(model._logits(asked), recorded["out.vqa_logits"])
     assert torch.equal(model.predict(asked), recorded["out.vqa_logits"].argmax(1))
 
 
@@ -54,6 +55,7 @@ def test_reasoning_on_two_pictures(recorded):
     asked = {**batch(recorded), "image": pictures, "labels": labels}
     losses = model(asked, seed=0)
     close(losses.total, recorded["loss.nlvr2_loss"])
+    close(model._logits(asked), recorded["out.nlvr2_logits"])
     assert torch.equal(model.predict(asked), recorded["out.nlvr2_logits"].argmax(1))
 
 
