@@ -37,12 +37,13 @@ def run_align_bench(options: argparse.Namespace) -> int:
     if unread := [key for key in given if key not in _KEYS]:
         raise UserError(f"{unread[0]}: {ALIGN_BENCH} reads only {', '.join(_KEYS)}; leave it out")
     config = build_config(values)
+    bench = AlignBench(options.data)
     model, tokenizer = open_model(options.checkpoint, values.get("data", {}).get("tokenizer"))
     with join_world(config) as world, StopSignals() as stop:
         log_of_rank(world, stop)
         result = evaluate_align_bench(
             model.set_backend(config.run.backend).to(resolve_device(config.run.device, world)),
-            AlignBench(options.data),
+            bench,
             tokenizer,
             build_transform("clip_test", model.config.image_size, decoding=config.data.decoding),
             distributed=world.size > 1,
@@ -51,8 +52,8 @@ def run_align_bench(options: argparse.Namespace) -> int:
             found = dataclasses.asdict(result)
             scores = found.pop("scores")
             if output is not None:
-                about = {"task": ALIGN_BENCH, "recipe": ZERO_SHOT, "tables": [TABLE], **found}
-                about |= {"model": dataclasses.asdict(model.config), **made_by()}
+                about = {"task": ALIGN_BENCH, "recipe": ZERO_SHOT, "tables": [TABLE], "samples": len(bench)}
+                about |= {"digest": bench.digest, "model": dataclasses.asdict(model.config), **found, **made_by()}
                 write_results(output / "results.json", about, scores)
             print(json.dumps({**scores, **found}))
     return 0

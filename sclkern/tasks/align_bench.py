@@ -14,7 +14,9 @@ Both by box and by pixel mask.
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,6 +101,12 @@ class AlignBench:
     def __len__(self) -> int:
         """Number of pictures."""
         return int(self._table.num_rows)
+
+    @property
+    def digest(self) -> str:
+        """Changes with the captions, words and boxes."""
+        asked = [self._table.column(name).to_pylist() for name in ("caption", "words", "boxes")]
+        return hashlib.blake2b(json.dumps(asked).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
     def __getitem__(self, number: int) -> Annotated:
         """A picture; raises a ``UserError`` if it cannot be decoded, or its regions are not of its size."""

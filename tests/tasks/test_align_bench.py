@@ -276,7 +276,9 @@ def test_the_command(tree, tmp_path, make_model, capsys):
     counts = {"pictures": 5, "words": expected.words, "not_found": expected.not_found, "cut": expected.cut}
     assert printed == {**expected.scores, **counts}
     written = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert written == {"task": "align-bench", "tables": ["align_bench"], "values": expected.scores, **counts}
+    about = {"task": "align-bench", "recipe": "zero-shot", "tables": ["align_bench"]}
+    assert {**written, **about, "values": expected.scores, **counts} == written
+    assert {"model", "digest", "device", "commit"} <= set(written)
     for extra, problem in (
         (["--annotations", "x.json"], "--annotations: got x.json, but align-bench is scored by its table"),
         (["--split", "train"], "--split: got 'train', but align-bench has one table"),
