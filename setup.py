@@ -75,7 +75,8 @@ setup(
     # flash and liger: what run.backend=flash and the benchmarks call, in versions whose functions were read beside the
     # calls. NVIDIA's apex is no package of the index: docs/pretraining.md says how to build it.
     # kernels: Hugging Face's, to prove that our folder of that name does not get in its way. open_clip_torch: ops are
-    # swapped into its models.
+    # swapped into its models, and its losses are what ours are compared with; sentence-transformers likewise, with what
+    # its trainer needs.
     # docs: Sphinx with MyST-Parser, because MkDocs is no longer maintained.
     extras_require={
         "flash": ["flash-attn>=2.8,<3"],
@@ -88,6 +89,7 @@ setup(
             "hypothesis",
             "kernels",
             "open_clip_torch",
+            "sentence-transformers[train]>=6",
             "ruff",
             "pytest-xdist",
             "mypy",
