@@ -55,6 +55,8 @@ KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
         "completion_loss_weights_kernel",
         "completion_loss_finish_kernel",
     ),
+    ("sigmoid_loss", "forward"): ("sigmoid_loss_forward_kernel",),
+    ("sigmoid_loss", "backward"): ("sigmoid_loss_slopes_kernel",),
     ("linear_cross_entropy", "forward"): ("linear_cross_entropy_rows_kernel", "linear_cross_entropy_reduce_kernel"),
     ("linear_cross_entropy", "backward"): ("linear_cross_entropy_gradient_kernel",),
     ("dropout_add_layer_norm", "forward"): ("dropout_add_layer_norm_forward_kernel",),

@@ -186,6 +186,22 @@ SM_90: Table = {
         "predicted: 16 bytes a thread",
         ("BLOCK_ROWS", "BLOCK_WIDTH"),
     ),
+    "sigmoid_loss_forward_kernel": Entry(
+        by_itemsize(
+            {"BLOCK_X": 128, "BLOCK_Y": 64, "BLOCK_K": 64, "num_warps": 8, "PROGRAMS": 264},
+            {"BLOCK_X": 64, "BLOCK_Y": 64, "BLOCK_K": 16, "num_warps": 16, "PROGRAMS": 264},
+        ),
+        "predicted: as the statistics of the completion loss, whose products are the same",
+        (*_DOTS, "PROGRAMS"),
+    ),
+    "sigmoid_loss_slopes_kernel": Entry(
+        by_itemsize(
+            {"BLOCK_X": 128, "BLOCK_Y": 64, "BLOCK_K": 64, "num_warps": 8, "WORKSPACE": 2**26},
+            {"BLOCK_X": 64, "BLOCK_Y": 64, "BLOCK_K": 16, "num_warps": 8, "WORKSPACE": 2**26},
+        ),
+        "predicted: as the weights of the completion loss; 128 MiB of slopes in half precision",
+        (*_DOTS, "WORKSPACE"),
+    ),
     "linear_cross_entropy_rows_kernel": Entry(
         fixed(BLOCK=8192, num_warps=16),
         "predicted: 125 rows of 50,265 logits are one wave of 132 multiprocessors, and a split row would cost a second "

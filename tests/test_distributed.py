@@ -11,9 +11,10 @@ from ranks import be_rank, run_ranks
 
 from sclkern import objectives as L
 from sclkern.distributed import gather
-from sclkern.ops import completion_loss
+from sclkern.ops import completion_loss, sigmoid_loss
 from sclkern.ops.dispatch import TRITON_INSTALLED, interpreted
 from sclkern.reference import completion_loss as definition
+from sclkern.reference import sigmoid_loss as sigmoid_definition
 
 ROWS, FRAMES, TOKENS, WIDTH = 4, 2, 3, 5
 # Columns of a rank that belong to no row.
@@ -108,6 +109,13 @@ def evaluate_op(function, dtype, features, valid, weights=None, **options):
     return {"loss": loss.detach(), **dict(zip(NAMES, torch.autograd.grad(total, leaves), strict=True))}
 
 
+def evaluate_sigmoid(function, dtype, features, **options):
+    leaves = [x.to(dtype).requires_grad_() for x in (*features, torch.tensor(3.0), torch.tensor(-2.0))]
+    loss = function(*leaves[:2], scale=leaves[2], bias=leaves[3], **options)
+    names = "image", "text", "scale", "bias"
+    return {"loss": loss.detach(), **dict(zip(names, torch.autograd.grad(loss, leaves), strict=True))}
+
+
 def evaluate_ops(rank, world):
     dtype, results = torch.float32 if interpreted() else torch.float64, {}
     for mode, directions, kind in OP_CASES:
@@ -123,6 +131,9 @@ def evaluate_ops(rank, world):
             results[mode, directions, kind, "eager"] = evaluate_op(
                 completion_loss, dtype, features, valid, backend="eager", **options
             )
+    own = [of_rank(rank, world, x, -2) for x in op_samples(world, "plain")[0]]
+    for mode, backend in product(["exact", "published"], ["auto", "eager"]):
+        results["sigmoid", mode, backend] = evaluate_sigmoid(sigmoid_loss, dtype, own, gather=mode, backend=backend)
     features, valid, _ = op_samples(world, "groups")
     recovered, complete = (of_rank(rank, world, x, -2).to(dtype).requires_grad_() for x in features)
     valid = of_rank(rank, world, valid, -1)
@@ -153,6 +164,7 @@ def mistakes(rank):
         "dtypes": lambda: completion_loss(half, half, temperature=0.1),
         "valid": lambda: completion_loss(torch.ones(4, WIDTH), torch.ones(4, WIDTH), temperature=0.1, valid=valid),
         "same": lambda: completion_loss(torch.ones(4, WIDTH), torch.ones(4, WIDTH), temperature=0.1, same=same),
+        "sigmoid": lambda: sigmoid_loss(x, x, scale=1.0, bias=0.0),
         "gather": lambda: gather(x),
     }
     told = {}
@@ -293,6 +305,29 @@ def test_the_definition_across_ranks_is_that_of_one_big_batch(ranks, case):
     check_op(ranks, case, False, {"rtol": 1e-10, "atol": 1e-12}, "eager")
 
 
+def check_sigmoid(results, mode, backend, tolerance):
+    world = len(results)
+    big = evaluate_sigmoid(sigmoid_definition, torch.float64, op_samples(world, "plain")[0])
+    ours = [rank["ops"]["sigmoid", mode, backend] for rank in results]
+    assert all(torch.equal(rank["loss"], ours[0]["loss"]) for rank in ours)
+    for rank, own in enumerate(ours):
+        for name in ("loss", "scale", "bias"):
+            torch.testing.assert_close(own[name].double(), big[name], **tolerance)
+        for name in ("image", "text"):
+            theirs = (world if mode == "exact" else 1) * of_rank(rank, world, big[name], -2)
+            torch.testing.assert_close(own[name].double(), theirs, **tolerance)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("mode", ["exact", "published"])
+def test_the_sigmoid_loss_across_ranks_is_that_of_one_big_batch(ranks, mode, backend):
+    check_sigmoid(ranks, mode, backend, {"rtol": 1e-10, "atol": 1e-12})
+
+
+def test_the_kernels_of_the_sigmoid_loss_across_ranks(interpreted_ranks):
+    check_sigmoid(interpreted_ranks, "exact", "auto", {"rtol": 2e-5, "atol": 2e-6})
+
+
 def test_a_detached_side_leaves_the_other_as_it_is_across_ranks(ranks):
     for results in ranks:
         ops = results["ops"]
@@ -312,6 +347,7 @@ def test_a_detached_side_leaves_the_other_as_it_is_across_ranks(ranks):
         ("dtypes", ["rank 0 (4, 5) float16", "rank 1 (4, 5) float32"]),
         ("valid", ["rank 0 (4, 5) float32 both valid", "rank 1 (4, 5) float32 both"]),
         ("same", ["rank 0 (4, 5) float32 both same", "rank 1 (4, 5) float32 both"]),
+        ("sigmoid", ["image: got rank 0 (4, 5) float32, rank 1 (3, 5) float32"]),
         ("gather", ["features: got rank 0 (4, 5) float32, rank 1 (3, 5) float32", "expected the same on every rank"]),
     ],
 )

@@ -14,5 +14,6 @@ from sclkern.ops.masking import mask_text as mask_text
 from sclkern.ops.masking import select_patches as select_patches
 from sclkern.ops.masking import select_tokens as select_tokens
 from sclkern.ops.packed_attention import packed_attention as packed_attention
+from sclkern.ops.sigmoid_loss import sigmoid_loss as sigmoid_loss
 
 __all__ = ["OPS", "explain", *OPS]

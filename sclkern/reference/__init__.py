@@ -28,6 +28,7 @@ from sclkern.reference.dropout_add_layer_norm import (
 from sclkern.reference.embed_patches import embed_patches
 from sclkern.reference.linear_cross_entropy import linear_cross_entropy
 from sclkern.reference.masking import MaskedText, mask_text, select_patches, select_tokens
+from sclkern.reference.sigmoid_loss import sigmoid_loss
 
 __all__ = [
     "MaskedText",
@@ -52,4 +53,5 @@ __all__ = [
     "reduce_rows",
     "select_patches",
     "select_tokens",
+    "sigmoid_loss",
 ]

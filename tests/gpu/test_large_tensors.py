@@ -189,6 +189,49 @@ def test_completion_loss_of_many_groups():
     assert_the_last_are_right(losses, tensors, 2)
 
 
+def test_completion_loss_of_65536_negatives_beside_few_rows():
+    recovered, complete = large(4096, 768, requires_grad=True), large(69632, 768, requires_grad=True)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    options = {"temperature": 0.05, "directions": "both", "backend": "triton"}
+    losses = ops.completion_loss(recovered, complete, reduction="none", **options)
+    grads = torch.autograd.grad(losses.sum(), (recovered, complete))
+    assert torch.cuda.max_memory_allocated() - held < 2**30
+    unit = [torch.nn.functional.normalize(t.detach().float(), dim=-1) for t in (recovered, complete)]
+    last = torch.arange(4096 - 100, 4096, device="cuda")
+    expected = torch.nn.functional.cross_entropy(unit[0][-100:] @ unit[1].T / 0.05, last, reduction="none")
+    of_columns = unit[1][4096 - 100 : 4096] @ unit[0].T / 0.05
+    expected += torch.nn.functional.cross_entropy(of_columns, last, reduction="none")
+    torch.testing.assert_close(losses.detach()[-100:], expected, rtol=1e-3, atol=1e-3)
+    assert all(g.isfinite().all() and g[-100:].abs().max() > 0 for g in grads)
+
+
+def test_sigmoid_loss_of_65536_rows_takes_memory_of_the_features():
+    rows, width = 65536, 768
+    features = [torch.nn.functional.normalize(large(rows, width), dim=-1).requires_grad_() for _ in range(2)]
+    assert rows * rows > LIMIT
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    loss = ops.sigmoid_loss(*features, scale=10.0, bias=-10.0, backend="triton")
+    grads = torch.autograd.grad(loss, features)
+    # The logits would be 8 GiB in half precision.
+    assert torch.cuda.max_memory_allocated() - held < 2 * 2**30
+    exact = [x.detach().float() for x in features]
+    total = torch.zeros((), dtype=torch.float64, device="cuda")
+    for start in range(0, rows, 4096):
+        logits = 10.0 * exact[0][start : start + 4096] @ exact[1].T - 10.0
+        logits.diagonal(start).neg_()
+        total += torch.nn.functional.softplus(logits).sum(dtype=torch.float64)
+    torch.testing.assert_close(loss.detach().double(), total / rows, rtol=1e-4, atol=1e-6)
+    slopes = logits.sigmoid()
+    slopes.diagonal(rows - 4096).neg_()
+    expected = slopes[-100:] @ exact[1] * 10.0 / rows
+    torch.testing.assert_close(grads[0][-100:].float(), expected, rtol=2e-2, atol=expected.abs().max().item() * 1e-2)
+    assert all(g.isfinite().all() for g in grads)
+
+
 def test_embed_patches():
     images, weight = large(8640, 1, 3, 288, 288), (large(768, 3, 16, 16) * 0.036).requires_grad_()
     position, cls = large(325, 768, requires_grad=True), large(768, requires_grad=True)

@@ -74,6 +74,16 @@ def cross(queries=12, keys=3, width=64, heads=2, dtype=torch.float32, **options)
     return lambda: build() | {"num_heads": heads, **options}
 
 
+def sigmoid(rows=4, width=8, dtype=torch.float32):
+    return lambda: (
+        dict(zip(("image", "text"), tensors((rows, width), (rows, width), dtype=dtype), strict=True))
+        | {
+            "scale": 10.0,
+            "bias": -10.0,
+        }
+    )
+
+
 def completion(rows=4, width=8, dtype=torch.float32, other=None, **options):
     def build():
         recovered, complete = torch.randn(rows, width).to(dtype), torch.randn(rows, width).to(other or dtype)
@@ -170,6 +180,9 @@ CALLS = [
     Call("completion_loss", completion(rows=3073, width=1, backend="eager"), "eager", None),
     Call("completion_loss", completion(rows=3073, width=1, dtype=DOUBLE), "tiled", "tiled", "float64", "float64"),
     Call("completion_loss", completion(dtype=HALF, other=torch.float32), "eager", "triton"),
+    Call("sigmoid_loss", sigmoid(), "eager", "triton", "up to 3072 rows"),
+    Call("sigmoid_loss", sigmoid(rows=3073, width=1), "tiled", None, "above 3072 rows"),
+    Call("sigmoid_loss", sigmoid(rows=3073, width=1, dtype=DOUBLE), "tiled", "tiled", "float64", "float64"),
     Call("linear_cross_entropy", cross_entropy(), "eager", "triton", "up to 16777216 logits"),
     Call("linear_cross_entropy", cross_entropy(rows=4096, words=4096), "eager", None),
     Call("linear_cross_entropy", cross_entropy(rows=4097, words=4096), "tiled", None, "above 16777216 logits"),

@@ -22,7 +22,7 @@ from sclkern.ops._registration import LAUNCHERS, kernels
 # Kernels and operators whose time is arithmetic; their bytes are counted apart.
 ARITHMETIC = ("products", "attention")
 _ATTENTION_KERNELS = ("attention_", "frame_attention_", "cross_attention_")
-_PRODUCT_KERNELS = ("completion_loss_statistics", "completion_loss_weights")
+_PRODUCT_KERNELS = ("completion_loss_statistics", "completion_loss_weights", "sigmoid_loss_")
 # Kinds of torch's operators by name; "casts" and "copies" also depend on dtypes, everything else is "elementwise".
 _KINDS = {
     "products": "mm addmm bmm baddbmm addmv mv dot convolution convolution_backward",
