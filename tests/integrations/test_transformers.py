@@ -216,6 +216,10 @@ def test_the_processor_is_saved(processor, tmp_path):
     [
         ({}, "images, text: got neither"),
         ({"text": ""}, "gives no token"),
+        (
+            {"images": ["a dog"], "text": pictures(1)[0]},
+            r"text: got Image, expected a str or a list .*images come first",
+        ),
         ({"text": "a dog " * 30, "truncation": False}, r"text: got \d+ tokens, expected at most 16"),
         ({"text": "a", "max_length": 99}, "max_length: got 99, expected at most max_text_len 16"),
         ({"text": "a", "padding": False}, "padding: got False"),
@@ -379,6 +383,8 @@ def test_what_a_configuration_refuses(folder, model, tmp_path):
     with pytest.raises(UserError, match="resize_token_embeddings: SCL's vocabulary is fixed"):
         model.resize_token_embeddings(3000)
     assert model.resize_token_embeddings(model.config.vocab_size) is model.get_input_embeddings()
+    with pytest.raises(UserError, match=r"attn_implementation: got 'sdpa', expected none.*set_backend"):
+        SCLHFModel.from_pretrained(folder, attn_implementation="sdpa")
     transformers.BertConfig().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="describes 'bert', expected a folder of SCLModel or SCLHFModel"):
         SCLHFModel.from_pretrained(tmp_path)

@@ -71,8 +71,13 @@ class SCLHFModel(PreTrainedModel):
     accepts_loss_kwargs = False
 
     def __init__(self, config: SCLHFConfig) -> None:
-        super().__init__(config)
         check_untied(config)
+        if (asked := config._attn_implementation) not in (None, "eager"):
+            raise UserError(
+                f"attn_implementation: got {asked!r}, expected none: SCL takes its own kernels where they run; "
+                "model.model.set_backend chooses others, such as 'sdpa'"
+            )
+        super().__init__(config)
         self.model = SCLModel(config.network_config(), config.objective_config())
         self.gradient_checkpointing = False
         self._drawn = not self.model.modality.weight.is_meta

@@ -225,7 +225,11 @@ class SCLProcessor(ProcessorMixin):
             raise UserError(f"padding: got {padding!r}, expected True, 'longest' or 'max_length'")
         data: dict[str, Any] = {}
         if text is not None:
-            texts = [text] if isinstance(text, str) else list(text)
+            texts = [text] if isinstance(text, str) else text
+            if not isinstance(texts, list | tuple):
+                raise UserError(
+                    f"text: got {type(text).__name__}, expected a str or a list of them (images come first)"
+                )
             ids, mask = self._captions(texts, longest if truncation else _NO_LENGTH)
             if ids.shape[1] > longest:
                 raise UserError(
