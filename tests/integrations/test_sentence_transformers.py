@@ -48,6 +48,9 @@ class Encoder(nn.Module):
     def __getitem__(self, _):
         return self.linear
 
+    def get_embedding_dimension(self):
+        return WIDTH
+
     def forward(self, features):
         return {"sentence_embedding": self.linear(self.dropout(features["rows"]))}
 
@@ -142,6 +145,17 @@ def test_confident_rows_keep_their_gradient(directions, ours, theirs, util):
 
 def test_dropout_is_replayed(ours, theirs):
     assert_same(*(trained(module, NAMES[1], columns(1), dropout=0.5) for module in (ours, theirs)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_matryoshka_around_it(name, ours, theirs):
+    """It shortens the embeddings of the plain loss by the model, and of the cached loss by the method."""
+    results = []
+    for module in (ours, theirs):
+        model = Encoder().double()
+        theirs.MatryoshkaLoss(model, getattr(module, name)(model), [WIDTH, WIDTH // 2])(columns(1), None).backward()
+        results.append([model.linear.weight.grad])
+    assert_same(*results)
 
 
 def test_evaluation_has_no_gradient(ours, theirs):
