@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from sclkern.distributed import compare, stack, total, world_size
 from sclkern.errors import UserError
 from sclkern.integrations.cached_step import cached_step
-from sclkern.ops import completion_loss
+from sclkern.ops import completion_loss, sigmoid_loss
 
 __all__ = ["ClipLoss", "SigLipLoss", "cached_step"]
 
@@ -121,7 +121,7 @@ class SigLipLoss(nn.Module):
     """SigLIP's loss: every pair of an image and a text is a decision of its own, by a sigmoid.
 
     Over ranks the value is that of the images of this rank against all texts, and the mean of the gradients is that of
-    one big batch, as in open_clip. Some images at a time, in plain torch.
+    one big batch, as in open_clip; there it is computed for some images at a time, in plain torch.
 
     Args:
         cache_labels: taken, and without effect: there are no labels.
@@ -174,19 +174,26 @@ class SigLipLoss(nn.Module):
         scale = _number("logit_scale", logit_scale)
         bias = 0.0 if logit_bias is None else _number("logit_bias", logit_bias)
         _check_features(image_features, text_features)
-        dtype = torch.promote_types(torch.promote_types(image_features.dtype, text_features.dtype), torch.float32)
-        images, texts, first = image_features.to(dtype), text_features.to(dtype), 0
-        if self.world_size > 1:
-            compare("text_features", texts)
-            texts, first = _AllRows.apply(texts), self.rank * len(images)
-        at_once = max(1, MAX_SCORES // max(1, len(texts)))
-        added = images.new_zeros(())
-        for row in range(0, len(images), at_once):
-            part = images[row : row + at_once], texts, first + row, scale, bias
-            # Computed again in the backward.
-            added = added + checkpoint(_sigmoid_loss, *part, use_reentrant=False, preserve_rng_state=False)
-        loss = added / len(images)
+        if self.world_size == 1:
+            loss = sigmoid_loss(image_features, text_features, scale=scale, bias=bias, gather=None)
+        else:
+            loss = _over_ranks(image_features, text_features, scale, bias)
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _over_ranks(images: Tensor, texts: Tensor, scale: float | Tensor, bias: float | Tensor) -> Tensor:
+    """SigLIP's loss of this rank's images against the texts of all ranks: the op has the value of all images."""
+    dtype = torch.promote_types(torch.promote_types(images.dtype, texts.dtype), torch.float32)
+    images, texts = images.to(dtype), texts.to(dtype)
+    compare("text_features", texts)
+    all_texts, first = _AllRows.apply(texts), dist.get_rank() * len(images)
+    at_once = max(1, MAX_SCORES // max(1, len(all_texts)))
+    added = images.new_zeros(())
+    for row in range(0, len(images), at_once):
+        part = images[row : row + at_once], all_texts, first + row, scale, bias
+        # Computed again in the backward.
+        added = added + checkpoint(_sigmoid_loss, *part, use_reentrant=False, preserve_rng_state=False)
+    return added / len(images)
 
 
 class _AllRows(torch.autograd.Function):
@@ -203,7 +210,7 @@ class _AllRows(torch.autograd.Function):
         return total(grad)[first : first + ctx.size]
 
 
-def _sigmoid_loss(images: Tensor, texts: Tensor, first: int, scale: Tensor, bias: Tensor) -> Tensor:
+def _sigmoid_loss(images: Tensor, texts: Tensor, first: int, scale: float | Tensor, bias: float | Tensor) -> Tensor:
     """The sum over some images and all texts; image i belongs to text first + i."""
     with torch.autocast(images.device.type, enabled=False):
         logits = scale * (images @ texts.mT) + bias

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from ranks import be_rank, run_ranks
 from torch import nn
 
+from sclkern.integrations import open_clip
 from sclkern.integrations.open_clip import ClipLoss, SigLipLoss, cached_step
 
 WORLD, ROWS, INPUT, WIDTH = 2, 6, 5, 16
@@ -83,6 +84,8 @@ def cached(loss, rank, whole):
 def work(rank, world, folder):
     place = {"rank": rank, "world_size": world}
     results = {}
+    # Tiles of four images and of the two that are left.
+    open_clip.MAX_SCORES = 4 * WORLD * ROWS
     for name, ours, theirs in losses_of(place):
         results[name] = trained(ours(), rank), trained(theirs(), rank)
     exact = ClipLoss(local_loss=True, gather_with_grad=True, **place)
