@@ -21,18 +21,13 @@ project = "sclkern"
 copyright = "2026, the sclkern authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.linkcode", "source_pages"]
 root_doc = "README"
-include_patterns = [
-    "*.md",
-    "docs/*.md",
-    "docs/report/*.md",
-    "docs/api/*.rst",
-    "benchmarks/README.md",
-    "kernels/README.md",
-]
+include_patterns = ["*.md", "*/README.md", "docs/*.md", "docs/report/*.md", "docs/api/*.rst"]
 exclude_patterns = [".*", "*.egg-info", "build", "runs", "sclkern", "configs", "tests", "benchmarks/*/**"]
 
 # Links to headings as on GitHub.
 myst_heading_anchors = 4
+# A page that docs/README.md does not list is reached by links alone; results begin with headings of the third level.
+suppress_warnings = ["toc.not_included", "myst.header"]
 # Blocks without a language are commands and what they print.
 highlight_language = "text"
 
@@ -72,7 +67,7 @@ def contents(app, docname: str, text: list[str]) -> None:
     page = (ROOT / "docs" / "README.md").read_text()
     text[0] += "\n```{toctree}\n:hidden:\n\nAll pages <docs/README.md>\n```\n"
     for caption, section in re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", page, re.M | re.S):
-        entries = re.findall(r"^- \[(.+?)\]\((\S+?)\)", section, re.M)
+        entries = re.findall(r"^- \[(.+?)\]\((\S+?\.md)\)", section, re.M)
         lines = [f"{title} <{(ROOT / 'docs' / target).resolve().relative_to(ROOT)}>" for title, target in entries]
         text[0] += "\n".join(["", "", "```{toctree}", ":hidden:", f":caption: {caption}", "", *lines, "```", ""])
     text[0] += "\n```{toctree}\n:hidden:\n:caption: Reference\n\ndocs/api/index\n```\n"

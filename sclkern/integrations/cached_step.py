@@ -37,10 +37,10 @@ def cached_step(
         optimizer.step()
 
     Args:
-        model: called as model(*batch), such as open_clip's with ``output_dict=True``, or DDP around it, which then
+        model: called as ``model(*batch)``, such as open_clip's with ``output_dict=True``, or DDP around it, which then
             exchanges gradients once.
         batches: the micro-batches of this rank, each the arguments of the model, on its device.
-        loss: called as loss(**outputs, output_dict=True) with the outputs of all micro-batches: ``ClipLoss``,
+        loss: called as ``loss(**outputs, output_dict=True)`` with the outputs of all micro-batches: ``ClipLoss``,
             ``SigLipLoss``, or open_clip's.
         autocast: a new context for each forward, such as ``lambda: torch.autocast("cuda", torch.bfloat16)``.
         scaler: scales the loss; then call its ``step`` and ``update``.

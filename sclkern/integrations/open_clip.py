@@ -37,12 +37,12 @@ class ClipLoss(nn.Module):
     for each choice of the flags, before and after the mean of DDP over ranks, but for the gradient of ``logit_scale``
     of a local loss, which each rank has of all rows: the mean over ranks, too.
 
-    | local_loss | gather_with_grad | value | gradient after the mean over ranks |
-    |---|---|---|---|
-    | False | False | of all rows | of features, 1/W of that of one big batch |
-    | False | True | of all rows | that of one big batch |
-    | True | True | of the rows of this rank | that of one big batch |
-    | True | False | of the rows of this rank | candidates are constants, this rank's own, too |
+    By ``local_loss`` and ``gather_with_grad``, the value and the gradient after the mean over ranks:
+
+    - False, False: of all rows; of features, 1/W of that of one big batch
+    - False, True: of all rows; that of one big batch
+    - True, True: of the rows of this rank; that of one big batch
+    - True, False: of the rows of this rank; candidates are constants, this rank's own, too
 
     Args:
         local_loss: the loss of the rows of this rank, against those of all.
