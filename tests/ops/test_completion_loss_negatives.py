@@ -7,13 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from op_testing import DEVICE, DTYPES, KERNELS_RUN, run_in_interpreter
+from op_testing import DEVICE, DTYPES, KERNELS_RUN, run_in_interpreter, thorough_except
 from sclkern import ops, reference
 from sclkern.kernels import completion_loss_cpu
 from sclkern.ops.dispatch import interpreted
 
 NAMES = ("loss", "recovered", "complete", "temperature")
 DIRECTIONS = ["both", "recovered_to_complete"]
+# Directions, and whether features are normalised; interpreted tests take one of each.
+OPTIONS = [(directions, normalize) for directions in DIRECTIONS for normalize in (True, False)]
+FEW_OPTIONS = thorough_except(OPTIONS[1:2], OPTIONS) if interpreted() else OPTIONS
+ONE_OPTION = thorough_except(OPTIONS[:1], OPTIONS) if interpreted() else OPTIONS
 
 
 @pytest.fixture
@@ -117,10 +121,10 @@ def assert_as_good_as_eager(inputs, temperature=0.1, **options):
 
 
 @pytest.mark.usefixtures("tiled")
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("directions", DIRECTIONS)
-@pytest.mark.parametrize(("rows", "columns"), [(1, 2), (33, 70), (70, 71)] if interpreted() else [(1, 2), (33, 165)])
-def test_error_is_at_most_that_of_eager(rows, columns, directions, normalize):
+@pytest.mark.parametrize("option", FEW_OPTIONS, ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(33, 70)] if interpreted() else [(1, 2), (33, 165), (70, 71)])
+def test_error_is_at_most_that_of_eager(rows, columns, option):
+    directions, normalize = option
     inputs = features(rows, columns, 12, scale=1.0)
     temperature = 0.1 if normalize else 2.0
     options = {"directions": directions, "normalize": normalize, "reduction": "none"}
@@ -128,9 +132,9 @@ def test_error_is_at_most_that_of_eager(rows, columns, directions, normalize):
 
 
 @pytest.mark.usefixtures("tiled")
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("directions", DIRECTIONS)
-def test_groups_valid_rows_and_ids(directions, normalize):
+@pytest.mark.parametrize("option", FEW_OPTIONS, ids=str)
+def test_groups_valid_rows_and_ids(option):
+    directions, normalize = option
     inputs = features(21, 50, 8, groups=(3,), scale=1.0)
     valid = torch.rand(3, 21, device=DEVICE) > 0.4
     valid[1] = False
@@ -157,9 +161,9 @@ def test_half_precision(dtype, normalize):
 
 
 @pytest.mark.usefixtures("tiled")
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("directions", DIRECTIONS)
-def test_confident_positives_are_right(directions, normalize):
+@pytest.mark.parametrize("option", ONE_OPTION, ids=str)
+def test_confident_positives_are_right(option):
+    directions, normalize = option
     complete = F.normalize(torch.randn(90, 48, dtype=torch.float64), dim=-1)
     recovered = F.normalize(complete[:40] + 0.01 * torch.randn(40, 48, dtype=torch.float64), dim=-1)
     inputs = [x.to(DEVICE, torch.float32) for x in (recovered, complete)]
@@ -170,6 +174,7 @@ def test_confident_positives_are_right(directions, normalize):
 
 
 @pytest.mark.usefixtures("tiled")
+@pytest.mark.skipif(interpreted(), reason="takes long in the interpreter")
 def test_normalised_features_need_no_normalising():
     inputs = [F.normalize(x, dim=-1) for x in features(20, 30, 16)]
     plain, cosine = (run(ops.completion_loss, inputs, normalize=flag) for flag in (False, True))
@@ -212,8 +217,9 @@ def test_a_side_without_gradient_leaves_the_other_as_it_is(wanted):
 
 
 @pytest.mark.usefixtures("tiled")
-@pytest.mark.parametrize("same", [False, True])
-@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize(
+    ("same", "both"), [(True, True)] if interpreted() else [(True, True), (False, True), (False, False)]
+)
 def test_a_window_has_its_part_of_the_whole(both, same):
     """What one rank computes: its rows, their columns, and further columns of its own."""
     groups, length, columns, width = 2, 60, 90, 5
@@ -245,6 +251,7 @@ def test_many_columns_take_tiles():
 
 
 @pytest.mark.usefixtures("tiled")
+@pytest.mark.skipif(interpreted(), reason="of the fake functions, which are those of every backend")
 def test_registration():
     recovered, complete = features(6, 8, 10, groups=(2,))
     temperature = torch.tensor(0.1, device=DEVICE, requires_grad=True)
