@@ -206,6 +206,8 @@ class AttentionBackward:
         single_tile_scores: most scores of a step of the key kernel that holds the gradient of the queries too, by
             (bytes of an element, head_dim); more would spill.
         num_stages: of the loop, None for Triton's default.
+        most_alone: most rows of a side that a kernel takes alone, by (bytes of an element, head_dim); None for what
+            ``largest`` takes. The same of both kernels: each has to know whether the other runs.
     """
 
     side: str
@@ -214,13 +216,17 @@ class AttentionBackward:
     one_warpgroup: Mapping[tuple[bool, int], tuple[int, ...]]
     single_tile_scores: Mapping[tuple[int, int], int]
     num_stages: int | None = None
+    most_alone: Mapping[tuple[int, int], int] | None = None
 
     def __call__(self, itemsize: int, *, queries: int, keys: int, head_dim: int) -> Fields | None:
         by_query = _tiles(queries, keys, itemsize, head_dim, self.largest)
         by_key = _tiles(keys, queries, itemsize, head_dim, self.largest)
         # A length of 0 has no kernel of its own to write the zeros of the other side, so it is never a single tile.
-        single_key_tile = 0 < keys <= by_key[0] and queries > 0
-        single_query_tile = 0 < queries <= by_query[0] and keys > 0 and not single_key_tile
+        most = max(by_key[0], by_query[0])
+        if self.most_alone is not None:
+            most = self.most_alone[itemsize, max(head_dim, 64)]
+        single_key_tile = 0 < keys <= min(by_key[0], most) and queries > 0
+        single_query_tile = 0 < queries <= min(by_query[0], most) and keys > 0 and not single_key_tile
         is_query = self.side == "query"
         if single_key_tile if is_query else single_query_tile:
             return None

@@ -275,6 +275,7 @@ def _with(table: Table, reason: str, **rules: Rule) -> Table:
 # Everything in ``SM_90`` fits 163 KB; without wgmma, whose operands stay in shared memory, some kernels would spill.
 _SMALLER_QUERY = {**_BY_QUERY.largest, (2, 128): (32, 32)}
 _SMALLER_KEY = {**_BY_KEY.largest, (2, 64): (32, 32), (2, 128): (32, 32)}
+_ALONE = {key: min(rows, _SMALLER_QUERY[key][0]) for key, (rows, _) in _SMALLER_KEY.items()}
 _CROSS_SMALL = {**_CROSS_HALF, "ROWS": 32}
 SM_80: Table = _with(
     _with(
@@ -292,13 +293,17 @@ SM_80: Table = _with(
     "ids and Triton 3.6 also 4 warps of 13 queries and 64 keys, and of head_dim 128 by query",
     attention_forward=replace(_FORWARD, turned_warps=8),
     attention_backward_query=replace(
-        _BY_QUERY, largest=_SMALLER_QUERY, one_warpgroup={**_BY_QUERY.one_warpgroup, (False, 128): (64,)}
+        _BY_QUERY,
+        largest=_SMALLER_QUERY,
+        one_warpgroup={**_BY_QUERY.one_warpgroup, (False, 128): (64,)},
+        most_alone=_ALONE,
     ),
     attention_backward_key=replace(
         _BY_KEY,
         largest=_SMALLER_KEY,
         single_tile_scores={**_BY_KEY.single_tile_scores, (2, 64): 512},
         num_stages=2,
+        most_alone=_ALONE,
     ),
 )
 # 99 KB of shared memory a block: what sm_80 launches takes at most 76 KB.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from sclkern.kernels import config as config_module
 from sclkern.kernels.attention import attention_forward
-from sclkern.kernels.attention_backward import attention_backward
+from sclkern.kernels.attention_backward import attention_backward, backward_launches
 from sclkern.kernels.bias_gelu import bias_gelu_forward
 from sclkern.kernels.completion_loss import completion_loss_forward
 from sclkern.kernels.config import (
@@ -62,6 +63,17 @@ def test_every_kernel_has_a_configuration_and_a_reason(arch):
                 assert config.reason.startswith(("predicted: ", "measured: ")), config
                 assert sorted(config.fields) == sorted(TABLES[arch][config.kernel].names), config
                 assert config in {config} and hash(config) == hash(dataclasses.replace(config, reason=""))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_backward_of_attention_writes_every_gradient_at_all_lengths(arch):
+    """Both of its kernels decide alike which of them runs alone."""
+    lengths = (0, 1, 13, 16, 17, 32, 33, 50, 64, 65, 96, 128, 129, 325)
+    for dtype, head_dim in itertools.product((torch.bfloat16, torch.float32), (32, 64, 128)):
+        for queries, keys in itertools.product(lengths, repeat=2):
+            shapes = {"queries": queries, "keys": keys, "head_dim": head_dim}
+            configs = select("attention", "backward", dtype, arch, **shapes)
+            assert 1 <= len(backward_launches(configs, queries, keys)) <= 2
 
 
 def test_what_the_tables_say_of_attention_at_325():
