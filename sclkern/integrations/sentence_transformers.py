@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sclkern.distributed import gather, stack, world_size
@@ -24,7 +24,7 @@ from sclkern.ops import completion_loss
 
 try:
     import sentence_transformers as package
-    from sentence_transformers import util
+    from sentence_transformers import SentenceTransformer, util
     from sentence_transformers.sentence_transformer import losses
 except ImportError as error:
     raise UserError(
@@ -65,7 +65,7 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: SentenceTransformer,
         scale: float = 20.0,
         similarity_fct: Similarity = util.cos_sim,
         gather_across_devices: bool = False,
@@ -211,14 +211,19 @@ class CachedMultipleNegativesRankingLoss(losses.CachedMultipleNegativesRankingLo
         hardness_mode: None, or "hard_negatives"; the others are not supported.
         hardness_strength: as in the package.
 
+    Attributes:
+        loss: of the embeddings of all mini-batches.
+
     Raises:
         UserError: a ``similarity_fct`` or ``hardness_mode`` that is not supported. ValueError: what the package
             refuses.
     """
 
+    loss: MultipleNegativesRankingLoss
+
     def __init__(
         self,
-        model: nn.Module,
+        model: SentenceTransformer,
         scale: float = 20.0,
         similarity_fct: Similarity = util.cos_sim,
         mini_batch_size: int = 32,
