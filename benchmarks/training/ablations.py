@@ -11,6 +11,11 @@ import argparse
 from pathlib import Path
 
 from benchmarks.training.demo_runs import ROOT, logged, train
+from sclkern import SCLModel
+from sclkern.data import open_pairs
+from sclkern.data.tokenizer import CaptionTokenizer
+from sclkern.data.transforms import build_transform
+from sclkern.evaluation.retrieval import evaluate_retrieval
 from sclkern.tools.bench import records
 
 # By the name in the record; the same steps, batches and learning rates for all.
@@ -22,6 +27,9 @@ VARIANTS = {
     "scl, dataset negatives": {"objectives.itm_negatives": "dataset"},
 }
 VALIDATIONS = 8
+# Candidates of ITC that ITM orders, as in the demo, and images that the trained models retrieve from.
+RERANKED = 8
+SETS = {"held-out": ("val", None), "training": ("train", 300)}
 
 
 def changes(variant: str, seed: int, steps: int) -> dict[str, object]:
@@ -30,6 +38,27 @@ def changes(variant: str, seed: int, steps: int) -> dict[str, object]:
         **VARIANTS[variant], "run.seed": seed, "run.max_steps": steps, "run.val_every": max(1, steps // VALIDATIONS),
         "run.save_every": steps,
     }  # fmt: skip
+
+
+def final_recalls(folder: Path) -> dict[str, dict[str, float]]:
+    """Retrieval by the model of a training that has ended, from images that it has seen and others.
+
+    Args:
+        folder: of the training.
+
+    Returns:
+        Recalls by the name of the set. Those at ``RERANKED`` are of both orders: ITM changes the order up to there.
+    """
+    model, tokenizer = SCLModel.from_pretrained(folder / "model"), CaptionTokenizer.from_pretrained("demo")
+    transform = build_transform("clip_test", model.config.image_size)
+    recalls = {}
+    for name, (split, images) in SETS.items():
+        pairs = open_pairs("demo", ["pairs"], split=split)
+        result = evaluate_retrieval(
+            model, pairs, tokenizer, transform, rerank=RERANKED, ks=(RERANKED,), max_images=images
+        )
+        recalls[name] = result.recalls
+    return recalls
 
 
 def main() -> None:
@@ -54,6 +83,8 @@ def main() -> None:
             changes=VARIANTS[variant],
             curves=curves,
             end=ended,
+            reranked=RERANKED,
+            final=[final_recalls(folder) for folder in done],
         )
 
 
