@@ -38,7 +38,23 @@ def ablation_table(rows: list[Record]) -> str:
         cells.append(_spread([end["mlm"] for end in last], 2))
         lines.append(f"| {row['case'].removeprefix(CASES)} | {len(last)} | {' | '.join(cells)} |")
     chance = [f"{recall(variants[0]['curves'][0][-1], 'chance', k):.1f}" for k in RECALL_AT] * len(METHODS)
-    return "\n".join([*lines, f"| chance | | {' | '.join(chance)} | |"])
+    return "\n".join([*lines, f"| chance | | {' | '.join(chance)} | |", "", *_first_places(variants)])
+
+
+def _first_places(variants: list[Record]) -> list[str]:
+    """How often either method puts a right answer first, where one is among the candidates that ITM orders."""
+    sets = list(variants[0]["final"][0])
+    columns = [f"{name}, {method.upper()}" for name in sets for method in METHODS]
+    lines = [f"| right answer first, of those among the candidates | {' | '.join(columns)} |"]
+    lines.append(f"|{'---|' * (len(columns) + 1)}")
+    for row in variants:
+        shares = [
+            [100 * recall(seed[name], method, 1) / recall(seed[name], method, row["reranked"]) for seed in row["final"]]
+            for name in sets
+            for method in METHODS
+        ]
+        lines.append(f"| {row['case'].removeprefix(CASES)} | {' | '.join(_spread(share, 0) for share in shares)} |")
+    return lines
 
 
 def _spread(values: list[float], digits: int) -> str:
