@@ -10,31 +10,25 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
+from benchmarks.training.demo_runs import ROOT, logged, train
 from sclkern.tools.bench import records
-from sclkern.training.logs import read_metrics
 
-ROOT = Path(__file__).parents[2]
 COLORS = {"all": "tab:blue", "images": "tab:green", "none": "tab:orange"}
 # Steps at the end whose mean loss is compared.
 LAST_STEPS = 50
 
 
-def train(folder: Path, shared: str, seed: int, steps: int) -> None:
-    changes = {
-        "run.output_dir": folder, "run.seed": seed, "run.max_steps": steps, "run.val_every": 0, "model.dropout": 0.1,
+def changes(shared: str, seed: int, steps: int) -> dict[str, object]:
+    return {
+        "run.seed": seed, "run.max_steps": steps, "run.val_every": 0, "model.dropout": 0.1,
         "step.share_encodings": shared, "evaluation.train_images": 0, "evaluation.rerank": 0,
-        "evaluation.attention_images": 0,
     }  # fmt: skip
-    config = ["--config", str(ROOT / "configs" / "demo.yaml"), *(f"{key}={value}" for key, value in changes.items())]
-    subprocess.run([sys.executable, "-m", "sclkern.pretrain", *config, "--resume"], cwd=ROOT, check=True)
 
 
 def curve(folder: Path, kind: str = "train") -> list[tuple[int, float]]:
-    return [(row["step"], row["total"]) for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == kind]
+    return [(row["step"], row["total"]) for row in logged(folder, kind)]
 
 
 def summary(folders: dict[tuple[str, int], Path]) -> dict:
@@ -75,7 +69,7 @@ def main() -> None:
     options = parser.parse_args()
     folders = {(shared, seed): options.runs / f"{shared}_{seed}" for seed in range(options.seeds) for shared in COLORS}
     for (shared, seed), folder in folders.items():
-        train(folder, shared, seed, options.steps)
+        train(folder, changes(shared, seed, options.steps))
     losses = summary(folders)
     records.append("training/demo/encodings", steps=options.steps, seeds=options.seeds, last=LAST_STEPS, losses=losses)
     plot(folders, options.image)

@@ -7,6 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 
 import matplotlib
 
@@ -16,6 +17,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sclkern.tools.bench.ablations import CASES, METHODS, RECALL_AT, ablation_rows, recall
 from sclkern.tools.bench.report import (
     GROUPS,
     OURS,
@@ -33,7 +35,7 @@ from sclkern.tools.bench.report import (
 
 def write_plots(rows: list[Record], folder: Path) -> list[Path]:
     """Plot time against size, the share of the roofline, the step's phases, how much faster than separate passes it is,
-    the pictures a second of a core, and the memory of the contrastive loss.
+    the pictures a second of a core, the memory of the contrastive loss, and recalls with parts of the method changed.
 
     Args:
         rows: of ``sclkern.tools.bench.records.read``.
@@ -41,7 +43,8 @@ def write_plots(rows: list[Record], folder: Path) -> list[Path]:
 
     Returns:
         The files, named ``<device>-times.png``, ``-roofline.png``, ``-step.png``, ``-step-ratio.png``,
-        ``-decoding.png`` and ``-loss-memory.png``. Their comment is the ``digest`` of the records that they show.
+        ``-decoding.png``, ``-loss-memory.png`` and ``-ablations.png``. Their comment is the ``digest`` of the records
+        that they show.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -71,7 +74,7 @@ def digest(rows: list[Record]) -> str:
 def _machines(rows: list[Record]) -> dict[str, list[Record]]:
     machines: dict[str, list[Record]] = defaultdict(list)
     for row in rows:
-        if row["case"].startswith(("op/", "step/", "step_ratio/", "decoding/")):
+        if row["case"].startswith(("op/", "step/", "step_ratio/", "decoding/", CASES)):
             machines[row["device"]].append(row)
     return machines
 
@@ -222,6 +225,26 @@ def _loss_memory(rows: list[Record]) -> Figure | None:
     return figure
 
 
+def _ablations(rows: list[Record]) -> Figure | None:
+    """Held-out recall over steps by each method of ranking: mean and range over seeds."""
+    variants = ablation_rows(rows)
+    if not variants:
+        return None
+    figure, axes = plt.subplots(1, len(METHODS), figsize=(11, 4.5), sharey=True, layout="constrained")
+    for axis, method in zip(axes, METHODS, strict=True):
+        for row in variants:
+            steps = [validation["step"] for validation in row["curves"][0]]
+            of_seeds = [[recall(validation, method, RECALL_AT[-1]) for validation in seed] for seed in row["curves"]]
+            at_step = list(zip(*of_seeds, strict=True))
+            (line,) = axis.plot(steps, [mean(values) for values in at_step], label=row["case"].removeprefix(CASES))
+            low, high = [min(values) for values in at_step], [max(values) for values in at_step]
+            axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.12)
+        axis.set(title=f"ordered by {method.upper()}", xlabel="step")
+    axes[0].set(ylabel=f"held-out recall at {RECALL_AT[-1]}, both directions, %")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
 _PLOTS: dict[str, Callable[[list[Record]], Figure | None]] = {
     "times": _times,
     "roofline": _roofline,
@@ -229,4 +252,5 @@ _PLOTS: dict[str, Callable[[list[Record]], Figure | None]] = {
     "step-ratio": _step_ratio,
     "decoding": _decoding,
     "loss-memory": _loss_memory,
+    "ablations": _ablations,
 }

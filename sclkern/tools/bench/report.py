@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from sclkern.errors import UserError
+from sclkern.tools.bench.ablations import CASES, ablation_table
 from sclkern.tools.bench.results import page
 from sclkern.tools.specs import PASSES, SPECS
 
@@ -302,6 +303,7 @@ _TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
     "retrieval": ("retrieval/", _retrieval_table),
     "models": ("model/", _models_table),
     "training": ("training/", _training_table),
+    "ablations": (CASES, ablation_table),
     "ops": ("op/", op_table),
     "memory": ("op/", memory_table),
 }

@@ -12,11 +12,11 @@ from PIL import Image
 
 from sclkern.cli import main
 from sclkern.errors import UserError
-from sclkern.tools.bench import plots, records, report
+from sclkern.tools.bench import ablations, plots, records, report
 from sclkern.tools.bench.roofline import measure, planned_table
 
 ROOT = Path(__file__).parents[3]
-DOCUMENTS = ("README.md", "benchmarks/README.md", "docs/retrieval.md")
+DOCUMENTS = ("README.md", "benchmarks/README.md", "docs/retrieval.md", "docs/ablations.md")
 # A number with a unit of speed, or a ratio of speeds.
 FIGURE = re.compile(
     r"\d\s?(?:ms|µs|us|[GMT]B/s|[GT]FLOP/s|TFLOPS|(?:pairs|samples|images|tokens)(?: a second|/s))\b|"
@@ -155,6 +155,31 @@ def test_a_training_run_is_shown(tmp_path):
     assert expected in report.report(records.read([tmp_path]))
 
 
+def test_ablations_are_shown_with_the_range_over_seeds(tmp_path):
+    def validation(itc: float, step: int = 20) -> dict:
+        values = {"itc": itc, "itm": 0.5, "chance": 0.01}
+        recalls = {f"{m}_{d}_r{k}": r for m, r in values.items() for d in ablations.DIRECTIONS for k in (1, 5)}
+        return {"step": step, "mlm": 6.0, **recalls, "itc_image_to_text_r1": itc - 0.02}
+
+    def final(itc: float) -> dict:
+        first = {f"{m}_{d}_r1": r for m, r in (("itc", itc), ("itm", 0.2)) for d in ablations.DIRECTIONS}
+        return {"held-out": first | {name.replace("r1", "r8"): 0.5 for name in first}}
+
+    curves = [[validation(0.9, step=10), validation(0.1)], [validation(0.3)]]
+    scl = {"curves": curves, "final": [final(0.1), final(0.2)], "reranked": 8}
+    records.append("training/demo/ablation/scl", results=tmp_path, **scl)
+    glscl = {"curves": [[validation(0.1)]], "final": [final(0.4)], "reranked": 8}
+    records.append("training/demo/ablation/glscl", results=tmp_path, **glscl)
+    lines = report.report(records.read([tmp_path])).splitlines()
+    means = "19.0 (9.0 to 29.0) | 20.0 (10.0 to 30.0) | 50.0 (50.0 to 50.0) | 50.0 (50.0 to 50.0)"
+    expected = [f"| scl | 2 | {means} | 6.00 (6.00 to 6.00) |", "| glscl | 1 | 9.0 (9.0 to 9.0) | 10.0"]
+    table = lines.index(expected[0])
+    assert lines[table + 1].startswith(expected[1])
+    assert lines[table + 2] == "| chance | | 1.0 | 1.0 | 1.0 | 1.0 | |"
+    assert lines[-4].startswith("| right answer first") and lines[-4].endswith("| held-out, ITC | held-out, ITM |")
+    assert lines[-2:] == ["| scl | 30 (20 to 40) | 40 (40 to 40) |", "| glscl | 80 (80 to 80) | 40 (40 to 40) |"]
+
+
 def test_a_document_chooses_its_tables(tmp_path):
     write(tmp_path, op_record("sclkern", 2.0))
     step = {"rows": 2, "dtype": "float32", "median_seconds": 1.5, "pairs_per_second": 1.3}
@@ -165,7 +190,8 @@ def test_a_document_chooses_its_tables(tmp_path):
     assert "base/planned" in report.embed(page.format(" step"), rows)
     assert "base/planned" not in report.embed(page.format(" ops memory"), rows)
     with pytest.raises(
-        UserError, match=r"\['speed'\], expected some of step, ratio, decoding, clips, retrieval, models, training, ops"
+        UserError,
+        match=r"\['speed'\], expected some of step, ratio, decoding, clips, retrieval, models, training, ablations",
     ):
         report.embed(page.format(" speed"), rows)
 
