@@ -235,8 +235,9 @@ def test_the_report_is_that_of_the_files(measured, tmp_path, capsys):
 def device(measured, monkeypatch, tmp_path):
     """As on a machine with a GPU, on which every candidate takes as long as the present one; (folder, commands)."""
     commands = []
-    records.environment()  # remembered, as that of this machine
+    made_on = {**records.environment(), "device": "gpu"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(records, "environment", lambda: made_on)
     monkeypatch.setattr(records, "device_name", lambda: "gpu")
     monkeypatch.setattr(program, "context_is_lost", lambda: False)
     monkeypatch.setattr(verification, "verify", lambda case: {"error": 0.0})

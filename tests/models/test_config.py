@@ -7,6 +7,7 @@ import pytest
 
 from sclkern import SCLConfig, UserError
 from sclkern.models.config import PRESETS
+from sclkern.weights.pretrained import stored_config
 
 BAD = [
     ("width", 0), ("width", -64), ("width", 96),
@@ -49,7 +50,8 @@ def test_an_unknown_preset_names_the_known_ones():
 def test_a_preset_survives_json(name, tmp_path):
     config = SCLConfig.preset(name)
     config.save(tmp_path / "config.json")
-    assert SCLConfig.from_dict(json.loads((tmp_path / "config.json").read_text())) == config
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "sclkern"
+    assert stored_config(tmp_path / "config.json") == config
 
 
 def test_presets_cannot_be_changed():
