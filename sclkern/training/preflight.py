@@ -10,6 +10,7 @@ import platform
 import socket
 import time
 import uuid
+from collections.abc import Mapping
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +27,9 @@ from sclkern.training.world import Place, World
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 _CAME = "sclkern/came"
 _ASKS = "sclkern/asks"
+_READ = "sclkern/read"
+# For the slowest process to read what the others have said.
+_READERS_SECONDS = 10
 
 
 def place_of_process() -> Place:
@@ -198,6 +202,18 @@ def _meet(store: dist.Store, place: Place, own: dict[str, Any], seconds: float) 
             "(--nnodes, --nproc-per-node), or raise run.preflight_seconds where they start slowly"
         ) from None
     came = [value.decode().split(" ", 2) for value in store.multi_get(keys)]
+    try:
+        _compare(store, came, shared)
+    except UserError:
+        # Whoever holds the store must not end before the others have read from it.
+        store.set(f"{_READ}/{place.rank}", "")
+        with contextlib.suppress(dist.DistError):
+            store.wait([f"{_READ}/{rank}" for rank in range(place.size)], timedelta(seconds=_READERS_SECONDS))
+        raise
+
+
+def _compare(store: dist.Store, came: list[list[str]], shared: Mapping[str, Any]) -> None:
+    """Raise a ``UserError`` that names the first difference of what the ranks have said."""
     for rank, (other, _, _) in enumerate(came):
         if other != came[0][0]:
             first, theirs = (json.loads(store.get(f"{_CAME}/{number}/text")) for number in (0, rank))

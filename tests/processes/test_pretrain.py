@@ -117,7 +117,7 @@ def test_a_process_of_another_configuration_is_named(start, tmp_path):
     command = ["-m", "sclkern.pretrain", *overrides(tmp_path / "run", **TWO)]
     statuses, lines = ended(start(command, [*command, "run.seed=1"]))
     assert statuses == [2, 2]
-    assert all("rank 1 on " in line and ": run.seed is 1, on rank 0 (" in line for line in lines)
+    assert all("rank 1 on " in line and ": run.seed is 1, on rank 0 (" in line for line in lines), lines
     assert not (tmp_path / "run").exists()
 
 

@@ -104,6 +104,42 @@ def test_what_a_broken_collective_says_is_known():
     assert not left_alone(UserError("gloo is bad")) and not left_alone(RuntimeError("shapes differ"))
 
 
+def test_who_holds_the_store_waits_until_the_others_have_read_the_difference():
+    store, waits, told = dist.HashStore(), threading.Event(), []
+
+    class Store:
+        """As rank 0 and rank 1 see it: the latter reads when the former waits for it."""
+
+        def __init__(self, rank):
+            self.rank = rank
+
+        def __getattr__(self, name):
+            return getattr(store, name)
+
+        def wait(self, keys, *limit):
+            if self.rank == 0 and keys[0].startswith(preflight._READ):
+                waits.set()
+            store.wait(keys, *limit)
+
+        def multi_get(self, keys):
+            if self.rank == 1:
+                assert waits.wait(20) and not told
+            return store.multi_get(keys)
+
+    def meet(rank):
+        try:
+            preflight._meet(Store(rank), Place(rank, 2, 0), {"machine": "a", "gpu": "-", "run.seed": rank}, 20)
+        except UserError as error:
+            told.append(str(error))
+
+    threads = [threading.Thread(target=meet, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(told) == 2 and all("rank 1 on a: run.seed is 1, on rank 0 (a) it is 0" in text for text in told)
+
+
 def test_the_signal_that_follows_a_death_does_not_hide_it(monkeypatch):
     def interrupted(*_, **__):
         raise Interrupted(signal.SIGTERM)
