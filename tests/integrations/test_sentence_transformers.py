@@ -211,7 +211,7 @@ def test_an_old_package_is_named(monkeypatch):
     for name in ("util", "sentence_transformer"):
         module = Old(losses=SimpleNamespace())
         monkeypatch.setitem(sys.modules, f"sentence_transformers.{name}", module)
-    message = imported_with(monkeypatch, Old(__version__="5.7.0", util=SimpleNamespace()))
+    message = imported_with(monkeypatch, Old(__version__="5.7.0", util=SimpleNamespace(), SentenceTransformer=object))
     assert message.startswith("sentence_transformers: got 5.7.0, expected 6 or newer")
     assert "pip install --upgrade" in message
 
