@@ -23,7 +23,7 @@ from sclkern.kernels.config_rules import ceil_div
 from sclkern.kernels.launch import Prepared, static_entry
 
 FORWARD, SLOPES = "sigmoid_loss_forward_kernel", "sigmoid_loss_slopes_kernel"
-# Slopes of pairs that are told apart lie below float16's smallest number; a power of two, exact in every dtype.
+# Slopes of confident pairs lie below float16's smallest number; a power of two, exact in every dtype.
 RAISED = 2.0**14
 
 

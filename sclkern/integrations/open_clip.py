@@ -34,8 +34,9 @@ class ClipLoss(nn.Module):
     """CLIP's loss: the mean of the cross-entropies of images over texts and of texts over images.
 
     Features are contrasted as they come: open_clip's models normalise them. Values and gradients are those of open_clip
-    for each choice of the flags, before and after the mean of DDP over ranks, but for the gradient of ``logit_scale``
-    of a local loss, which each rank has of all rows: the mean over ranks, too.
+    for each choice of the flags, before and after the mean of DDP over ranks. One differs before it: of a local loss,
+    each rank has the gradient of ``logit_scale`` of all rows, which is the mean over ranks. A ``logit_scale`` of
+    exactly 0 gets a gradient of NaN; the exponential of a parameter is above 0.
 
     By ``local_loss`` and ``gather_with_grad``, the value and the gradient after the mean over ranks:
 

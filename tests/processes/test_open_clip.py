@@ -110,7 +110,7 @@ def test_values_and_gradients(results, name):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-def test_flags_are_told_apart(results):
+def test_each_choice_of_flags_has_its_own_gradients(results):
     """Three gradients, and the values of local losses, are different."""
     gradients = [results[0][name][0][1][2] for name in NAMES[:4]]
     different = [(i, j) for i, j in itertools.combinations(range(4), 2) if not gradients[i].allclose(gradients[j])]

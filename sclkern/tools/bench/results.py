@@ -35,7 +35,7 @@ class _Column(NamedTuple):
     table: str
     metric: str
     recipes: tuple[str, ...] = _FINE_TUNED
-    # Of the value, which is a share but for a rank.
+    # Factor of the value: 100 of a share, 1 of a rank.
     scale: float = 100.0
 
 

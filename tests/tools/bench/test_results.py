@@ -83,7 +83,7 @@ def test_a_model_is_shown_below_the_published_ones(tmp_path, recorded, capsys):
     assert list((tmp_path / "records").glob("h200/*-1234abc.jsonl"))
 
 
-def test_zero_shot_and_fine_tuned_models_stand_apart(tmp_path, recorded):
+def test_zero_shot_and_fine_tuned_models_have_tables_of_their_own(tmp_path, recorded):
     values = {f"rank_{way}_r{k}": k / 100 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
     assert recorded("base", result("flickr30k", ["f30k_caption_karpathy_test"], "zero-shot", values)) == 0
     better = {name: value + 0.5 for name, value in values.items()}
