@@ -82,6 +82,7 @@ def stages() -> list[Stage]:
         Stage("tests/large", "tests", [large], 20, workers=1, dry=("--collect-only",)),
         benchmark("step", "step", 30, step, "-k", "not 64-planned and not (64-separate and not compiled)"),
         benchmark("models", "models", 20, "benchmarks/cases/test_models.py", max_seconds=120),
+        benchmark("contrast", "contrast", 20, "benchmarks/cases/test_contrast.py", max_seconds=180, dry=("-k", "1024")),
         benchmark("ops/2", "ops", 20, "--priority", "2", ops, dry=one_op),
         benchmark("ops/3", "ops", 10, "--priority", "3", ops, dry=one_op),
     ]
