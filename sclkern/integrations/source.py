@@ -22,7 +22,10 @@ from typing import Any
 KNOWN_FILE = Path(__file__).with_name("fuse") / "known.json"
 _DOCUMENTING = ("auto_docstring", "add_start_docstrings", "add_end_docstrings", "replace_return_docstrings")
 # Bases of other files whose source changes nothing of what a forward computes.
-_BASES = ("torch.nn.Module", "torch.nn.modules.module.Module", "modeling_layers.GradientCheckpointingLayer")
+_BASES = (
+    "torch.nn.Module", "torch.nn.modules.module.Module", "torch.nn.LayerNorm",
+    "modeling_layers.GradientCheckpointingLayer",
+)  # fmt: skip
 
 
 @functools.cache
@@ -62,6 +65,28 @@ def source_digest(thing: Any) -> str | None:
     if not hasattr(module, name) or inspect.unwrap(getattr(module, name)) is not thing:
         return None
     return digest if all(_runs(source, module, other) for other in used) else None
+
+
+def forward_digest(cls: Any) -> str | None:
+    """The digest of the text of a class's ``forward`` alone: what it does with children, whatever they are.
+
+    Args:
+        cls: a class of modules.
+
+    Returns:
+        16 hexadecimal digits, the same for copies in other files; None where there is no source, or where the forward
+        is not that of its file.
+    """
+    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
+    module = sys.modules.get(owner.__module__)
+    file, code = getattr(module, "__file__", None), getattr(vars(owner)["forward"], "__code__", None)
+    if not file or not file.endswith(".py") or not os.path.isfile(file):
+        return None
+    try:
+        source = _read(file, os.stat(file).st_mtime_ns)
+        return source.forward_digest(owner.__qualname__) if code in source.codes(owner.__qualname__) else None
+    except (OSError, SyntaxError, UnicodeDecodeError, KeyError):
+        return None
 
 
 @functools.lru_cache(maxsize=64)
@@ -108,6 +133,24 @@ class Source:
         parts.sort()
         first = " ".join(" ".join(self._words(node, name)) for node in self.definitions[name])
         return hashlib.sha256("\n".join([first, *parts]).encode()).hexdigest()[:16]
+
+    def forward_digest(self, name: str) -> str | None:
+        """The digest of the forward of a class.
+
+        Args:
+            name: of a class at the top of the file.
+
+        Returns:
+            As ``forward_digest`` of this module; None where the class has not one forward of its own.
+
+        Raises:
+            KeyError: the file does not define it.
+        """
+        bodies = [node.body for node in self.definitions[name] if isinstance(node, ast.ClassDef)]
+        forwards = [part for body in bodies for part in body if getattr(part, "name", None) == "forward"]
+        if len(forwards) != 1:
+            return None
+        return hashlib.sha256(" ".join(self._words(forwards[0], "")).encode()).hexdigest()[:16]
 
     def codes(self, name: str) -> set[CodeType]:
         """The compiled code of a definition and of all functions in it.

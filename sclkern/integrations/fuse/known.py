@@ -1,17 +1,20 @@
 """The table of sources that were examined, ``known.json``: what it lacks, and how it is written.
 
-    python -m sclkern.integrations.fuse.known  # what the installed transformers has that the table lacks
-    python -m sclkern.integrations.fuse.known --update --transformers transformers-5.*.whl
+    python -m sclkern.integrations.fuse.known  # what the installed transformers and timm have that the table lacks
+    python -m sclkern.integrations.fuse.known --update --transformers transformers-5.*.whl --timm timm-1.*.whl
     python -m sclkern.integrations.fuse.known --add compared transformers.models.vilt.modeling_vilt:ViltSelfAttention
 
 "eager_attention_forward" has the functions of this name, with what they compute, which ``register_attention`` and
 ``fuse`` read. "compared" has the classes that ``fuse`` takes in the models of tests/swapped_models, as they were when
-those were compared with and without the ops; a test fails when an installed one differs. An entry, by digest, has the
-``names`` and the ``versions`` in which it was found.
+those were compared with and without the ops; a test fails when an installed one differs. "forwards" has texts of
+forwards, each with the ``form`` of what it does with the module's children (``vit`` and ``blocks`` read it), whatever
+class it stands in; "norms" has classes that are torch's LayerNorm or RMSNorm. An entry, by digest, has the ``names``
+and the ``versions`` in which it was found.
 
 ``--update`` adds a class that is in the table already in the form that it has in another version: run
-``make test-models`` with that version first. A function that the table lacks is printed, because somebody must read
-what it computes. Sources are read and never imported.
+``make test-models`` with that version first. A function, a forward or a norm that the table lacks is printed, because
+somebody must read what it computes; then its digest is put into the table by hand, a forward's with its form, and
+``--update`` finds the names and the versions. Sources are read and never imported.
 """
 
 from __future__ import annotations
@@ -30,18 +33,22 @@ from sclkern.integrations.source import KNOWN_FILE, Source
 
 # Sections for every function whose name matches, in whatever modeling file; the others are for classes by name.
 FUNCTIONS = {"eager_attention_forward": r"\w*eager_attention_forward"}
+# Sections whose entries somebody has read; an unknown one is never added by itself.
+EXAMINED = (*FUNCTIONS, "forwards", "norms")
+# Where transformers and timm define modules.
+_FILES = {"transformers": r"models/\w+/modeling_\w+\.py", "timm": r"(models|layers)/\w+\.py"}
 # By section, by digest.
 Table = dict[str, dict[str, dict[str, Any]]]
 
 
 class Found(NamedTuple):
-    """A definition in some version of transformers.
+    """A definition in some version of transformers or timm.
 
     Attributes:
         section: of the table.
         name: as "transformers.models.vilt.modeling_vilt:ViltSelfAttention".
         digest: of its source; None where the source says too little (its base class stands in another file).
-        version: of transformers.
+        version: of the package, such as "5.24.0", "timm 1.0.31".
     """
 
     section: str
@@ -50,40 +57,68 @@ class Found(NamedTuple):
     version: str
 
 
-def find(table: Table, package: Any) -> Iterator[Found]:
-    """What a transformers package has of the table's names.
+def find(table: Table, package: Any, root: str = "transformers", everywhere: bool = False) -> Iterator[Found]:
+    """What a package has of the table's names.
 
     Args:
         table: the table.
-        package: folder ``transformers``, as a path on disk or in a wheel.
+        package: its folder, as a path on disk or in a wheel.
+        root: its name, "transformers" or "timm".
+        everywhere: find the texts of "forwards" in classes that the table does not name, too; takes a minute.
 
     Yields:
         Each class of the table and each function of ``FUNCTIONS``.
     """
-    lines = (package / "__init__.py").read_text(encoding="utf-8")
-    version = next(iter(re.findall(r'^__version__ = "([^"]+)"', lines, re.MULTILINE)), "unknown")
+    version = _version(package, root)
     classes: dict[str, list[tuple[str, str]]] = {}
     for section, entries in table.items():
         for name in {name for entry in entries.values() for name in entry["names"]} if section not in FUNCTIONS else ():
             module, _, cls = name.partition(":")
             classes.setdefault(module, []).append((section, cls))
-    for model in sorted(package.joinpath("models").iterdir(), key=lambda folder: folder.name):
-        for file in sorted(model.iterdir(), key=lambda file: file.name) if model.is_dir() else ():
-            module = f"transformers.models.{model.name}.{file.name.removesuffix('.py')}"
-            if not file.name.startswith("modeling_") or not file.name.endswith(".py"):
+    for path, file in sorted(_files(package, "")):
+        if not re.fullmatch(_FILES[root], path):
+            continue
+        module = ".".join([root, *path.removesuffix(".py").split("/")])
+        text = file.read_text(encoding="utf-8")
+        wanted = classes.get(module, []) + [
+            (section, function)
+            for section, pattern in FUNCTIONS.items()
+            for function in re.findall(rf"^def ({pattern})\(", text, re.MULTILINE)
+            if root == "transformers"
+        ]
+        if everywhere and "norm" in text:
+            named = {cls for section, cls in wanted if section == "forwards"}
+            others = {*re.findall(r"^class (\w+)\(", text, re.MULTILINE)} - named
+            wanted += [("forwards", cls) for cls in sorted(others)]
+        if not wanted:
+            continue
+        source = Source(text)
+        for section, definition in wanted:
+            if definition not in source.definitions:
                 continue
-            text = file.read_text(encoding="utf-8")
-            wanted = classes.get(module, []) + [
-                (section, function)
-                for section, pattern in FUNCTIONS.items()
-                for function in re.findall(rf"^def ({pattern})\(", text, re.MULTILINE)
-            ]
-            if not wanted:
-                continue
-            source = Source(text)
-            for section, definition in wanted:
-                if definition in source.definitions:
-                    yield Found(section, f"{module}:{definition}", source.digest(definition), version)
+            digest = source.forward_digest(definition) if section == "forwards" else source.digest(definition)
+            if (
+                (section, definition) in classes.get(module, ())
+                or section in FUNCTIONS
+                or digest in table.get(section, ())
+            ):
+                yield Found(section, f"{module}:{definition}", digest, version)
+
+
+def _version(package: Any, root: str) -> str:
+    file = package / ("version.py" if root == "timm" else "__init__.py")
+    found = re.findall(r"""^__version__ = ["']([^"']+)["']""", file.read_text(encoding="utf-8"), re.MULTILINE)
+    return (found or ["unknown"])[0] if root == "transformers" else f"{root} {(found or ['unknown'])[0]}"
+
+
+def _files(folder: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Files of a folder and of the folders in it, with their paths; only where modules may be."""
+    for entry in folder.iterdir():
+        inner = f"{path}{entry.name}"
+        if entry.is_dir() and re.match(r"(models|layers)\b", inner):
+            yield from _files(entry, f"{inner}/")
+        elif inner.endswith(".py"):
+            yield inner, entry
 
 
 def note(table: Table, found: Found, **more: Any) -> None:
@@ -101,20 +136,20 @@ def note(table: Table, found: Found, **more: Any) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compare the table with sources of transformers, or write it.
+    """Compare the table with sources of transformers and timm, or write it.
 
     Args:
         arguments: of the command line.
 
     Returns:
-        1 where the sources have something of the table's names that it lacks, otherwise 0.
+        1 where the sources have something of the table's names that it lacks, otherwise 0. Without paths, the sources
+        are those that are installed.
     """
-    parser = argparse.ArgumentParser(description="What sclkern.fuse knows of the source of transformers.")
+    parser = argparse.ArgumentParser(description="What sclkern.fuse knows of the source of transformers and timm.")
     parser.add_argument("--update", action="store_true", help="write the table")
     parser.add_argument("--add", nargs=2, action="append", default=[], metavar=("SECTION", "MODULE:CLASS"))
-    parser.add_argument(
-        "--transformers", nargs="+", metavar="PATH", help="folders or wheels; default: the installed one"
-    )
+    for root in _FILES:
+        parser.add_argument(f"--{root}", nargs="+", default=[], metavar="PATH", help="folders or wheels")
     options = parser.parse_args(arguments)
     table: Table = json.loads(KNOWN_FILE.read_text())
     # Entries that only hold names, until their sources are read.
@@ -122,14 +157,15 @@ def main(arguments: list[str] | None = None) -> int:
         table.setdefault(section, {}).setdefault("", {"names": [], "versions": []})["names"].append(name)
     before = {section: set(entries) for section, entries in table.items()}
     lacking: dict[tuple[str, str | None], list[Found]] = {}
-    for path in options.transformers or [installed()]:
-        package = zipfile.Path(path, "transformers/") if str(path).endswith(".whl") else Path(path)
-        for found in find(table, package):
+    given = [(root, path) for root in _FILES for path in getattr(options, root)]
+    for root, path in given or _all_installed():
+        package = zipfile.Path(path, f"{root}/") if str(path).endswith(".whl") else Path(path)
+        for found in find(table, package, root, everywhere=options.update):
             if found.digest in before.get(found.section, ()):
                 note(table, found)
             else:
                 lacking.setdefault((found.section, found.digest), []).append(found)
-                if found.section not in FUNCTIONS and found.digest is not None:
+                if found.section not in EXAMINED and found.digest is not None:
                     note(table, found)
     for (section, digest), places in lacking.items():
         names, versions = (
@@ -144,19 +180,28 @@ def main(arguments: list[str] | None = None) -> int:
     return int(bool(lacking))
 
 
-def installed() -> Path:
-    """The folder of the installed transformers.
+def installed(root: str = "transformers") -> Path:
+    """The folder of an installed package.
+
+    Args:
+        root: its name, "transformers" or "timm".
 
     Returns:
         Its path.
 
     Raises:
-        SystemExit: transformers is not installed.
+        SystemExit: it is not installed.
     """
-    spec = importlib.util.find_spec("transformers")
+    spec = importlib.util.find_spec(root)
     if spec is None or spec.origin is None:
-        raise SystemExit("transformers: not installed; pip install 'transformers>=5', or give --transformers PATH")
+        raise SystemExit(f"{root}: not installed; pip install {root}, or give --{root} PATH")
     return Path(spec.origin).parent
+
+
+def _all_installed() -> list[tuple[str, Path]]:
+    """transformers, and timm if it is installed."""
+    roots = [root for root in _FILES if root == "transformers" or importlib.util.find_spec(root)]
+    return [(root, installed(root)) for root in roots]
 
 
 def _order(version: str) -> list[int]:

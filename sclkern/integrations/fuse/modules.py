@@ -136,7 +136,7 @@ class FusedOutput(Fused):
             x_bias=dense.bias,
             dropout_p=dropout.p if dropout.training else 0.0,
             eps=norm.eps,
-            backend=_backend(),
+            backend=forced_backend(),
         )
 
 
@@ -171,12 +171,12 @@ class FusedGelu(Fused):
         """Compute bias and GELU in one kernel."""
         settings = self._sclkern
         inputs = bind(settings.names, args, options)
-        if len(inputs) != 1 or not _gelu_holds(self, settings) or changed(self, settings.attributes):
+        if len(inputs) != 1 or not gelu_holds(self, settings) or changed(self, settings.attributes):
             return super().forward(*args, **options)
         first, (x,) = getattr(self, settings.first), inputs.values()
         if not kernels_run(x, first.weight):
             return super().forward(*args, **options)
-        hidden = linear_gelu(x, first.weight, first.bias, settings.kind, _backend())
+        hidden = linear_gelu(x, first.weight, first.bias, settings.kind, forced_backend())
         return hidden if settings.second is None else getattr(self, settings.second)(hidden)
 
 
@@ -197,9 +197,9 @@ class FusedSequential(Fused):
             entry = settings.get(name)
             if name == done:
                 continue
-            fusible = entry is not None and entry.gelu == following and _gelu_holds(self, entry)
+            fusible = entry is not None and entry.gelu == following and gelu_holds(self, entry)
             if entry is not None and fusible and kernels_run(x, module.weight):
-                x, done = linear_gelu(x, module.weight, module.bias, entry.kind, _backend()), following
+                x, done = linear_gelu(x, module.weight, module.bias, entry.kind, forced_backend()), following
             else:
                 x = module(x)
         return x
@@ -260,7 +260,9 @@ class _FusedAttention(Fused):
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> Tensor:
         dropout = self.dropout.p if self.dropout.training else 0.0
-        out: Any = ops.attention(query, key, value, key_padding_mask=padding, dropout_p=dropout, backend=_backend())
+        out: Any = ops.attention(
+            query, key, value, key_padding_mask=padding, dropout_p=dropout, backend=forced_backend()
+        )
         merged: Tensor = out.flatten(-2)
         return merged
 
@@ -337,7 +339,7 @@ def _unsupported(module: Any, arguments: dict[str, Any]) -> str | None:
     return None
 
 
-def _gelu_holds(module: nn.Module, settings: Gelu) -> bool:
+def gelu_holds(module: nn.Module, settings: Gelu) -> bool:
     """Whether the layers around the GELU, and the GELU, are what they were when they were fused."""
     first = getattr(module, settings.first)
     if not is_plain(first, nn.Linear) or first.bias is None:
@@ -356,7 +358,8 @@ def kernels_run(*tensors: Tensor) -> bool:
     return bool(_trial) or select_backend(*tensors).backend == "triton"
 
 
-def _backend() -> str:
+def forced_backend() -> str:
+    """The ``backend`` of the ops: "auto", except in a trial."""
     return _trial[-1] if _trial else "auto"
 
 

@@ -155,12 +155,13 @@ def fuse(
     subclass of its original class. The rules:
 
     - "attention": ``torch.nn.MultiheadAttention``; modules {query, key, value, dropout} (METER's and SCL's
-      ``BertCrossLayer``, BERT, BLIP's text model, ViLT) and {qkv, projection, dropout} (BLIP's vision model); modules
+      ``BertCrossLayer``, BERT, BLIP's text model, ViLT), {qkv, projection, dropout} (BLIP's vision model) and {qkv,
+      attn_drop, proj, proj_drop} with a forward of timm (ViT, DeiT, EVA: norms, gates, rotations included); modules
       that use Hugging Face's ``AttentionInterface`` (BERT, RoBERTa, BridgeTower, CLIP) with a known eager attention,
       through views of the model's configurations that say "sclkern".
     - "dropout_add_layer_norm": {dense, LayerNorm, dropout}.
-    - "linear_gelu": {dense, intermediate_act_fn}, {fc1, activation_fn, fc2}, and a ``torch.nn.Sequential`` with a
-      linear layer and a GELU (the MLP of OpenAI's CLIP and of open_clip).
+    - "linear_gelu": {dense, intermediate_act_fn}, {fc1, activation_fn, fc2}, {fc1, act, fc2} with dropout (timm), and
+      a ``torch.nn.Sequential`` with a linear layer and a GELU (the MLP of OpenAI's CLIP and of open_clip).
     - "transformer_encoder": ``torch.nn.TransformerEncoderLayer`` and ``TransformerEncoder``.
     - "completion_loss": the contrastive loss of ``transformers.CLIPModel`` and ``BlipModel``.
 

@@ -23,6 +23,7 @@ from sclkern.integrations.fuse.doubts import doubt
 from sclkern.integrations.fuse.modules import Gelu, Output, Swap, Verdict, fused_class
 from sclkern.integrations.fuse.structure import attributes, beyond, child_obstacle, is_plain, signature
 from sclkern.integrations.fuse.trial import Difference, Trial
+from sclkern.integrations.fuse.vit import vit_attention, vit_mlp
 
 _ON_KERNELS = "all calls, where kernels run; elsewhere the module's own forward"
 
@@ -183,10 +184,10 @@ def transformer_encoder(module: Any) -> Verdict:
 
 
 RULES: dict[str, Callable[[Any], Verdict]] = {
-    "attention": attention,
+    "attention": lambda module: attention(module) or vit_attention(module),
     "completion_loss": completion_loss,
     "dropout_add_layer_norm": dropout_add_layer_norm,
-    "linear_gelu": linear_gelu,
+    "linear_gelu": lambda module: linear_gelu(module) or vit_mlp(module),
     "transformer_encoder": transformer_encoder,
 }
 

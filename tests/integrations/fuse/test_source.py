@@ -115,7 +115,8 @@ def test_the_table_has_what_is_installed():
     pytest.importorskip("transformers")
     table = json.loads(source.KNOWN_FILE.read_text())
     found = list(known.find(table, known.installed()))
-    compared = min((entry["versions"][0] for entry in table["compared"].values()), key=known._order)
+    versions = [entry["versions"][0] for entry in table["compared"].values()]
+    compared = min((version for version in versions if not version.startswith("timm")), key=known._order)
     lacking = [
         entry
         for entry in found
@@ -124,6 +125,42 @@ def test_the_table_has_what_is_installed():
         and (entry.section != "compared" or known._order(entry.version) >= known._order(compared))
     ]
     assert found and not lacking, "run python -m sclkern.integrations.fuse.known, see CONTRIBUTING.md"
+
+
+def test_the_table_has_what_is_installed_of_timm():
+    pytest.importorskip("timm")
+    table = json.loads(source.KNOWN_FILE.read_text())
+    found = list(known.find(table, known.installed("timm"), "timm"))
+    lacking = [entry for entry in found if entry.digest not in table[entry.section]]
+    assert {entry.section for entry in found} >= {"compared", "forwards", "norms"}
+    assert not lacking, "run python -m sclkern.integrations.fuse.known, see CONTRIBUTING.md"
+
+
+def test_a_forward_that_somebody_else_has_put_there_has_no_digest(module):
+    attention = module.Attention
+    digest = source.forward_digest(attention)
+    assert digest == source.forward_digest(type("Sub", (attention,), {}))
+    attention.forward = lambda self, x: x
+    assert digest is not None and source.forward_digest(attention) is None
+
+
+def test_the_command_finds_a_forward_wherever_it_stands(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "known.json"
+    digest = source.Source(TEXT).forward_digest("Attention")
+    file.write_text(json.dumps({"forwards": {digest: {"form": "attention", "names": [], "versions": []}}}))
+    monkeypatch.setattr(known, "KNOWN_FILE", file)
+    folder = tmp_path / "timm" / "layers"
+    folder.mkdir(parents=True)
+    (folder / "own.py").write_text("# norm\n" + TEXT)
+    (tmp_path / "timm" / "version.py").write_text("__version__ = '1.0.31'\n")
+    name = "timm.layers.own:Attention"
+    assert known.main(["--update", "--timm", str(tmp_path / "timm")]) == 0
+    entry = {"form": "attention", "names": [name], "versions": ["timm 1.0.31", "timm 1.0.31"]}
+    assert json.loads(file.read_text()) == {"forwards": {digest: entry}}
+    (folder / "own.py").write_text("# norm\n" + TEXT.replace("scale(self.query(x))", "self.query(x)"))
+    assert known.main(["--update", "--timm", str(tmp_path / "timm")]) == 1
+    # Somebody must read it.
+    assert name in capsys.readouterr().out and json.loads(file.read_text()) == {"forwards": {digest: entry}}
 
 
 def test_the_command_writes_a_new_version(tmp_path, monkeypatch, capsys):

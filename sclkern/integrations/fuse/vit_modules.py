@@ -1,0 +1,149 @@
+"""Forwards of fused modules of vision transformers like timm's; ``vit`` finds them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sclkern import ops
+from sclkern.integrations.fuse import modules
+from sclkern.integrations.fuse.modules import Fused, Gelu, bind, forced_backend, gelu_holds, kernels_run
+from sclkern.integrations.fuse.structure import Attributes, changed, is_plain
+from sclkern.integrations.huggingface.warn import warn_once
+from sclkern.nn.linear_gelu import linear_gelu
+
+
+class ViTAttention(NamedTuple):
+    """Settings of ``FusedViTAttention``.
+
+    Attributes:
+        names: arguments of the module's original forward, in order.
+        heads: number of heads.
+        attributes: plain attributes that the original forward reads, as they were.
+    """
+
+    names: tuple[str, ...]
+    heads: int
+    attributes: Attributes
+
+
+class FusedViTAttention(Fused):
+    """{qkv, attn_drop, proj, proj_drop}, with or without norms, gate, rotation, and projections of their own."""
+
+    attn_drop: nn.Dropout
+    proj: nn.Linear
+    proj_drop: nn.Dropout
+    _sclkern: ViTAttention
+
+    def forward(self, *args, **options):
+        """Attend with ``ops.attention``, or with the original forward where the op cannot compute this call."""
+        settings = self._sclkern
+        arguments = bind(settings.names, args, options)
+        reason = self._unsupported(arguments)
+        if reason is not None:
+            if not modules._trial:
+                warn_once(f"{reason}: computed by the original forward of {type(self).__name__}")
+            return super().forward(*args, **options)
+        x = arguments[settings.names[0]]
+        gate = getattr(self, "gate", None)
+        query, key, value = self._heads(x, arguments.get("rope"))
+        # Without torch's fused attention, the module itself calls its dropout.
+        drops = self.training if getattr(self, "fused_attn", False) else self.attn_drop.training
+        out = ops.attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            dropout_p=self.attn_drop.p if drops else 0.0,
+            backend=forced_backend(),
+        ).flatten(-2)
+        if (norm := self._modules.get("norm")) is not None:
+            out = norm(out)
+        if gate is not None:
+            out = out * gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
+
+    def _heads(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, each (B, H, L, D), which is how the module's norms and rotation read them."""
+        children, heads = self._modules, (self._sclkern.heads, -1)
+        if (packed := children.get("qkv")) is not None:
+            query, key, value = self._packed(packed, x).unflatten(-1, (3, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            projections: tuple[Any, ...] = self.q_proj, self.k_proj, self.v_proj
+            query, key, value = (projection(x).unflatten(-1, heads).transpose(1, 2) for projection in projections)
+        if "q_norm" in children:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if rope is not None:
+            query, key = (self._rotated(one, rope).type_as(value) for one in (query, key))
+        return query, key, value
+
+    def _packed(self, linear: Any, x: Tensor) -> Tensor:
+        if getattr(self, "q_bias", None) is None:
+            packed: Tensor = linear(x)
+            return packed
+        # EVA and BEiT keep the biases, of which that of the keys is zero, beside the layer.
+        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        if getattr(self, "qkv_bias_separate", False):
+            packed = linear(x)
+            packed += bias
+            return packed
+        return F.linear(x, linear.weight, bias)
+
+    def _rotated(self, x: Tensor, rope: Tensor) -> Tensor:
+        """All but the first tokens, rotated by the function that the original forward calls."""
+        rotate = self._original.forward.__globals__["apply_rot_embed_cat"]
+        half = {"half": True} if getattr(self, "rotate_half", False) else {}
+        count: Any = self.num_prefix_tokens
+        return torch.cat([x[:, :, :count], rotate(x[:, :, count:], rope, **half)], 2)
+
+    def _unsupported(self, arguments: dict[str, Any]) -> str | None:
+        """The reason why the original forward must compute this call, or None."""
+        settings = self._sclkern
+        x = arguments.get(settings.names[0])
+        if not isinstance(x, Tensor) or x.ndim != 3:
+            return "an input that is not (B, L, W)"
+        for name, argument in arguments.items():
+            if name not in (settings.names[0], "rope") and argument is not None and argument is not False:
+                return f"{name} is given"
+        if (name := changed(self, settings.attributes)) is not None:
+            return f"its {name} was changed"
+        return None if is_plain(self.attn_drop, nn.Dropout) else "its attn_drop was changed"
+
+
+class Mlp(NamedTuple):
+    """Settings of ``FusedMlp``.
+
+    Attributes:
+        gelu: those of the linear layer and the GELU.
+        rest: names of the modules after the GELU, in order.
+    """
+
+    gelu: Gelu
+    rest: tuple[str, ...]
+
+    @property
+    def attributes(self) -> Attributes:
+        """Plain attributes that the original forward reads, as they were."""
+        return self.gelu.attributes
+
+
+class FusedMlp(Fused):
+    """{fc1, act, drop, fc2}, with one dropout or two, with or without a norm."""
+
+    _sclkern: Mlp
+
+    def forward(self, *args, **options):
+        """Compute the bias and the GELU in one kernel; dropout, norm and second layer are the module's own."""
+        gelu = self._sclkern.gelu
+        inputs = bind(gelu.names, args, options)
+        if len(inputs) != 1 or not gelu_holds(self, gelu) or changed(self, gelu.attributes):
+            return super().forward(*args, **options)
+        first, (x,) = getattr(self, gelu.first), inputs.values()
+        if not kernels_run(x, first.weight):
+            return super().forward(*args, **options)
+        hidden = linear_gelu(x, first.weight, first.bias, gelu.kind, forced_backend())
+        for name in self._sclkern.rest:
+            hidden = getattr(self, name)(hidden)
+        return hidden
