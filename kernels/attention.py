@@ -27,6 +27,7 @@ from sclkern.reference import attention_dropout_threshold
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Integers that differ from batch to batch: one compiled kernel serves them all.
 DYNAMIC_ARGS = ["heads", "queries", "keys", "query_rows", "key_rows", "threshold"]
+BIAS_STRIDES = ("bias_batch_stride", "bias_head_stride", "bias_row_stride", "bias_column_stride")
 
 
 @triton.jit
@@ -97,12 +98,28 @@ def key_mask(mask_ptr, batch, column, keys):
     return valid
 
 
+@triton.jit
+def load_bias(ptr, row, column, valid, queries, row_stride, column_stride, scale, TRANSPOSED: tl.constexpr):
+    """What the product of query and key begins with: the bias of one head over the scale of the scores, float32, as
+    scores lie. Zero where ``valid`` is False, whatever memory holds there.
+
+    Added to the finished product it would be laid out anew with the scores, for twice the instructions.
+    """
+    KEY_AXIS: tl.constexpr = 0 if TRANSPOSED else 1  # of the scores
+    # Rows after the last, of which nothing is kept, read that one: cheaper than a mask of each place.
+    rows = ptr + tl.minimum(row, queries - 1).to(tl.int64) * row_stride
+    columns = column.to(tl.int64) * column_stride
+    places = tl.expand_dims(rows, KEY_AXIS) + tl.expand_dims(columns, 1 - KEY_AXIS)
+    return tl.load(places, mask=tl.expand_dims(valid, 1 - KEY_AXIS), other=0.0).to(tl.float32) * (1.0 / scale)
+
+
 @triton.jit(do_not_specialize=DYNAMIC_ARGS)
 def attention_forward_kernel(
     query_ptr,  # (B, Lq, H, D) or (T, H, D)
     key_ptr,  # (B, Lk, H, D) or (T, H, D)
     value_ptr,  # as key
     mask_ptr,  # (B, Lk) bool, contiguous, or None
+    bias_ptr,  # (B or 1, H or 1, Lq, Lk), any strides, or None
     cu_seqlens_q_ptr,  # (B + 1,) int32, or None
     cu_seqlens_k_ptr,  # (B + 1,) int32, or None
     seed_ptr,  # (1,) int64, or None without dropout
@@ -124,6 +141,10 @@ def attention_forward_kernel(
     value_batch_stride,
     value_row_stride,
     value_head_stride,
+    bias_batch_stride,  # 0 for one sample, None without a bias
+    bias_head_stride,
+    bias_row_stride,
+    bias_column_stride,
     scale,
     threshold,
     keep_scale,
@@ -156,6 +177,8 @@ def attention_forward_kernel(
     value_ptr = sequence_ptr(value_ptr, cu_seqlens_k_ptr, batch, first_key, head,
                              value_batch_stride, value_row_stride, value_head_stride)
     # fmt: on
+    if bias_ptr is not None:
+        bias_ptr += batch * bias_batch_stride + head * bias_head_stride
     query = load_rows(query_ptr, row, row < queries, query_row_stride, HEAD_DIM)
     scale_2 = scale * LOG2_E
     m_i = tl.full((BLOCK_QUERIES,), -float("inf"), tl.float32)
@@ -170,10 +193,15 @@ def attention_forward_kernel(
         valid = key_mask(mask_ptr, batch, column, keys)
         key = load_rows(key_ptr, column, valid, key_row_stride, HEAD_DIM)
         value = load_rows(value_ptr, column, valid, value_row_stride, HEAD_DIM)
+        bias = None
+        if bias_ptr is not None:
+            bias = load_bias(
+                bias_ptr, row, column, valid, queries, bias_row_stride, bias_column_stride, scale, TRANSPOSED
+            )
         if not TRANSPOSED:
-            scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+            scores = tl.dot(query, tl.trans(key), bias, input_precision="ieee")
         else:
-            scores = tl.dot(key, tl.trans(query), input_precision="ieee")
+            scores = tl.dot(key, tl.trans(query), bias, input_precision="ieee")
         scores = tl.where(tl.expand_dims(valid, 1 - KEY_AXIS), scores, -float("inf"))
         m_new = tl.maximum(m_i, tl.max(scores, KEY_AXIS) * scale_2)
         # A row that has met no valid key would compute -inf - -inf.
@@ -228,9 +256,21 @@ def sizes(query: torch.Size, key: torch.Size, packed: Bounds) -> tuple[int, int,
     return packed[0], max(packed[1], 1), max(packed[2], 1)
 
 
+Strides = tuple[int, ...] | None
+"""Of a bias by batch, head, row and column; None without one."""
+
+
+def bias_strides(bias: Tensor | None) -> Strides:
+    """What the kernels add to reach a place of (B or 1, H or 1, Lq, Lk)."""
+    if bias is None:
+        return None
+    batch, head, row, column = bias.stride()
+    return batch if bias.shape[0] > 1 else 0, head if bias.shape[1] > 1 else 0, row, column
+
+
 def arguments(
     query: torch.Size, key: torch.Size, packed: Bounds, dropout_p: float, softmax_scale: float,
-    strides: Sequence[tuple[str, tuple[int, ...]]],
+    strides: Sequence[tuple[str, tuple[int, ...]]], bias: Strides = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Arguments that the three kernels share, except tensors and the constants of a configuration, from shapes."""
     threshold, keep_scale = attention_dropout_threshold(dropout_p)
@@ -250,21 +290,21 @@ def arguments(
         # One int for all packed sequences: the kernel does not read it.
         numbers |= {f"{name}_batch_stride": batch[0] if batch else 0}
         numbers |= {f"{name}_row_stride": row, f"{name}_head_stride": head}
-    return numbers
+    return numbers | dict(zip(BIAS_STRIDES, bias or (None,) * len(BIAS_STRIDES), strict=True))
 
 
 @settled
 def _prepare(
     config: LaunchConfig | None, dtype: torch.dtype, device: torch.device, query: torch.Size, key: torch.Size,
     packed: Bounds, dropout_p: float, softmax_scale: float, query_strides: tuple[int, ...],
-    key_strides: tuple[int, ...], value_strides: tuple[int, ...],
+    key_strides: tuple[int, ...], value_strides: tuple[int, ...], bias: Strides,
 ) -> Prepared:  # fmt: skip
     batch, queries, keys = sizes(query, key, packed)
-    shapes = {"queries": queries, "keys": keys, "head_dim": query[-1]}
+    shapes = {"queries": queries, "keys": keys, "head_dim": query[-1]} | ({} if bias is None else {"bias": 1})
     (chosen,) = resolve(config, ("attention_forward_kernel",), Features(dtype, device), **shapes)
     programs = batch * query[-2] * ceil_div(queries, chosen["BLOCK_QUERIES"])
     strides = ("query", query_strides), ("key", key_strides), ("value", value_strides)
-    numbers = arguments(query, key, packed, dropout_p, softmax_scale, strides)
+    numbers = arguments(query, key, packed, dropout_p, softmax_scale, strides, bias)
     return Prepared(attention_forward_kernel, (programs,), chosen, **numbers)
 
 
@@ -278,16 +318,18 @@ def attention_forward(
     softmax_scale: float,
     packing: Packing | None = None,
     dropout_ids: Tensor | None = None,
+    bias: Tensor | None = None,
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """query (B, Lq, H, D), key and value (B, Lk, H, D), packed (T, H, D), channels contiguous, dropout_ids (B,)
-    contiguous: out, and the statistics of ``attention_statistics``, base-2 log-sum-exps (H, T) first."""
+    contiguous, bias (B or 1, H or 1, Lq, Lk) of a padded batch, any strides: out, and the statistics of
+    ``attention_statistics``, base-2 log-sum-exps (H, T) first."""
     shape = query.shape
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     numbers = bounds(packing), dropout_p, softmax_scale
     launch = _prepare(
         config, query.dtype, query.device, shape, key.shape, *numbers, query.stride(), key.stride(),
-        value.stride(),
+        value.stride(), bias_strides(bias),
     )  # fmt: skip
     cu_seqlens_q, cu_seqlens_k = packing[:2] if packing else (None, None)
     rows, drawn = shape[-2], launch.config["KEEP_BITS"] and seed is not None
@@ -302,13 +344,15 @@ def attention_forward(
         like = Features(query.dtype, query.device)
         attention_dropout(bits, cu_seqlens_q, cu_seqlens_k, seed, dropout_ids, counts, dropout_p, like)
     bits = keep_bits(lse, shape[-2], torch.int32)
-    launch(query, key, value, mask, cu_seqlens_q, cu_seqlens_k, seed, dropout_ids, bits, out, lse)
+    launch(query, key, value, mask, bias, cu_seqlens_q, cu_seqlens_k, seed, dropout_ids, bits, out, lse)
     return out, lse
 
 
-def entry(kernel: Any, config: LaunchConfig, dtype: torch.dtype, head_dim: int, packed: bool) -> dict[str, Any]:
+def entry(
+    kernel: Any, config: LaunchConfig, dtype: torch.dtype, head_dim: int, packed: bool = False, bias: bool = False
+) -> dict[str, Any]:
     """What the static checks compile: with dropout keyed by ids, as training has it, and with a mask where
-    padded, which needs the most registers."""
+    padded, which needs the most registers; a bias is of the dtype of the features, its rows contiguous."""
     name = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
     tensors = ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value")
     absent = ("mask_ptr",) if packed else ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr")
@@ -316,8 +360,12 @@ def entry(kernel: Any, config: LaunchConfig, dtype: torch.dtype, head_dim: int, 
     signature |= {"mask_ptr": "*i1", "cu_seqlens_q_ptr": "*i32", "cu_seqlens_k_ptr": "*i32"}
     signature |= {"seed_ptr": "*i64", "ids_ptr": "*i64"}
     signature |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32", "keep_scale": "fp32"}
-    strides = [name for name in kernel.arg_names if name.endswith("_stride")]
-    return static_entry(kernel, config, signature, divisible=strides, HEAD_DIM=head_dim, **dict.fromkeys(absent))
+    strides = [arg for arg in kernel.arg_names if arg.endswith("_stride") and arg not in BIAS_STRIDES]
+    constants: dict[str, Any] = {"HEAD_DIM": head_dim, **{arg: None for arg in absent if arg in kernel.arg_names}}
+    if bias:
+        signature |= {"bias_ptr": name, "grad_bias_ptr": name} | dict.fromkeys(BIAS_STRIDES[:-1], "i32")
+        constants[BIAS_STRIDES[-1]] = 1
+    return static_entry(kernel, config, signature, divisible=strides, **constants)
 
 
 # (queries, keys, head_dim, dtype, packed) of what the static checks compile.
@@ -327,6 +375,12 @@ STATIC_SHAPES = [
     (325, 325, 128, torch.bfloat16, False),
     (325, 325, 64, torch.float32, False),
 ]
+# (queries, keys, head_dim, dtype) of those with a bias.
+BIASED_SHAPES = [
+    *((*lengths, 64, torch.bfloat16) for lengths in ((325, 325), (325, 13), (13, 325), (13, 13))),
+    (49, 49, 32, torch.bfloat16),
+    (325, 325, 64, torch.float32),
+]
 
 
 def ahead_of_time(arch: str) -> list[dict[str, Any]]:
@@ -335,4 +389,7 @@ def ahead_of_time(arch: str) -> list[dict[str, Any]]:
     for queries, keys, head_dim, dtype, packed in STATIC_SHAPES:
         (config,) = select("attention", "forward", dtype, arch, queries=queries, keys=keys, head_dim=head_dim)
         entries.append(entry(attention_forward_kernel, config, dtype, head_dim, packed))
+    for queries, keys, head_dim, dtype in BIASED_SHAPES:
+        (config,) = select("attention", "forward", dtype, arch, queries=queries, keys=keys, head_dim=head_dim, bias=1)
+        entries.append(entry(attention_forward_kernel, config, dtype, head_dim, bias=True))
     return entries

@@ -16,16 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from sclkern.kernels.attention import (
-    DYNAMIC_ARGS as FORWARD_ARGS,
-)
-from sclkern.kernels.attention import (
+    BIASED_SHAPES,
     LOG2_E,
     Bounds,
     Packing,
+    Strides,
     arguments,
+    bias_strides,
     bounds,
     entry,
     key_mask,
+    load_bias,
     load_lse_2,
     load_rows,
     sequence_bounds,
@@ -33,6 +34,9 @@ from sclkern.kernels.attention import (
     sizes,
     store_rows,
     zero_tail,
+)
+from sclkern.kernels.attention import (
+    DYNAMIC_ARGS as FORWARD_ARGS,
 )
 from sclkern.kernels.attention_statistics import keep_bits
 from sclkern.kernels.config import Configs, Features, LaunchConfig, resolve, select, settled
@@ -45,19 +49,19 @@ DYNAMIC_ARGS = [*FORWARD_ARGS, "grad_query_heads", "grad_key_heads"]
 
 @triton.jit
 def score_gradients(
-    query, key, value, grad_out, lse_2, delta, valid, seed, bits_ptr, words, stats, inside, batch_head, row, first_key,
-    scale, threshold, keep_scale, DROPOUT: tl.constexpr, BLOCK_KEYS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    query, key, value, bias, grad_out, lse_2, delta, valid, seed, bits_ptr, words, stats, inside, batch_head, row,
+    first_key, scale, threshold, keep_scale, DROPOUT: tl.constexpr, BLOCK_KEYS: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities after dropout and the gradient of the scores, in the dtype of the operands.
+    """Probabilities after dropout and the gradient of the scores, float32; ``bias`` is of ``load_bias``, or None.
 
     (queries, keys), or (keys, queries) where ``TRANSPOSED``.
     """
     KEY_AXIS: tl.constexpr = 0 if TRANSPOSED else 1  # of the scores
     if not TRANSPOSED:
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        scores = tl.dot(query, tl.trans(key), bias, input_precision="ieee")
         grad_p = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
     else:
-        scores = tl.dot(key, tl.trans(query), input_precision="ieee")
+        scores = tl.dot(key, tl.trans(query), bias, input_precision="ieee")
         grad_p = tl.dot(value, tl.trans(grad_out), input_precision="ieee")
     scores = scores * (scale * LOG2_E) - tl.expand_dims(lse_2, KEY_AXIS)
     # Before the exponential: padding scores 0, and 2 to the power of 0 - lse can overflow.
@@ -73,8 +77,7 @@ def score_gradients(
                 keep = tl.trans(keep)
         p_dropped = tl.where(keep, p, 0.0)
         grad_p = tl.where(keep, grad_p * keep_scale, 0.0)
-    grad_scores = p * (grad_p - tl.expand_dims(delta, KEY_AXIS))
-    return p_dropped.to(grad_out.dtype), grad_scores.to(query.dtype)
+    return p_dropped, p * (grad_p - tl.expand_dims(delta, KEY_AXIS))
 
 
 @triton.jit(do_not_specialize=DYNAMIC_ARGS)
@@ -84,6 +87,7 @@ def attention_backward_query_kernel(
     key_ptr,  # (B, Lk, H, D) or (T, H, D)
     value_ptr,  # as key
     mask_ptr,  # (B, Lk) bool, contiguous, or None
+    bias_ptr,  # (B or 1, H or 1, Lq, Lk), any strides, or None
     cu_seqlens_q_ptr,  # (B + 1,) int32, or None
     cu_seqlens_k_ptr,  # (B + 1,) int32, or None
     seed_ptr,  # (1,) int64, or None without dropout
@@ -114,6 +118,10 @@ def attention_backward_query_kernel(
     value_batch_stride,
     value_row_stride,
     value_head_stride,
+    bias_batch_stride,  # 0 for one sample, None without a bias
+    bias_head_stride,
+    bias_row_stride,
+    bias_column_stride,
     scale,
     threshold,
     keep_scale,
@@ -155,6 +163,8 @@ def attention_backward_query_kernel(
     value_ptr = sequence_ptr(value_ptr, cu_seqlens_k_ptr, batch, first_key, head,
                              value_batch_stride, value_row_stride, value_head_stride)
     # fmt: on
+    if bias_ptr is not None:
+        bias_ptr += batch * bias_batch_stride + head * bias_head_stride
     query = load_rows(query_ptr, row, inside, query_row_stride, HEAD_DIM)
     grad_out = load_rows(grad_out_ptr, row, inside, grad_out_row_stride, HEAD_DIM)
     out = load_rows(out_ptr + (first_query * heads + head) * HEAD_DIM, row, inside, heads * HEAD_DIM, HEAD_DIM)
@@ -172,10 +182,16 @@ def attention_backward_query_kernel(
         valid = key_mask(mask_ptr, batch, column, keys)
         key = load_rows(key_ptr, column, valid, key_row_stride, HEAD_DIM)
         value = load_rows(value_ptr, column, valid, value_row_stride, HEAD_DIM)
+        bias = None
+        if bias_ptr is not None:
+            bias = load_bias(
+                bias_ptr, row, column, valid, queries, bias_row_stride, bias_column_stride, scale, TRANSPOSED
+            )
         p_dropped, grad_scores = score_gradients(
-            query, key, value, grad_out, lse_2, delta, valid, seed, bits_ptr, words, stats, inside, batch_head, row,
-            start, scale, threshold, keep_scale, seed_ptr is not None, BLOCK_KEYS, TRANSPOSED,
+            query, key, value, bias, grad_out, lse_2, delta, valid, seed, bits_ptr, words, stats, inside, batch_head,
+            row, start, scale, threshold, keep_scale, seed_ptr is not None, BLOCK_KEYS, TRANSPOSED,
         )  # fmt: skip
+        p_dropped, grad_scores = p_dropped.to(grad_out.dtype), grad_scores.to(query.dtype)
         if not TRANSPOSED:
             grad_query = tl.dot(grad_scores, key, grad_query, input_precision="ieee")
         else:
@@ -193,13 +209,14 @@ def attention_backward_query_kernel(
 
 @triton.jit(do_not_specialize=DYNAMIC_ARGS)
 def attention_backward_key_kernel(
-    grad_out_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seed_ptr, ids_ptr,
-    bits_ptr, out_ptr, lse_ptr, delta_ptr, grad_query_ptr, grad_key_ptr, grad_value_ptr, heads, grad_query_heads,
-    grad_key_heads, queries, keys, query_rows, key_rows,
+    grad_out_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, bias_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    seed_ptr, ids_ptr, bits_ptr, out_ptr, lse_ptr, delta_ptr, grad_query_ptr, grad_key_ptr, grad_value_ptr,
+    heads, grad_query_heads, grad_key_heads, queries, keys, query_rows, key_rows,
     grad_out_batch_stride, grad_out_row_stride, grad_out_head_stride,
     query_batch_stride, query_row_stride, query_head_stride,
     key_batch_stride, key_row_stride, key_head_stride,
     value_batch_stride, value_row_stride, value_head_stride,
+    bias_batch_stride, bias_head_stride, bias_row_stride, bias_column_stride,
     scale, threshold, keep_scale, HEAD_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     SINGLE_TILE: tl.constexpr,  # one tile holds all keys: queries get their gradient here too, and delta is not read
     TRANSPOSED: tl.constexpr,
@@ -236,6 +253,8 @@ def attention_backward_key_kernel(
     value_ptr = sequence_ptr(value_ptr, cu_seqlens_k_ptr, batch, first_key, head,
                              value_batch_stride, value_row_stride, value_head_stride)
     # fmt: on
+    if bias_ptr is not None:
+        bias_ptr += batch * bias_batch_stride + head * bias_head_stride
     key = load_rows(key_ptr, column, valid, key_row_stride, HEAD_DIM)
     value = load_rows(value_ptr, column, valid, value_row_stride, HEAD_DIM)
     seed = 0 if seed_ptr is None else tl.load(seed_ptr)
@@ -255,10 +274,16 @@ def attention_backward_key_kernel(
             delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
         else:
             delta = tl.load(delta_ptr + stats, mask=inside, other=0.0)
+        bias = None
+        if bias_ptr is not None:
+            bias = load_bias(
+                bias_ptr, row, column, valid, queries, bias_row_stride, bias_column_stride, scale, TRANSPOSED
+            )
         p_dropped, grad_scores = score_gradients(
-            query, key, value, grad_out, lse_2, delta, valid, seed, bits_ptr, words, stats, inside, batch_head, row,
-            tile * BLOCK_KEYS, scale, threshold, keep_scale, seed_ptr is not None, BLOCK_KEYS, TRANSPOSED,
+            query, key, value, bias, grad_out, lse_2, delta, valid, seed, bits_ptr, words, stats, inside, batch_head,
+            row, tile * BLOCK_KEYS, scale, threshold, keep_scale, seed_ptr is not None, BLOCK_KEYS, TRANSPOSED,
         )  # fmt: skip
+        p_dropped, grad_scores = p_dropped.to(grad_out.dtype), grad_scores.to(query.dtype)
         if not TRANSPOSED:
             grad_value = tl.dot(tl.trans(grad_out), p_dropped, grad_value, input_precision="ieee")
             grad_key = tl.dot(tl.trans(query), grad_scores, grad_key, input_precision="ieee")
@@ -324,13 +349,14 @@ def backward_launches(configs: tuple[LaunchConfig, ...], queries: int, keys: int
 @settled
 def _prepare(
     config: Configs, dtype: torch.dtype, device: torch.device, query: torch.Size, key: torch.Size, packed: Bounds,
-    dropout_p: float, softmax_scale: float, shared: int, *strides: tuple[int, ...],
+    dropout_p: float, softmax_scale: float, shared: int, bias: Strides, *strides: tuple[int, ...],
 ) -> tuple[Prepared, ...]:  # fmt: skip
     batch, queries, keys = sizes(query, key, packed)
     names = ("attention_backward_query_kernel", "attention_backward_key_kernel")
-    configs = resolve(config, names, Features(dtype, device), queries=queries, keys=keys, head_dim=query[-1])
+    shapes = {"queries": queries, "keys": keys, "head_dim": query[-1]} | ({} if bias is None else {"bias": 1})
+    configs = resolve(config, names, Features(dtype, device), **shapes)
     named = list(zip(("grad_out", "query", "key", "value"), strides, strict=True))
-    numbers = arguments(query, key, packed, dropout_p, softmax_scale, named)
+    numbers = arguments(query, key, packed, dropout_p, softmax_scale, named, bias)
     numbers |= {"grad_query_heads": query[-2] * (3 if shared == 3 else 1), "grad_key_heads": key[-2] * max(shared, 1)}
     return tuple(
         Prepared(one.kernel, (batch * query[-2] * one.tiles,), one.config, **numbers)
@@ -352,9 +378,10 @@ def attention_backward(
     packing: Packing | None = None,
     dropout_ids: Tensor | None = None,
     shared: int = 0,
+    bias: Tensor | None = None,
     config: Configs = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of query, key and value, contiguous; shapes as ``attention_forward`` takes and returns them. With
+    """Gradients of query, key and value, contiguous; arguments as ``attention_forward`` takes and returns them. With
     ``shared`` 3 they are one tensor (..., 3, H, D); with 2 those of key and value are one (..., 2, H, D)."""
     inputs = (query, key, value)
     gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs[: 3 - shared]]
@@ -365,12 +392,12 @@ def attention_backward(
     launches = _prepare(
         config if config is None or isinstance(config, LaunchConfig) else tuple(config),
         query.dtype, query.device, query.shape, key.shape, bounds(packing), dropout_p, softmax_scale,
-        shared, grad_out.stride(), query.stride(), key.stride(), value.stride(),
+        shared, bias_strides(bias), grad_out.stride(), query.stride(), key.stride(), value.stride(),
     )  # fmt: skip
     # A kernel that runs alone does not follow this pointer.
     delta = lse if len(launches) == 1 else torch.empty_like(lse)
     cu_seqlens_q, cu_seqlens_k = packing[:2] if packing else (None, None)
-    masks = mask, cu_seqlens_q, cu_seqlens_k, seed, dropout_ids, keep_bits(lse, query.shape[-2], torch.int32)
+    masks = mask, bias, cu_seqlens_q, cu_seqlens_k, seed, dropout_ids, keep_bits(lse, query.shape[-2], torch.int32)
     for launch in launches:
         launch(grad_out, query, key, value, *masks, out, lse, delta, *apart)
     return tuple(gradients)
@@ -392,4 +419,8 @@ def ahead_of_time(arch: str) -> list[dict[str, Any]]:
         configs = select("attention", "backward", dtype, arch, queries=queries, keys=keys, head_dim=head_dim)
         for one in backward_launches(configs, queries, keys):
             entries.append(entry(one.kernel, one.config, dtype, head_dim, packed))
+    for queries, keys, head_dim, dtype in BIASED_SHAPES:
+        configs = select("attention", "backward", dtype, arch, queries=queries, keys=keys, head_dim=head_dim, bias=1)
+        for one in backward_launches(configs, queries, keys):
+            entries.append(entry(one.kernel, one.config, dtype, head_dim, bias=True))
     return entries

@@ -39,6 +39,7 @@ KERNELS: dict[tuple[str, str], tuple[str, ...]] = {
     ("attention", "forward"): ("attention_forward_kernel",),
     ("attention_dropout", "forward"): ("attention_dropout_kernel",),
     ("attention", "backward"): ("attention_backward_query_kernel", "attention_backward_key_kernel"),
+    ("attention_bias", "backward"): ("attention_backward_bias_kernel",),
     ("frame_attention", "forward"): ("frame_attention_forward_kernel",),
     ("frame_attention", "backward"): ("frame_attention_backward_query_kernel", "frame_attention_backward_key_kernel"),
     ("cross_attention", "forward"): ("cross_attention_forward_kernel",),

@@ -20,6 +20,9 @@ TILES = (128, 64, 32, 16)
 # Below: 65 x 65 in tiles of 32 and 13 x 13 in tiles of 16 use the older mma, one or two warps a program. Padding them
 # to 64 rows would cost 1.8 and 16 times the work, and 16 x 16 scores leave most of four warps idle.
 WGMMA_M, WARPGROUP = 64, 4
+# Most scores of a tile of the forward with a bias in 16 bits: the bias lies in registers beside them, and 128 x 64 on 8
+# warps, 128 x 16 on 4 and 32 x 32 on 2 take 248 registers and more.
+BIASED_SCORES = 2048
 
 
 def _no_problem(constants: Mapping[str, int], shapes: Mapping[str, int]) -> str | None:
@@ -179,17 +182,20 @@ class AttentionForward:
     per_warp: Mapping[int, int]
     turned_warps: int | None = None
 
-    def __call__(self, itemsize: int, *, queries: int, keys: int, head_dim: int) -> Fields:
+    def __call__(self, itemsize: int, *, queries: int, keys: int, head_dim: int, bias: int = 0) -> Fields:
         block_queries, block_keys = _tiles(queries, keys, itemsize, head_dim, self.largest)
+        if biased := bool(bias) and itemsize == 2:
+            block_queries = tile(queries, WGMMA_M)
+            block_keys = tile(keys, min(self.largest[2, max(head_dim, 64)][1], BIASED_SCORES // block_queries))
         # Few queries and many keys: the keys are the rows of the products, see WGMMA_M.
         turned = block_queries < WGMMA_M <= block_keys
+        warps = _warps(block_queries, block_keys, head_dim, itemsize, self.per_warp)
         return {
             "BLOCK_QUERIES": block_queries,
             "BLOCK_KEYS": block_keys,
             "TRANSPOSED": int(turned),
             "KEEP_BITS": 0,
-            "num_warps": (turned and self.turned_warps)
-            or _warps(block_queries, block_keys, head_dim, itemsize, self.per_warp),
+            "num_warps": (turned and self.turned_warps) or (min(2 * warps, WARPGROUP) if biased else warps),
         }
 
 
@@ -218,7 +224,7 @@ class AttentionBackward:
     num_stages: int | None = None
     most_alone: Mapping[tuple[int, int], int] | None = None
 
-    def __call__(self, itemsize: int, *, queries: int, keys: int, head_dim: int) -> Fields | None:
+    def __call__(self, itemsize: int, *, queries: int, keys: int, head_dim: int, bias: int = 0) -> Fields | None:
         by_query = _tiles(queries, keys, itemsize, head_dim, self.largest)
         by_key = _tiles(keys, queries, itemsize, head_dim, self.largest)
         # A length of 0 has no kernel of its own to write the zeros of the other side, so it is never a single tile.
@@ -244,6 +250,9 @@ class AttentionBackward:
         warps = _warps(block_queries, block_keys, head_dim, itemsize, self.per_warp)
         if two_bytes and block in self.one_warpgroup[single, head_dim]:
             warps = min(warps, WARPGROUP)
+        if bias and two_bytes and warps < WARPGROUP:
+            # 16 x 16 on 2 warps would take 246 registers.
+            warps *= 2
         return {
             "BLOCK_QUERIES": block_queries,
             "BLOCK_KEYS": block_keys,
@@ -252,6 +261,28 @@ class AttentionBackward:
             "num_warps": warps,
             **({} if self.num_stages is None else {"num_stages": self.num_stages}),
         }
+
+
+@dataclass(frozen=True)
+class AttentionBias:
+    """Tiles of the gradient of the bias, which one accumulator holds.
+
+    Attributes:
+        largest: as of ``AttentionForward``, queries first.
+        per_warp: as of ``AttentionForward``.
+        programs: at least so many are wanted; a tile gets several where there are fewer.
+    """
+
+    largest: LargestTiles
+    per_warp: Mapping[int, int]
+    programs: int
+
+    def __call__(self, itemsize: int, *, queries: int, keys: int, head_dim: int) -> Fields:
+        head_dim = next_power_of_2(head_dim)
+        block_queries, block_keys = _tiles(queries, keys, itemsize, head_dim, self.largest)
+        warps = _warps(block_queries, block_keys, head_dim, itemsize, self.per_warp)
+        tiles = {"BLOCK_QUERIES": block_queries, "BLOCK_KEYS": block_keys}
+        return {**tiles, "PROGRAMS": self.programs, "num_warps": warps}
 
 
 def single_tile_holds_all(side: str) -> Problem:

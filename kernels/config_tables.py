@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from sclkern.kernels.config_rules import (
     AttentionBackward,
+    AttentionBias,
     AttentionForward,
     Entry,
     Rule,
@@ -104,6 +105,12 @@ SM_90: Table = {
         _BACKWARD,
         ("TRANSPOSED", "SINGLE_TILE"),
         single_tile_holds_all("key"),
+    ),
+    "attention_backward_bias_kernel": Entry(
+        AttentionBias(largest=_BY_QUERY.largest, per_warp=_BY_QUERY.per_warp, programs=264),
+        "predicted: tiles as of the backward by query, on 8 warps, because 4 spill; two programs for each of an H200's "
+        "132 multiprocessors",
+        ("BLOCK_QUERIES", "BLOCK_KEYS", "PROGRAMS"),
     ),
     "frame_attention_forward_kernel": Entry(
         by_head_dim(_FRAMES),

@@ -36,6 +36,7 @@ SHAPES = {"queries": 325, "keys": 325, "head_dim": 64}
 # What the rules of an op read.
 SHAPES_OF = {
     "attention": SHAPES,
+    "attention_bias": SHAPES,
     "frame_attention": {"head_dim": 64},
     "cross_attention": {"heads": 12, "keys": 13},
     "cross_attention_queries": {"columns": 325},
@@ -135,8 +136,8 @@ def test_the_architecture_is_that_of_the_device(monkeypatch):
 
 # Public functions of kernel modules that launch nothing, or by launchers alone.
 HELPERS = (
-    "ahead_of_time", "arguments", "backward_launches", "bounds", "completion_loss_backward", "entry", "padded_keys",
-    "shared_patches", "sizes",
+    "ahead_of_time", "arguments", "backward_launches", "bias_strides", "bounds", "completion_loss_backward", "entry",
+    "padded_keys", "shared_patches", "sizes",
 )  # fmt: skip
 
 

@@ -71,6 +71,8 @@ def _flash(package: str, module: str, has_dropout: bool) -> Callable:
             function = load(package, module, "flash_attn_func", *options)
             if inputs["key_padding_mask"] is not None:
                 raise UnsupportedError(f"{package}: no key padding mask; see packed_attention")
+            if "bias" in inputs:
+                raise UnsupportedError(f"{package}: no bias of the scores")
         out = function(*tensors, **options)
         # Versions 3 and 4 return the log-sum-exp as well.
         return out[0] if isinstance(out, tuple) else out

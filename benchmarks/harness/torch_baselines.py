@@ -42,7 +42,7 @@ def _sdpa(backend: str, query: Tensor, key: Tensor, value: Tensor, **options) ->
 
 def _attention(backend: str, inputs: dict, dropout_p: float, seed: Tensor | None) -> Tensor:
     mask = inputs["key_padding_mask"]
-    mask = None if mask is None else mask[:, None, None]
+    mask = inputs.get("bias") if mask is None else mask[:, None, None]
     return _sdpa(backend, inputs["query"], inputs["key"], inputs["value"], attn_mask=mask, dropout_p=dropout_p)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from sclkern import reference
 from sclkern.cpu.dropout import LOWEST, attention_counters, attention_draws
 from sclkern.kernels.attention_gradients import neighbours
 from sclkern.random import seed_tensor
-from sclkern.reference.attention import attention_dropout_threshold
+from sclkern.reference.attention import attention_dropout_threshold, biased_mask
 
 # Scores at once.
 PIECE = 2**18
@@ -299,9 +300,10 @@ def _attend(
 
 
 def sdpa_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout_p: float = 0.0
-) -> Tensor:
-    """``reference.attention`` by PyTorch's attention, which stores no scores without dropout.
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout_p: float = 0.0,
+    bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``reference.attention`` by PyTorch's attention, which stores no scores without dropout and gradients of a bias.
 
     Args:
         query: (B, Lq, H, D), B and Lq at least 1.
@@ -310,10 +312,13 @@ def sdpa_attention(
         mask: (B, Lk) bool, True = attend, or None.
         scale: factor of the scores.
         dropout_p: dropout probability, drawn by torch.
+        bias: (B or 1, H or 1, Lq, Lk), or None.
 
     Returns:
         (B, Lq, H, D).
     """
+    if bias is not None:
+        return _biased_sdpa(query, key, value, mask, scale, dropout_p, bias)
     if mask is not None:
         padding = ~mask[:, :, None, None]
         key, value = key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
@@ -322,3 +327,20 @@ def sdpa_attention(
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, dropout_p=dropout_p)
     return out.transpose(1, 2)
+
+
+def _biased_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout_p: float, bias: Tensor
+) -> Tensor:
+    """``sdpa_attention`` with a bias, into which the mask goes."""
+    attended: Tensor | None = None
+    if mask is not None:
+        padding = ~mask[:, :, None, None]
+        key, value, attended = key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0), mask[:, None, None, :]
+    attended = biased_mask(bias, attended)
+    # Without a valid key the query attends to all of them, and gets zeros afterwards.
+    empty = ~attended.any(-1, keepdim=True)
+    bias = bias.to(query.dtype).masked_fill(~attended, -math.inf).masked_fill(empty, 0.0)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, dropout_p=dropout_p)
+    return out.masked_fill(empty, 0.0).transpose(1, 2)

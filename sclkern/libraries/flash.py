@@ -50,7 +50,7 @@ def _older(device: torch.device) -> str | None:
 def problems(
     device: torch.device, dtype: torch.dtype | None = None, head_dim: int = 64, dropout_p: float = 0.0,
     softmax_scale: float | None = None, seed: int | Tensor | None = None, dropout_ids: Tensor | None = None,
-    return_lse: bool = False,
+    return_lse: bool = False, bias: Tensor | None = None,
 ) -> tuple[str, ...]:  # fmt: skip
     """Why flash-attn cannot compute attention here.
 
@@ -63,6 +63,7 @@ def problems(
         seed: of the dropout mask.
         dropout_ids: of the dropout mask.
         return_lse: whether the log-sum-exp is wanted.
+        bias: of the scores, or None.
 
     Returns:
         Each reason with what is expected; none if it can.
@@ -86,6 +87,8 @@ def problems(
         found.append("seed or dropout_ids, whose dropout mask flash-attn cannot draw: leave them out")
     if return_lse:
         found.append("return_lse, which flash-attn has for tests only: leave it out")
+    if bias is not None:
+        found.append("bias, which flash-attn does not add: leave backend out")
     return tuple(found)
 
 

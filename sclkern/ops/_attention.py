@@ -54,6 +54,26 @@ def check_padding_mask(like: str, first: Tensor, key: Tensor, key_padding_mask: 
         _checks.same_device(like, first, key_padding_mask=key_padding_mask)
 
 
+def check_bias(query: Tensor, key: Tensor, bias: Tensor | None) -> None:
+    """Raise for a bias that no path takes.
+
+    Args:
+        query: (B, Lq, H, D).
+        key: (B, Lk, H, D).
+        bias: (B or 1, H or 1, Lq, Lk), or None.
+    """
+    if bias is None:
+        return
+    _checks.floating(bias=bias)
+    if bias.dtype not in (query.dtype, torch.float32, autocast_like(query)[0].dtype):
+        raise TypeError(f"bias: got {bias.dtype}, expected that of query, {query.dtype}, or torch.float32")
+    sizes: tuple[int, ...] = (query.shape[0], query.shape[2])
+    if bias.ndim == 4:
+        sizes = tuple(1 if given == 1 else size for given, size in zip(bias.shape[:2], sizes, strict=True))
+    _checks.shape("(B or 1, H or 1, Lq, Lk)", (*sizes, query.shape[1], key.shape[1]), bias=bias)
+    _checks.same_device("query", query, bias=bias)
+
+
 def check_numbers(
     dropout_p: float, softmax_scale: float | None, seed: int | Tensor | None, device: torch.device, num_queries: int,
     num_keys: int,

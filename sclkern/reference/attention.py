@@ -12,17 +12,30 @@ from sclkern.random import STREAM_ATTENTION, philox, seed_tensor
 
 # The counter of the dropout mask has 16 bits for the query and 16 for a group of eight keys.
 MAX_DROPOUT_QUERIES, MAX_DROPOUT_KEYS = 2**16, 2**19
+# A bias of at most this excludes a key, as -inf does: the kernels count in base 2, in which float32 has no such number.
+# The lowest numbers of float32 and bfloat16, with which masks are written, are below.
+LOWEST_BIAS = -torch.finfo(torch.float32).max * math.log(2)
+
+
+def biased_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
+    """Where a bias (B or 1, H or 1, Lq, Lk) excludes no key and ``mask``, if there is one, is True."""
+    # Not bias > LOWEST_BIAS, which would hide NaN.
+    reached = ~(bias <= LOWEST_BIAS)
+    return reached if mask is None else mask & reached
 
 
 def attention_probabilities(
-    query: Tensor, key: Tensor, *, mask: Tensor | None = None, softmax_scale: float | None = None
-) -> Tensor:
+    query: Tensor, key: Tensor, *, mask: Tensor | None = None, bias: Tensor | None = None,
+    softmax_scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """Softmax of scaled scores.
 
     Args:
         query: (B, Lq, H, D).
         key: (B, Lk, H, D).
         mask: bool, broadcastable to (B, H, Lq, Lk); True = attend. A query with no valid key gets zeros.
+        bias: (B or 1, H or 1, Lq, Lk), added to the scaled scores, in float32 at least; ``LOWEST_BIAS`` and less
+            exclude a key as ``mask`` does.
         softmax_scale: default 1 / sqrt(D).
 
     Returns:
@@ -30,22 +43,28 @@ def attention_probabilities(
     """
     scale = 1 / math.sqrt(query.shape[-1]) if softmax_scale is None else softmax_scale
     scores = torch.einsum("bqhd,bkhd->bhqk", query * scale, key)
+    if bias is not None:
+        mask = biased_mask(bias, mask)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) + bias
     if mask is None:
         return scores.softmax(-1)
     # A finite fill: a row without a valid key then has finite gradients, and is zeroed afterwards.
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores.softmax(-1).masked_fill(~mask, 0.0)
+    p = scores.softmax(-1).masked_fill(~mask, 0.0)
+    return p if bias is None else p.to(query.dtype)
 
 
 def attention_log_sum_exp(
-    query: Tensor, key: Tensor, *, mask: Tensor | None = None, softmax_scale: float | None = None
-) -> Tensor:
+    query: Tensor, key: Tensor, *, mask: Tensor | None = None, bias: Tensor | None = None,
+    softmax_scale: float | None = None,
+) -> Tensor:  # fmt: skip
     """Natural log-sum-exp of the scores of ``attention_probabilities``, without a gradient.
 
     Args:
         query: (B, Lq, H, D).
         key: (B, Lk, H, D).
         mask: as in ``attention_probabilities``.
+        bias: as in ``attention_probabilities``.
         softmax_scale: default 1 / sqrt(D).
 
     Returns:
@@ -55,6 +74,8 @@ def attention_log_sum_exp(
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         scores = torch.einsum("bqhd,bkhd->bhqk", query.to(dtype) * scale, key.to(dtype))
+        if bias is not None:
+            mask, scores = biased_mask(bias, mask), scores + bias
         return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).logsumexp(-1)
 
 
@@ -129,18 +150,20 @@ def attention(
     value: Tensor,
     *,
     key_padding_mask: Tensor | None = None,
+    bias: Tensor | None = None,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     seed: int | Tensor | None = None,
     dropout_ids: Tensor | None = None,
 ) -> Tensor:
-    """Scaled dot-product attention with key padding and dropout on the probabilities.
+    """Scaled dot-product attention with key padding, a bias of the scores and dropout on the probabilities.
 
     Args:
         query: (B, Lq, H, D).
         key: (B, Lk, H, D).
         value: (B, Lk, H, D).
         key_padding_mask: (B, Lk) bool, True = attend. Keys and values at other positions are never read, NaN included.
+        bias: (B or 1, H or 1, Lq, Lk), as in ``attention_probabilities``.
         dropout_p: dropout probability.
         softmax_scale: default 1 / sqrt(D).
         seed: of the mask of ``attention_dropout_mask``; None is torch's own dropout, or with ``dropout_ids`` a seed
@@ -156,7 +179,7 @@ def attention(
         # A probability of zero is not enough: 0 * NaN is NaN, forward and backward.
         padding = ~key_padding_mask[:, :, None, None]
         key, value = key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
-    probabilities = attention_probabilities(query, key, mask=mask, softmax_scale=softmax_scale)
+    probabilities = attention_probabilities(query, key, mask=mask, bias=bias, softmax_scale=softmax_scale)
     return torch.einsum("bhqk,bkhd->bqhd", attention_dropout(probabilities, dropout_p, seed, dropout_ids), value)
 
 

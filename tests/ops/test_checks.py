@@ -89,9 +89,13 @@ WRONG = {
 ELSEWHERE = {"cu_seqlens_k", "cu_seqlens_q", "device", "group", "ids", "keep", "labels", "lengths"}
 
 
+# Floating arguments that are optional, and not among the small inputs.
+OPTIONAL = {"attention": {"bias": torch.zeros(1, 1, 5, 5)}}
+
+
 def good_arguments(op):
     torch.manual_seed(0)
-    inputs = small_inputs(op, 5)
+    inputs = small_inputs(op, 5) | OPTIONAL.get(op, {})
     return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()} | (
         {"device": "cpu"} if "device" in inputs else {}
     )

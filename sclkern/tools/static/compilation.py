@@ -44,7 +44,10 @@ COLD_KERNELS = (
     "position_gradient_kernel", "select_patches_kernel", "select_tokens_kernel",
 )  # fmt: skip
 MOST_COLD_STACK = 256
-OPTIONAL = ("ids_ptr", "bits_ptr", "same_ptr")
+OPTIONAL = (
+    "ids_ptr", "bits_ptr", "same_ptr", "bias_ptr", "bias_batch_stride", "bias_head_stride", "bias_row_stride",
+    "bias_column_stride",
+)  # fmt: skip
 MODULES = tuple(dict.fromkeys(module for spec in SPECS.values() for module in spec.kernels))
 
 
@@ -105,8 +108,8 @@ def is_hot(entry: dict[str, Any]) -> bool:
 def compile_entry(entry: dict[str, Any], target: str) -> Any:
     """Compile one entry for a name of ``TARGETS``; pointers are taken as 16-byte aligned, as torch's are."""
     function, constants = entry["kernel"], dict(entry["constants"])
-    optional = [name for name in OPTIONAL if name in function.arg_names and name not in entry["signature"]]
-    constants |= dict.fromkeys(optional)
+    typed = {**entry["signature"], **constants}
+    constants |= dict.fromkeys(name for name in OPTIONAL if name in function.arg_names and name not in typed)
     signature = {
         name: "constexpr" if name in constants else entry["signature"].get(name, "i32") for name in function.arg_names
     }
