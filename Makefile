@@ -10,7 +10,7 @@ OLDEST := $(VENV)/oldest
 # Version of Triton of `make static`; the budget is recorded with 3.9.
 TRITON ?= 3.9
 
-.PHONY: demo test test-processes test-data quick test-op test-sanitized test-models record-models test-oldest static lint docs gpu
+.PHONY: demo demo-tasks test test-processes test-data quick test-op test-sanitized test-models record-models test-oldest static lint docs gpu
 
 # Stamped, so that an interrupted installation is done again. PIP_ARGS: further arguments of pip.
 $(VENV)/.installed: setup.py pyproject.toml
@@ -22,6 +22,11 @@ $(VENV)/.installed: setup.py pyproject.toml
 # --resume: run again after an interruption, it goes on; after the end, it writes the report anew.
 demo: $(VENV)/.installed
 	$(RUN)/sclkern pretrain --config configs/demo.yaml --resume
+
+# Small real tasks for the model of `make demo`, which is trained first if it is not there. Interrupted, it goes on.
+demo-tasks: $(VENV)/.installed
+	test -d runs/demo/model || $(MAKE) demo
+	PYTHONPATH=. $(RUN)/python -m examples.demo_tasks $(DEMO_TASKS_ARGS)
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not gpu and not models" -n $(JOBS) --dist loadfile \

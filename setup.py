@@ -33,6 +33,9 @@ def long_description(readme: str, url: str) -> str:
     return re.sub(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)\s]+)\)", absolute, readme)
 
 
+# The data of `make demo-tasks`, of which tests make small parts.
+EXAMPLES = ["easy-vqa==1.0", "minigrid==3.2.0"]
+
 setup(
     name="sclkern",
     version=VERSION,
@@ -81,7 +84,9 @@ setup(
     extras_require={
         "flash": ["flash-attn>=2.8,<3"],
         "liger": ["liger-kernel>=0.8"],
+        "examples": EXAMPLES,
         "test": [
+            *EXAMPLES,
             "pytest",
             # transformers' Trainer needs it.
             "accelerate>=1.1",

@@ -11,6 +11,8 @@ from typing import Any
 
 from sclkern.errors import UserError
 from sclkern.tools.bench.ablations import CASES, ablation_table
+from sclkern.tools.bench.demo_tasks import CASES as DEMO_TASKS
+from sclkern.tools.bench.demo_tasks import demo_tasks_table
 from sclkern.tools.bench.results import page
 from sclkern.tools.specs import PASSES, SPECS
 
@@ -304,6 +306,7 @@ _TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
     "models": ("model/", _models_table),
     "training": ("training/", _training_table),
     "ablations": (CASES, ablation_table),
+    "demotasks": (DEMO_TASKS, demo_tasks_table),
     "ops": ("op/", op_table),
     "memory": ("op/", memory_table),
 }
