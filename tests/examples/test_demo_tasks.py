@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from answerable import checkpoint
 from examples.demo_tasks import clips, pairs, questions, rollouts
 from examples.demo_tasks.figures import Figure
 from examples.demo_tasks.page import write
+from sclkern import SCLConfig, SCLModel
 from sclkern.data.roots import resolve_root
 from sclkern.data.source import open_pairs
 from sclkern.data.sources.arrow import ArrowPairs
+from sclkern.data.tokenizer import CaptionTokenizer
 from sclkern.tasks.vqav2 import VqaTable
 
 SHORT = {"run.max_steps": 2, "run.val_every": 2, "run.batch_size": 8, "run.device": "cpu"}
@@ -22,8 +23,11 @@ SHORT = {"run.max_steps": 2, "run.val_every": 2, "run.batch_size": 8, "run.devic
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A checkpoint of random weights, of 32 pixels."""
-    return checkpoint(tmp_path_factory.mktemp("model"))
+    """A checkpoint of the demo's sizes with random weights."""
+    folder = tmp_path_factory.mktemp("model")
+    SCLModel(SCLConfig.preset("demo").replace(dropout=0.0)).save_pretrained(folder)
+    CaptionTokenizer.from_pretrained("demo").save_pretrained(folder)
+    return folder
 
 
 def captions(source) -> set[str]:
@@ -151,7 +155,7 @@ def test_pairs_run_to_recalls(model, tmp_path):
 
 
 def test_clips_run_to_recalls_before_and_after_training(model, monkeypatch, tmp_path):
-    monkeypatch.setattr(clips, "KEYS", {**clips.KEYS, **SHORT, "model.image_size": 32, "run.batch_size": 2})
+    monkeypatch.setattr(clips, "KEYS", {**clips.KEYS, **SHORT, "model.image_size": 16, "run.batch_size": 2})
     figures = clips.run(model, tmp_path)
     assert [figure.model for figure in figures] == ["pre-trained"] * 2 + ["fine-tuned"] * 2
 
