@@ -164,7 +164,7 @@ def test_rollouts_run_to_the_recalls_of_four_frames_and_of_one(model, monkeypatc
     monkeypatch.setattr(rollouts, "KEYS", {**rollouts.KEYS, **SHORT})
     monkeypatch.setattr(rollouts, "SPLITS", {"train": 72, "val": 36, "test": 36})
     of_one_frame, of_chance = rollouts.run(model, tmp_path)
-    assert of_one_frame.baseline == "fine-tuned, 1 frame"
+    assert of_one_frame.baseline == "trained on 1 frame"
     assert of_chance.baseline_percent == pytest.approx(100 / 36)
 
 
