@@ -160,8 +160,10 @@ def fuse(
       that use Hugging Face's ``AttentionInterface`` (BERT, RoBERTa, BridgeTower, CLIP) with a known eager attention,
       through views of the model's configurations that say "sclkern".
     - "dropout_add_layer_norm": {dense, LayerNorm, dropout}.
-    - "linear_gelu": {dense, intermediate_act_fn}, {fc1, activation_fn, fc2}, {fc1, act, fc2} with dropout (timm), and
-      a ``torch.nn.Sequential`` with a linear layer and a GELU (the MLP of OpenAI's CLIP and of open_clip).
+    - "linear_gelu": {dense, intermediate_act_fn}, {fc1, activation_fn, fc2}, {fc1, act, fc2} with dropout (timm), a
+      ``torch.nn.Sequential`` with a linear layer and a GELU (the MLP of OpenAI's CLIP and of open_clip), and longer
+      forwards whose code applies a GELU to the result of a linear layer (DistilBERT, ALBERT, BART, Whisper, Wav2Vec2,
+      heads for masked language modelling), whose dropout stays.
     - "transformer_encoder": ``torch.nn.TransformerEncoderLayer`` and ``TransformerEncoder``.
     - "completion_loss": the contrastive loss of ``transformers.CLIPModel`` and ``BlipModel``.
 

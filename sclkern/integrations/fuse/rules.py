@@ -15,7 +15,7 @@ from torch import nn
 
 from sclkern import nn as fused_nn
 from sclkern.integrations.fuse import modules as fused
-from sclkern.integrations.fuse import trial
+from sclkern.integrations.fuse import trial, within
 from sclkern.integrations.fuse.activations import gelu_kind
 from sclkern.integrations.fuse.attention import attention
 from sclkern.integrations.fuse.contrast import completion_loss
@@ -82,14 +82,43 @@ def _try_output(module: Any, settings: Output) -> str | None:
 
 
 def linear_gelu(module: Any) -> Verdict:
-    """{dense, intermediate_act_fn}, {fc1, activation_fn, fc2}, or a ``Sequential`` with a linear layer and a GELU."""
+    """{dense, intermediate_act_fn}, {fc1, activation_fn, fc2}, a ``Sequential`` with a linear layer and a GELU, or both
+    within a longer forward."""
     if type(module) is nn.Sequential:
         return _gelu_in_sequential(module)
+    verdict: Verdict = None
     for first, activation, second in (("dense", "intermediate_act_fn", None), ("fc1", "activation_fn", "fc2")):
         children = (first,) if second is None else (first, second)
         if getattr(module, activation, None) is not None and _has_children(module, *children):
-            return _gelu_between(module, first, activation, second)
-    return None
+            verdict = _gelu_between(module, first, activation, second)
+    for first, activation in within.PAIRS if not isinstance(verdict, Swap) else ():
+        if getattr(module, activation, None) is not None and _has_children(module, first):
+            found = _gelu_within(module, first, activation)
+            # The whole module has the better reason, unless there is more in it.
+            verdict = (
+                found if verdict is None or isinstance(found, Swap) or verdict.startswith("it also has") else verdict
+            )
+    return verdict
+
+
+def _gelu_within(module: Any, first: str, activation: str) -> Verdict:
+    """A linear layer and its GELU among other things."""
+    gelu, linear = getattr(module, activation), getattr(module, first)
+    if "forward" in module.__dict__:
+        return "its forward was replaced on this instance"
+    kind = gelu_kind(gelu) if callable(gelu) else None
+    if kind is None:
+        return f"{_name(gelu)} is no GELU"
+    if reason := child_obstacle(module, **{first: nn.Linear}):
+        return reason
+    if linear.bias is None:
+        return f"its {first} has no bias"
+    if reason := within.obstacle(type(module), first, activation) or doubt(_code(gelu)):
+        return reason
+    methods = within.only_methods(attributes(module, first, activation))
+    settings = Gelu(first, activation, None, kind, signature(gelu), (), methods)
+    cls = fused_class(type(module), within.FusedWithin)
+    return Swap(f"ops.bias_gelu ({kind})", cls, {"_sclkern": settings}, calls=_ON_KERNELS, device="cuda")
 
 
 def _gelu_between(module: Any, first: str, activation: str, second: str | None) -> Verdict:
