@@ -1,7 +1,8 @@
-"""Models of transformers, with random weights: a training step as they are, and after ``sclkern.fuse``.
+"""Models of transformers and timm, with random weights: a training step as they are, and after ``sclkern.fuse``.
 
-A model is timed only after outputs and gradients of both, without dropout, agreed in float32 in the same process. On a
-GPU the whole base models, on a CPU two layers of them at full width.
+The peak of memory of each is recorded beside the time. A model is timed only after outputs and gradients of both,
+without dropout, agreed in float32 in the same process. On a GPU the whole base models, on a CPU two layers of them at
+full width.
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+import timm
 import torch
 import transformers
 from torch import Tensor, nn
 
 import sclkern
+from benchmarks.harness.live_bytes import measured_peak
+from sclkern.errors import UserError
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -41,14 +46,45 @@ def _bridgetower(layers: dict) -> nn.Module:
     return transformers.BridgeTowerModel(config)
 
 
+def _clip(layers: dict) -> nn.Module:
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=layers, vision_config=layers))
+
+
+def _siglip(layers: dict) -> nn.Module:
+    # Ids of the first and last token, which its default vocabulary lacks.
+    text = {**layers, "bos_token_id": 0, "eos_token_id": 1}
+    return transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=layers))
+
+
+class _Pictures(nn.Module):
+    """A model of pictures alone, called as the others are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor, **text: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.model(pixel_values)}
+
+
+def _vit(layers: dict) -> nn.Module:
+    depth = {"depth": layers["num_hidden_layers"]} if layers else {}
+    return _Pictures(timm.create_model("vit_base_patch16_224", **depth))
+
+
+# Models that have a contrastive loss compute it.
+LOSSES = {"clip": {"return_loss": True}, "siglip": {"return_loss": True}}
 MODELS: dict[str, tuple[Callable[[dict], nn.Module], int]] = {
     "vilt": (_vilt, 384),
     "blip": (_blip, 384),
     "bridgetower": (_bridgetower, 288),
+    "clip": (_clip, 224),
+    "siglip": (_siglip, 224),
+    "timm-vit": (_vit, 224),
 }
 
 
-def build(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
     """A model and a batch in which half of the tokens of one row are padding."""
     torch.manual_seed(0)
     make, side = MODELS[name]
@@ -56,10 +92,10 @@ def build(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     mask = torch.ones(ROWS, TOKENS, dtype=torch.long, device=DEVICE)
     mask[0, TOKENS // 2 :] = 0
     inputs = {"input_ids": torch.randint(5, 1000, (ROWS, TOKENS), device=DEVICE), "attention_mask": mask}
-    return model, inputs | {"pixel_values": torch.randn(ROWS, 3, side, side, device=DEVICE)}
+    return model, inputs | LOSSES.get(name, {}) | {"pixel_values": torch.randn(ROWS, 3, side, side, device=DEVICE)}
 
 
-def step(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def step(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """Run forward and backward; returns the outputs."""
     with torch.autocast(DEVICE, torch.bfloat16, enabled=GPU and model.training):
         outputs = {name: value for name, value in model(**inputs).items() if isinstance(value, Tensor)}
@@ -68,8 +104,8 @@ def step(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @functools.cache
-def checked(name: str) -> float:
-    """The largest error of fused against unfused, without dropout.
+def checked(name: str) -> tuple[float, int, int]:
+    """The largest error of fused against unfused, without dropout; how many modules were replaced, and how many left.
 
     Raises:
         AssertionError: above ``TOLERANCE``, or nothing was replaced.
@@ -90,7 +126,7 @@ def checked(name: str) -> float:
 
     expected = values()
     with sclkern.fuse(model) as report:
-        assert not report.left, report
+        replaced, left = len(report.active), len(report.left)
         fused = values()
     assert fused.keys() == expected.keys()
     # A gradient that is rounding only, such as a key bias's, is measured against the largest value of all.
@@ -98,12 +134,15 @@ def checked(name: str) -> float:
     scale = {key: max(value.abs().max().item(), smallest) for key, value in expected.items()}
     worst = max((fused[key] - value).abs().max().item() / scale[key] for key, value in expected.items())
     assert worst < TOLERANCE, (name, worst)
-    return worst
+    return worst, replaced, left
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_model(benchmark, record, name):
-    error = checked(name)
+    try:
+        error, replaced, left = checked(name)
+    except UserError as problem:
+        pytest.skip(str(problem))
     (unfused, inputs), (fused, _) = build(name), build(name)
     sclkern.fuse(fused)
 
@@ -121,10 +160,11 @@ def test_model(benchmark, record, name):
         run(unfused)
         times.append(time.perf_counter() - begin)
 
-    for model in (unfused, fused):
+    peaks = {}
+    for way, model in (("unfused", unfused), ("fused", fused)):
         model.train()
         run(model)
-        run(model)
+        peaks[way] = measured_peak(functools.partial(run, model))
     benchmark.pedantic(run, args=(fused,), setup=before, rounds=15 if GPU else 7)
     for variant, seconds in (("unfused", times), ("fused", benchmark.stats.stats.data)):
         record(
@@ -138,4 +178,7 @@ def test_model(benchmark, record, name):
             median_seconds=statistics.median(seconds),
             seconds=sorted(seconds),
             error=error,
+            peak_bytes=peaks[variant],
+            modules_replaced=replaced,
+            modules_left=left,
         )

@@ -81,6 +81,8 @@ def _flash(package: str, module: str, has_dropout: bool) -> Callable:
 
 
 def _inf_cl(inputs: dict, dropout_p: float, seed: Tensor | None) -> Tensor:
+    if len(inputs["recovered"]) != len(inputs["complete"]):
+        raise UnsupportedError("inf-cl: as many columns as rows only, in both directions")
     loss = load("inf-cl", "inf_cl", "cal_inf_loss", "scale", "head_dim")
     recovered, complete = (F.normalize(inputs[name].float(), dim=-1) for name in ("recovered", "complete"))
     scale = torch.full((), 1 / inputs["temperature"], device=recovered.device)

@@ -71,6 +71,7 @@ def test_captions_have_13_tokens_on_average():
         ("attention", "65", 4 * 64 * 12 * 64 * 65**2, 25.8),
         ("frame_attention", "4x197", 4 * 64 * 12 * 64 * (4 * 788 + 4 * 196 * 197), 312.3),
         ("completion_loss", "4096", 2 * 4096**2 * 768, 12.6),
+        ("completion_loss", "4096 of 8192", 2 * 4096 * 8192 * 768, 18.9),
         ("linear_cross_entropy", "125", 2 * 125 * 50265 * 768, 77.4),
         ("dropout_add_layer_norm", "64x325", 0, 95.8),
     ],

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import matplotlib
 
@@ -18,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sclkern.tools.bench.ablations import CASES, METHODS, RECALL_AT, ablation_rows, recall
+from sclkern.tools.bench.contrasts import COMPUTED, KINDS, MEMORY, contrast_memory_rows
 from sclkern.tools.bench.report import (
     GROUPS,
     OURS,
@@ -35,7 +37,8 @@ from sclkern.tools.bench.report import (
 
 def write_plots(rows: list[Record], folder: Path) -> list[Path]:
     """Plot time against size, the share of the roofline, the step's phases, how much faster than separate passes it is,
-    the pictures a second of a core, the memory of the contrastive loss, and recalls with parts of the method changed.
+    the pictures a second of a core, the memory of contrastive losses over N, and recalls with parts of the method
+    changed.
 
     Args:
         rows: of ``sclkern.tools.bench.records.read``.
@@ -43,8 +46,8 @@ def write_plots(rows: list[Record], folder: Path) -> list[Path]:
 
     Returns:
         The files, named ``<device>-times.png``, ``-roofline.png``, ``-step.png``, ``-step-ratio.png``,
-        ``-decoding.png``, ``-loss-memory.png`` and ``-ablations.png``. Their comment is the ``digest`` of the records
-        that they show.
+        ``-decoding.png``, ``-loss-memory.png``, ``-contrast-memory.png`` and ``-ablations.png``. Their comment is the
+        ``digest`` of the records that they show.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -74,7 +77,7 @@ def digest(rows: list[Record]) -> str:
 def _machines(rows: list[Record]) -> dict[str, list[Record]]:
     machines: dict[str, list[Record]] = defaultdict(list)
     for row in rows:
-        if row["case"].startswith(("op/", "step/", "step_ratio/", "decoding/", CASES)):
+        if row["case"].startswith(("op/", "step/", "step_ratio/", "decoding/", CASES, MEMORY)):
             machines[row["device"]].append(row)
     return machines
 
@@ -85,6 +88,9 @@ def _times(rows: list[Record]) -> Figure | None:
     panels: dict[tuple[str, str], dict[str, dict[str, Record]]] = defaultdict(dict)
     for (op, size, dtype, pass_), records in by_key.items():
         # Forward and backward together where both exist.
+        # Sizes of more columns than rows are in the table alone: they would be points beside a line over N.
+        if any("M" in row["values"] for row in records.values()):
+            continue
         if OURS in records and (pass_ == "both" or (op, size, dtype, "both") not in by_key):
             panels[op, dtype][size] = records
     if not panels:
@@ -213,7 +219,7 @@ def _loss_memory(rows: list[Record]) -> Figure | None:
         return None
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     lines: dict[str, list[Record]] = defaultdict(list)
-    for row in losses:
+    for row in (row for row in losses if "M" not in row["values"]):
         lines[f"{row['way']}, {row['dtype']}"].append(row)
     for name, records in lines.items():
         axis.plot([r["values"]["N"] for r in records], [r["peak_bytes"] / 1e6 for r in records], marker="o", label=name)
@@ -222,6 +228,44 @@ def _loss_memory(rows: list[Record]) -> Figure | None:
     axis.set_xticks(numbers, list(map(str, numbers)))
     axis.set_xticks([], minor=True)
     axis.legend(fontsize=7)
+    return figure
+
+
+def _contrast_memory(rows: list[Record]) -> Figure | None:
+    """A panel a kind of loss: peak memory over N, measured as filled points on a line, computed as hollow, dashed."""
+    lines = contrast_memory_rows(rows)
+    if not lines:
+        return None
+    kinds = list(dict.fromkeys(kind for kind, _ in lines))
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=(5.5 * len(kinds), 4), layout="constrained", squeeze=False, sharey=True
+    )
+    for axis, kind in zip(axes.flat, kinds, strict=True):
+        for (of_kind, way), records in lines.items():
+            if of_kind != kind:
+                continue
+            points = [(row["rows"], row["peak_bytes"] / 1e6, row["source"] == COMPUTED) for row in records]
+            measured = [point[:2] for point in points if not point[2]]
+            (line,) = axis.plot(
+                *(zip(*measured, strict=True) if measured else ((), ())),
+                marker="o", linewidth=2 if way == OURS else 1, label=way,
+            )  # fmt: skip
+            # From the last measured point on.
+            computed = [*measured[-1:], *(point[:2] for point in points if point[2])]
+            if len(computed) > len(measured[-1:]):
+                hollow: dict[str, Any] = {
+                    "marker": "o",
+                    "markerfacecolor": "white",
+                    "linestyle": "--",
+                    "color": line.get_color(),
+                }
+                axis.plot(*zip(*computed, strict=True), zorder=line.get_zorder() - 0.1, linewidth=1, **hollow)
+        sizes = sorted({row["rows"] for (of_kind, _), records in lines.items() if of_kind == kind for row in records})
+        axis.set(xscale="log", yscale="log", xlabel="N", title=f"{KINDS[kind]} loss")
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axis.set_xticks([], minor=True)
+        axis.legend(fontsize=8)
+    axes[0, 0].set_ylabel("MB beside the features, forward and backward\n(hollow: computed, not measured)")
     return figure
 
 
@@ -252,5 +296,6 @@ _PLOTS: dict[str, Callable[[list[Record]], Figure | None]] = {
     "step-ratio": _step_ratio,
     "decoding": _decoding,
     "loss-memory": _loss_memory,
+    "contrast-memory": _contrast_memory,
     "ablations": _ablations,
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 from sclkern.errors import UserError
 from sclkern.tools.bench.ablations import CASES, ablation_table
+from sclkern.tools.bench.contrasts import contrast_tables, memory_text
 from sclkern.tools.bench.demo_tasks import CASES as DEMO_TASKS
 from sclkern.tools.bench.demo_tasks import demo_tasks_table
 from sclkern.tools.bench.results import page
@@ -235,21 +236,24 @@ def _retrieval_table(rows: list[Record]) -> str:
 
 
 def _models_table(rows: list[Record]) -> str:
-    models: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
+    models: dict[tuple[Any, ...], dict[str, Record]] = defaultdict(dict)
     for row in rows:
         if row["case"].startswith("model/"):
             key = row["model"], row["layers"], row["rows"], row["dtype"]
-            models[key][row["way"]] = row["median_seconds"]
-    complete = {key: times for key, times in sorted(models.items()) if len(times) == 2}
+            models[key][row["way"]] = row
+    complete = {key: ways for key, ways in sorted(models.items()) if len(ways) == 2}
     if not complete:
         return ""
     lines = [
-        "| model of transformers | layers | pairs | dtype | as it is | after `sclkern.fuse` | faster |",
-        "|---|---|---|---|---|---|---|",
+        "| model | layers | rows | dtype | as it is | after `sclkern.fuse` | faster | memory before and after |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for key, times in complete.items():
-        values = *key, *(seconds_text(times[way]) for way in ("unfused", "fused"))
-        lines.append(f"| {' | '.join(map(str, values))} | {times['unfused'] / times['fused']:.2f}x |")
+    for key, ways in complete.items():
+        before, after = ways["unfused"], ways["fused"]
+        values = *key, *(seconds_text(row["median_seconds"]) for row in (before, after))
+        peaks = [memory_text(row["peak_bytes"]) for row in (before, after) if "peak_bytes" in row]
+        ratio = f"{before['median_seconds'] / after['median_seconds']:.2f}x"
+        lines.append(f"| {' | '.join(map(str, values))} | {ratio} | {', '.join(peaks)} |")
     return "\n".join(lines)
 
 
@@ -279,7 +283,7 @@ def bounded_by_roofline(op: str) -> bool:
 def memory_rows(rows: list[Record]) -> list[Record]:
     """The records of the contrastive loss with a peak of memory, forward with backward."""
     losses = [r for r in rows if r.get("op") == "completion_loss" and r.get("peak_bytes") and r["pass"] == "both"]
-    return sorted(losses, key=lambda row: (row["dtype"], row["way"], row["values"]["N"]))
+    return sorted(losses, key=lambda row: (row["dtype"], row["way"], row["values"]["N"], row["size"]))
 
 
 def memory_table(rows: list[Record]) -> str:
@@ -292,7 +296,8 @@ def memory_table(rows: list[Record]) -> str:
         "|---|---|---|---|",
     ]
     for row in losses:
-        lines.append(f"| {row['way']} | {row['values']['N']} | {row['dtype']} | {row['peak_bytes'] / 1e6:.4g} MB |")
+        rows_of = " of ".join(str(row["values"][name]) for name in ("N", "M") if name in row["values"])
+        lines.append(f"| {row['way']} | {rows_of} | {row['dtype']} | {row['peak_bytes'] / 1e6:.4g} MB |")
     return "\n".join(lines)
 
 
@@ -309,6 +314,7 @@ _TABLES: dict[str, tuple[str, Callable[[list[Record]], str]]] = {
     "demotasks": (DEMO_TASKS, demo_tasks_table),
     "ops": ("op/", op_table),
     "memory": ("op/", memory_table),
+    "contrast": ("contrast", contrast_tables),
 }
 TABLES = tuple(_TABLES)
 

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from sclkern import reference
-from sclkern.tools.specs._spec import AccuracyShape, Backward, Cost, Inputs, OpSpec, Values, kernels, normal
+from sclkern.tools.specs._spec import AccuracyShape, Backward, Cost, Inputs, OpSpec, Size, Values, kernels, normal
 from sclkern.tools.specs._workload import WIDTH, row_sizes
 
 
 def _inputs(v: Values, dtype: torch.dtype, device: str) -> Inputs:
     groups = (v["G"],) if "G" in v else ()
-    complete = normal(*groups, v["N"], WIDTH, device=device)
+    complete = normal(*groups, v.get("M", v["N"]), WIDTH, device=device)
     # By default as close to its own complete feature as after some training.
-    recovered = complete + normal(*groups, v["N"], WIDTH, device=device, scale=v.get("noise", 2.0))
+    recovered = complete[..., : v["N"], :] + normal(*groups, v["N"], WIDTH, device=device, scale=v.get("noise", 2.0))
     temperature = torch.tensor(v["temperature"], device=device) if "temperature" in v else 0.05
     return {"recovered": recovered.to(dtype), "complete": complete.to(dtype), "temperature": temperature}
 
@@ -25,10 +25,11 @@ def _small_inputs(length: int, device: str) -> Inputs:
 
 
 def _cost(v: Values, element_size: int) -> Cost:
-    """N x N similarities forward, one product of their gradient back: the complete side is detached."""
-    tensor, statistics = v["N"] * WIDTH * element_size, 2 * v["N"] * 4
-    flops = 2 * v["N"] ** 2 * WIDTH
-    return Cost(2 * tensor + statistics, flops, 3 * tensor + statistics, flops)
+    """N x M similarities forward, one product of their gradient back: the complete side is detached."""
+    rows, columns = v["N"], v.get("M", v["N"])
+    features, statistics = (rows + columns) * WIDTH * element_size, 2 * rows * 4
+    flops = 2 * rows * columns * WIDTH
+    return Cost(features + statistics, flops, features + rows * WIDTH * element_size + statistics, flops)
 
 
 def _launch(inputs: Inputs, dropout_p: float, seed: Tensor | None) -> Backward:
@@ -56,8 +57,9 @@ SPEC = OpSpec(
     small_inputs=_small_inputs,
     cost=_cost,
     launch=_launch,
-    sizes=row_sizes((4096, 16384, 65536), 4096),
-    cpu_sizes=row_sizes((512, 1024, 4096), 1024),
+    # The last with a hard negative for each row.
+    sizes=(*row_sizes((4096, 16384, 65536), 4096), Size("4096 of 8192", {"N": 4096, "M": 8192}, 3)),
+    cpu_sizes=(*row_sizes((512, 1024, 4096), 1024), Size("2048 of 4096", {"N": 2048, "M": 4096}, 3)),
     accuracy=(_shape("128", N=128), _shape("4096", N=4096), _shape("of 4 frames", G=4, N=64)),
     detached=("complete",),
     float32=("temperature",),

@@ -12,7 +12,7 @@ from sclkern.tools.specs import SPECS, linear_cross_entropy
 
 # The most of each dimension in a size of an op.
 VARIANTS = ("separate/sdpa/compiled", "planned", "planned/graph")
-LIMITS = {"B": 2, "T": 16, "N": 24, "Lq": 18, "Lk": 18, "longest": 18, "K": 8, "P": 8, "F": 2, "H": 12}
+LIMITS = {"B": 2, "T": 16, "N": 24, "M": 32, "Lq": 18, "Lk": 18, "longest": 18, "K": 8, "P": 8, "F": 2, "H": 12}
 
 
 def small(values: dict[str, Any]) -> dict[str, Any]:

@@ -135,7 +135,11 @@ def test_models_are_shown_fused_beside_unfused(tmp_path):
     records.append("model/vilt/unfused", results=tmp_path, way="unfused", median_seconds=0.3, **model)
     assert "vilt" not in report.report(records.read([tmp_path]))
     records.append("model/vilt/fused", results=tmp_path, way="fused", median_seconds=0.2, **model)
-    assert "| vilt | two | 2 | float32 | 300 ms | 200 ms | 1.50x |" in report.report(records.read([tmp_path]))
+    assert "| vilt | two | 2 | float32 | 300 ms | 200 ms | 1.50x |  |" in report.report(records.read([tmp_path]))
+    model |= {"peak_bytes": 2e9}
+    for way, seconds in (("unfused", 0.3), ("fused", 0.2)):
+        records.append(f"model/vilt/{way}", results=tmp_path, way=way, median_seconds=seconds, **model)
+    assert "| 1.50x | 2 GB, 2 GB |" in report.report(records.read([tmp_path]))
 
 
 def test_pairs_a_second_of_a_retrieval_are_shown(tmp_path):
