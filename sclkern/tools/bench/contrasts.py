@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from sclkern.tools.bench.figures import OURS, memory_text, seconds_text
+
 Record = dict[str, Any]
 
 # The prefixes of the cases.
@@ -32,14 +34,9 @@ def _by_line(rows: list[Record], prefix: str) -> dict[tuple[str, ...], list[Reco
     kinds = list(KINDS)
 
     def position(line: tuple[str, ...]) -> tuple[Any, ...]:
-        return kinds.index(line[0]), line[1:-1], line[-1] != "sclkern", line[-1]
+        return kinds.index(line[0]), line[1:-1], line[-1] != OURS, line[-1]
 
     return {line: sorted(lines[line], key=lambda row: row["rows"]) for line in sorted(lines, key=position)}
-
-
-def memory_text(size: float) -> str:
-    """Three digits with MB or GB."""
-    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
 def contrast_tables(rows: list[Record]) -> str:
@@ -82,8 +79,6 @@ def _peak(row: Record | None) -> str:
 
 def contrast_table(rows: list[Record]) -> str:
     """Time of a forward and backward by sclkern, and the others with their multiple of it; "" without records."""
-    from sclkern.tools.bench.report import OURS, seconds_text
-
     lines = _by_line(rows, TIME)
     cases: dict[tuple[str, str, int], dict[str, Record]] = defaultdict(dict)
     for (kind, dtype, way), records in lines.items():

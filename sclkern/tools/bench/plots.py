@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 
 from sclkern.tools.bench.ablations import CASES, METHODS, RECALL_AT, ablation_rows, recall
 from sclkern.tools.bench.contrasts import COMPUTED, KINDS, MEMORY, contrast_memory_rows
+from sclkern.tools.bench.figures import OURS, seconds_text
 from sclkern.tools.bench.report import (
     GROUPS,
-    OURS,
     Record,
     bounded_by_roofline,
     decoding_rows,
@@ -30,7 +30,6 @@ from sclkern.tools.bench.report import (
     memory_rows,
     op_rows,
     ratio_rows,
-    seconds_text,
     step_rows,
 )
 

@@ -14,6 +14,7 @@ from sclkern.tools.bench.ablations import CASES, ablation_table
 from sclkern.tools.bench.contrasts import contrast_tables, memory_text
 from sclkern.tools.bench.demo_tasks import CASES as DEMO_TASKS
 from sclkern.tools.bench.demo_tasks import demo_tasks_table
+from sclkern.tools.bench.figures import OURS, memory_text, seconds_text, three_digits
 from sclkern.tools.bench.results import page
 from sclkern.tools.specs import PASSES, SPECS
 
@@ -23,7 +24,6 @@ Record = dict[str, Any]
 # The words between "begin" and "-->" choose the tables; without words, all tables of benchmarks.
 BEGIN = re.compile(r"<!-- sclkern bench report: begin((?: [a-z]+)*) -->")
 END = "<!-- sclkern bench report: end -->"
-OURS = "sclkern"
 # Chooses the page of results, which is not told by machine.
 RESULTS = "results"
 # Op, size, dtype and pass of a record.
@@ -76,17 +76,6 @@ def _described(rows: list[Record]) -> str:
         elif row.get("processor"):
             names.add(f"{row['processor']}, {row['threads']} threads")
     return " / ".join(sorted(names))
-
-
-def seconds_text(seconds: float) -> str:
-    """Three digits with s, ms or µs."""
-    unit, factor = next((u, f) for u, f in (("s", 1), ("ms", 1e3), ("µs", 1e6)) if seconds * f >= 1 or u == "µs")
-    return f"{three_digits(seconds * factor)} {unit}"
-
-
-def three_digits(number: float) -> str:
-    """Rounded to three digits, without an exponent below a million."""
-    return f"{float(f'{number:.3g}'):g}"
 
 
 def op_rows(rows: list[Record]) -> dict[Key, dict[str, Record]]:

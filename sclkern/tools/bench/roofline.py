@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sclkern.tools.bench.report import three_digits
+from sclkern.tools.bench.figures import three_digits
 from sclkern.tools.specs import PASSES, SPECS, Cost
 
 

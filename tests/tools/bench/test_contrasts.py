@@ -6,7 +6,8 @@ import pytest
 
 from sclkern.cli import main
 from sclkern.tools.bench import plots, records, report
-from sclkern.tools.bench.contrasts import contrast_table, contrast_tables, memory_text
+from sclkern.tools.bench.contrasts import contrast_table, contrast_tables
+from sclkern.tools.bench.figures import memory_text
 
 
 def memory_record(folder, way: str, rows: int, peak: float, source: str = "measured", kind: str = "clip") -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sclkern.cli import main
 from sclkern.errors import UserError
-from sclkern.tools.bench import ablations, plots, records, report
+from sclkern.tools.bench import ablations, figures, plots, records, report
 from sclkern.tools.bench.roofline import measure, planned_table
 
 ROOT = Path(__file__).parents[3]
@@ -77,7 +77,7 @@ def test_the_table_compares_with_ours(tmp_path):
     [(2, "2 s"), (0.25, "250 ms"), (0.0123456, "12.3 ms"), (9.87e-6, "9.87 µs"), (3e-8, "0.03 µs")],
 )
 def test_times_have_three_digits_and_a_unit(seconds, text):
-    assert report.seconds_text(seconds) == text
+    assert figures.seconds_text(seconds) == text
 
 
 def test_the_command_writes_tables_and_plots(tmp_path, capsys):
