@@ -11,7 +11,7 @@ from typing import Any
 
 from sclkern.errors import UserError
 from sclkern.tools.bench.ablations import CASES, ablation_table
-from sclkern.tools.bench.contrasts import contrast_tables, memory_text
+from sclkern.tools.bench.contrasts import contrast_tables
 from sclkern.tools.bench.demo_tasks import CASES as DEMO_TASKS
 from sclkern.tools.bench.demo_tasks import demo_tasks_table
 from sclkern.tools.bench.figures import OURS, memory_text, seconds_text, three_digits
