@@ -18,6 +18,7 @@ from sclkern.integrations.fuse import modules as fused
 from sclkern.integrations.fuse import trial, within
 from sclkern.integrations.fuse.activations import gelu_kind
 from sclkern.integrations.fuse.attention import attention
+from sclkern.integrations.fuse.blocks import pre_norm_block
 from sclkern.integrations.fuse.contrast import completion_loss
 from sclkern.integrations.fuse.doubts import doubt
 from sclkern.integrations.fuse.modules import Gelu, Output, Swap, Verdict, fused_class
@@ -215,7 +216,7 @@ def transformer_encoder(module: Any) -> Verdict:
 RULES: dict[str, Callable[[Any], Verdict]] = {
     "attention": lambda module: attention(module) or vit_attention(module),
     "completion_loss": completion_loss,
-    "dropout_add_layer_norm": dropout_add_layer_norm,
+    "dropout_add_layer_norm": lambda module: dropout_add_layer_norm(module) or pre_norm_block(module),
     "linear_gelu": lambda module: linear_gelu(module) or vit_mlp(module),
     "transformer_encoder": transformer_encoder,
 }

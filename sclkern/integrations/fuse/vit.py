@@ -31,19 +31,23 @@ _AFTER_GELU = (
 )  # fmt: skip
 
 
-def known_form(module: nn.Module) -> str | None:
+def known_form(module: nn.Module, named: bool = False) -> str | None:
     """What the forward of a module computes, where its text was examined.
 
     Args:
         module: the module.
+        named: whether its class must be one in which the text was found.
 
     Returns:
         The "form" of the table, or None.
     """
     if "forward" in module.__dict__:
         return None
-    entry = known("forwards").get(forward_digest(type(module)) or "")
-    return None if entry is None else str(entry["form"])
+    cls = type(module)
+    entry = known("forwards").get(forward_digest(cls) or "")
+    if entry is None or (named and f"{cls.__module__}:{cls.__qualname__}" not in entry["names"]):
+        return None
+    return str(entry["form"])
 
 
 def norm_obstacle(name: str, norm: Any) -> str | None:

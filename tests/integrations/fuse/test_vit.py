@@ -230,12 +230,13 @@ def test_model_is_the_same(more):
     model = vit(**more)
     fused = copy.deepcopy(model)
     report = sclkern.fuse(fused)
+    # The gradients of a norm are float32 there.
     with kernels():
-        agree(compute(fused, IMAGES), compute(model, IMAGES), 1e-9)
+        agree(compute(fused, IMAGES), compute(model, IMAGES), 1e-6)
         # Stochastic depth is the model's own, and draws the same numbers.
         for one in (model, fused):
             one.train()
-        agree(compute(fused, IMAGES), compute(model, IMAGES), 1e-9)
+        agree(compute(fused, IMAGES), compute(model, IMAGES), 1e-6)
     report.revert()
     agree(compute(fused, IMAGES), compute(model, IMAGES), 0.0)
     assert not any(isinstance(module, Fused) for module in fused.modules())
@@ -247,7 +248,7 @@ def test_fused_twice_and_copied():
     first = sclkern.fuse(model, only="attention")
     second = sclkern.fuse(model, strict=False)
     assert {entry.module for entry in first.replaced} == {"Attention"}
-    assert {entry.module for entry in second.replaced} == {"Mlp"}
+    assert {entry.module for entry in second.replaced} == {"Block", "Mlp"}
     with kernels():
         agree(outputs(copy.deepcopy(model), IMAGES), expected, 1e-9)
     second.revert()

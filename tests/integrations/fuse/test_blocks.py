@@ -1,0 +1,139 @@
+"""Pre-norm blocks: the sum and the norm are one op, all else is called as the block calls it."""
+
+import copy
+import importlib
+import pickle
+import unittest.mock
+
+import pytest
+import torch
+from torch import nn
+
+import sclkern
+from sclkern import ops
+from sclkern.integrations.fuse.blocks import FORMS
+from sclkern.integrations.source import known
+from swapped_models.checks import agree, compute, kernels, outputs
+
+WIDTH, ROWS = 32, 3
+HIDDEN = torch.randn(ROWS, 6, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def of_timm(module, cls, inputs=None, **options):
+    pytest.importorskip("timm")
+    block = getattr(importlib.import_module(f"timm.models.{module}"), cls)(WIDTH, num_heads=2, **options)
+    return block, {"x": HIDDEN, **(inputs or {})}
+
+
+BLOCKS = {
+    "timm": lambda: of_timm("vision_transformer", "Block"),
+    "timm, scaled": lambda: of_timm("vision_transformer", "Block", init_values=0.1, drop_path=0.5),
+    "timm's EVA": lambda: of_timm("eva", "EvaBlock", init_values=0.1, drop_path=0.5),
+    "timm's BEiT": lambda: of_timm("beit", "Block", init_values=0.1),
+}
+
+
+def stirred(make):
+    torch.manual_seed(0)
+    block, inputs = make()
+    block = block.double().eval()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return block, inputs
+
+
+def fused(block):
+    copied = copy.deepcopy(block)
+    report = sclkern.fuse(copied, only="dropout_add_layer_norm", strict=False)
+    return copied, report
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block_is_the_same(name):
+    block, inputs = stirred(BLOCKS[name])
+    ours, report = fused(block)
+    assert [entry.path for entry in report.replaced if entry.by == "ops.dropout_add_layer_norm"] == [""]
+    # Without a kernel, the block itself computes, to the bit.
+    agree(compute(ours, inputs), compute(block, inputs), 0.0)
+    with kernels(), unittest.mock.patch.object(ops, "dropout_add_layer_norm", wraps=ops.dropout_add_layer_norm) as op:
+        agree(compute(ours, inputs), compute(block, inputs), 1e-6)
+        assert op.call_count == 1 and op.call_args.kwargs["return_sum"]
+        agree(compute(pickle.loads(pickle.dumps(copy.deepcopy(ours))), inputs), compute(block, inputs), 1e-6)
+        # Dropout and stochastic depth are the block's own, and draw the same numbers.
+        agree(compute(ours.train(), inputs), compute(block.train(), inputs), 1e-6)
+    report.revert()
+    agree(compute(ours.eval(), inputs), compute(block.eval(), inputs), 0.0)
+    assert type(ours) is type(block)
+
+
+def test_arguments_by_position():
+    block, _ = stirred(BLOCKS["timm"])
+    ours, _ = fused(block)
+    with kernels():
+        torch.testing.assert_close(ours(HIDDEN, None), block(HIDDEN, None))
+        with pytest.raises(TypeError, match="x"):
+            ours()
+
+
+def test_autocast():
+    block, inputs = stirred(BLOCKS["timm"])
+    block, inputs = block.float(), {"x": HIDDEN.float()}
+    ours, _ = fused(block)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = outputs(block, inputs)
+        with kernels():
+            actual = outputs(ours, inputs)
+    agree(actual, expected, 2e-2)
+
+
+@pytest.mark.parametrize("change", ["hook", "class", "eps"])
+def test_a_norm_that_is_changed_later(change):
+    block, inputs = stirred(BLOCKS["timm"])
+    ours, _ = fused(block)
+    for one in (block, ours):
+        if change == "hook":
+            one.norm2.register_forward_hook(lambda module, args, out: 2 * out)
+        elif change == "class":
+            one.norm2 = nn.Identity()
+        else:
+            one.norm2.eps = 0.5
+    with kernels():
+        agree(outputs(ours, inputs), outputs(block, inputs), 1e-9)
+
+
+class ScaledNorm(nn.LayerNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def another_forward():
+    block = of_timm("vision_transformer", "Block")[0]
+    block.__class__ = type("Block", (type(block),), {"forward": lambda self, x: x + self.norm1(x)})
+    return block
+
+
+def replaced():
+    block = of_timm("vision_transformer", "Block")[0]
+    block.forward = lambda x: x
+    return block
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: of_timm("vision_transformer", "Block", norm_layer=ScaledNorm)[0], "its norm2 is ScaledNorm, which is"),
+        (lambda: of_timm("vision_transformer", "Block", norm_layer=nn.RMSNorm)[0], None),
+        (another_forward, None),
+        (replaced, None),
+    ],
+    ids=["another norm", "RMSNorm", "a subclass", "an instance"],
+)
+def test_a_block_that_is_left(make, reason):
+    report = sclkern.fuse(make(), only="dropout_add_layer_norm", strict=False)
+    assert not report.replaced
+    assert [left.why.startswith(reason) for left in report.left] == [True] * (reason is not None)
+
+
+def test_every_form_is_in_the_table():
+    assert {entry["form"] for entry in known("forwards").values()} <= {"attention", *FORMS}
