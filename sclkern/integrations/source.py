@@ -79,7 +79,11 @@ def forward_digest(cls: Any) -> str | None:
     """
     owner = next(base for base in cls.__mro__ if "forward" in vars(base))
     module = sys.modules.get(owner.__module__)
-    file, code = getattr(module, "__file__", None), getattr(vars(owner)["forward"], "__code__", None)
+    forward, file = vars(owner)["forward"], getattr(module, "__file__", None)
+    if getattr(forward, "__globals__", {}).get("__name__") == "transformers.modeling_layers":
+        # Gradient checkpointing, which that file puts around the forward of every subclass.
+        forward = getattr(forward, "__wrapped__", None)
+    code = getattr(forward, "__code__", None)
     if not file or not file.endswith(".py") or not os.path.isfile(file):
         return None
     try:

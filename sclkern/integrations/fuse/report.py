@@ -160,7 +160,7 @@ def fuse(
       that use Hugging Face's ``AttentionInterface`` (BERT, RoBERTa, BridgeTower, CLIP) with a known eager attention,
       through views of the model's configurations that say "sclkern".
     - "dropout_add_layer_norm": {dense, LayerNorm, dropout}; the first sum and the second norm of pre-norm blocks whose
-      class was examined (timm's ViT, DeiT, EVA and BEiT).
+      class was examined (ViT, DeiT, DINOv2, DINOv3, ViLT, BLIP's vision model, timm's ViT, EVA and BEiT).
     - "linear_gelu": {dense, intermediate_act_fn}, {fc1, activation_fn, fc2}, {fc1, act, fc2} with dropout (timm), a
       ``torch.nn.Sequential`` with a linear layer and a GELU (the MLP of OpenAI's CLIP and of open_clip), and longer
       forwards whose code applies a GELU to the result of a linear layer (DistilBERT, ALBERT, BART, Whisper, Wav2Vec2,

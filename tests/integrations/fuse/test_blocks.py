@@ -1,4 +1,4 @@
-"""Pre-norm blocks: the sum and the norm are one op, all else is called as the block calls it."""
+"""Pre-norm blocks of transformers and timm: sum and norm are one op, all else is called as the block calls it."""
 
 import copy
 import importlib
@@ -16,7 +16,16 @@ from sclkern.integrations.source import known
 from swapped_models.checks import agree, compute, kernels, outputs
 
 WIDTH, ROWS = 32, 3
+SIZES = {"hidden_size": WIDTH, "num_attention_heads": 2, "intermediate_size": 48}
 HIDDEN = torch.randn(ROWS, 6, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def of_transformers(model, cls, config, inputs=None, **sizes):
+    transformers = pytest.importorskip("transformers")
+    module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    made = getattr(transformers, config)(**{**SIZES, **sizes})
+    made._attn_implementation = "eager"
+    return getattr(module, cls)(made), {"hidden_states": HIDDEN, **(inputs or {})}
 
 
 def of_timm(module, cls, inputs=None, **options):
@@ -26,6 +35,11 @@ def of_timm(module, cls, inputs=None, **options):
 
 
 BLOCKS = {
+    "ViT": lambda: of_transformers("vit", "ViTLayer", "ViTConfig"),
+    "DeiT": lambda: of_transformers("deit", "DeiTLayer", "DeiTConfig"),
+    "BLIP": lambda: of_transformers("blip", "BlipEncoderLayer", "BlipVisionConfig"),
+    "DINOv2": lambda: of_transformers("dinov2", "Dinov2Layer", "Dinov2Config", drop_path_rate=0.5),
+    "ViLT": lambda: of_transformers("vilt", "ViltLayer", "ViltConfig"),
     "timm": lambda: of_timm("vision_transformer", "Block"),
     "timm, scaled": lambda: of_timm("vision_transformer", "Block", init_values=0.1, drop_path=0.5),
     "timm's EVA": lambda: of_timm("eva", "EvaBlock", init_values=0.1, drop_path=0.5),
@@ -67,12 +81,16 @@ def test_block_is_the_same(name):
     assert type(ours) is type(block)
 
 
-def test_arguments_by_position():
-    block, _ = stirred(BLOCKS["timm"])
+def test_arguments_by_position_and_maps():
+    block, _ = stirred(BLOCKS["ViLT"])
     ours, _ = fused(block)
     with kernels():
-        torch.testing.assert_close(ours(HIDDEN, None), block(HIDDEN, None))
-        with pytest.raises(TypeError, match="x"):
+        for arguments in ((HIDDEN, None, True), (HIDDEN,)):
+            expected, actual = block(*arguments), ours(*arguments)
+            assert len(actual) == len(expected)
+            for value, truth in zip(actual, expected, strict=True):
+                torch.testing.assert_close(value, truth)
+        with pytest.raises(TypeError, match="hidden_states"):
             ours()
 
 
@@ -136,4 +154,4 @@ def test_a_block_that_is_left(make, reason):
 
 
 def test_every_form_is_in_the_table():
-    assert {entry["form"] for entry in known("forwards").values()} <= {"attention", *FORMS}
+    assert {entry["form"] for entry in known("forwards").values()} == {"attention", *FORMS}
