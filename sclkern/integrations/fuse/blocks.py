@@ -83,7 +83,8 @@ class FusedBlock(Fused):
         """Compute the first sum and the second norm in one kernel."""
         form, names, defaults, kind = self._sclkern
         arguments = {**dict(defaults), **bind(names, args, options)}
-        norm, stream = self._modules.get(form.second), arguments.get(names[0])
+        norm: Any = self._modules.get(form.second)
+        stream = arguments.get(names[0])
         complete = all(name in arguments for name in names) and len(args) <= len(names)
         if not complete or not isinstance(stream, Tensor) or not _norm_holds(norm, kind):
             return super().forward(*args, **options)

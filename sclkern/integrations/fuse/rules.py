@@ -96,9 +96,8 @@ def linear_gelu(module: Any) -> Verdict:
         if getattr(module, activation, None) is not None and _has_children(module, first):
             found = _gelu_within(module, first, activation)
             # The whole module has the better reason, unless there is more in it.
-            verdict = (
-                found if verdict is None or isinstance(found, Swap) or verdict.startswith("it also has") else verdict
-            )
+            if isinstance(found, Swap) or not isinstance(verdict, str) or verdict.startswith("it also has"):
+                verdict = found
     return verdict
 
 

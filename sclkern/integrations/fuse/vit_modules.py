@@ -48,17 +48,18 @@ class FusedViTAttention(Fused):
                 warn_once(f"{reason}: computed by the original forward of {type(self).__name__}")
             return super().forward(*args, **options)
         x = arguments[settings.names[0]]
-        gate = getattr(self, "gate", None)
+        gate: Any = getattr(self, "gate", None)
         query, key, value = self._heads(x, arguments.get("rope"))
         # Without torch's fused attention, the module itself calls its dropout.
         drops = self.training if getattr(self, "fused_attn", False) else self.attn_drop.training
-        out = ops.attention(
+        out: Any = ops.attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
             dropout_p=self.attn_drop.p if drops else 0.0,
             backend=forced_backend(),
-        ).flatten(-2)
+        )
+        out = out.flatten(-2)
         if (norm := self._modules.get("norm")) is not None:
             out = norm(out)
         if gate is not None:
@@ -74,7 +75,8 @@ class FusedViTAttention(Fused):
             projections: tuple[Any, ...] = self.q_proj, self.k_proj, self.v_proj
             query, key, value = (projection(x).unflatten(-1, heads).transpose(1, 2) for projection in projections)
         if "q_norm" in children:
-            query, key = self.q_norm(query), self.k_norm(key)
+            norms: tuple[Any, ...] = self.q_norm, self.k_norm
+            query, key = norms[0](query), norms[1](key)
         if rope is not None:
             query, key = (self._rotated(one, rope).type_as(value) for one in (query, key))
         return query, key, value
@@ -84,7 +86,8 @@ class FusedViTAttention(Fused):
             packed: Tensor = linear(x)
             return packed
         # EVA and BEiT keep the biases, of which that of the keys is zero, beside the layer.
-        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        biases: tuple[Any, ...] = self.q_bias, self.k_bias, self.v_bias
+        bias = torch.cat(biases)
         if getattr(self, "qkv_bias_separate", False):
             packed = linear(x)
             packed += bias
@@ -107,8 +110,8 @@ class FusedViTAttention(Fused):
         for name, argument in arguments.items():
             if name not in (settings.names[0], "rope") and argument is not None and argument is not False:
                 return f"{name} is given"
-        if (name := changed(self, settings.attributes)) is not None:
-            return f"its {name} was changed"
+        if (different := changed(self, settings.attributes)) is not None:
+            return f"its {different} was changed"
         return None if is_plain(self.attn_drop, nn.Dropout) else "its attn_drop was changed"
 
 
