@@ -76,7 +76,7 @@ def vit_attention(module: Any) -> Verdict:
     if any(not isinstance(children.get(name), nn.Module) for name in (*linears, *_DROPOUTS)):
         return None
     if getattr(module, "relative_position_bias_table", None) is not None:
-        return "its relative position bias changes its scores, and the op has none"
+        return "its relative position bias changes its scores, and is not given to the op"
     norms = [name for name in _NORMS if children.get(name) is not None]
     gate = ("gate",) if children.get("gate") is not None else ()
     kinds = dict.fromkeys((*linears, *gate), nn.Linear) | dict.fromkeys(_DROPOUTS, nn.Dropout)

@@ -153,7 +153,7 @@ LEFT = {
     "grouped keys": (
         lambda: layers.AttentionRope(WIDTH, num_heads=4, qkv_fused=False, num_kv_heads=2), "several queries share a key"
     ),
-    "BEiT's bias": (beit, "its relative position bias changes its scores, and the op has none"),
+    "BEiT's bias": (beit, "its relative position bias changes its scores, and is not given to the op"),
 }  # fmt: skip
 
 
