@@ -16,15 +16,15 @@ def write(path: Path, figures: Sequence[Figure], seconds: dict[str, float]) -> N
     Args:
         path: of the Markdown file.
         figures: of all tasks.
-        seconds: that each task took.
+        seconds: that each task took that was run from its beginning.
     """
-    times = ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items())
     lines = [
         "# The tasks of the demo",
         "",
         figures_table([figure._asdict() for figure in figures]),
         "",
-        f"Minutes: {times}, together {sum(seconds.values()) / 60:.1f}.",
-        "",
     ]
+    if seconds:
+        times = ", ".join(f"{name} {value / 60:.1f}" for name, value in seconds.items())
+        lines += [f"Minutes: {times}, together {sum(seconds.values()) / 60:.1f}.", ""]
     write_atomically(path, lambda file: file.write_text("\n".join(lines), encoding="utf-8"))

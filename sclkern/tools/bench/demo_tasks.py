@@ -11,7 +11,7 @@ Record = dict[str, Any]
 
 
 def demo_tasks_table(rows: list[Record]) -> str:
-    """The figures of all tasks, and the minutes that each took.
+    """The figures of all tasks, and the minutes that each took from its beginning.
 
     Args:
         rows: records.
@@ -22,8 +22,10 @@ def demo_tasks_table(rows: list[Record]) -> str:
     tasks = sorted((row for row in rows if row["case"].startswith(CASES)), key=lambda row: row["time"])
     if not tasks:
         return ""
-    times = ", ".join(f"{row['case'].removeprefix(CASES)} {row['seconds'] / 60:.1f}" for row in tasks)
-    return f"{figures_table([one for row in tasks for one in row['figures']])}\n\nMinutes: {times}."
+    table = figures_table([one for row in tasks for one in row["figures"]])
+    whole = [row for row in tasks if "seconds" in row]
+    times = ", ".join(f"{row['case'].removeprefix(CASES)} {row['seconds'] / 60:.1f}" for row in whole)
+    return f"{table}\n\nMinutes: {times}." if times else table
 
 
 def figures_table(figures: Sequence[Mapping[str, Any]]) -> str:
