@@ -44,16 +44,13 @@ def test_held_out_pairs_are_those_that_training_does_not_read(tmp_path):
     assert not first & set.union(*map(captions, read))
 
 
-def test_clips_of_a_split_are_in_no_other_and_move():
-    splits = [open_pairs(clips.DATA, [split], format="arrow") for split in ("train", "val", "test")]
-    assert [split.num_images for split in splits] == [117, 20, 40]
-    for one, other in itertools.combinations(splits, 2):
-        assert not captions(one) & captions(other)
-    for split in splits:
-        for clip in range(split.num_images):
-            frames = np.stack([np.asarray(frame, np.int16) for frame in split.frames(clip, range)])
-            assert frames.shape == (8, 64, 64, 3)
-            assert (frames.max(0) - frames.min(0)).max() > 64
+def test_clips_move_and_have_captions_of_their_own():
+    source = open_pairs(clips.DATA, ["test"], format="arrow")
+    assert (source.num_images, source.num_pairs, len(captions(source))) == (177, 353, 353)
+    for clip in range(source.num_images):
+        frames = np.stack([np.asarray(frame, np.int16) for frame in source.frames(clip, range)])
+        assert frames.shape == (8, 64, 64, 3)
+        assert (frames.max(0) - frames.min(0)).max() > 64
 
 
 def balls(frame: np.ndarray) -> set[str]:
@@ -154,10 +151,10 @@ def test_pairs_run_to_recalls(model, tmp_path):
     assert all(figure.baseline == "chance" and 0 < figure.baseline_percent < 10 for figure in figures)
 
 
-def test_clips_run_to_recalls_before_and_after_training(model, monkeypatch, tmp_path):
-    monkeypatch.setattr(clips, "KEYS", {**clips.KEYS, **SHORT, "model.image_size": 16, "run.batch_size": 2})
+def test_clips_run_to_recalls(model, tmp_path):
     figures = clips.run(model, tmp_path)
-    assert [figure.model for figure in figures] == ["pre-trained"] * 2 + ["fine-tuned"] * 2
+    assert [figure.metric for figure in figures] == ["R@1", "R@5"]
+    assert figures[0].baseline_percent == pytest.approx(100 / 177)
 
 
 def test_rollouts_run_to_the_recalls_of_four_frames_and_of_one(model, monkeypatch, tmp_path):
