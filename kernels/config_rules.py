@@ -176,17 +176,19 @@ class AttentionForward:
         largest: largest tiles.
         per_warp: elements of scores and operands for each warp, by bytes of an element; more would spill.
         turned_warps: where keys are the rows of the products, None for what ``per_warp`` gives.
+        biased_scores: most scores of a tile with a bias in 16 bits.
     """
 
     largest: LargestTiles
     per_warp: Mapping[int, int]
     turned_warps: int | None = None
+    biased_scores: int = BIASED_SCORES
 
     def __call__(self, itemsize: int, *, queries: int, keys: int, head_dim: int, bias: int = 0) -> Fields:
         block_queries, block_keys = _tiles(queries, keys, itemsize, head_dim, self.largest)
         if biased := bool(bias) and itemsize == 2:
             block_queries = tile(queries, WGMMA_M)
-            block_keys = tile(keys, min(self.largest[2, max(head_dim, 64)][1], BIASED_SCORES // block_queries))
+            block_keys = tile(keys, min(self.largest[2, max(head_dim, 64)][1], self.biased_scores // block_queries))
         # Few queries and many keys: the keys are the rows of the products, see WGMMA_M.
         turned = block_queries < WGMMA_M <= block_keys
         warps = _warps(block_queries, block_keys, head_dim, itemsize, self.per_warp)
