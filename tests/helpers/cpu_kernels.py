@@ -86,6 +86,11 @@ def _attention(
     return reference.packed_attention(query, key, value, *packing, **options)
 
 
+def _attention_with_bias(query, key, value, bias, mask, seed, dropout_ids, dropout_p, softmax_scale, shared=0):
+    options = {"seed": seed, "dropout_ids": dropout_ids, "dropout_p": dropout_p, "softmax_scale": softmax_scale}
+    return reference.attention(query, key, value, key_padding_mask=mask, bias=bias, **options)
+
+
 def _cross_attention(x, score_weight, score_bias, value_weight, out_bias, mask, seed, dropout_ids, dropout_p):
     tensors = x, score_weight, score_bias, value_weight, out_bias, mask
     return absorbed_attention(*tensors, dropout_p=dropout_p, seed=seed, dropout_ids=dropout_ids)
@@ -101,6 +106,7 @@ def _cross_attention_softmax(scores, mask, seed, dropout_ids, dropout_p):
 # here gives its inputs to its definition by name.
 DEFINITIONS: dict[str, Callable[..., Any]] = {
     "attention": _attention,
+    "attention_with_bias": _attention_with_bias,
     "cross_attention": _cross_attention,
     "cross_attention_softmax": _cross_attention_softmax,
     "dropout_add_layer_norm": _dropout_add_layer_norm,
@@ -122,6 +128,12 @@ def _attention_results(gradients, arguments):
     return [*gradients[: 3 - shared], *joint, *(gradients[0].new_zeros((0,)) for _ in range(max(0, shared - 1)))]
 
 
+def _attention_with_bias_results(gradients, arguments):
+    """As those of attention; that of the bias only where it is needed."""
+    *of_tokens, of_bias = gradients
+    return [*_attention_results(of_tokens, arguments), of_bias if arguments["needs_bias"] else of_bias.new_empty((0,))]
+
+
 def _embed_patches_results(gradients, arguments):
     """That of cls is a row of that of position; those of small parameters are in one tensor."""
     weight, position, _, *others = gradients
@@ -132,6 +144,7 @@ def _embed_patches_results(gradients, arguments):
 # Where the backward does not return the gradients of the inputs one by one.
 RESULTS: dict[str, Callable[[list, dict], list]] = {
     "attention": _attention_results,
+    "attention_with_bias": _attention_with_bias_results,
     "embed_patches": _embed_patches_results,
     "dropout_add_layer_norm": lambda gradients, _: [*gradients[:2], torch.stack([g.float() for g in gradients[2:]])],
 }
