@@ -395,8 +395,7 @@ class NoisyMlp(Mlp):
         (DenseTwice, "something else"),
         (Clipped, "something else on a large input"),
         (WithScale, "its forward does not take two tensors"),
-        (DropInside, "in training"),
-        (DropBehind, "it also has dropout"),
+        (DropBehind, "its code uses self for more than its attributes"),
         (NoisyMlp, "NoisyGelu is no GELU"),
     ],
 )
@@ -404,6 +403,17 @@ def test_an_mlp_that_does_more_is_left(cls, why):
     # On a CPU no kernel runs, and what the fused form would compute does not show.
     report = sclkern.fuse(nn.Sequential(cls(), nn.Identity()), strict=False)
     assert not report.replaced and why in report.left[0].why
+
+
+def test_an_mlp_with_dropout_between_is_taken_and_drops_what_it_dropped():
+    model = nn.Sequential(DropInside(), nn.Identity())
+    x = torch.randn(3, model[0].fc1.in_features)
+    torch.manual_seed(1)
+    expected = model.train()(x)
+    report = sclkern.fuse(model, strict=False)
+    torch.manual_seed(1)
+    assert report.replaced[0].by.startswith("ops.bias_gelu")
+    assert torch.equal(model(x), expected)
 
 
 @pytest.mark.parametrize(
