@@ -82,9 +82,9 @@ def stages() -> list[Stage]:
         Stage("tests/large", "tests", [large], 20, workers=1, dry=("--collect-only",)),
         benchmark("step", "step", 30, step, "-k", "not 64-planned and not (64-separate and not compiled)"),
         benchmark("models", "models", 20, "benchmarks/cases/test_models.py", max_seconds=120),
-        benchmark("contrast", "contrast", 20, "benchmarks/cases/test_contrast.py", max_seconds=180, dry=("-k", "1024")),
-        benchmark("ops/2", "ops", 20, "--priority", "2", ops, dry=one_op),
-        benchmark("ops/3", "ops", 10, "--priority", "3", ops, dry=one_op),
+        benchmark("contrast", "contrast", 10, "benchmarks/cases/test_contrast.py", max_seconds=180, dry=("-k", "1024")),
+        benchmark("ops/2", "ops", 15, "--priority", "2", ops, dry=one_op),
+        benchmark("ops/3", "ops", 5, "--priority", "3", ops, dry=one_op),
     ]
     for tool in ("memcheck", "initcheck"):
         prefix = ["compute-sanitizer", "--tool", tool, "--print-limit", "20", "--error-exitcode", "1"]

@@ -65,7 +65,8 @@ def embed_patches(
     if keep is not None:
         positions = positions.gather(2, keep[:, None, :, None].expand(-1, 1, -1, position.shape[-1]))
         replace = None if replace is None else replace.gather(1, keep)
-    tokens = patches.to(weight.dtype) @ weight.flatten(1).T
+    # One product: torch multiplies frame by frame where no gradient is needed, which rounds otherwise on some CPUs.
+    tokens = (patches.to(weight.dtype).flatten(0, 2) @ weight.flatten(1).T).unflatten(0, patches.shape[:3])
     if replace is not None and mask_token is not None:
         tokens = torch.where(replace[:, None, :, None], mask_token.to(tokens.dtype), tokens)
     tokens = tokens + positions
