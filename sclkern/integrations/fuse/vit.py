@@ -25,6 +25,9 @@ _SEPARATE = ("q_proj", "k_proj", "v_proj")
 _DROPOUTS = ("attn_drop", "proj_drop")
 _NORMS = ("q_norm", "k_norm", "norm")
 _BIASES = ("q_bias", "k_bias", "v_bias")
+# BEiT's relative position bias, and what its method that makes the bias reads anew in each call.
+_TABLE = ("relative_position_bias_table", "relative_position_index")
+_SIZES = ("window_size", "num_relative_distance")
 # What follows the GELU: timm's, that of its older versions and its copies, and without a first dropout.
 _AFTER_GELU = (
     ("drop1", "norm", "fc2", "drop2"), ("drop1", "fc2", "drop2"), ("drop", "fc2", "drop"), ("fc2", "drop"),
@@ -75,16 +78,20 @@ def vit_attention(module: Any) -> Verdict:
     linears = ("qkv", "proj") if packed else (*_SEPARATE, "proj")
     if any(not isinstance(children.get(name), nn.Module) for name in (*linears, *_DROPOUTS)):
         return None
-    if getattr(module, "relative_position_bias_table", None) is not None:
-        return "its relative position bias changes its scores, and is not given to the op"
+    biased = getattr(module, _TABLE[0], None) is not None
+    if biased and known_form(module) != "attention with bias":
+        return "its relative position bias changes its scores, in a forward whose text is not one that was examined"
+    table = _TABLE if biased else ()
     norms = [name for name in _NORMS if children.get(name) is not None]
     gate = ("gate",) if children.get("gate") is not None else ()
     kinds = dict.fromkeys((*linears, *gate), nn.Linear) | dict.fromkeys(_DROPOUTS, nn.Dropout)
-    if obstacle := beyond(module, *linears, *_DROPOUTS, *norms, *gate, *_BIASES) or child_obstacle(module, **kinds):
+    if obstacle := beyond(module, *linears, *_DROPOUTS, *norms, *gate, *_BIASES, *table) or child_obstacle(
+        module, **kinds
+    ):
         return obstacle
     if obstacle := next(filter(None, (norm_obstacle(name, children[name]) for name in norms)), None):
         return obstacle
-    if known_form(module) != "attention":
+    if known_form(module) not in ("attention", "attention with bias"):
         return UNKNOWN
     heads, width = module.num_heads, module.qkv.out_features // 3 if packed else module.q_proj.out_features
     if not isinstance(heads, int) or heads < 1 or width % heads:
@@ -94,11 +101,13 @@ def vit_attention(module: Any) -> Verdict:
     if getattr(module, "num_kv_groups", 1) != 1:
         return "several queries share a key, which torch's attention computes"
     names = tuple(inspect.signature(module.forward).parameters)
-    settings = ViTAttention(names, heads, attributes(module, *children, *_BIASES))
+    settings = ViTAttention(names, heads, attributes(module, *children, *_BIASES, *_TABLE, *_SIZES))
     reason = trial.once(module, FusedViTAttention, lambda: _try_attention(module, settings, width // heads))
     if reason is not None:
         return str(reason)
-    calls = "self-attention without a mask; with attn_mask, is_causal, shared_rel_pos_bias: the module's own forward"
+    calls = "self-attention without a mask; with attn_mask or is_causal: the module's own forward"
+    if "shared_rel_pos_bias" in names:
+        calls = "self-attention, with its relative position bias and a shared one"
     return Swap("ops.attention", fused_class(type(module), FusedViTAttention), {"_sclkern": settings}, calls=calls)
 
 
@@ -107,24 +116,32 @@ def _try_attention(module: Any, settings: ViTAttention, head: int) -> str | None
     name, linear = settings.names[0], getattr(module, "qkv", None) or module.q_proj
     prefix = int(getattr(module, "num_prefix_tokens", 0))
 
-    def call(length: int, rotated: bool) -> dict[str, Any]:
+    # With a table of relative positions, the module has one length.
+    index = getattr(module, _TABLE[1], None)
+    short, long = (prefix + 5, prefix + 200) if index is None else index.shape[:1] * 2
+    option = next((option for option in ("rope", "shared_rel_pos_bias") if option in settings.names), None)
+
+    def call(length: int, more: bool) -> dict[str, Any]:
         inputs: dict[str, Any] = {name: 2 * trial.random_input(attempt.dtype, 2, length, linear.in_features)}
-        if rotated:
-            inputs["rope"] = trial.random_input(attempt.dtype, length - prefix, 2 * head)
+        if more and option == "rope":
+            inputs[option] = trial.random_input(attempt.dtype, length - prefix, 2 * head)
+        elif more and option is not None:
+            inputs[option] = trial.random_input(attempt.dtype, 1, settings.heads, length, length)
         return inputs
 
     with trial.quiet():
         try:
-            for rotated in (False, True) if "rope" in settings.names else (False,):
-                where = "with a rotation" if rotated else "on a small input"
+            for more in (False, True) if option is not None else (False,):
+                where = f"with {option}" if more else "on a small input"
                 attempt.train(False)
-                attempt.compare(where, call(prefix + 5, rotated), gradients=True)
-                attempt.compare(f"{where}, longer", call(prefix + 200, rotated))
+                attempt.compare(where, call(short, more), gradients=True)
+                if long != short:
+                    attempt.compare(f"{where}, longer", call(long, more))
                 for p in (0.0, 1.0):
                     attempt.train(True, p)
-                    attempt.compare(f"in training with dropout {p:g}", call(prefix + 5, rotated), gradients=True)
+                    attempt.compare(f"in training with dropout {p:g}", call(short, more), gradients=True)
             attempt.unchanged()
-            attempt.on_kernels(call(prefix + 5, False))
+            attempt.on_kernels(call(short, option == "shared_rel_pos_bias"))
         except Difference as difference:
             return str(difference)
     return None

@@ -15,6 +15,9 @@ from sclkern.integrations.fuse.structure import Attributes, changed, is_plain
 from sclkern.integrations.huggingface.warn import warn_once
 from sclkern.nn.linear_gelu import linear_gelu
 
+# The argument with which BEiT's layers get a bias of the scores.
+_SHARED = "shared_rel_pos_bias"
+
 
 class ViTAttention(NamedTuple):
     """Settings of ``FusedViTAttention``.
@@ -31,7 +34,7 @@ class ViTAttention(NamedTuple):
 
 
 class FusedViTAttention(Fused):
-    """{qkv, attn_drop, proj, proj_drop}, with or without norms, gate, rotation, and projections of their own."""
+    """{qkv, attn_drop, proj, proj_drop}, with or without norms, gate, rotation, bias, projections of their own."""
 
     attn_drop: nn.Dropout
     proj: nn.Linear
@@ -42,7 +45,10 @@ class FusedViTAttention(Fused):
         """Attend with ``ops.attention``, or with the original forward where the op cannot compute this call."""
         settings = self._sclkern
         arguments = bind(settings.names, args, options)
-        reason = self._unsupported(arguments)
+        reason, bias = self._unsupported(arguments), None
+        if reason is None and _SHARED in settings.names:
+            bias = self._bias(arguments.get(_SHARED))
+            reason = _bias_obstacle(bias, arguments[settings.names[0]], settings.heads)
         if reason is not None:
             if not modules._trial:
                 warn_once(f"{reason}: computed by the original forward of {type(self).__name__}")
@@ -56,6 +62,7 @@ class FusedViTAttention(Fused):
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
+            bias=bias,
             dropout_p=self.attn_drop.p if drops else 0.0,
             backend=forced_backend(),
         )
@@ -65,6 +72,15 @@ class FusedViTAttention(Fused):
         if gate is not None:
             out = out * gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
+
+    def _bias(self, shared: Tensor | None) -> Tensor | None:
+        """BEiT's bias of the scores: its own, made by its own method, and one that its model shares among layers."""
+        bias = shared
+        if getattr(self, "relative_position_bias_table", None) is not None:
+            make: Any = self._get_rel_pos_bias
+            bias = make() if shared is None else make() + shared
+        # timm's models share (H, L, L).
+        return bias[(None,) * (4 - bias.ndim)] if isinstance(bias, Tensor) and bias.ndim < 4 else bias
 
     def _heads(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, each (B, H, L, D), which is how the module's norms and rotation read them."""
@@ -108,11 +124,25 @@ class FusedViTAttention(Fused):
         if not isinstance(x, Tensor) or x.ndim != 3:
             return "an input that is not (B, L, W)"
         for name, argument in arguments.items():
-            if name not in (settings.names[0], "rope") and argument is not None and argument is not False:
+            if name not in (settings.names[0], "rope", _SHARED) and argument is not None and argument is not False:
                 return f"{name} is given"
         if (different := changed(self, settings.attributes)) is not None:
             return f"its {different} was changed"
         return None if is_plain(self.attn_drop, nn.Dropout) else "its attn_drop was changed"
+
+
+def _bias_obstacle(bias: Tensor | None, x: Tensor, heads: int) -> str | None:
+    """The reason why the op does not take a bias, or None."""
+    if bias is None:
+        return None
+    batch, length = x.shape[:2]
+    device = x.device.type
+    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if not isinstance(bias, Tensor) or bias.dtype not in (x.dtype, cast, torch.float32):
+        return "a bias that is no tensor in the dtype of the input"
+    if bias.ndim != 4 or bias.shape[0] not in (1, batch) or bias.shape[1] not in (1, heads):
+        return "a bias that is not of shape (B or 1, H or 1, L, L)"
+    return None if bias.shape[2:] == (length, length) else "a bias of another length"
 
 
 class Mlp(NamedTuple):

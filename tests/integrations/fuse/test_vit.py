@@ -1,6 +1,7 @@
 """timm's ViT, DeiT, EVA: attention and MLP, fused, compute what they did; what is not known is left."""
 
 import copy
+import pickle
 import unittest.mock
 
 import pytest
@@ -14,6 +15,7 @@ from swapped_models.checks import agree, compute, kernels, outputs
 
 timm = pytest.importorskip("timm")
 layers = pytest.importorskip("timm.layers")
+beit_models = pytest.importorskip("timm.models.beit")
 pytestmark = pytest.mark.skipif(not hasattr(layers, "Attention"), reason="an older timm, whose ViT has the class")
 WIDTH, ROWS = 32, 3
 
@@ -53,6 +55,16 @@ def eva(name="EvaAttention", **options):
     return stirred(cls(WIDTH, num_heads=2, **{**NORMED, **options}))
 
 
+def beit(**options):
+    module = beit_models.Attention(WIDTH, num_heads=2, **{"window_size": (5, 1), **options})
+    return stirred(module)
+
+
+def shared(rows=1, heads=2, length=6):
+    generator = torch.Generator().manual_seed(4)
+    return {"shared_rel_pos_bias": torch.randn(rows, heads, length, length, dtype=torch.float64, generator=generator)}
+
+
 ATTENTIONS = {
     "plain": (attention, {}),
     "norms": (lambda: attention(qk_norm=True, scale_norm=True, **NORMED), {}),
@@ -65,6 +77,16 @@ ATTENTIONS = {
     "EVA, separate biases": (lambda: eva(qkv_bias_separate=True), ROPE),
     "EVA, separate projections": (lambda: eva(qkv_fused=False), ROPE),
     "rotated": (lambda: eva("AttentionRope", qk_norm=True), ROPE),
+    "BEiT": (lambda: beit(qkv_bias=True), {}),
+    "BEiT, separate biases": (lambda: beit(qkv_bias=True, qkv_bias_separate=True), {}),
+    "BEiT, with a shared bias": (lambda: beit(qkv_bias=True), shared()),
+    "BEiT, with a bias for each row": (lambda: beit(), shared(ROWS, 1)),
+    "BEiT, with a bias of three dimensions": (
+        lambda: beit(),
+        {"shared_rel_pos_bias": shared()["shared_rel_pos_bias"][0]},
+    ),
+    "BEiT, with a shared bias alone": (lambda: beit(window_size=None, qkv_bias=True), shared()),
+    "BEiT, without a bias": (lambda: beit(window_size=None), {}),
 }
 
 
@@ -140,10 +162,34 @@ def replaced():
     return module
 
 
-def beit():
-    from timm.models.beit import Attention
+def own_method():
+    module = beit()
+    module._get_rel_pos_bias = lambda: torch.zeros(1, 2, 6, 6)
+    return module
 
-    return Attention(WIDTH, num_heads=2, window_size=(2, 2))
+
+class Windowed(nn.Module):
+    """Swin's way: each window of a picture is a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.scale, self.relative_position_bias_table = 2, 0.25, nn.Parameter(torch.zeros(9, 2))
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
+
+    def forward(self, x):
+        return self.proj(self.qkv(x)[..., :WIDTH] + self.relative_position_bias_table.sum())
+
+
+class Gated(beit_models.Attention):
+    """The text of BEiT's forward is inherited, and there is more in the module."""
+
+    def __init__(self):
+        super().__init__(WIDTH, num_heads=2, window_size=(5, 1))
+        self.strength = nn.Parameter(torch.ones(2))
+
+    def _get_rel_pos_bias(self):
+        return self.strength[:, None, None] * super()._get_rel_pos_bias()
 
 
 LEFT = {
@@ -153,7 +199,9 @@ LEFT = {
     "grouped keys": (
         lambda: layers.AttentionRope(WIDTH, num_heads=4, qkv_fused=False, num_kv_heads=2), "several queries share a key"
     ),
-    "BEiT's bias": (beit, "its relative position bias changes its scores, and is not given to the op"),
+    "a bias in another forward": (Windowed, "its relative position bias changes its scores, in a forward whose text"),
+    "a bias with more in it": (Gated, "it also has the parameter strength"),
+    "BEiT, an own method": (own_method, "its code reads _get_rel_pos_bias"),
 }  # fmt: skip
 
 
@@ -163,6 +211,95 @@ def test_attention_that_is_left(name):
     report = sclkern.fuse(make(), only="attention", strict=False)
     assert not report.replaced
     assert len(report.left) == 1 and report.left[0].why.startswith(reason)
+
+
+@pytest.mark.parametrize("kind", ["own", "shared", "both"])
+def test_the_gradient_of_a_bias(kind):
+    module = beit(window_size=None if kind == "shared" else (5, 1), qkv_bias=True)
+    fused = copy.deepcopy(module)
+    sclkern.fuse(fused, only="attention")
+    more = {} if kind == "own" else shared()
+    found = []
+    for one in (module, fused):
+        leaves = [value.clone().requires_grad_() for value in (tokens() | more).values()]
+        out = one(*leaves)
+        table = [] if kind == "shared" else [one.relative_position_bias_table]
+        found.append([out, *torch.autograd.grad(out.square().sum(), [*leaves, *table])])
+    for actual, expected in zip(found[1], found[0], strict=True):
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("change", ["window", "hook", "another method", "no table", "half"])
+def test_bias_that_is_changed_later(change):
+    module = beit(qkv_bias=True)
+    fused = copy.deepcopy(module)
+    sclkern.fuse(fused, only="attention")
+    inputs, seen = tokens(), []
+    for one in (module, fused):
+        if change == "window":
+            torch.manual_seed(1)
+            if not hasattr(one, "set_window_size"):
+                pytest.skip("an older timm")
+            one.set_window_size((4, 2))
+            inputs = tokens(9)
+        elif change == "hook":
+            one.proj.register_forward_hook(lambda module, args, out: seen.append(out))
+        elif change == "another method":
+            one._get_rel_pos_bias = lambda own=one: 2 * type(own)._get_rel_pos_bias(own)
+        elif change == "no table":
+            one.relative_position_bias_table = None
+        else:
+            one.bfloat16()
+            inputs = {"x": inputs["x"].bfloat16()}
+    with unittest.mock.patch.object(ops, "attention", wraps=ops.attention) as op:
+        agree(compute(fused, inputs), compute(module, inputs), 2e-2 if change == "half" else 1e-9)
+    assert op.called == (change != "another method") and len(seen) == 2 * (change == "hook")
+
+
+@pytest.mark.parametrize("bias", [torch.randn(1, 2, 1, 6).double(), torch.ones(6, 6).bool()], ids=["a row", "bool"])
+def test_bias_of_another_kind_is_added_by_the_original(bias):
+    module = beit(window_size=None)
+    fused = copy.deepcopy(module)
+    sclkern.fuse(fused, only="attention")
+    inputs = tokens() | {"shared_rel_pos_bias": bias}
+    with unittest.mock.patch.object(ops, "attention", wraps=ops.attention) as op:
+        agree(compute(fused, inputs), compute(module, inputs), 0.0)
+    assert not op.called
+
+
+def test_bias_of_another_length_raises_as_before():
+    module = beit()
+    sclkern.fuse(module, only="attention")
+    with pytest.raises(RuntimeError, match="size"):
+        module(**tokens(7))
+
+
+def test_bias_under_autocast_and_compiled():
+    module = beit(qkv_bias=True).float()
+    fused, x = copy.deepcopy(module), tokens()["x"].float()
+    sclkern.fuse(fused, only="attention")
+    torch.testing.assert_close(torch.compile(fused, backend="eager", fullgraph=True)(x), module(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(fused(x), module(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("options", [{"use_rel_pos_bias": True}, {"use_shared_rel_pos_bias": True}], ids=str)
+def test_beit_is_the_same(options):
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": WIDTH, "depth": 2, "num_heads": 2, "num_classes": 3}
+    model = stirred(beit_models.Beit(**sizes, qkv_bias=True, init_values=0.1, drop_path_rate=0.5, **options))
+    fused = copy.deepcopy(model)
+    report = sclkern.fuse(fused)
+    assert "ops.attention" in {entry.by for entry in report.active}
+    with kernels(), unittest.mock.patch.object(ops, "attention", wraps=ops.attention) as op:
+        agree(compute(fused, IMAGES), compute(model, IMAGES), 1e-6)
+        assert op.call_count == 2 and all(call.kwargs["bias"].shape == (1, 2, 5, 5) for call in op.call_args_list)
+        model.set_grad_checkpointing(True)
+        fused.set_grad_checkpointing(True)
+        agree(compute(fused.train(), IMAGES), compute(model.train(), IMAGES), 1e-6)
+        agree(compute(pickle.loads(pickle.dumps(fused)), IMAGES), compute(model, IMAGES), 1e-6)
+    report.revert()
+    agree(compute(fused, IMAGES), compute(model, IMAGES), 0.0)
 
 
 class Old(nn.Module):
