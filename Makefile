@@ -5,6 +5,8 @@ BUDGET ?= 400
 MODELS ?=
 # Processes of pytest, one thread each.
 JOBS ?= 2
+# Further arguments of pytest in `make test`.
+TEST_ARGS ?=
 RUN := $(VENV)/bin
 OLDEST := $(VENV)/oldest
 # Version of Triton of `make static`; the budget is recorded with 3.9.
@@ -30,7 +32,7 @@ demo-tasks: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not gpu and not models" -n $(JOBS) --dist loadfile \
-		--ignore tests/processes --ignore tests/real_data
+		--ignore tests/processes --ignore tests/real_data $(TEST_ARGS)
 
 # Runs of several processes, which take every core already: one test at a time.
 test-processes: $(VENV)/.installed
