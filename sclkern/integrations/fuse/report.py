@@ -156,9 +156,9 @@ def fuse(
 
     - "attention": ``torch.nn.MultiheadAttention``; modules {query, key, value, dropout} (METER's and SCL's
       ``BertCrossLayer``, BERT, BLIP's text model, ViLT), {qkv, projection, dropout} (BLIP's vision model) and {qkv,
-      attn_drop, proj, proj_drop} with a forward of timm (ViT, DeiT, EVA, BEiT: norms, gates, rotations and relative position
-      biases included); modules that use Hugging Face's ``AttentionInterface`` (BERT, RoBERTa, BridgeTower, CLIP) with a known eager attention,
-      through views of the model's configurations that say "sclkern".
+      attn_drop, proj, proj_drop} with a forward of timm (ViT, DeiT, EVA, BEiT: norms, gates, rotations and relative
+      position biases included); modules that use Hugging Face's ``AttentionInterface`` (BERT, RoBERTa, BridgeTower,
+      CLIP) with a known eager attention, through views of the model's configurations that say "sclkern".
     - "dropout_add_layer_norm": {dense, LayerNorm, dropout}; the first sum and the second norm of pre-norm blocks whose
       class was examined (ViT, DeiT, DINOv2, DINOv3, ViLT, BLIP's vision model, timm's ViT, EVA and BEiT).
     - "linear_gelu": {dense, intermediate_act_fn}, {fc1, activation_fn, fc2}, {fc1, act, fc2} with dropout (timm), a
