@@ -19,12 +19,13 @@ from torch import Tensor
 from sclkern.kernels.attention_dropout import attention_dropout
 from sclkern.kernels.attention_statistics import keep_bits, rows_with_bits
 from sclkern.kernels.config import Features, LaunchConfig, resolve, select, settled
-from sclkern.kernels.config_rules import ceil_div
+from sclkern.kernels.config_rules import ceil_div, next_power_of_2
 from sclkern.kernels.dropout import dropout_keep_mask, load_keep_mask, sequence_head
 from sclkern.kernels.launch import Prepared, static_entry
 from sclkern.reference import attention_dropout_threshold
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+block_of = triton.constexpr_function(next_power_of_2)
 # Integers that differ from batch to batch: one compiled kernel serves them all.
 DYNAMIC_ARGS = ["heads", "queries", "keys", "query_rows", "key_rows", "threshold"]
 BIAS_STRIDES = ("bias_batch_stride", "bias_head_stride", "bias_row_stride", "bias_column_stride")
@@ -42,26 +43,41 @@ def sequence_bounds(cu_seqlens_ptr, batch, length):
 
 
 @triton.jit
-def sequence_ptr(ptr, cu_seqlens_ptr, batch, first, head, batch_stride, row_stride, head_stride):
+def sequence_ptr(
+    ptr, cu_seqlens_ptr, batch, first, head, batch_stride, row_stride, head_stride, HEAD_DIM: tl.constexpr
+):
     """Pointer to the first row of a sequence in one head."""
-    if cu_seqlens_ptr is None:
-        return ptr + (batch * batch_stride + head * head_stride)
-    else:
-        return ptr + (first * row_stride + head * head_stride)
+    start = batch * batch_stride if cu_seqlens_ptr is None else first * row_stride
+    offset = start + head * head_stride
+    if HEAD_DIM % 16 != 0:
+        # Triton knows of integers whether 16 divides them; ``contiguous_channels`` sees to it that 8 does.
+        offset = tl.multiple_of(offset, 8)
+    return ptr + offset
+
+
+@triton.jit
+def tile_mask(inside, HEAD_DIM: tl.constexpr):
+    """(rows, D or 1): rows that are ``inside`` (rows,), without the channels that fill the tile."""
+    mask = inside[:, None]
+    if block_of(HEAD_DIM) != HEAD_DIM:
+        mask = mask & (tl.arange(0, block_of(HEAD_DIM)) < HEAD_DIM)[None, :]
+    return mask
 
 
 @triton.jit
 def load_rows(ptr, row, inside, row_stride, HEAD_DIM: tl.constexpr):
-    """(rows, D); zero where ``inside`` (rows,) is False, whatever memory holds there."""
-    offset = row.to(tl.int64)[:, None] * row_stride + tl.arange(0, HEAD_DIM)[None, :]
-    return tl.load(ptr + offset, mask=inside[:, None], other=0.0)
+    """(rows, D), D filled up to a power of two; zero there and where ``inside`` (rows,) is False, whatever memory
+    holds."""
+    offset = row.to(tl.int64)[:, None] * row_stride + tl.arange(0, block_of(HEAD_DIM))[None, :]
+    return tl.load(ptr + offset, mask=tile_mask(inside, HEAD_DIM), other=0.0)
 
 
 @triton.jit
 def store_rows(ptr, values, first, row, length, head, heads, HEAD_DIM: tl.constexpr):
     """Store (rows, D) into one head of a contiguous (T, H, D); ``row`` counts from ``first``."""
-    offset = ((first + row.to(tl.int64)[:, None]) * heads + head) * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
-    tl.store(ptr + offset, values.to(ptr.dtype.element_ty), mask=(row < length)[:, None])
+    channel = tl.arange(0, block_of(HEAD_DIM))
+    offset = ((first + row.to(tl.int64)[:, None]) * heads + head) * HEAD_DIM + channel[None, :]
+    tl.store(ptr + offset, values.to(ptr.dtype.element_ty), mask=tile_mask(row < length, HEAD_DIM))
 
 
 @triton.jit
@@ -69,7 +85,7 @@ def zero_tail(ptr, cu_seqlens_ptr, batch, rows, tile, tiles, head, heads, HEAD_D
     """Write zeros into the rows of one head that lie after the last sequence, by ``tiles`` programs."""
     end = tl.load(cu_seqlens_ptr + batch)
     for start in range(end + tile * BLOCK, rows, tiles * BLOCK):
-        zeros = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
+        zeros = tl.zeros((BLOCK, block_of(HEAD_DIM)), tl.float32)
         store_rows(ptr, zeros, batch * 0, start + tl.arange(0, BLOCK), rows, head, heads, HEAD_DIM)
 
 
@@ -171,11 +187,11 @@ def attention_forward_kernel(
     row = tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     # fmt: off
     query_ptr = sequence_ptr(query_ptr, cu_seqlens_q_ptr, batch, first_query, head,
-                             query_batch_stride, query_row_stride, query_head_stride)
+                             query_batch_stride, query_row_stride, query_head_stride, HEAD_DIM)
     key_ptr = sequence_ptr(key_ptr, cu_seqlens_k_ptr, batch, first_key, head,
-                           key_batch_stride, key_row_stride, key_head_stride)
+                           key_batch_stride, key_row_stride, key_head_stride, HEAD_DIM)
     value_ptr = sequence_ptr(value_ptr, cu_seqlens_k_ptr, batch, first_key, head,
-                             value_batch_stride, value_row_stride, value_head_stride)
+                             value_batch_stride, value_row_stride, value_head_stride, HEAD_DIM)
     # fmt: on
     if bias_ptr is not None:
         bias_ptr += batch * bias_batch_stride + head * bias_head_stride
@@ -183,7 +199,8 @@ def attention_forward_kernel(
     scale_2 = scale * LOG2_E
     m_i = tl.full((BLOCK_QUERIES,), -float("inf"), tl.float32)
     l_i = tl.zeros((BLOCK_QUERIES,), tl.float32)
-    out = tl.zeros((HEAD_DIM, BLOCK_QUERIES) if TRANSPOSED else (BLOCK_QUERIES, HEAD_DIM), tl.float32)
+    CHANNELS: tl.constexpr = block_of(HEAD_DIM)
+    out = tl.zeros((CHANNELS, BLOCK_QUERIES) if TRANSPOSED else (BLOCK_QUERIES, CHANNELS), tl.float32)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
         if ids_ptr is not None:
@@ -361,6 +378,8 @@ def entry(
     signature |= {"seed_ptr": "*i64", "ids_ptr": "*i64"}
     signature |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32", "keep_scale": "fp32"}
     strides = [arg for arg in kernel.arg_names if arg.endswith("_stride") and arg not in BIAS_STRIDES]
+    if head_dim % 16:
+        strides = [arg for arg in strides if not arg.endswith("_head_stride")]
     constants: dict[str, Any] = {"HEAD_DIM": head_dim, **{arg: None for arg in absent if arg in kernel.arg_names}}
     if bias:
         signature |= {"bias_ptr": name, "grad_bias_ptr": name} | dict.fromkeys(BIAS_STRIDES[:-1], "i32")
@@ -373,12 +392,15 @@ STATIC_SHAPES = [
     *((*lengths, 64, torch.bfloat16, False) for lengths in ((325, 325), (325, 13), (13, 325), (65, 65), (13, 13))),
     *((*lengths, 64, torch.bfloat16, True) for lengths in ((325, 325), (13, 325))),
     (325, 325, 128, torch.bfloat16, False),
+    # SigLIP so400m at 384 px.
+    (729, 729, 72, torch.bfloat16, False),
     (325, 325, 64, torch.float32, False),
 ]
 # (queries, keys, head_dim, dtype) of those with a bias.
 BIASED_SHAPES = [
     *((*lengths, 64, torch.bfloat16) for lengths in ((325, 325), (325, 13), (13, 325), (13, 13))),
     (49, 49, 32, torch.bfloat16),
+    (729, 729, 72, torch.bfloat16),
     (325, 325, 64, torch.float32),
 ]
 

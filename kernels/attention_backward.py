@@ -23,6 +23,7 @@ from sclkern.kernels.attention import (
     Strides,
     arguments,
     bias_strides,
+    block_of,
     bounds,
     entry,
     key_mask,
@@ -155,13 +156,13 @@ def attention_backward_query_kernel(
     row = tile * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     inside = row < queries
     query_ptr = sequence_ptr(query_ptr, cu_seqlens_q_ptr, batch, first_query, head,
-                             query_batch_stride, query_row_stride, query_head_stride)
+                             query_batch_stride, query_row_stride, query_head_stride, HEAD_DIM)
     grad_out_ptr = sequence_ptr(grad_out_ptr, cu_seqlens_q_ptr, batch, first_query, head,
-                                grad_out_batch_stride, grad_out_row_stride, grad_out_head_stride)
+                                grad_out_batch_stride, grad_out_row_stride, grad_out_head_stride, HEAD_DIM)
     key_ptr = sequence_ptr(key_ptr, cu_seqlens_k_ptr, batch, first_key, head,
-                           key_batch_stride, key_row_stride, key_head_stride)
+                           key_batch_stride, key_row_stride, key_head_stride, HEAD_DIM)
     value_ptr = sequence_ptr(value_ptr, cu_seqlens_k_ptr, batch, first_key, head,
-                             value_batch_stride, value_row_stride, value_head_stride)
+                             value_batch_stride, value_row_stride, value_head_stride, HEAD_DIM)
     # fmt: on
     if bias_ptr is not None:
         bias_ptr += batch * bias_batch_stride + head * bias_head_stride
@@ -176,7 +177,8 @@ def attention_backward_query_kernel(
     seed = 0 if seed_ptr is None else tl.load(seed_ptr)
     if ids_ptr is not None:
         batch_head = sequence_head(ids_ptr, batch, head, heads)
-    grad_query = tl.zeros((HEAD_DIM, BLOCK_QUERIES) if TRANSPOSED else (BLOCK_QUERIES, HEAD_DIM), tl.float32)
+    CHANNELS: tl.constexpr = block_of(HEAD_DIM)
+    grad_query = tl.zeros((CHANNELS, BLOCK_QUERIES) if TRANSPOSED else (BLOCK_QUERIES, CHANNELS), tl.float32)
     for start in range(0, keys, BLOCK_KEYS):
         column = start + tl.arange(0, BLOCK_KEYS)
         valid = key_mask(mask_ptr, batch, column, keys)
@@ -245,13 +247,13 @@ def attention_backward_key_kernel(
     column = tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     valid = key_mask(mask_ptr, batch, column, keys)
     query_ptr = sequence_ptr(query_ptr, cu_seqlens_q_ptr, batch, first_query, head,
-                             query_batch_stride, query_row_stride, query_head_stride)
+                             query_batch_stride, query_row_stride, query_head_stride, HEAD_DIM)
     grad_out_ptr = sequence_ptr(grad_out_ptr, cu_seqlens_q_ptr, batch, first_query, head,
-                                grad_out_batch_stride, grad_out_row_stride, grad_out_head_stride)
+                                grad_out_batch_stride, grad_out_row_stride, grad_out_head_stride, HEAD_DIM)
     key_ptr = sequence_ptr(key_ptr, cu_seqlens_k_ptr, batch, first_key, head,
-                           key_batch_stride, key_row_stride, key_head_stride)
+                           key_batch_stride, key_row_stride, key_head_stride, HEAD_DIM)
     value_ptr = sequence_ptr(value_ptr, cu_seqlens_k_ptr, batch, first_key, head,
-                             value_batch_stride, value_row_stride, value_head_stride)
+                             value_batch_stride, value_row_stride, value_head_stride, HEAD_DIM)
     # fmt: on
     if bias_ptr is not None:
         bias_ptr += batch * bias_batch_stride + head * bias_head_stride
@@ -260,8 +262,9 @@ def attention_backward_key_kernel(
     seed = 0 if seed_ptr is None else tl.load(seed_ptr)
     if ids_ptr is not None:
         batch_head = sequence_head(ids_ptr, batch, head, heads)
-    grad_key = tl.zeros((BLOCK_KEYS, HEAD_DIM) if TRANSPOSED else (HEAD_DIM, BLOCK_KEYS), tl.float32)
-    grad_value = tl.zeros((BLOCK_KEYS, HEAD_DIM) if TRANSPOSED else (HEAD_DIM, BLOCK_KEYS), tl.float32)
+    CHANNELS: tl.constexpr = block_of(HEAD_DIM)
+    grad_key = tl.zeros((BLOCK_KEYS, CHANNELS) if TRANSPOSED else (CHANNELS, BLOCK_KEYS), tl.float32)
+    grad_value = tl.zeros((BLOCK_KEYS, CHANNELS) if TRANSPOSED else (CHANNELS, BLOCK_KEYS), tl.float32)
     for start in range(0, queries, BLOCK_QUERIES):
         row = start + tl.arange(0, BLOCK_QUERIES)
         inside = row < queries
@@ -408,6 +411,8 @@ STATIC_SHAPES = [
     *((*lengths, 64, torch.bfloat16, False) for lengths in ((325, 325), (13, 325), (325, 13), (65, 65), (13, 13))),
     *((*lengths, 64, torch.bfloat16, True) for lengths in ((325, 325), (325, 13))),
     (325, 325, 128, torch.bfloat16, False),
+    # SigLIP so400m at 384 px.
+    (729, 729, 72, torch.bfloat16, False),
     (325, 325, 64, torch.float32, False),
 ]
 

@@ -26,6 +26,7 @@ from sclkern.kernels.attention import (
     load_bias,
     load_lse_2,
     load_rows,
+    sequence_ptr,
 )
 from sclkern.kernels.attention_backward import score_gradients
 from sclkern.kernels.attention_statistics import keep_bits
@@ -103,14 +104,15 @@ def attention_backward_bias_kernel(
         batch, head = bias_sample + term // heads_each, bias_head + term % heads_each
         valid = key_mask(mask_ptr, batch, column, keys)
         # fmt: off
-        query = load_rows(query_ptr + batch * query_batch_stride + head * query_head_stride, row, inside,
-                          query_row_stride, HEAD_DIM)
-        grad_out = load_rows(grad_out_ptr + batch * grad_out_batch_stride + head * grad_out_head_stride, row, inside,
-                             grad_out_row_stride, HEAD_DIM)
-        key = load_rows(key_ptr + batch * key_batch_stride + head * key_head_stride, column, valid, key_row_stride,
-                        HEAD_DIM)
-        value = load_rows(value_ptr + batch * value_batch_stride + head * value_head_stride, column, valid,
-                          value_row_stride, HEAD_DIM)
+        query = load_rows(sequence_ptr(query_ptr, None, batch, 0, head, query_batch_stride, query_row_stride,
+                                       query_head_stride, HEAD_DIM), row, inside, query_row_stride, HEAD_DIM)
+        grad_out = load_rows(sequence_ptr(grad_out_ptr, None, batch, 0, head, grad_out_batch_stride,
+                                          grad_out_row_stride, grad_out_head_stride, HEAD_DIM),
+                             row, inside, grad_out_row_stride, HEAD_DIM)
+        key = load_rows(sequence_ptr(key_ptr, None, batch, 0, head, key_batch_stride, key_row_stride,
+                                     key_head_stride, HEAD_DIM), column, valid, key_row_stride, HEAD_DIM)
+        value = load_rows(sequence_ptr(value_ptr, None, batch, 0, head, value_batch_stride, value_row_stride,
+                                       value_head_stride, HEAD_DIM), column, valid, value_row_stride, HEAD_DIM)
         out = load_rows(out_ptr + (batch * queries * heads + head) * HEAD_DIM, row, inside, heads * HEAD_DIM, HEAD_DIM)
         # fmt: on
         delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)

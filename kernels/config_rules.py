@@ -23,6 +23,8 @@ WGMMA_M, WARPGROUP = 64, 4
 # Most scores of a tile of the forward with a bias in 16 bits: the bias lies in registers beside them, and 128 x 64 on 8
 # warps, 128 x 16 on 4 and 32 x 32 on 2 take 248 registers and more.
 BIASED_SCORES = 2048
+# The same where the head fills no tile of channels: of the backward by key, and of the forward on 4 warps.
+FILLED_SCORES = 1024
 
 
 def _no_problem(constants: Mapping[str, int], shapes: Mapping[str, int]) -> str | None:
@@ -185,19 +187,25 @@ class AttentionForward:
     biased_scores: int = BIASED_SCORES
 
     def __call__(self, itemsize: int, *, queries: int, keys: int, head_dim: int, bias: int = 0) -> Fields:
+        filled, head_dim = head_dim != next_power_of_2(head_dim), next_power_of_2(head_dim)
         block_queries, block_keys = _tiles(queries, keys, itemsize, head_dim, self.largest)
+        if filled:
+            # The mask of the channels takes registers: 128 rows spill on sm_120.
+            block_queries = tile(queries, min(block_queries, WGMMA_M))
         if biased := bool(bias) and itemsize == 2:
             block_queries = tile(queries, WGMMA_M)
             block_keys = tile(keys, min(self.largest[2, max(head_dim, 64)][1], self.biased_scores // block_queries))
         # Few queries and many keys: the keys are the rows of the products, see WGMMA_M.
         turned = block_queries < WGMMA_M <= block_keys
         warps = _warps(block_queries, block_keys, head_dim, itemsize, self.per_warp)
+        # 64 x 32 with a mask of the channels on 4 warps takes 231 registers; 64 x 16 on 8 spills on sm_100.
+        most = 2 * WARPGROUP if filled and block_queries * block_keys > FILLED_SCORES else WARPGROUP
         return {
             "BLOCK_QUERIES": block_queries,
             "BLOCK_KEYS": block_keys,
             "TRANSPOSED": int(turned),
             "KEEP_BITS": 0,
-            "num_warps": (turned and self.turned_warps) or (min(2 * warps, WARPGROUP) if biased else warps),
+            "num_warps": (turned and self.turned_warps) or (min(2 * warps, most) if biased else warps),
         }
 
 
@@ -227,6 +235,7 @@ class AttentionBackward:
     most_alone: Mapping[tuple[int, int], int] | None = None
 
     def __call__(self, itemsize: int, *, queries: int, keys: int, head_dim: int, bias: int = 0) -> Fields | None:
+        filled, head_dim = head_dim != next_power_of_2(head_dim), next_power_of_2(head_dim)
         by_query = _tiles(queries, keys, itemsize, head_dim, self.largest)
         by_key = _tiles(keys, queries, itemsize, head_dim, self.largest)
         # A length of 0 has no kernel of its own to write the zeros of the other side, so it is never a single tile.
@@ -248,13 +257,16 @@ class AttentionBackward:
             other_block = tile(others, WGMMA_M)
         if single and not is_query:
             other_block = max(TILES[-1], min(other_block, self.single_tile_scores[itemsize, head_dim] // block))
+        if bias and filled and two_bytes and not (single or is_query):
+            # 32 x 64 with a mask of the channels would spill on sm_100 with Triton 3.6.
+            other_block = max(TILES[-1], min(other_block, FILLED_SCORES // block))
         block_queries, block_keys = (block, other_block) if is_query else (other_block, block)
         warps = _warps(block_queries, block_keys, head_dim, itemsize, self.per_warp)
         if two_bytes and block in self.one_warpgroup[single, head_dim]:
             warps = min(warps, WARPGROUP)
-        if bias and two_bytes and warps < WARPGROUP:
-            # 16 x 16 on 2 warps would take 246 registers.
-            warps *= 2
+        if bias and two_bytes and (filled or warps < WARPGROUP):
+            # 16 x 16 on 2 warps would take 246 registers; 64 x 32 by query with a mask of the channels on 4 warps 250.
+            warps = min(2 * warps, 2 * WARPGROUP)
         return {
             "BLOCK_QUERIES": block_queries,
             "BLOCK_KEYS": block_keys,

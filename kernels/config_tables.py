@@ -313,6 +313,7 @@ SM_80: Table = _with(
         num_stages=2,
         most_alone=_ALONE,
     ),
+    attention_backward_bias=AttentionBias(largest=_SMALLER_QUERY, per_warp=_BY_QUERY.per_warp, programs=264),
 )
 SM_80 = _with(
     SM_80,

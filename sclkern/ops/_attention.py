@@ -13,7 +13,9 @@ from sclkern.ops import _checks
 from sclkern.ops.dispatch import Choice, autocast_like, select_backend, takes_cpu_form
 from sclkern.reference.attention import check_dropout_lengths
 
-HEAD_DIMS = (32, 64, 128)
+# Those of vision models beyond 64 (SigLIP so400m, ViT-H, ViT-g, ViT-bigG) fill tiles of 128 channels.
+HEAD_DIMS = (32, 64, 72, 80, 88, 96, 104, 128)
+FRAME_HEAD_DIMS = (32, 64, 128)
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, forms: tuple[str, str], same_length: bool = False) -> None:
@@ -101,11 +103,13 @@ def resolve_scale(head_dim: int, softmax_scale: float | None) -> float:
     return 1 / math.sqrt(head_dim) if softmax_scale is None else float(softmax_scale)
 
 
-def kernel_problems(head_dim: int, softmax_scale: float | None) -> tuple[str, ...]:
+def kernel_problems(
+    head_dim: int, softmax_scale: float | None, head_dims: tuple[int, ...] = HEAD_DIMS
+) -> tuple[str, ...]:
     """Why the kernels cannot compute this head dimension and scale."""
     problems: tuple[str, ...] = ()
-    if head_dim not in HEAD_DIMS:
-        problems += (f"head dim {head_dim} has no kernel, {', '.join(map(str, HEAD_DIMS))} have",)
+    if head_dim not in head_dims:
+        problems += (f"head dim {head_dim} has no kernel, {', '.join(map(str, head_dims))} have",)
     if softmax_scale is not None and not softmax_scale > 0:
         # The kernels scale the maximum of the scores, not each of them.
         problems += (f"softmax_scale {softmax_scale} is not above 0",)
@@ -114,7 +118,7 @@ def kernel_problems(head_dim: int, softmax_scale: float | None) -> tuple[str, ..
 
 def plan_heads(
     tensors: tuple[Tensor | None, ...], head_dim: int, softmax_scale: float | None, backend: str, sdpa: str,
-    sdpa_problems: tuple[str, ...] = (),
+    sdpa_problems: tuple[str, ...] = (), head_dims: tuple[int, ...] = HEAD_DIMS,
 ) -> Choice:  # fmt: skip
     """The path of an attention op: its kernel, PyTorch's attention on a CPU, or the definition.
 
@@ -125,12 +129,13 @@ def plan_heads(
         backend: "auto", "triton" or "eager".
         sdpa: what PyTorch's attention computes, for the reasons.
         sdpa_problems: why it cannot.
+        head_dims: those that the kernel has.
 
     Returns:
         The path "triton", "sdpa" or "eager".
     """
     given = autocast_like(*tensors)
-    choice = select_backend(*given, backend=backend, unsupported=kernel_problems(head_dim, softmax_scale))
+    choice = select_backend(*given, backend=backend, unsupported=kernel_problems(head_dim, softmax_scale, head_dims))
     if not takes_cpu_form(choice, backend, given[0]):
         return choice
     return Choice("eager", choice.reasons + sdpa_problems) if sdpa_problems else choice.via("sdpa", sdpa)
@@ -155,13 +160,17 @@ def plan_flash(query: Tensor, empty: bool, *call: object) -> Choice:
 
 
 def contiguous_channels(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """``tensors`` with a last dimension of stride 1, as the kernels read it."""
+    """``tensors`` with a last dimension of stride 1, as the kernels read it, and other strides that 8 divides where 16
+    does not divide the head dim."""
+    unit = 8 if tensors[0].shape[-1] % 16 else 1
     for tensor in tensors:
-        if tensor.stride(-1) != 1:
+        *others, last = tensor.stride()
+        if last != 1 or (unit > 1 and any(stride % unit for stride in others)):
             break
     else:
         return tensors
-    return tuple(tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors)
+    fits = [t.stride(-1) == 1 and not any(stride % unit for stride in t.stride()[:-1]) for t in tensors]
+    return tuple(tensor if fit else tensor.contiguous() for tensor, fit in zip(tensors, fits, strict=True))
 
 
 # Plain attention that is not ours, by the name of its path.

@@ -74,7 +74,8 @@ def plan(
     if backend == "flash":
         return _attention.plan_flash(query, False, 0.0, softmax_scale)
     sdpa = "PyTorch's scaled_dot_product_attention on a CPU, once for patches and once for the CLS"
-    return _attention.plan_heads((query, key, value), query.shape[-1], softmax_scale, backend, sdpa)
+    heads = query.shape[-1], softmax_scale, backend, sdpa
+    return _attention.plan_heads((query, key, value), *heads, head_dims=_attention.FRAME_HEAD_DIMS)
 
 
 def check(query: Tensor, key: Tensor, value: Tensor, num_frames: int, softmax_scale: float | None) -> None:
