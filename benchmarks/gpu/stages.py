@@ -93,6 +93,6 @@ def stages() -> list[Stage]:
         all_stages.append(Stage(f"sanitizer/{tool}", "sanitizer", [smoke], 1, prefix=prefix, environment=separate))
     all_stages.append(Stage("tune", "tune", ["benchmarks.tuning"], 1, module=True, dry=("--op", "mask_text")))
     training = ["benchmarks.training.pretraining", "--ways", "fused,eager,graphs", "--profile"]
-    few = ("--ways", "fused,graphs", "--steps", "2", "--exact-steps", "2", "--batch-size", "4")
+    few = ("--ways", "fused,graphs", "--steps", "2", "--exact-steps", "2", "--batch-size", "4", "--preset", "tiny")
     all_stages.append(Stage("training", "training", training, 6, module=True, dry=few))
     return all_stages

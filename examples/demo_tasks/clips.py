@@ -9,6 +9,8 @@ from examples.demo_tasks.figures import Figure, recall
 
 DATA = Path(__file__).parents[1] / "data" / "animated_emoji"
 FRAMES = 4
+# One candidate of the ranking head: the figures are the contrast's.
+KEYS = {"data.num_frames": FRAMES, "task.rerank": 1}
 
 
 def run(checkpoint: Path, folder: Path) -> list[Figure]:
@@ -21,7 +23,7 @@ def run(checkpoint: Path, folder: Path) -> list[Figure]:
     Returns:
         Recalls of the contrast.
     """
-    values = evaluate("video-retrieval", checkpoint, DATA, folder / "zero_shot", {"data.num_frames": FRAMES})
+    values = evaluate("video-retrieval", checkpoint, DATA, folder / "zero_shot", KEYS)
     model = f"pre-trained on pictures, {FRAMES} frames"
     return [
         Figure(

@@ -39,7 +39,8 @@ def run(checkpoint: Path, folder: Path) -> list[Figure]:
     Returns:
         Recalls; every picture with the same caption is a right answer.
     """
-    values = evaluate("image-retrieval", checkpoint, write(folder / "data"), folder / "zero_shot")
+    # One candidate of the ranking head: the figures are the contrast's.
+    values = evaluate("image-retrieval", checkpoint, write(folder / "data"), folder / "zero_shot", {"task.rerank": 1})
     return [
         Figure(
             "held-out pairs of the demo",

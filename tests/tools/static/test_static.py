@@ -1,4 +1,4 @@
-"""Every kernel compiles for every target without a GPU, obeys the rules on the H200's and stays within its budget."""
+"""Every kernel compiles for gfx942 without a GPU, and the static check tells right from wrong machine code."""
 
 import copy
 import dataclasses
@@ -14,7 +14,6 @@ from sclkern.ops.dispatch import interpreted
 if interpreted():
     pytest.skip("an interpreted kernel cannot be compiled", allow_module_level=True)
 
-import triton
 from static_probes import (
     index_in_32_bits,
     rows_in_32_bits,
@@ -42,8 +41,8 @@ from sclkern.tools.static.budget import (
 )
 from sclkern.tools.static.compilation import compile_entry, entry_name, resident_blocks
 
-# The others by `make static`, with the newest Triton, and `make test-oldest`; gfx942 here alone.
-COMPILATIONS = {planned.name: planned for planned in compilations(("sm_90", "gfx942"), apart="none")}
+# `make static` and `make test-oldest` compile for NVIDIA's GPUs, with the newest and the oldest Triton.
+COMPILATIONS = {planned.name: planned for planned in compilations(("gfx942",), apart="none")}
 ENTRIES = {entry_name(entry): entry for entry in static.kernels()}
 
 
@@ -56,18 +55,8 @@ def rows(request):
 
 
 @pytest.mark.parametrize("name", COMPILATIONS)
-def test_compiles_for_every_target(rows, name):
+def test_compiles_for_another_maker(rows, name):
     assert rows[name].errors == {}
-
-
-@pytest.mark.parametrize("name", ENTRIES)
-def test_obeys_the_rules_and_its_budget(rows, name):
-    budget = read_budget(BUDGET)
-    own = budget["kernels"].get(name)
-    problems = broken_rules(rows[name], own and own.get("reason"))
-    if own and triton.__version__.startswith(f"{budget['triton']}."):
-        problems += worse(rows[name].used, own)
-    assert problems == []
 
 
 def test_every_kernel_has_a_name_and_a_budget_of_its_own():
