@@ -32,7 +32,7 @@ SLOW_FILES = (
     "benchmarks/test_tuning.py", "cli/test_plan.py", "cli/test_pretrain.py", "contributing/test_ways.py",
     "data/test_factors.py", "data/test_loader.py", "data/test_workers.py", "examples/test_demo_tasks.py",
     "integrations/fuse/test_use.py",
-    "integrations/test_attention_maps.py", "integrations/test_transformers.py",
+    "integrations/test_attention_maps.py", "integrations/test_packed_vision.py", "integrations/test_transformers.py",
     "libraries/test_stub_gpu.py", "ops/test_every_op.py",
     "processes/test_data.py", "processes/test_evaluation.py", "processes/test_mixed.py",
     "processes/test_fuse_gather.py", "processes/test_retrieval.py", "step/test_keyed.py", "step/test_memory.py",

@@ -7,9 +7,9 @@
 "eager_attention_forward" has the functions of this name, with what they compute, which ``register_attention`` and
 ``fuse`` read. "compared" has the classes that ``fuse`` takes in the models of tests/swapped_models, as they were when
 those were compared with and without the ops; a test fails when an installed one differs. "forwards" has texts of
-forwards, each with the ``form`` of what it does with the module's children (``vit`` and ``blocks`` read it), whatever
-class it stands in; "norms" has classes that are torch's LayerNorm or RMSNorm. An entry, by digest, has the ``names``
-and the ``versions`` in which it was found.
+forwards, each with the ``form`` of what it does with the module's children (``vit``, ``blocks`` and
+``huggingface.packed`` read it), whatever class it stands in; "norms" has classes that are torch's LayerNorm or RMSNorm.
+An entry, by digest, has the ``names`` and the ``versions`` in which it was found.
 
 ``--update`` adds a class that is in the table already in the form that it has in another version: run
 ``make test-models`` with that version first. A function, a forward or a norm that the table lacks is printed, because

@@ -17,6 +17,7 @@ from sclkern.integrations.fuse.modules import Fused, Swap, Verdict
 from sclkern.integrations.fuse.rules import RULES
 from sclkern.integrations.fuse.trial import remembered
 from sclkern.integrations.huggingface.fusing import around, configure, dispatches, obstacle
+from sclkern.integrations.huggingface.packed import packs
 from sclkern.ops.completion_loss import GATHERS
 from sclkern.ops.dispatch import select_backend
 
@@ -158,7 +159,8 @@ def fuse(
       ``BertCrossLayer``, BERT, BLIP's text model, ViLT), {qkv, projection, dropout} (BLIP's vision model) and {qkv,
       attn_drop, proj, proj_drop} with a forward of timm (ViT, DeiT, EVA, BEiT: norms, gates, rotations and relative
       position biases included); modules that use Hugging Face's ``AttentionInterface`` (BERT, RoBERTa, BridgeTower,
-      CLIP) with a known eager attention, through views of the model's configurations that say "sclkern".
+      CLIP) with a known eager attention, through views of the model's configurations that say "sclkern"; those of
+      packed sequences (Qwen-VL) with a known forward, all sequences at once, through views that say "sclkern_flash".
     - "dropout_add_layer_norm": {dense, LayerNorm, dropout}; the first sum and the second norm of pre-norm blocks whose
       class was examined (ViT, DeiT, DINOv2, DINOv3, ViLT, BLIP's vision model, timm's ViT, EVA and BEiT).
     - "linear_gelu": {dense, intermediate_act_fn}, {fc1, activation_fn, fc2}, {fc1, act, fc2} with dropout (timm), a
@@ -278,7 +280,10 @@ def _fuse(model: nn.Module, names: tuple[str, ...], report: FuseReport, gather: 
             report.left.append(Left(path, type(module).__name__, reason))
         else:
             calls = "calls with a padding mask or none; other masks: torch's attention; maps: the model's own attention"
-            _note(report, path, module, type(module), "ops.attention, by Hugging Face's interface", calls, "any")
+            op = "attention"
+            if packs(module):
+                op, calls = "packed_attention", "all sequences at once; what the op does not take: one by one"
+            _note(report, path, module, type(module), f"ops.{op}, by Hugging Face's interface", calls, "any")
             attentions.append(module)
     if attentions and "transformers" in sys.modules:
         configure(model, attentions, report._undo)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from sclkern.integrations.huggingface import packed
 from sclkern.integrations.huggingface.interface import register_attention
 
 IMPLEMENTATION = "sclkern"
@@ -19,6 +20,7 @@ class _View:
     """Mixin before a class of configurations. It shares the attributes of the configuration that it was made of."""
 
     __slots__ = ()
+    _sclkern_name = IMPLEMENTATION
     _sclkern_plain: Any
     _attn_implementation_internal: str | None
     _output_attentions: bool
@@ -26,7 +28,7 @@ class _View:
     @property
     def _attn_implementation(self):
         own = self._attn_implementation_internal
-        return IMPLEMENTATION if own in REPLACEABLE else own
+        return self._sclkern_name if own in REPLACEABLE else own
 
     @_attn_implementation.setter
     def _attn_implementation(self, value):
@@ -52,26 +54,36 @@ class _View:
     __hash__ = object.__hash__
 
     def __deepcopy__(self, memo):
-        return view(copy.deepcopy(self._sclkern_plain, memo))
+        return view(copy.deepcopy(self._sclkern_plain, memo), isinstance(self, _PackedView))
 
     def __copy__(self):
         return copy.copy(self._sclkern_plain)
 
     def __reduce_ex__(self, protocol):
-        return view, (self._sclkern_plain,)
+        return view, (self._sclkern_plain, isinstance(self, _PackedView))
 
 
-def view(config: Any) -> Any:
+class _PackedView(_View):
+    """The same, for modules that pass packed sequences to an implementation whose name contains "flash"."""
+
+    __slots__ = ()
+    _sclkern_name = packed.NAME
+
+
+def view(config: Any, packing: bool = False) -> Any:
     """A view of a configuration, in which attention is ours where the model's own is torch's.
 
     Args:
         config: a ``transformers.PreTrainedConfig``.
+        packing: whether it is for a module that ``packs``.
 
     Returns:
         An object of a subclass of its class. Whatever is changed in one of the two changes in both.
     """
     register_attention(IMPLEMENTATION)
-    seen: Any = object.__new__(_view_class(type(config)))  # type: ignore[arg-type]
+    if packing:
+        packed.register_packed_attention()
+    seen: Any = object.__new__(_view_class(type(config), _PackedView if packing else _View))  # type: ignore[arg-type]
     object.__setattr__(seen, "__dict__", config.__dict__)
     object.__setattr__(seen, "_sclkern_plain", config)
     return seen
@@ -89,7 +101,7 @@ def own_implementation(module: nn.Module) -> str | None:
 
 
 @functools.cache
-def _view_class(cls: type) -> type:
+def _view_class(cls: type, mixin: type[_View]) -> type:
     def new(_view: type, *args: Any, **options: Any) -> Any:
         # transformers makes a configuration of its own class to see what differs from the defaults.
         return cls(*args, **options)
@@ -98,4 +110,4 @@ def _view_class(cls: type) -> type:
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     # A slot, because the view has the dictionary of another object. ``__init__``, because transformers would make one.
     more = {"__slots__": ("_sclkern_plain",), "__new__": new, "__init__": cls.__init__}  # type: ignore[misc]
-    return type(cls.__name__, (_View, cls), {**names, **more, "__eq__": _View.__eq__, "__hash__": _View.__hash__})
+    return type(cls.__name__, (mixin, cls), {**names, **more, "__eq__": _View.__eq__, "__hash__": _View.__hash__})

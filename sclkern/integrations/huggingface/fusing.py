@@ -14,6 +14,7 @@ from sclkern.integrations.huggingface.calls import call_of
 from sclkern.integrations.huggingface.config import REPLACEABLE, is_view, view
 from sclkern.integrations.huggingface.formulas import formula_of
 from sclkern.integrations.huggingface.maps import MapRequest, NoteRequest, find_collector
+from sclkern.integrations.huggingface.packed import packs
 
 _MASK_MAKERS = re.compile(r"\bcreate_\w*mask\w*|\bget_extended_attention_mask\b|\b_prepare_4d\w*mask\w*")
 _CAUSAL_MAKERS = {"create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask"}
@@ -118,11 +119,12 @@ def configure(model: nn.Module, attentions: list[nn.Module], undo: list[Callable
         cls = getattr(type(owner), "_original", type(owner))
         handle = owner.register_forward_pre_hook(NoteRequest(cls, inner), with_kwargs=True)
         undo.append(handle.remove)
-    views: dict[int, Any] = {}
+    views: dict[tuple[int, bool], Any] = {}
     for viewer in {id(viewer): viewer for viewer in viewing}.values():
         config: Any = viewer.config
         if not is_view(config) and config._attn_implementation in REPLACEABLE:
-            viewer.config = views.setdefault(id(config), view(config))
+            packing = id(viewer) in fused and packs(viewer)
+            viewer.config = views.setdefault((id(config), packing), view(config, packing))
             undo.append(functools.partial(_restore, viewer, viewer.config, config))
 
 

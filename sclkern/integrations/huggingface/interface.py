@@ -106,7 +106,7 @@ def attention(
         # Eager attention adds them to the scores.
         attention_mask = attention_mask.to(query.dtype)
     is_causal = attention_mask is None and query.shape[2] > 1 and _wants_causality(module, options)
-    maps, beyond = maps_of(module, options), _beyond(formula, query, key, attention_mask, options)
+    maps, beyond = maps_of(module, options), find_obstacle(formula, query, key, attention_mask, options)
     if maps or beyond is not None:
         warn_once(f"{beyond or 'attention maps are requested'}: computed by the eager attention of the model")
         function = _eager(module, formula, options)
@@ -155,10 +155,21 @@ def _wants_causality(module: nn.Module, options: dict[str, Any]) -> bool:
     return own not in ("eager", None) and bool(wanted)
 
 
-def _beyond(
+def find_obstacle(
     formula: Formula, query: Tensor, key: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
 ) -> str | None:
-    """The reason why the module's own function must compute this call, or None."""
+    """The reason why the module's own function must compute a call.
+
+    Args:
+        formula: what the module's own function computes.
+        query: of the call.
+        key: of the call.
+        attention_mask: of the call.
+        options: further arguments of the call.
+
+    Returns:
+        The reason, such as "attention sinks"; None where it is softmax(query key^T * scale + mask) value.
+    """
     if formula.beyond is not None:
         return formula.beyond
     if query.ndim != 4 or query.dtype != key.dtype or (attention_mask is not None and attention_mask.ndim != 4):
