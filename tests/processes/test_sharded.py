@@ -165,7 +165,8 @@ def test_one_process_goes_on_from_it(written):
     expected = torch.load(written / "expected.pt")
     assert state.saved_step == 2 and same(content(state), expected[2])
     take_step(state)
-    assert same(content(state)["model"], expected[3]["model"])
+    # The vector instructions of some CPUs round otherwise at the end of a part than within a whole.
+    torch.testing.assert_close(content(state)["model"], dict(expected[3]["model"]), rtol=1e-5, atol=1e-6)
 
 
 def test_parts_of_another_shape_are_refused(written):
