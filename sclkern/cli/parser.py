@@ -329,9 +329,11 @@ def _bench(commands: Commands) -> None:
         "--target", action="append", default=[], metavar="NAME", help="compile for gfx942 or gfx950 too; repeatable"
     )
     static.add_argument(
-        "--all-targets",
-        action="store_true",
-        help="compile cold kernels too for each target, also where sm_80 stands for sm_86, sm_89 and sm_120",
+        "--apart",
+        choices=("none", "hot", "all"),
+        default="hot",
+        help="kernels that are compiled for sm_86, sm_89 and sm_120 too, where sm_80 stands for them (default: hot, "
+        "those that must not spill anywhere)",
     )
     static.add_argument("--budget", metavar="FILE", help="default: benchmarks/static_budget.json of the source tree")
 

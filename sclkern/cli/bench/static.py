@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
     if options.check and not file.exists():
         raise UserError(f"--budget: {file} does not exist; --update writes it")
     targets = dict.fromkeys((*static.REQUIRED_TARGETS, *options.target))
-    rows = static_budget.measure(static_budget.compilations(targets, "all" if options.all_targets else "hot"))
+    rows = static_budget.measure(static_budget.compilations(targets, options.apart))
     budget = static_budget.read_budget(file)
     if options.update:
         budget = static_budget.updated(rows, budget)
