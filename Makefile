@@ -11,6 +11,7 @@ RUN := $(VENV)/bin
 OLDEST := $(VENV)/oldest
 # Version of Triton of `make static`; the budget is recorded with 3.9.
 TRITON ?= 3.9
+STATIC_ARGS ?=
 
 .PHONY: demo demo-tasks test test-processes test-data quick test-op test-sanitized test-models record-models test-oldest static lint docs gpu
 
@@ -73,8 +74,7 @@ test-sanitized: $(VENV)/.installed
 # The oldest Triton and transformers that are supported, laid over the same environment (with the newest numpy that this
 # Triton's interpreter takes, and what this transformers imports): every kernel obeys the rules on sm_80, sm_90 and
 # sm_100 (on all of them by `make static TRITON=3.6`) and is compared with its definition in the interpreter, and models
-# are fused. What else the tests of ops hold does not
-# depend on Triton's version, and runs in `make test`.
+# are fused. What else the tests of ops hold does not depend on Triton's version, and runs in `make test`.
 OLDEST_TESTS := workload masking_op dropout_ids packed_attention cross_attention_forms
 test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(abspath $(OLDEST)) $(RUN)/sclkern bench static --check --apart none
@@ -89,7 +89,7 @@ $(OLDEST)/.installed: $(VENV)/.installed
 
 # Every kernel compiled without a GPU, for every architecture, with another Triton laid over the environment. TRITON=3.7
 static: $(VENV)/triton-$(TRITON)/.installed
-	PYTHONPATH=$(abspath $(VENV)/triton-$(TRITON)) $(RUN)/sclkern bench static --check
+	PYTHONPATH=$(abspath $(VENV)/triton-$(TRITON)) $(RUN)/sclkern bench static --check $(STATIC_ARGS)
 
 $(VENV)/triton-$(TRITON)/.installed: $(VENV)/.installed
 	$(RUN)/python -m pip install --quiet --no-deps --upgrade $(PIP_ARGS) --target $(@D) "triton==$(TRITON).*"
