@@ -21,14 +21,14 @@ BY = "ops.packed_attention, by Hugging Face's interface"
 
 
 def qwen2(**options):
-    from transformers import Qwen2VLVisionConfig as Config
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig as Config
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel as Model
 
     return Model._from_config(Config(**SIZES, embed_dim=64, hidden_size=48, mlp_ratio=2), **options)
 
 
 def qwen2_5(**options):
-    from transformers import Qwen2_5_VLVisionConfig as Config
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig as Config
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel as Model
 
     config = Config(**SIZES, **WINDOWS, hidden_size=64, intermediate_size=96, out_hidden_size=48)
@@ -36,7 +36,7 @@ def qwen2_5(**options):
 
 
 def qwen3(**options):
-    from transformers import Qwen3VLVisionConfig as Config
+    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig as Config
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel as Model
 
     sizes = {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 48, "num_position_embeddings": 64}
@@ -148,7 +148,9 @@ def test_no_configuration_says_our_name(tmp_path):
     assert model.config.to_json_string() == before == attention.config.to_json_string()
     model.save_pretrained(tmp_path)
     assert "sclkern" not in (tmp_path / "config.json").read_text()
-    equal(run(type(model).from_pretrained(tmp_path, dtype=torch.float64), inputs)[:2], run(make()[0], inputs)[:2])
+    # Some CPUs round products by where the weights lie in memory, and loaded ones lie elsewhere.
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+    torch.testing.assert_close(run(loaded, inputs)[:2], run(make()[0], inputs)[:2])
 
 
 def test_another_attention_that_is_chosen_afterwards_is_used(calls):
@@ -179,7 +181,8 @@ def test_a_longest_length_that_a_caller_has_computed_wrongly_changes_nothing():
         actual = run(model, inputs, max_seqlen=3)
     except TypeError:
         pytest.skip("this transformers takes no max_seqlen")
-    agree(actual, expected)
+    # Where the forward hands it on, the model's eager attention computes, whose softmax is float32.
+    agree(actual, expected, 1e-6)
 
 
 def call(module, ends, length=12, **options):
