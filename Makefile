@@ -33,7 +33,7 @@ demo-tasks: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not gpu and not models" -n $(JOBS) --dist loadfile \
-		--ignore tests/processes --ignore tests/real_data $(TEST_ARGS)
+		--no-loadscope-reorder --ignore tests/processes --ignore tests/real_data $(TEST_ARGS)
 
 # Runs of several processes, which take every core already: one test at a time.
 test-processes: $(VENV)/.installed
