@@ -105,7 +105,7 @@ def packed_attention(
         scaling: factor of the scores; None = the module's default.
         cu_seq_lens_q: (B + 1,) integers: 0, then the end of each sequence; None = nothing is packed.
         cu_seq_lens_k: the same.
-        max_length_q: the longest length; on a CPU, and where it is no int, it is read from the ends.
+        max_length_q: not read: a length that is too small would leave tokens out.
         max_length_k: the same.
         **options: further arguments of the interface.
 
@@ -125,10 +125,8 @@ def packed_attention(
     dropout = dropout if module.training else 0.0
     reason = _obstacle(module, (query, key, value), attention_mask, ends, options)
     if reason is None:
-        longest = max_length_q
-        if not isinstance(longest, int) or ends.device.type == "cpu":
-            # The ends are right whatever a caller of the model has computed; on a GPU, reading them waits for it.
-            longest = int((ends[1:] - ends[:-1]).max())
+        # The ends are right whatever a caller of the model has computed; on a GPU, reading them waits for it.
+        longest = int((ends[1:] - ends[:-1]).max())
         packing: tuple[Any, ...] = (ends.to(torch.int32), ends.to(torch.int32), longest, longest)
         packed: list[Any] = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
         choice = plan(*packed, *packing, dropout_p=dropout, softmax_scale=scale)
