@@ -126,7 +126,7 @@ class FusedBlock(Fused):
 
 
 def pre_norm_block(module: Any) -> Verdict:
-    """A block of ViT, DeiT, DINO, ViLT, BLIP or timm: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """A block of ViT, DeiT, DINO, ViLT, BLIP, CLIP, SigLIP or timm: x + attention(norm(x)), then x + mlp(norm(x))."""
     form = FORMS.get(known_form(module, named=True) or "")
     if form is None or any(name not in module._modules for name in (form.norm, form.attention, form.second)):
         return None

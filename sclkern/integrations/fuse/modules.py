@@ -294,7 +294,7 @@ class FusedPackedAttention(_FusedAttention):
 
 
 def bind(names: tuple[str, ...], args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name; empty if there are more than names.
+    """The arguments of a call by name; empty if there are more than names, or one is given twice.
 
     Args:
         names: arguments of the forward, in order.
@@ -304,7 +304,8 @@ def bind(names: tuple[str, ...], args: tuple[Any, ...], options: dict[str, Any])
     Returns:
         Values by name.
     """
-    return {**dict(zip(names, args, strict=False)), **options} if len(args) <= len(names) else {}
+    given = dict(zip(names, args, strict=False))
+    return {**given, **options} if len(args) <= len(names) and given.keys().isdisjoint(options) else {}
 
 
 def _unsupported(module: Any, arguments: dict[str, Any]) -> str | None:

@@ -162,7 +162,7 @@ def fuse(
       CLIP) with a known eager attention, through views of the model's configurations that say "sclkern"; those of
       packed sequences (Qwen-VL) with a known forward, all sequences at once, through views that say "sclkern_flash".
     - "dropout_add_layer_norm": {dense, LayerNorm, dropout}; the first sum and the second norm of pre-norm blocks whose
-      class was examined (ViT, DeiT, DINOv2, DINOv3, ViLT, BLIP's vision model, timm's ViT, EVA and BEiT).
+      class was examined (ViT, DeiT, DINOv2, DINOv3, ViLT, CLIP, SigLIP, BLIP's vision model, timm's ViT, EVA and BEiT).
     - "linear_gelu": {dense, intermediate_act_fn}, {fc1, activation_fn, fc2}, {fc1, act, fc2} with dropout (timm), a
       ``torch.nn.Sequential`` with a linear layer and a GELU (the MLP of OpenAI's CLIP and of open_clip), and longer
       forwards whose code applies a GELU to the result of a linear layer (DistilBERT, ALBERT, BART, Whisper, Wav2Vec2,

@@ -216,7 +216,7 @@ IDLE = {
     "PixtralVisionModel": "PixtralAttention",
     "Sam3LiteTextModel": "Sam3LiteTextAttention",
     "Sam3Model": "Sam3Attention",
-    "VideoLlavaForConditionalGeneration": "CLIPAttention CLIPMLP",
+    "VideoLlavaForConditionalGeneration": "CLIPAttention CLIPEncoderLayer CLIPMLP",
 }
 
 

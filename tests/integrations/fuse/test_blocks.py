@@ -1,6 +1,7 @@
 """Pre-norm blocks of transformers and timm: sum and norm are one op, all else is called as the block calls it."""
 
 import copy
+import functools
 import importlib
 import pickle
 import unittest.mock
@@ -8,6 +9,7 @@ import unittest.mock
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import sclkern
 from sclkern import ops
@@ -17,6 +19,10 @@ from swapped_models.checks import agree, compute, kernels, outputs
 
 WIDTH, ROWS = 32, 3
 SIZES = {"hidden_size": WIDTH, "num_attention_heads": 2, "intermediate_size": 48}
+# The last two keys of the last row are padding.
+MASK = torch.zeros(ROWS, 1, 6, 6, dtype=torch.float64)
+MASK[-1, ..., 4:] = torch.finfo(torch.float64).min
+MASKED = {"attention_mask": MASK}
 HIDDEN = torch.randn(ROWS, 6, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
@@ -38,6 +44,9 @@ BLOCKS = {
     "ViT": lambda: of_transformers("vit", "ViTLayer", "ViTConfig"),
     "DeiT": lambda: of_transformers("deit", "DeiTLayer", "DeiTConfig"),
     "BLIP": lambda: of_transformers("blip", "BlipEncoderLayer", "BlipVisionConfig"),
+    "CLIP": lambda: of_transformers("clip", "CLIPEncoderLayer", "CLIPTextConfig", MASKED),
+    "CLIP, no mask": lambda: of_transformers("clip", "CLIPEncoderLayer", "CLIPVisionConfig", {"attention_mask": None}),
+    "SigLIP": lambda: of_transformers("siglip", "SiglipEncoderLayer", "SiglipTextConfig", MASKED),
     "DINOv2": lambda: of_transformers("dinov2", "Dinov2Layer", "Dinov2Config", drop_path_rate=0.5),
     "ViLT": lambda: of_transformers("vilt", "ViltLayer", "ViltConfig"),
     "timm": lambda: of_timm("vision_transformer", "Block"),
@@ -94,6 +103,41 @@ def test_arguments_by_position_and_maps():
             ours()
 
 
+@pytest.mark.parametrize("name", ["CLIP", "SigLIP"])
+def test_checkpointed_compiled_and_called_wrongly(name):
+    block, inputs = stirred(BLOCKS[name])
+    ours, _ = fused(block)
+    with kernels():
+        compiled = torch.compile(ours, backend="eager")
+        agree(outputs(compiled, inputs), outputs(block, inputs), 1e-6)
+        for one in (block.train(), ours.train()):
+            one.gradient_checkpointing = True
+            one._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+        with unittest.mock.patch.object(ops, "dropout_add_layer_norm", wraps=ops.dropout_add_layer_norm) as op:
+            agree(compute(ours, inputs), compute(block, inputs), 1e-6)
+            # Once more in the backward.
+            assert op.call_count == 2
+        for arguments, options in (((HIDDEN,), {}), ((HIDDEN, MASK), {"hidden_states": HIDDEN}), ((HIDDEN,) * 3, {})):
+            for one in (block, ours):
+                with pytest.raises(TypeError):
+                    one(*arguments, **options)
+
+
+def test_outputs_of_a_model():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPVisionConfig(**SIZES, num_hidden_layers=2, image_size=16, patch_size=8)
+    model = transformers.CLIPVisionModel._from_config(config, attn_implementation="eager").double().eval()
+    ours, _ = fused(model)
+    inputs = {"pixel_values": torch.randn(ROWS, 3, 16, 16, dtype=torch.float64)}
+    options = {"output_hidden_states": True, "output_attentions": True}
+    with kernels(), torch.no_grad():
+        expected, actual = model(**inputs, **options), ours(**inputs, **options)
+    assert len(actual.hidden_states) == 3 and len(actual.attentions) == 2
+    for kind in ("hidden_states", "attentions"):
+        for value, truth in zip(actual[kind], expected[kind], strict=True):
+            torch.testing.assert_close(value, truth)
+
+
 def test_autocast():
     block, inputs = stirred(BLOCKS["timm"])
     block, inputs = block.float(), {"x": HIDDEN.float()}
@@ -106,16 +150,17 @@ def test_autocast():
 
 
 @pytest.mark.parametrize("change", ["hook", "class", "eps"])
-def test_a_norm_that_is_changed_later(change):
-    block, inputs = stirred(BLOCKS["timm"])
+@pytest.mark.parametrize(("name", "norm"), [("timm", "norm2"), ("CLIP", "layer_norm2"), ("SigLIP", "layer_norm2")])
+def test_a_norm_that_is_changed_later(change, name, norm):
+    block, inputs = stirred(BLOCKS[name])
     ours, _ = fused(block)
     for one in (block, ours):
         if change == "hook":
-            one.norm2.register_forward_hook(lambda module, args, out: 2 * out)
+            getattr(one, norm).register_forward_hook(lambda module, args, out: 2 * out)
         elif change == "class":
-            one.norm2 = nn.Identity()
+            setattr(one, norm, nn.Identity())
         else:
-            one.norm2.eps = 0.5
+            getattr(one, norm).eps = 0.5
     with kernels():
         agree(outputs(ours, inputs), outputs(block, inputs), 1e-9)
 
