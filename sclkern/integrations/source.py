@@ -80,9 +80,12 @@ def forward_digest(cls: Any) -> str | None:
     owner = next(base for base in cls.__mro__ if "forward" in vars(base))
     module = sys.modules.get(owner.__module__)
     forward, file = vars(owner)["forward"], getattr(module, "__file__", None)
-    if getattr(forward, "__globals__", {}).get("__name__") == "transformers.modeling_layers":
-        # Gradient checkpointing, which that file puts around the forward of every subclass.
-        forward = getattr(forward, "__wrapped__", None)
+    while getattr(forward, "__globals__", {}).get("__name__", "").startswith("transformers."):
+        # What its own decorators, which the digest covers, put around it; and gradient checkpointing, which
+        # modeling_layers puts around the forward of every subclass.
+        if not hasattr(forward, "__wrapped__"):
+            break
+        forward = forward.__wrapped__
     code = getattr(forward, "__code__", None)
     if not file or not file.endswith(".py") or not os.path.isfile(file):
         return None

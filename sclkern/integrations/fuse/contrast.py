@@ -48,8 +48,7 @@ class FusedContrast(Fused):
             # However it is called: the model's own loss knows no other rank.
             names = list(inspect.signature(self._original.forward).parameters)[1:]
             options, args = {**dict(zip(names, args, strict=False)), **options}, ()
-        chosen = options.get("return_dict")
-        as_tuple = (getattr(self.config, "return_dict", True) if chosen is None else chosen) is False
+        as_tuple = returns_tuple(self, options)
         if (as_tuple and gather is None) or not options.get("return_loss"):
             return super().forward(*args, **options)
         out = super().forward(*args, **{**options, "return_loss": False, "return_dict": True})
@@ -65,6 +64,20 @@ class FusedContrast(Fused):
         # The op adds the two directions; these models average them.
         out = type(out)(**{**out, "loss": (loss / 2).to(dtype)})
         return out.to_tuple() if as_tuple else out
+
+
+def returns_tuple(model: Any, options: dict[str, Any]) -> bool:
+    """Whether a model of transformers returns a tuple from a call.
+
+    Args:
+        model: the model.
+        options: arguments of the call by name.
+
+    Returns:
+        What ``return_dict`` says, or else the model's configuration.
+    """
+    chosen = options.get("return_dict")
+    return (getattr(model.config, "return_dict", True) if chosen is None else chosen) is False
 
 
 def completion_loss(module: Any) -> Verdict:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import itertools
 from collections.abc import Iterator
+from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -61,8 +64,19 @@ def fused_class(original: type[nn.Module], mixin: type[Fused]) -> type[nn.Module
     """
     if (original, mixin) not in _classes:
         names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-        _classes[original, mixin] = type(original.__name__, (mixin, original), {**names, "_original": original})
+        members = {**names, "_original": original, "forward": _signed(mixin.forward, original.forward)}
+        _classes[original, mixin] = type(original.__name__, (mixin, original), members)
     return _classes[original, mixin]
+
+
+def _signed(forward: Any, original: Any) -> Any:
+    """A copy of a forward with another's signature, by which transformers' Trainer chooses columns of a data set."""
+    function = FunctionType(forward.__code__, forward.__globals__, "forward", forward.__defaults__, forward.__closure__)
+    functools.update_wrapper(function, forward)
+    function.__dict__.pop("__wrapped__", None)
+    with contextlib.suppress(TypeError, ValueError):
+        function.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    return function
 
 
 def _rebuild(original: type[nn.Module], mixin: type[Fused]) -> nn.Module:
@@ -305,7 +319,9 @@ def bind(names: tuple[str, ...], args: tuple[Any, ...], options: dict[str, Any])
         Values by name.
     """
     given = dict(zip(names, args, strict=False))
-    return {**given, **options} if len(args) <= len(names) and given.keys().isdisjoint(options) else {}
+    # By length, which torch.compile can trace.
+    bound = {**given, **options}
+    return bound if len(args) <= len(names) and len(bound) == len(given) + len(options) else {}
 
 
 def _unsupported(module: Any, arguments: dict[str, Any]) -> str | None:

@@ -13,8 +13,9 @@ from torch import nn
 from sclkern.errors import UserError
 from sclkern.integrations.fuse.attention import owner_obstacle
 from sclkern.integrations.fuse.contrast import CONTRAST, gathering
+from sclkern.integrations.fuse.masked_lm import MASKED_LM
 from sclkern.integrations.fuse.modules import Fused, Swap, Verdict
-from sclkern.integrations.fuse.rules import RULES
+from sclkern.integrations.fuse.rules import LOSS_OF_LOGITS, RULES
 from sclkern.integrations.fuse.trial import remembered
 from sclkern.integrations.huggingface.fusing import around, configure, dispatches, obstacle
 from sclkern.integrations.huggingface.packed import packs
@@ -144,6 +145,7 @@ def fuse(
     only: str | Iterable[str] | None = None,
     strict: bool = True,
     gather: Literal["exact", "published"] | None = None,
+    skip_logits: bool = False,
 ) -> FuseReport:
     """Make ``model`` compute with the fused ops, in place: this instance only, no class and no other model.
 
@@ -169,6 +171,8 @@ def fuse(
       heads for masked language modelling), whose dropout stays.
     - "transformer_encoder": ``torch.nn.TransformerEncoderLayer`` and ``TransformerEncoder``.
     - "completion_loss": the contrastive loss of ``transformers.CLIPModel`` and ``BlipModel``.
+    - "linear_cross_entropy", with ``skip_logits``: the loss of transformers' models for masked language modelling whose
+      forward and head were examined (BERT, RoBERTa, DistilBERT, ALBERT, ELECTRA, MPNet, LayoutLM, ViLT, BridgeTower).
 
     At run time, the original forward of a module computes the calls that the ops cannot: attention maps
     (``output_attentions=True``), causal and other masks that differ between queries, caches, head masks; and all calls
@@ -188,33 +192,47 @@ def fuse(
             "exact" contrasts with the features of all ranks, so that DDP's mean is the gradient of one big batch;
             "published" leaves the gradient of other ranks' features out, see ``ops.completion_loss``. Every rank must
             have as many rows.
+        skip_logits: of "linear_cross_entropy": in training, calls with labels compute their loss from the tokens that
+            have a label alone, and return None as logits. Where these are counted first, a GPU is waited for.
 
     Returns:
         What was replaced, what was left and why; its ``revert`` restores the model.
 
     Raises:
-        TypeError: model is not a module. UserError: an unknown rule or ``gather``, a ``gather`` where no contrastive
-            loss was replaced, or with ``strict`` no op would run; the message gives the reasons, and the model is as it
-            was.
+        TypeError: model is not a module, skip_logits no bool. UserError: an unknown rule or ``gather``, a ``gather`` or
+            ``skip_logits`` where no such loss was replaced, or with ``strict`` no op would run; the message gives the
+            reasons, and the model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    if not isinstance(skip_logits, bool):
+        raise TypeError(f"skip_logits: got {type(skip_logits).__name__}, expected a bool")
     names = tuple(RULES) if only is None else (only,) if isinstance(only, str) else tuple(only)
     for name in names:
         if name not in RULES:
             raise UserError(f"only: got {name!r}, expected any of {', '.join(RULES)}")
+    if not skip_logits and LOSS_OF_LOGITS in names:
+        if only is not None:
+            raise UserError(
+                f"only: got {LOSS_OF_LOGITS!r}, expected skip_logits=True with it: in training the logits are None then"
+            )
+        names = tuple(name for name in names if name != LOSS_OF_LOGITS)
     if gather not in GATHERS:
         raise UserError(f"gather: got {gather!r}, expected 'exact', 'published' or None")
     report = FuseReport()
     try:
         with remembered():
             _fuse(model, names, report, gather)
-        if gather is not None and not any(entry.by == CONTRAST for entry in report.replaced):
-            left = "; ".join(sorted({f"{left.module}: {left.why}" for left in report.left}))
-            raise UserError(
-                f"gather: got {gather!r}, but this {type(model).__name__} has no contrastive loss that was replaced"
-                + (f" ({left})" if left else "")
-            )
+        for option, value, loss, kind in (
+            ("gather", gather, CONTRAST, "contrastive loss"),
+            ("skip_logits", skip_logits or None, MASKED_LM, "loss of masked language modelling"),
+        ):
+            if value is not None and not any(entry.by == loss for entry in report.replaced):
+                left = "; ".join(sorted({f"{left.module}: {left.why}" for left in report.left}))
+                raise UserError(
+                    f"{option}: got {value!r}, but this {type(model).__name__} has no {kind} that was replaced"
+                    + (f" ({left})" if left else "")
+                )
         if strict:
             _require_active(model, names, report)
     except BaseException:
@@ -249,7 +267,7 @@ def _fuse(model: nn.Module, names: tuple[str, ...], report: FuseReport, gather: 
         original = type(module)
         for name in names:
             if isinstance(module, Fused):
-                if name == names[0]:
+                if name == names[0] and not any(module is swapped for swapped, _ in report._swapped):
                     report.left.append(Left(path, original.__name__, "fused already"))
                 continue
             try:

@@ -21,6 +21,7 @@ from sclkern.integrations.fuse.attention import attention
 from sclkern.integrations.fuse.blocks import pre_norm_block
 from sclkern.integrations.fuse.contrast import completion_loss
 from sclkern.integrations.fuse.doubts import doubt
+from sclkern.integrations.fuse.masked_lm import masked_lm
 from sclkern.integrations.fuse.modules import Gelu, Output, Swap, Verdict, fused_class
 from sclkern.integrations.fuse.structure import attributes, beyond, child_obstacle, is_plain, signature
 from sclkern.integrations.fuse.trial import Difference, Trial
@@ -212,10 +213,13 @@ def transformer_encoder(module: Any) -> Verdict:
     return Swap("nn.TransformerEncoderLayer", fused_nn.TransformerEncoderLayer, {}, children, calls=calls)
 
 
+# The rule that changes what a model returns: it is applied only where that is asked for.
+LOSS_OF_LOGITS = "linear_cross_entropy"
 RULES: dict[str, Callable[[Any], Verdict]] = {
     "attention": lambda module: attention(module) or vit_attention(module),
     "completion_loss": completion_loss,
     "dropout_add_layer_norm": lambda module: dropout_add_layer_norm(module) or pre_norm_block(module),
+    LOSS_OF_LOGITS: masked_lm,
     "linear_gelu": lambda module: linear_gelu(module) or vit_mlp(module),
     "transformer_encoder": transformer_encoder,
 }

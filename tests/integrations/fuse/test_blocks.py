@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sclkern
 from sclkern import ops
+from sclkern.integrations.fuse import masked_lm
 from sclkern.integrations.fuse.blocks import FORMS
 from sclkern.integrations.source import known
 from swapped_models.checks import agree, compute, kernels, outputs
@@ -200,4 +201,5 @@ def test_a_block_that_is_left(make, reason):
 
 def test_every_form_is_in_the_table():
     others = {"attention", "attention with bias", "packed attention", "packed attention with maps"}
+    others |= {*masked_lm.MODELS, *masked_lm.HEADS, masked_lm.BIASED_HEAD}
     assert {entry["form"] for entry in known("forwards").values()} == {*others, *FORMS}

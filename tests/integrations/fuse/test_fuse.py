@@ -1,6 +1,7 @@
 """``fuse``: what it replaces, what it leaves and why, and that it can be undone."""
 
 import copy
+import inspect
 import warnings
 
 import pytest
@@ -123,6 +124,15 @@ def test_report_reads_as_a_table(cross_layer):
     assert "other masks, attention maps, caches: the module's own forward" in text
     assert "CrossAttention: ops.attention  [attention.self and 1 more]" in text
     assert "left: Output: its dense carries hooks, or another forward  [output]" in text
+
+
+@pytest.mark.parametrize("name", ["bert", "clip", "vilt"])
+def test_signatures_stay(name, make):
+    """By which transformers' ``Trainer`` chooses the columns of a data set, and what it expects of the loss."""
+    model, _ = make(name)
+    expected = [inspect.signature(module.forward) for module in model.modules()]
+    report = sclkern.fuse(model, strict=False)
+    assert report.replaced and [inspect.signature(module.forward) for module in model.modules()] == expected
 
 
 def test_errors(cross_layer):

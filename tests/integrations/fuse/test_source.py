@@ -1,5 +1,6 @@
 """Digests of source, and the table of those that were examined."""
 
+import functools
 import importlib.util
 import json
 import sys
@@ -142,6 +143,14 @@ def test_a_forward_that_somebody_else_has_put_there_has_no_digest(module):
     assert digest == source.forward_digest(type("Sub", (attention,), {}))
     attention.forward = lambda self, x: x
     assert digest is not None and source.forward_digest(attention) is None
+
+
+def test_a_decorated_forward_has_a_digest_unless_somebody_else_decorates_it(monkeypatch):
+    cls = pytest.importorskip("transformers.models.bert.modeling_bert").BertForMaskedLM
+    own = cls.forward
+    assert own.__wrapped__ and source.forward_digest(cls) in source.known("forwards")
+    monkeypatch.setattr(cls, "forward", functools.wraps(own)(lambda *args, **options: own(*args, **options)))
+    assert source.forward_digest(cls) is None
 
 
 def test_the_command_finds_a_forward_wherever_it_stands(tmp_path, monkeypatch, capsys):

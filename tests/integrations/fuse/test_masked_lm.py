@@ -1,0 +1,304 @@
+"""Losses of masked language modelling: what the models compute, without logits, and only where that is asked for."""
+
+import copy
+import pickle
+import threading
+import unittest.mock
+
+import pytest
+import torch
+from torch import nn
+
+import sclkern
+from sclkern import ops
+from sclkern.errors import UserError
+from sclkern.integrations.fuse.masked_lm import BIASED_HEAD, HEADS, MODELS
+from sclkern.integrations.source import known
+from swapped_models import inputs as make
+from swapped_models.checks import agree, compute, seed
+from swapped_models.tiny import stir, tiny
+
+transformers = pytest.importorskip("transformers")
+
+FAMILIES = [
+    "Albert", "Bert", "BigBird", "BridgeTower", "Camembert", "ConvBert", "Data2VecText", "DistilBert", "Electra",
+    "Ernie", "LayoutLM", "MegatronBert", "MPNet", "Nystromformer", "RemBert", "Roberta", "RobertaPreLayerNorm",
+    "RoCBert", "RoFormer", "Vilt", "XLMRoberta", "XLMRobertaXL", "Xmod",
+]  # fmt: skip
+NEWER = ["Gte", "JinaEmbeddingsV3", "NomicBert"]
+SIZES = {"Xmod": {"languages": ["en_XX"], "default_language": "en_XX"}}
+
+
+def build(family, dtype=torch.float64, **options):
+    """A model in training mode without dropout, and inputs of which every third token has a label."""
+    cls = getattr(transformers, f"{family}ForMaskedLM", None)
+    if cls is None and family in NEWER:
+        pytest.skip(f"this transformers has no {family}")
+    torch.manual_seed(0)
+    model = stir(cls._from_config(tiny(cls.config_class, **SIZES.get(family, {})), **options).to(dtype)).train()
+    torch.set_default_dtype(dtype)
+    try:
+        inputs = make.make_inputs(model, {})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    ids = inputs["input_ids"]
+    labels = torch.where(torch.arange(ids.numel()).view_as(ids) % 3 == 0, ids, -100)
+    return model, {**inputs, "labels": labels}
+
+
+def fused(model, **options):
+    ours = copy.deepcopy(model)
+    return ours, sclkern.fuse(ours, only="linear_cross_entropy", skip_logits=True, **options)
+
+
+def loss_and_gradients(model, inputs, **options):
+    """The same scalar of both: fused, there are no logits to sum up."""
+    model.zero_grad()
+    seed()
+    out = model(**copy.deepcopy(inputs), **options)
+    out.loss.backward()
+    gradients = {f"grad {name}": one.grad for name, one in model.named_parameters() if one.grad is not None}
+    return {"loss": out.loss.detach()} | gradients
+
+
+@pytest.mark.parametrize("path", ["cpu", "kernels"])
+@pytest.mark.parametrize("family", FAMILIES + NEWER)
+def test_loss_and_gradients(family, path, request):
+    model, inputs = build(family)
+    ours, report = fused(model)
+    assert [(one.path, one.by) for one in report.replaced] == [("", "ops.linear_cross_entropy")] and not report.left
+    if path == "kernels":
+        request.getfixturevalue("kernels")
+    with unittest.mock.patch.object(ops, "linear_cross_entropy", wraps=ops.linear_cross_entropy) as op:
+        results = loss_and_gradients(ours, inputs)
+        assert op.call_count == 1
+        labels = op.call_args.args[3]
+        assert (labels != -100).all() and labels.numel() == (inputs["labels"] != -100).sum()
+        agree(results, loss_and_gradients(model, inputs), 1e-9)
+        assert ours(**inputs).logits is None
+        # Everything else is the model's own.
+        op.reset_mock()
+        for one in (model.eval(), ours.eval()):
+            one.zero_grad()
+        agree(compute(ours, inputs), compute(model, inputs), 0)
+        for one in (model.train(), ours.train()):
+            one.zero_grad()
+        unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+        agree(compute(ours, unlabelled), compute(model, unlabelled), 0)
+        with torch.no_grad():
+            tuples = []
+            for one in (ours, model):
+                seed()  # ViLT draws its patches
+                tuples.append(one(**inputs, return_dict=False))
+            assert all(torch.equal(a, b) for a, b in zip(*tuples, strict=True) if isinstance(a, torch.Tensor))
+        assert not op.called
+    report.revert()
+    assert not any("_sclkern" in vars(module) for module in ours.modules()) and type(ours) is type(model)
+    agree(loss_and_gradients(ours, inputs), loss_and_gradients(model, inputs), 0)
+
+
+def test_other_outputs_stay():
+    model, inputs = build("Bert", attn_implementation="eager")
+    ours, _ = fused(model)
+    options = {"output_hidden_states": True, "output_attentions": True}
+    out, expected = ours(**inputs, **options), model(**inputs, **options)
+    assert type(out) is type(expected) and len(out.hidden_states) == len(expected.hidden_states) == 3
+    for kind in ("hidden_states", "attentions"):
+        for value, truth in zip(out[kind], expected[kind], strict=True):
+            assert torch.equal(value, truth)
+    # By position, as BERT's forward has its arguments.
+    call = inputs["input_ids"], inputs["attention_mask"], None, None, None, None, None, inputs["labels"]
+    assert torch.equal(ours(*call).loss, out.loss) and ours(*call).logits is None
+
+
+def test_no_label_at_all_is_no_number():
+    model, inputs = build("Bert")
+    ours, _ = fused(model)
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    results = loss_and_gradients(ours, inputs)
+    assert results["loss"].isnan()
+    agree(results, loss_and_gradients(model, inputs), 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtype_of_the_loss(dtype):
+    model, inputs = build("Bert", dtype)
+    ours, _ = fused(model)
+    loss, expected = ours(**inputs).loss, model(**inputs).loss
+    assert loss.dtype == expected.dtype == dtype
+    torch.testing.assert_close(loss, expected, rtol=3e-2 if dtype != torch.float32 else 1e-5, atol=0)
+
+
+def test_autocast():
+    model, inputs = build("Bert", torch.float32)
+    ours, _ = fused(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, expected = ours(**inputs).loss, model(**inputs).loss
+    assert loss.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_compiled(labelled, kernels):
+    model, inputs = build("Bert")
+    ours, _ = fused(model)
+    if not labelled:
+        inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    expected = loss_and_gradients(model, inputs)
+    agree(loss_and_gradients(torch.compile(ours, backend="aot_eager"), inputs), compiled_names(expected), 1e-9)
+
+
+def compiled_names(results):
+    return {name.replace("grad ", "grad _orig_mod."): value for name, value in results.items()}
+
+
+def test_copied_pickled_and_fused_with_the_rest(kernels):
+    model, inputs = build("Bert")
+    expected = loss_and_gradients(model, inputs)
+    ours = copy.deepcopy(model)
+    report = sclkern.fuse(ours, skip_logits=True)
+    assert {"ops.linear_cross_entropy", "ops.bias_gelu (none)"} <= {one.by for one in report.replaced}
+    assert not any(one.why == "fused already" for one in report.left)
+    for one in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        agree(loss_and_gradients(one, inputs), expected, 1e-6)
+        assert one(**inputs).logits is None
+    # Only where it is asked for.
+    plain = copy.deepcopy(model)
+    assert "ops.linear_cross_entropy" not in {one.by for one in sclkern.fuse(plain).replaced}
+    assert plain(**inputs).logits is not None
+
+
+CHANGES = {
+    "hook": lambda model: model.cls.predictions.decoder.register_forward_hook(lambda module, args, out: 2 * out),
+    "decoder": lambda model: setattr(model.cls.predictions, "decoder", nn.Linear(64, 64).double()),
+    "head": lambda model: setattr(model, "cls", nn.Linear(64, 64).double()),
+    "tokens": lambda model: model.resize_token_embeddings(80),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_later_is_the_models_own(change):
+    model, inputs = build("Bert")
+    ours, _ = fused(model)
+    for one in (model, ours):
+        torch.manual_seed(0)
+        CHANGES[change](one)
+    agree(loss_and_gradients(ours, inputs), loss_and_gradients(model, inputs), 0 if change != "tokens" else 1e-9)
+    # transformers makes its linear layer longer in place.
+    assert (ours(**inputs).logits is None) == (change == "tokens")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("hook", "carries hooks"),
+        ("head", None),
+        ("vocabulary", "its configuration has 99 tokens and its linear layer 64"),
+        ("loss", "its mlm_loss_fct is not torch's CrossEntropyLoss"),
+        ("subclass", "its cls.predictions.decoder is Doubled"),
+    ],
+)
+def test_what_is_not_known_is_refused(change, reason):
+    model, _ = build("DistilBert" if change == "loss" else "Bert")
+    if change == "vocabulary":
+        model.config.vocab_size = 99
+    elif change == "loss":
+        model.mlm_loss_fct = nn.CrossEntropyLoss(label_smoothing=0.1)
+    elif change == "subclass":
+        model.cls.predictions.decoder.__class__ = type("Doubled", (nn.Linear,), {})
+    elif change == "head":
+        model.cls.predictions.forward = lambda x: x
+    else:
+        CHANGES[change](model)
+    with pytest.raises(UserError, match=r"skip_logits: got True, but this \w+ has no loss of masked") as error:
+        fused(model, strict=False)
+    assert reason is None or reason in str(error.value)
+    assert not any("_sclkern" in vars(module) for module in model.modules())
+
+
+def test_a_class_of_ones_own_is_refused():
+    class Weighted(transformers.BertForMaskedLM):
+        def forward(self, *args, **options):
+            out = super().forward(*args, **options)
+            out.loss = 2 * out.loss
+            return out
+
+    model = Weighted(tiny(transformers.BertConfig))
+    with pytest.raises(UserError, match="skip_logits"):
+        fused(model)
+
+
+def test_arguments_that_do_not_fit_together():
+    model, _ = build("Bert")
+    with pytest.raises(UserError, match="only: got 'linear_cross_entropy', expected skip_logits=True with it"):
+        sclkern.fuse(model, only="linear_cross_entropy")
+    with pytest.raises(UserError, match="skip_logits: got True, but this BertForMaskedLM has no loss"):
+        sclkern.fuse(model, only="attention", skip_logits=True)
+    with pytest.raises(TypeError, match="skip_logits: got int, expected a bool"):
+        sclkern.fuse(model, skip_logits=1)
+
+
+def test_two_threads_in_one_model_are_an_error():
+    model, inputs = build("Bert")
+    ours, _ = fused(model)
+    inside, leave = threading.Event(), threading.Event()
+
+    def wait(*_):
+        inside.set()
+        assert leave.wait(60)
+
+    handle = ours.bert.register_forward_pre_hook(wait)
+    thread = threading.Thread(target=lambda: ours(**inputs))
+    thread.start()
+    assert inside.wait(60)
+    handle.remove()
+    try:
+        with pytest.raises(RuntimeError, match="another one is under way"):
+            ours(**inputs)
+    finally:
+        leave.set()
+        thread.join()
+    assert ours(**inputs).logits is None
+
+
+def test_an_error_within_leaves_the_model_as_it_was():
+    model, inputs = build("Bert")
+    ours, _ = fused(model)
+    with pytest.raises(ValueError):
+        ours(input_ids=inputs["input_ids"], inputs_embeds=torch.zeros(1), labels=inputs["labels"])
+    agree(loss_and_gradients(ours, inputs), loss_and_gradients(model, inputs), 1e-9)
+    # Labels that do not fit are an error of the model's own.
+    for one in (ours, model):
+        with pytest.raises((ValueError, IndexError)):
+            one(**{**inputs, "labels": inputs["labels"][:, :-1].contiguous()})
+        with pytest.raises((ValueError, IndexError)):
+            one(**{**inputs, "labels": inputs["labels"].clamp_min(64)})
+
+
+def test_trainer(tmp_path):
+    """Which reads the columns that it needs from the signature of the forward."""
+    pytest.importorskip("accelerate")
+    losses = {}
+    for kind in ("own", "fused"):
+        model, inputs = build("Bert", torch.float32)
+        if kind == "fused":
+            model, _ = fused(model)
+        rows = [dict(zip(inputs, row, strict=True), unused=0) for row in zip(*inputs.values(), strict=True)]
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=3, max_steps=4, logging_steps=1, use_cpu=True, report_to=[],
+            save_strategy="no", disable_tqdm=True, learning_rate=1e-2, seed=1, gradient_accumulation_steps=2,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows * 2, eval_dataset=rows)
+        trainer.train()
+        losses[kind] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        predicted = trainer.predict(rows)
+        assert predicted.predictions.shape == (3, 8, 64)
+        losses[kind].append(predicted.metrics["test_loss"])
+    assert losses["own"][0] != losses["own"][-1]
+    assert losses["fused"] == pytest.approx(losses["own"], rel=1e-4)
+
+
+def test_every_form_is_in_the_table():
+    forms = {entry["form"] for entry in known("forwards").values()}
+    assert {*MODELS, *HEADS, BIASED_HEAD} <= forms
+    assert {form for form in forms if form.startswith(("masked", "head"))} == {*MODELS, *HEADS, BIASED_HEAD}
