@@ -37,6 +37,8 @@ DTYPES = (torch.bfloat16, torch.float32) if GPU else (torch.float32,)
 ROUNDS = 20 if GPU else 5
 # On a CPU the rows up to which memory is also computed, and at which it must agree with what was measured.
 COMPARED_ROWS = 4096
+# Above these rows a CPU's profile of thousands of equal rounds takes more memory than there is: computed there.
+PROFILED_ROUNDS = 16384
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +109,8 @@ def peaks(kind: str, rows: int, contrast: Contrast) -> dict[str, int]:
     """The peak in bytes, "measured" and "computed", as far as each exists."""
     scale, found = make_scale(kind), {}
     ready = prepared(contrast)
-    if fits(contrast, kind, rows):
+    in_rounds = contrast.repeating != float("inf")
+    if fits(contrast, kind, rows) and (GPU or not in_rounds or rows <= PROFILED_ROUNDS):
         features = make_features(kind, rows)
         if contrast.compiled:
             # Not the memory of the compiler.
