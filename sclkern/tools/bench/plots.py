@@ -213,12 +213,12 @@ def _decoding(rows: list[Record]) -> Figure | None:
 
 def _loss_memory(rows: list[Record]) -> Figure | None:
     """Lines: peak memory of the contrastive loss beside its inputs, over N."""
-    losses = memory_rows(rows)
+    losses = [row for row in memory_rows(rows) if "M" not in row["values"]]
     if not losses:
         return None
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     lines: dict[str, list[Record]] = defaultdict(list)
-    for row in (row for row in losses if "M" not in row["values"]):
+    for row in losses:
         lines[f"{row['way']}, {row['dtype']}"].append(row)
     for name, records in lines.items():
         axis.plot([r["values"]["N"] for r in records], [r["peak_bytes"] / 1e6 for r in records], marker="o", label=name)

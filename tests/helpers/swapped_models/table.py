@@ -212,7 +212,9 @@ IDLE = {
     "MoonshineForConditionalGeneration": "MoonshineAttention",
     "NllbMoeForConditionalGeneration": "NllbMoeAttention",
     "PegasusXForConditionalGeneration": "PegasusXAttention",
-    "Phi4MultimodalForCausalLM": "Phi4MultimodalVisionAttention Phi4MultimodalVisionEncoderLayer Phi4MultimodalVisionMLP",
+    "Phi4MultimodalForCausalLM": (
+        "Phi4MultimodalVisionAttention Phi4MultimodalVisionEncoderLayer Phi4MultimodalVisionMLP"
+    ),
     "PixtralVisionModel": "PixtralAttention",
     "Sam3LiteTextModel": "Sam3LiteTextAttention",
     "Sam3Model": "Sam3Attention",
