@@ -23,12 +23,14 @@ class Model:
         inputs: arguments of the forward beyond what ``make_inputs`` finds.
         dtype: float64, except where the model's own code computes in float32.
         generates: whether ``generate`` takes what the forward takes.
+        skip_logits: fused with ``skip_logits=True``, and trained with labels too.
     """
 
     sizes: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
     generates: bool = True
+    skip_logits: bool = False
 
 
 def normal(*shape: int) -> Callable[[Any], torch.Tensor]:
@@ -197,6 +199,17 @@ PLAIN = """
     YosoModel YoutuForCausalLM Zamba2ForCausalLM ZayaForCausalLM
 """
 MODELS |= {name: Model() for name in PLAIN.split() if name not in MODELS} | {name: Model() for name in OTHERS}
+
+# Models for masked language modelling, in tests/integrations/fuse/test_masked_lm.py too.
+MASKED_LM = """
+    Albert Bert BigBird BridgeTower Camembert ConvBert Data2VecText DistilBert Electra Ernie Gte JinaEmbeddingsV3
+    LayoutLM MegatronBert MPNet NomicBert Nystromformer RemBert Roberta RobertaPreLayerNorm RoCBert RoFormer Vilt
+    XLMRoberta XLMRobertaXL Xmod
+"""
+MODELS |= {
+    f"{name}ForMaskedLM": Model(MODELS[f"{name}Model"].sizes if f"{name}Model" in MODELS else {}, skip_logits=True)
+    for name in MASKED_LM.split()
+}
 
 # By model: classes that are taken, but that it hands what the op does not have (the causal mask of a decoder, whose
 # class its cross-attention shares; masks of image blocks; wider keys than values), or that these inputs do not reach.

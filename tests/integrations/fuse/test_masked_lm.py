@@ -12,21 +12,17 @@ from torch import nn
 import sclkern
 from sclkern import ops
 from sclkern.errors import UserError
-from sclkern.integrations.fuse.masked_lm import BIASED_HEAD, HEADS, MODELS
+from sclkern.integrations.fuse import masked_lm
 from sclkern.integrations.source import known
 from swapped_models import inputs as make
-from swapped_models.checks import agree, compute, seed
+from swapped_models.checks import agree, compute, learn, seed
+from swapped_models.table import MASKED_LM, MODELS
 from swapped_models.tiny import stir, tiny
 
 transformers = pytest.importorskip("transformers")
 
-FAMILIES = [
-    "Albert", "Bert", "BigBird", "BridgeTower", "Camembert", "ConvBert", "Data2VecText", "DistilBert", "Electra",
-    "Ernie", "LayoutLM", "MegatronBert", "MPNet", "Nystromformer", "RemBert", "Roberta", "RobertaPreLayerNorm",
-    "RoCBert", "RoFormer", "Vilt", "XLMRoberta", "XLMRobertaXL", "Xmod",
-]  # fmt: skip
-NEWER = ["Gte", "JinaEmbeddingsV3", "NomicBert"]
-SIZES = {"Xmod": {"languages": ["en_XX"], "default_language": "en_XX"}}
+# What only newer versions of transformers have.
+NEWER = ("Gte", "JinaEmbeddingsV3", "NomicBert")
 
 
 def build(family, dtype=torch.float64, **options):
@@ -35,7 +31,8 @@ def build(family, dtype=torch.float64, **options):
     if cls is None and family in NEWER:
         pytest.skip(f"this transformers has no {family}")
     torch.manual_seed(0)
-    model = stir(cls._from_config(tiny(cls.config_class, **SIZES.get(family, {})), **options).to(dtype)).train()
+    config = tiny(cls.config_class, **MODELS[f"{family}ForMaskedLM"].sizes)
+    model = stir(cls._from_config(config, **options).to(dtype)).train()
     torch.set_default_dtype(dtype)
     try:
         inputs = make.make_inputs(model, {})
@@ -51,18 +48,10 @@ def fused(model, **options):
     return ours, sclkern.fuse(ours, only="linear_cross_entropy", skip_logits=True, **options)
 
 
-def loss_and_gradients(model, inputs, **options):
-    """The same scalar of both: fused, there are no logits to sum up."""
-    model.zero_grad()
-    seed()
-    out = model(**copy.deepcopy(inputs), **options)
-    out.loss.backward()
-    gradients = {f"grad {name}": one.grad for name, one in model.named_parameters() if one.grad is not None}
-    return {"loss": out.loss.detach()} | gradients
-
-
-@pytest.mark.parametrize("path", ["cpu", "kernels"])
-@pytest.mark.parametrize("family", FAMILIES + NEWER)
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [(family, "cpu") for family in MASKED_LM.split()] + [("Bert", "kernels"), ("BridgeTower", "kernels")],
+)
 def test_loss_and_gradients(family, path, request):
     model, inputs = build(family)
     ours, report = fused(model)
@@ -70,11 +59,11 @@ def test_loss_and_gradients(family, path, request):
     if path == "kernels":
         request.getfixturevalue("kernels")
     with unittest.mock.patch.object(ops, "linear_cross_entropy", wraps=ops.linear_cross_entropy) as op:
-        results = loss_and_gradients(ours, inputs)
+        results = learn(ours, inputs)
         assert op.call_count == 1
         labels = op.call_args.args[3]
         assert (labels != -100).all() and labels.numel() == (inputs["labels"] != -100).sum()
-        agree(results, loss_and_gradients(model, inputs), 1e-9)
+        agree(results, learn(model, inputs), 1e-9)
         assert ours(**inputs).logits is None
         # Everything else is the model's own.
         op.reset_mock()
@@ -94,7 +83,7 @@ def test_loss_and_gradients(family, path, request):
         assert not op.called
     report.revert()
     assert not any("_sclkern" in vars(module) for module in ours.modules()) and type(ours) is type(model)
-    agree(loss_and_gradients(ours, inputs), loss_and_gradients(model, inputs), 0)
+    agree(learn(ours, inputs), learn(model, inputs), 0)
 
 
 def test_other_outputs_stay():
@@ -115,9 +104,9 @@ def test_no_label_at_all_is_no_number():
     model, inputs = build("Bert")
     ours, _ = fused(model)
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
-    results = loss_and_gradients(ours, inputs)
+    results = learn(ours, inputs)
     assert results["loss"].isnan()
-    agree(results, loss_and_gradients(model, inputs), 0)
+    agree(results, learn(model, inputs), 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -144,8 +133,8 @@ def test_compiled(labelled, kernels):
     ours, _ = fused(model)
     if not labelled:
         inputs["labels"] = torch.full_like(inputs["labels"], -100)
-    expected = loss_and_gradients(model, inputs)
-    agree(loss_and_gradients(torch.compile(ours, backend="aot_eager"), inputs), compiled_names(expected), 1e-9)
+    expected = learn(model, inputs)
+    agree(learn(torch.compile(ours, backend="aot_eager"), inputs), compiled_names(expected), 1e-9)
 
 
 def compiled_names(results):
@@ -154,13 +143,13 @@ def compiled_names(results):
 
 def test_copied_pickled_and_fused_with_the_rest(kernels):
     model, inputs = build("Bert")
-    expected = loss_and_gradients(model, inputs)
+    expected = learn(model, inputs)
     ours = copy.deepcopy(model)
     report = sclkern.fuse(ours, skip_logits=True)
     assert {"ops.linear_cross_entropy", "ops.bias_gelu (none)"} <= {one.by for one in report.replaced}
     assert not any(one.why == "fused already" for one in report.left)
     for one in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        agree(loss_and_gradients(one, inputs), expected, 1e-6)
+        agree(learn(one, inputs), expected, 1e-6)
         assert one(**inputs).logits is None
     # Only where it is asked for.
     plain = copy.deepcopy(model)
@@ -183,7 +172,7 @@ def test_what_is_changed_later_is_the_models_own(change):
     for one in (model, ours):
         torch.manual_seed(0)
         CHANGES[change](one)
-    agree(loss_and_gradients(ours, inputs), loss_and_gradients(model, inputs), 0 if change != "tokens" else 1e-9)
+    agree(learn(ours, inputs), learn(model, inputs), 0 if change != "tokens" else 1e-9)
     # transformers makes its linear layer longer in place.
     assert (ours(**inputs).logits is None) == (change == "tokens")
 
@@ -266,7 +255,7 @@ def test_an_error_within_leaves_the_model_as_it_was():
     ours, _ = fused(model)
     with pytest.raises(ValueError):
         ours(input_ids=inputs["input_ids"], inputs_embeds=torch.zeros(1), labels=inputs["labels"])
-    agree(loss_and_gradients(ours, inputs), loss_and_gradients(model, inputs), 1e-9)
+    agree(learn(ours, inputs), learn(model, inputs), 1e-9)
     # Labels that do not fit are an error of the model's own.
     for one in (ours, model):
         with pytest.raises((ValueError, IndexError)):
@@ -300,5 +289,5 @@ def test_trainer(tmp_path):
 
 def test_every_form_is_in_the_table():
     forms = {entry["form"] for entry in known("forwards").values()}
-    assert {*MODELS, *HEADS, BIASED_HEAD} <= forms
-    assert {form for form in forms if form.startswith(("masked", "head"))} == {*MODELS, *HEADS, BIASED_HEAD}
+    wanted = {*masked_lm.MODELS, *masked_lm.HEADS, masked_lm.BIASED_HEAD}
+    assert {form for form in forms if form.startswith(("masked", "head"))} == wanted
