@@ -115,6 +115,8 @@ def _obstacle(cls: Any, first: str, gelu: str) -> str | None:
                 attribute = whole.get(id(node))
                 if node.id == "super" or attribute is None:
                     return "its code uses self for more than its attributes"
+                if attribute.startswith("__"):
+                    return f"its code uses {attribute}, which says what self is"
                 uses |= {attribute: uses.get(attribute, 0) + 1}
             elif isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
                 return f"its code sets {ast.unparse(node)}"

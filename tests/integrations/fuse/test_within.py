@@ -68,6 +68,11 @@ class BySuper(Layer):
         return super().forward(x)
 
 
+class ByClass(Layer):
+    def forward(self, x):
+        return self.fc2(self.activation_fn(self.fc1(x))) * len(self.__class__.__name__)
+
+
 class Property(Layer):
     @property
     def size(self):
@@ -130,6 +135,7 @@ def test_the_same_elements_are_dropped(kernels):
         (Keeps, "its code sets self.last"),
         (ByName, "uses self for more than its attributes"),
         (BySuper, "uses self for more than its attributes"),
+        (ByClass, "uses __class__, which says what self is"),
         (Property, "uses size, which is a property"),
     ],
 )
