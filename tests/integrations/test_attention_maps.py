@@ -153,11 +153,12 @@ def test_maps_with_checkpoints_in_the_users_code(make):
 
 @torch.no_grad()
 def test_what_only_eager_attention_computes_compiles():
-    """T5 has a position bias; the function of its file is traced."""
+    """T5's decoder has a position bias beside a causal mask; the function of its file is traced."""
     config = transformers.T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
-    model = transformers.T5EncoderModel._from_config(config, attn_implementation="sclkern").eval()
+    model = transformers.T5Model._from_config(config, attn_implementation="sclkern").eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(IDS)[0], model(IDS)[0])
+    options = {"decoder_input_ids": IDS, "use_cache": False}
+    torch.testing.assert_close(compiled(IDS, **options)[0], model(IDS, **options)[0])
 
 
 LOAD = """

@@ -106,10 +106,8 @@ GPT_OSS = dict(
     intermediate_size=32, num_local_experts=2, num_experts_per_tok=1, sliding_window=4, pad_token_id=0,
     layer_types=["sliding_attention", "full_attention"],
 )  # fmt: skip
-T5 = dict(vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
 OTHER_FORMULAS = {
     "sinks": ("GptOssModel", "GptOssConfig", GPT_OSS, "its attention has sinks"),
-    "position bias": ("T5EncoderModel", "T5Config", T5, ""),
     "softcap": ("Gemma2Model", "Gemma2Config", {**SMALL, "num_key_value_heads": 2, "head_dim": 32}, "softcap"),
 }
 

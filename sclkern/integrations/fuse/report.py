@@ -17,8 +17,7 @@ from sclkern.integrations.fuse.masked_lm import MASKED_LM
 from sclkern.integrations.fuse.modules import Fused, Swap, Verdict
 from sclkern.integrations.fuse.rules import LOSS_OF_LOGITS, RULES
 from sclkern.integrations.fuse.trial import remembered
-from sclkern.integrations.huggingface.fusing import around, configure, dispatches, obstacle
-from sclkern.integrations.huggingface.packed import packs
+from sclkern.integrations.huggingface.fusing import around, computed, configure, dispatches, obstacle
 from sclkern.ops.completion_loss import GATHERS
 from sclkern.ops.dispatch import select_backend
 
@@ -161,8 +160,9 @@ def fuse(
       ``BertCrossLayer``, BERT, BLIP's text model, ViLT), {qkv, projection, dropout} (BLIP's vision model) and {qkv,
       attn_drop, proj, proj_drop} with a forward of timm (ViT, DeiT, EVA, BEiT: norms, gates, rotations and relative
       position biases included); modules that use Hugging Face's ``AttentionInterface`` (BERT, RoBERTa, BridgeTower,
-      CLIP) with a known eager attention, through views of the model's configurations that say "sclkern"; those of
-      packed sequences (Qwen-VL) with a known forward, all sequences at once, through views that say "sclkern_flash".
+      CLIP; with a position bias, LayoutLMv3 and T5's encoder) with a known eager attention, through views of the
+      model's configurations that say "sclkern"; those of packed sequences (Qwen-VL) with a known forward, all sequences
+      at once, through views that say "sclkern_flash".
     - "dropout_add_layer_norm": {dense, LayerNorm, dropout}; the first sum and the second norm of pre-norm blocks whose
       class was examined (ViT, DeiT, DINOv2, DINOv3, ViLT, CLIP, SigLIP, BLIP's vision model, timm's ViT, EVA and BEiT).
     - "linear_gelu": {dense, intermediate_act_fn}, {fc1, activation_fn, fc2}, {fc1, act, fc2} with dropout (timm), a
@@ -297,10 +297,7 @@ def _fuse(model: nn.Module, names: tuple[str, ...], report: FuseReport, gather: 
         if reason:
             report.left.append(Left(path, type(module).__name__, reason))
         else:
-            calls = "calls with a padding mask or none; other masks: torch's attention; maps: the model's own attention"
-            op = "attention"
-            if packs(module):
-                op, calls = "packed_attention", "all sequences at once; what the op does not take: one by one"
+            op, calls = computed(module)
             _note(report, path, module, type(module), f"ops.{op}, by Hugging Face's interface", calls, "any")
             attentions.append(module)
     if attentions and "transformers" in sys.modules:

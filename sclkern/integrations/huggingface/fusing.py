@@ -13,6 +13,7 @@ from torch import nn
 from sclkern.integrations.huggingface.calls import call_of
 from sclkern.integrations.huggingface.config import REPLACEABLE, is_view, view
 from sclkern.integrations.huggingface.formulas import formula_of
+from sclkern.integrations.huggingface.interface import BIAS
 from sclkern.integrations.huggingface.maps import MapRequest, NoteRequest, find_collector
 from sclkern.integrations.huggingface.packed import packs
 
@@ -70,7 +71,7 @@ def obstacle(module: Any, around: list[nn.Module]) -> str | None:
     if not call.mask:
         return "its forward makes a mask of its own"
     for name in formula.extras:
-        if any(_value(module, source) is not None for source in call.keywords.get(name, ())):
+        if name != BIAS and any(_value(module, source) is not None for source in call.keywords.get(name, ())):
             return f"{name} changes its scores"
     flags = [_value(module, source) for source in call.keywords.get("is_causal", ("self.is_causal",))]
     makers = _mask_makers(around)
@@ -81,6 +82,26 @@ def obstacle(module: Any, around: list[nn.Module]) -> str | None:
     if formula.grouped and getattr(module, "num_key_value_groups", 1) != 1:
         return "several queries share a key, which torch's attention computes"
     return None
+
+
+def computed(module: Any) -> tuple[str, str]:
+    """What computes the attention of a module without an ``obstacle``.
+
+    Args:
+        module: the attention module.
+
+    Returns:
+        The op, and which calls it computes and what computes the others.
+    """
+    if packs(module):
+        return "packed_attention", "all sequences at once; what the op does not take: one by one"
+    call = call_of(type(module))  # type: ignore[arg-type]
+    if call is not None and call.keywords.get(BIAS):
+        return "attention", "calls with a padding mask or none, with a position bias; others: the model's own attention"
+    return (
+        "attention",
+        "calls with a padding mask or none; other masks: torch's attention; maps: the model's own attention",
+    )
 
 
 def configure(model: nn.Module, attentions: list[nn.Module], undo: list[Callable[[], Any]]) -> None:

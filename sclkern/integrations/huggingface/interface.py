@@ -22,8 +22,10 @@ HARMLESS = (
     "num_items_in_batch", "output_attentions", "output_hidden_states", "position_embeddings", "position_ids",
     "return_dict", "sliding_window", "use_cache",
 )  # fmt: skip
+# A keyword whose value eager functions add to the scores.
+BIAS = "position_bias"
 # Keywords of which eager functions read their own form.
-_READ_BY_EAGER = {"position_bias", "s_aux", "sinks", "softcap"}
+_READ_BY_EAGER = {BIAS, "s_aux", "sinks", "softcap"}
 # Hugging Face's function for torch's attention, set by ``register_attention``: torch.compile traces no import.
 _torch_attention: Any = None
 
@@ -33,10 +35,11 @@ def register_attention(name: str = "sclkern") -> None:
 
     It serves models that take their attention from ``transformers.AttentionInterface`` (BERT, RoBERTa, CLIP,
     BridgeTower, ...). Others (ViLT, BLIP) are not changed by it; ``sclkern.fuse`` serves them. The result is that of
-    ``attn_implementation="eager"``. The op computes calls without a mask and with padding; torch's attention computes
-    causal and other masks that differ between queries; the module's own eager function computes attention maps
-    (``output_attentions=True``), and everything beyond softmax(query key^T * scale + mask) value: position biases,
-    capped scores, attention sinks. One warning names each.
+    ``attn_implementation="eager"``. The op computes calls without a mask and with padding, with a position bias (T5's
+    encoder) and with one that is part of the mask, where it has a gradient (BEiT's); torch's attention computes causal
+    and other masks that differ between queries; the module's own eager function computes attention maps
+    (``output_attentions=True``), a position bias beside such a mask, and everything beyond softmax(query key^T * scale
+    + bias + mask) value: capped scores, attention sinks. One warning names each.
 
     Registering a name twice has no further effect. There are two differences: a query whose keys are all padding gets
     zeros, and a mask of bool means True = attend, where eager attention adds it as numbers. Padding is what is known to
@@ -106,7 +109,15 @@ def attention(
         # Eager attention adds them to the scores.
         attention_mask = attention_mask.to(query.dtype)
     is_causal = attention_mask is None and query.shape[2] > 1 and _wants_causality(module, options)
-    maps, beyond = maps_of(module, options), find_obstacle(formula, query, key, attention_mask, options)
+    bias, maps = _bias(formula, query, key, options), maps_of(module, options)
+    beyond = find_obstacle(formula, query, key, attention_mask, options, bias)
+    padding, reason = None, None
+    if not maps and beyond is None:
+        if bias is None and _is_bias(attention_mask, query, key):
+            bias, attention_mask = attention_mask, None
+        padding, reason = _padding(query, key, value, attention_mask, is_causal)
+        if reason is not None and bias is not None:
+            beyond = f"a position bias beside {reason}"
     if maps or beyond is not None:
         warn_once(f"{beyond or 'attention maps are requested'}: computed by the eager attention of the model")
         function = _eager(module, formula, options)
@@ -115,24 +126,55 @@ def attention(
         given = None if attention_mask is None else added(attention_mask, query.dtype)
         out, weights = function(module, query, key, value, given, dropout=dropout, scaling=scaling, **options)
         return out, weights if maps else None
-    padding, reason = key_padding(attention_mask, query.shape[0], query.shape[2])
-    if is_causal:
-        reason = "causal attention"
-    elif padding is not None and padding.shape[-1] != keys:
-        reason = "a mask for another number of keys"
-    elif key.shape[0] != query.shape[0] or key.shape[1] != query.shape[1] or value.shape[-1] != query.shape[-1]:
-        reason = "keys and queries differ in their number of heads or sequences, or values in their width"
     scaling = formula.resolve_scale(module, scaling)
     dropout = dropout if module.training else 0.0
     if reason is None:
         heads_last = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        fused: Any = ops.attention(*heads_last, key_padding_mask=padding, dropout_p=dropout, softmax_scale=scaling)
+        numbers: dict[str, Any] = {"dropout_p": dropout, "softmax_scale": scaling}
+        fused: Any = ops.attention(*heads_last, key_padding_mask=padding, bias=bias, **numbers)
         return fused.contiguous(), None
     warn_once(f"{reason}: computed by torch's attention")
     result: tuple[Tensor, Tensor | None] = _torch_attention(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal
     )
     return result
+
+
+def _padding(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor | None, str | None]:
+    """The key padding mask of the op, and the reason why the op does not compute a call, or None."""
+    padding, reason = key_padding(attention_mask, query.shape[0], query.shape[2])
+    if is_causal:
+        reason = "causal attention"
+    elif padding is not None and padding.shape[-1] != key.shape[2]:
+        reason = "a mask for another number of keys"
+    elif key.shape[0] != query.shape[0] or key.shape[1] != query.shape[1] or value.shape[-1] != query.shape[-1]:
+        reason = "keys and queries differ in their number of heads or sequences, or values in their width"
+    return padding, reason
+
+
+def _bias(formula: Formula, query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor | None:
+    """The position bias of a call, where the op can add it; None where there is none, or another one."""
+    bias = options.get(BIAS) if BIAS in formula.extras else None
+    return bias if _has_scores_shape(bias, query, key) else None
+
+
+def _is_bias(attention_mask: Tensor | None, query: Tensor, key: Tensor) -> bool:
+    """Whether a mask is a bias that is learned; torch's attention is as good for one without a gradient."""
+    learned = attention_mask is not None and attention_mask.requires_grad
+    return learned and _has_scores_shape(attention_mask, query, key)
+
+
+def _has_scores_shape(bias: Any, query: Tensor, key: Tensor) -> bool:
+    """Whether it is a bias as ``ops.attention`` takes it: (B or 1, H or 1, Lq, Lk)."""
+    if not isinstance(bias, Tensor) or bias.ndim != 4 or query.ndim != 4:
+        return False
+    if bias.dtype not in (query.dtype, torch.float32):
+        return False
+    batch, heads, queries, _ = query.shape
+    fits = bias.shape[0] in (1, batch) and bias.shape[1] in (1, heads)
+    return fits and tuple(bias.shape[2:]) == (queries, key.shape[2])
 
 
 def _chosen(module: nn.Module) -> str | None:
@@ -156,7 +198,12 @@ def _wants_causality(module: nn.Module, options: dict[str, Any]) -> bool:
 
 
 def find_obstacle(
-    formula: Formula, query: Tensor, key: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
+    formula: Formula,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    options: dict[str, Any],
+    bias: Tensor | None = None,
 ) -> str | None:
     """The reason why the module's own function must compute a call.
 
@@ -166,15 +213,16 @@ def find_obstacle(
         key: of the call.
         attention_mask: of the call.
         options: further arguments of the call.
+        bias: the position bias among them that the op adds, or None.
 
     Returns:
-        The reason, such as "attention sinks"; None where it is softmax(query key^T * scale + mask) value.
+        The reason, such as "attention sinks"; None where it is softmax(query key^T * scale + bias + mask) value.
     """
     if formula.beyond is not None:
         return formula.beyond
     if query.ndim != 4 or query.dtype != key.dtype or (attention_mask is not None and attention_mask.ndim != 4):
         return "queries or a mask of other than four dimensions, or keys of another dtype"
-    return next((f"{name} is given" for name in _unknown(options)), None)
+    return next((f"{name} is given" for name in _unknown(options) if name != BIAS or bias is None), None)
 
 
 def _unknown(options: dict[str, Any]) -> list[str]:

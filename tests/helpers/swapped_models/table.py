@@ -84,6 +84,7 @@ MODELS: dict[str, Model] = {
     "XLNetLMHeadModel": Model(generates=False),
     "XmodModel": Model({"languages": ["en_XX"], "default_language": "en_XX"}),
     # Images and videos.
+    "BeitModel": Model({"use_relative_position_bias": True}),
     "ConditionalDetrModel": Model(DETR),
     "DabDetrModel": Model(DETR, **FLOAT32),
     "DeformableDetrModel": Model(DETR),
