@@ -8,6 +8,7 @@ import torch
 import sclkern
 from sclkern import ops
 from sclkern.integrations.huggingface.fusing import dispatches
+from sclkern.integrations.huggingface.interface import attention
 from sclkern.integrations.huggingface.warn import _warn_once
 from swapped_models.checks import agree, compute, outputs
 from swapped_models.inputs import make_inputs
@@ -116,6 +117,19 @@ def test_within_the_mask(biases):
     # Without a gradient torch's attention is as good.
     agree(outputs(ours, inputs), outputs(model, inputs), 1e-5)
     assert len(biases) == 2
+
+
+def test_a_learned_mask_that_the_op_does_not_take_is_not_lost(biases):
+    module = transformers.BertModel(tiny(transformers.BertConfig)).encoder.layer[0].attention.self
+    query, key, value = (torch.randn(2, 2, 5, width, dtype=torch.float64) for width in (32, 32, 16))
+    mask = torch.randn(1, 2, 5, 5, dtype=torch.float64, requires_grad=True)
+    with pytest.warns(UserWarning, match="values in their width: computed by torch's attention"):
+        out, _ = attention(module, query, key, value, mask, scaling=0.25)
+    expected = (query @ key.mT * 0.25 + mask).softmax(-1) @ value
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+    grads = [torch.autograd.grad(one.square().sum(), mask)[0] for one in (out, expected)]
+    torch.testing.assert_close(*grads)
+    assert not biases
 
 
 def test_under_autocast(biases):

@@ -113,11 +113,12 @@ def attention(
     beyond = find_obstacle(formula, query, key, attention_mask, options, bias)
     padding, reason = None, None
     if not maps and beyond is None:
-        if bias is None and _is_bias(attention_mask, query, key):
-            bias, attention_mask = attention_mask, None
-        padding, reason = _padding(query, key, value, attention_mask, is_causal)
+        learned = attention_mask if bias is None and _is_bias(attention_mask, query, key) else None
+        padding, reason = _padding(query, key, value, attention_mask if learned is None else None, is_causal)
         if reason is not None and bias is not None:
             beyond = f"a position bias beside {reason}"
+        elif reason is None and learned is not None:
+            bias = learned
     if maps or beyond is not None:
         warn_once(f"{beyond or 'attention maps are requested'}: computed by the eager attention of the model")
         function = _eager(module, formula, options)
