@@ -132,6 +132,18 @@ def test_a_learned_mask_that_the_op_does_not_take_is_not_lost(biases):
     assert not biases
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_mask_in_a_narrower_dtype(dtype, learned, biases):
+    model, inputs = build("BertModel")
+    mask = torch.linspace(-1, 1, 3 * 64).view(3, 1, 8, 8).to(dtype).requires_grad_(learned)
+    call = {"input_ids": inputs["input_ids"][:, :8], "attention_mask": mask}
+    ours = copy.deepcopy(model)
+    sclkern.fuse(ours, only="attention")
+    torch.testing.assert_close(ours(**call)[0], model(**call)[0])
+    assert len(biases) == 2 * learned
+
+
 def test_under_autocast(biases):
     model, inputs = build("T5EncoderModel")
     model = model.float()

@@ -77,7 +77,7 @@ def returns_tuple(model: Any, options: dict[str, Any]) -> bool:
         What ``return_dict`` says, or else the model's configuration.
     """
     chosen = options.get("return_dict")
-    return (getattr(model.config, "return_dict", True) if chosen is None else chosen) is False
+    return not (getattr(model.config, "return_dict", True) if chosen is None else chosen)
 
 
 def completion_loss(module: Any) -> Verdict:

@@ -3,12 +3,13 @@
 A model is taken where the text of its forward, and of each module down to the linear layer over the vocabulary, is one
 that was examined (section "forwards" of ``known.json``): the model's logits are the result of that layer, and its loss
 is the mean cross-entropy of all tokens that have a label. Called without labels, the model then returns whatever that
-layer returned as logits: for the time of such a call, the layer returns the loss.
+layer returned as logits: for the time of such a call, in its thread, the layer returns the loss.
 """
 
 from __future__ import annotations
 
 import inspect
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -34,16 +35,18 @@ _IGNORED = -100
 
 
 class FusedLogits(Fused):
-    """The module that makes the logits. ``_sclkern`` holds the labels of the call that is under way, or None."""
+    """The module that makes the logits. ``_sclkern`` holds, by thread, the call with labels that is under way."""
+
+    _sclkern: dict[int, list[Tensor]]
 
     def forward(self, x):
         """Compute the logits, or the loss of a call with labels."""
-        labels = self._sclkern
-        if labels is None:
+        pending = self._sclkern.get(_thread())
+        if not pending:
             return super().forward(x)
-        self._sclkern = None
         hidden, weight, bias = self._operands(x)
-        return _loss(hidden, weight, bias, labels)
+        pending.append(_loss(hidden, weight, bias, pending[0]))
+        return pending[-1]
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         raise NotImplementedError
@@ -74,12 +77,14 @@ class MaskedLM(NamedTuple):
     """Settings of ``FusedMaskedLM``.
 
     Attributes:
-        names: arguments of the original forward, in order.
-        path: names of the modules that lead to the one that makes the logits.
+        names: arguments of the original forward that may be given by position, in order.
+        path: names of the modules that lead to the one that makes the logits, that one last.
+        kinds: their classes, before they were fused.
     """
 
     names: tuple[str, ...]
     path: tuple[str, ...]
+    kinds: tuple[type[nn.Module], ...]
 
 
 class FusedMaskedLM(Fused):
@@ -92,31 +97,71 @@ class FusedMaskedLM(Fused):
         """Compute the model without its logits, with ``ops.linear_cross_entropy`` for its loss."""
         arguments = bind(self._sclkern.names, args, options)
         labels = arguments.get("labels")
-        if not self.training or not isinstance(labels, Tensor) or returns_tuple(self, arguments):
+        logits = self._find()
+        if logits is None:
             return super().forward(*args, **options)
-        logits: Any = self
-        for name in self._sclkern.path:
-            logits = logits._modules.get(name) if isinstance(logits, nn.Module) else None
-        if obstacle(self, logits) or not isinstance(logits, FusedLogits):
-            return super().forward(*args, **options)
-        if logits._sclkern is not None:
-            raise RuntimeError(
-                f"{type(self).__name__}: got a call with labels while another one is under way; call one copy of a "
-                "fused model from one thread at a time"
-            )
-        logits._sclkern = labels
+        computes = self.training and isinstance(labels, Tensor) and not returns_tuple(self, arguments)
+        pending: list[Any] = [labels] if computes else []
+        # A call within this one, of a hook, has its own.
+        outer, thread = logits._sclkern.get(_thread()), _thread()
+        logits._sclkern[thread] = pending
         try:
+            if not computes:
+                return super().forward(*args, **options)
             out: Any = super().forward(**{**arguments, "labels": None})
         finally:
-            logits._sclkern = None
+            if outer is None:
+                logits._sclkern.pop(thread, None)
+            else:
+                logits._sclkern[thread] = outer
+        if not torch.compiler.is_compiling() and (len(pending) != 2 or out["logits"] is not pending[1]):
+            raise RuntimeError(
+                f"{type(self).__name__}: its {'.'.join(self._sclkern.path)} was called {len(pending) - 1} times in a "
+                "call with labels, expected once, whose result is returned: with skip_logits it computes the loss. "
+                "Leave the head alone in hooks, or call revert"
+            )
         return type(out)(**{**out, "loss": out["logits"], "logits": None})
+
+    def _find(self) -> Any:
+        """The module that makes the logits; None where it, or another on the way to it, was changed."""
+        module: Any = self
+        _, path, kinds = self._sclkern
+        for name, kind in zip(path, kinds, strict=True):
+            if not _as_examined(module):
+                return None
+            module = module._modules.get(name)
+            if module is None or not is_plain(module, type(module)):
+                return None
+            if getattr(type(module), "_original", type(module)) is not kind:
+                return None
+        fused = isinstance(module, FusedLogits) and type(module) is fused_class(kinds[-1], type(module).__mro__[1])
+        return module if fused and obstacle(self, module) is None else None
+
+
+# The forwards that classes had when they were examined.
+_forwards: dict[type, Any] = {}
+
+
+def _as_examined(module: nn.Module) -> bool:
+    """Whether a class has the forward that it had when it was examined."""
+    kind: Any = getattr(type(module), "_original", type(module))
+    return torch.compiler.is_compiling() or _forwards.setdefault(kind, kind.forward) is kind.forward
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
     """The mean cross-entropy, as these models compute it from their logits."""
-    dtype = torch.float32 if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
+    autocast = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
+    dtype = torch.float32 if autocast else hidden.dtype
     as_rows = labels.dtype == torch.int64 and labels.device == hidden.device and labels.shape == hidden.shape[:-1]
-    values_known = not torch.compiler.is_compiling() and not _captured(labels)
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        # No batch of functorch has a number of rows that depends on values.
+        as_rows &= not any(map(torch._C._functorch.is_functorch_wrapped_tensor, (hidden, labels)))
+    values_known = not (compiling or torch.jit.is_tracing() or _captured(labels))
     if as_rows and values_known:
         # The op would compute the logits of every row, of which a model like BERT labels 15 %.
         rows = (labels.flatten() != _IGNORED).nonzero().squeeze(1)
@@ -141,8 +186,11 @@ def masked_lm(module: Any) -> Verdict:
     first = MODELS.get(known_form(module) or "")
     if first is None or not hasattr(module, "config"):
         return None
-    path, inner = [first], module._modules.get(first)
+    path, kinds, inner = [first], [], module._modules.get(first)
     while isinstance(inner, nn.Module) and (form := known_form(inner) or "") in HEADS:
+        if not is_plain(inner, type(inner)):
+            return f"its {'.'.join(path)} carries hooks"
+        kinds.append(type(inner))
         path.append(HEADS[form])
         inner = inner._modules.get(HEADS[form])
     biased = isinstance(inner, nn.Module) and known_form(inner) == BIASED_HEAD
@@ -150,11 +198,15 @@ def masked_lm(module: Any) -> Verdict:
         return f"its {'.'.join(path)} is {type(inner).__name__}, not torch's Linear or a head that was examined"
     if reason := obstacle(module, inner):
         return reason
+    for one in (type(module), *kinds, type(inner)):
+        _forwards[one] = one.forward
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = tuple(one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD)
     cls = fused_class(type(inner), FusedBiasedHead if biased else FusedDecoder)
-    settings = MaskedLM(tuple(inspect.signature(module.forward).parameters), tuple(path))
+    settings = MaskedLM(names, tuple(path), (*kinds, type(inner)))
     calls = "calls with labels in training that return no tuple, whose logits are None then; others: the model's own"
     swap = Swap(MASKED_LM, fused_class(type(module), FusedMaskedLM), {"_sclkern": settings}, calls=calls)
-    return swap._replace(children=((inner, Swap(MASKED_LM, cls, {"_sclkern": None})),))
+    return swap._replace(children=((inner, Swap(MASKED_LM, cls, {"_sclkern": {}})),))
 
 
 def obstacle(model: Any, logits: Any) -> str | None:
@@ -177,12 +229,22 @@ def obstacle(model: Any, logits: Any) -> str | None:
     if not linear.weight.is_floating_point():
         return f"its linear layer has weights of {str(linear.weight.dtype).removeprefix('torch.')}"
     size = getattr(model.config, "vocab_size", None) or getattr(model.config.get_text_config(), "vocab_size", None)
-    if size != linear.out_features:
-        return f"its configuration has {size} tokens and its linear layer {linear.out_features}"
+    # Not out_features, which transformers 5.0 leaves as it was when it makes the layer longer.
+    if size != linear.weight.shape[0]:
+        return f"its configuration has {size} tokens and its linear layer {linear.weight.shape[0]}"
+    if not torch.compiler.is_compiling() and not _has_torchs_loss(type(model)):
+        return "the CrossEntropyLoss of its file is not torch's"
     loss = getattr(model, "mlm_loss_fct", None)
     if loss is not None and not _is_mean_of_labels(loss):
         return "its mlm_loss_fct is not torch's CrossEntropyLoss() as it is without arguments"
     return None
+
+
+def _has_torchs_loss(cls: Any) -> bool:
+    """Whether the global name by which a forward makes its loss is what it was."""
+    names = inspect.unwrap(getattr(cls, "_original", cls).forward).__globals__
+    loss = names.get("CrossEntropyLoss", nn.CrossEntropyLoss)
+    return loss is nn.CrossEntropyLoss and loss.__module__ == "torch.nn.modules.loss"
 
 
 def _is_mean_of_labels(loss: Any) -> bool:

@@ -7,7 +7,6 @@ import functools
 import inspect
 import itertools
 from collections.abc import Iterator
-from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -69,14 +68,18 @@ def fused_class(original: type[nn.Module], mixin: type[Fused]) -> type[nn.Module
     return _classes[original, mixin]
 
 
-def _signed(forward: Any, original: Any) -> Any:
-    """A copy of a forward with another's signature, by which transformers' Trainer chooses columns of a data set."""
-    function = FunctionType(forward.__code__, forward.__globals__, "forward", forward.__defaults__, forward.__closure__)
-    functools.update_wrapper(function, forward)
-    function.__dict__.pop("__wrapped__", None)
+def _signed(fused: Any, original: Any) -> Any:
+    """A fused forward with the original's signature, by which transformers' Trainer chooses columns of a data set."""
+
+    @functools.wraps(fused)
+    def forward(self, *args, **options):
+        # accelerate keeps a module's forward on the instance, beyond ``revert``.
+        return (fused if isinstance(self, Fused) else original)(self, *args, **options)
+
+    del forward.__wrapped__
     with contextlib.suppress(TypeError, ValueError):
-        function.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-    return function
+        forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    return forward
 
 
 def _rebuild(original: type[nn.Module], mixin: type[Fused]) -> nn.Module:

@@ -105,7 +105,7 @@ def attention(
         attention_mask = None
     elif formula.sliced and attention_mask is not None and attention_mask.shape[-1] > keys:
         attention_mask = attention_mask[..., :keys]
-    if attention_mask is not None and not _is_usual(attention_mask) and _chosen(module) != "sdpa":
+    if attention_mask is not None and not _is_usual(attention_mask, query.dtype) and _chosen(module) != "sdpa":
         # Eager attention adds them to the scores.
         attention_mask = attention_mask.to(query.dtype)
     is_causal = attention_mask is None and query.shape[2] > 1 and _wants_causality(module, options)
@@ -184,9 +184,10 @@ def _chosen(module: nn.Module) -> str | None:
     return own
 
 
-def _is_usual(attention_mask: Tensor) -> bool:
-    """Whether a mask is bool or float; torch's attention takes no other."""
-    return attention_mask.dtype == torch.bool or attention_mask.is_floating_point()
+def _is_usual(attention_mask: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a mask is bool, or float and no narrower than the scores; torch's attention takes no other."""
+    narrower = attention_mask.dtype != dtype and torch.promote_types(attention_mask.dtype, dtype) == dtype
+    return attention_mask.dtype == torch.bool or (attention_mask.is_floating_point() and not narrower)
 
 
 def _wants_causality(module: nn.Module, options: dict[str, Any]) -> bool:
