@@ -97,13 +97,13 @@ class FusedMaskedLM(Fused):
         """Compute the model without its logits, with ``ops.linear_cross_entropy`` for its loss."""
         arguments = bind(self._sclkern.names, args, options)
         labels = arguments.get("labels")
-        logits = self._find()
-        if logits is None:
-            return super().forward(*args, **options)
+        logits, thread = self._find(), _thread()
+        outer = None if logits is None else logits._sclkern.get(thread)
         computes = self.training and isinstance(labels, Tensor) and not returns_tuple(self, arguments)
+        if logits is None or not (computes or outer):
+            return super().forward(*args, **options)
         pending: list[Any] = [labels] if computes else []
-        # A call within this one, of a hook, has its own.
-        outer, thread = logits._sclkern.get(_thread()), _thread()
+        # A call within another one, of a hook, has its own.
         logits._sclkern[thread] = pending
         try:
             if not computes:
