@@ -25,9 +25,9 @@ def _compiled(source: Any, target: Any = None, options: Any = None, **others: An
 
 
 def _truly(compute):
-    def run(*arguments):
+    def run(*arguments, **options):
         with truth():
-            return compute(*arguments)
+            return compute(*arguments, **options)
 
     run.tells_the_truth = True
     return run
