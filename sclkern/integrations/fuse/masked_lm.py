@@ -41,7 +41,7 @@ class FusedLogits(Fused):
 
     def forward(self, x):
         """Compute the logits, or the loss of a call with labels."""
-        pending = self._sclkern.get(_thread())
+        pending = _pending(self._sclkern)
         if not pending:
             return super().forward(x)
         hidden, weight, bias = self._operands(x)
@@ -114,7 +114,7 @@ class FusedMaskedLM(Fused):
                 logits._sclkern.pop(thread, None)
             else:
                 logits._sclkern[thread] = outer
-        if not torch.compiler.is_compiling() and (len(pending) != 2 or out["logits"] is not pending[1]):
+        if len(pending) != 2 or not (torch.compiler.is_compiling() or out["logits"] is pending[1]):
             raise RuntimeError(
                 f"{type(self).__name__}: its {'.'.join(self._sclkern.path)} was called {len(pending) - 1} times in a "
                 "call with labels, expected once, whose result is returned: with skip_logits it computes the loss. "
@@ -150,6 +150,13 @@ def _as_examined(module: nn.Module) -> bool:
 
 def _thread() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _pending(calls: dict[int, list[Tensor]]) -> list[Tensor] | None:
+    """The call that is under way in this thread, of which either end may be compiled without the other."""
+    if torch.compiler.is_compiling() and len(calls) == 1:
+        return next(iter(calls.values()))
+    return calls.get(_thread()) or calls.get(0)
 
 
 def _loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:

@@ -109,6 +109,24 @@ def test_compiled(labelled, kernels):
     agree(learn(compiled, inputs), compiled_names(expected), 1e-9)
 
 
+PARTS = {
+    "head": lambda model: model.cls.compile(backend="eager"),
+    "linear layer": lambda model: model.cls.predictions.decoder.compile(backend="eager"),
+    "all but a hook": lambda model: model.bert.register_forward_hook(lambda *_: torch._dynamo.graph_break()),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_compiled_in_part(part):
+    model, inputs = build("Bert")
+    ours, _ = without_logits(model)
+    PARTS[part](ours)
+    compiled = torch.compile(ours, backend="eager") if part == "all but a hook" else ours
+    out = compiled(**inputs)
+    assert out.logits is None
+    torch.testing.assert_close(out.loss, model(**inputs).loss)
+
+
 def compiled_names(results):
     return {name.replace("grad ", "grad _orig_mod."): value for name, value in results.items()}
 
